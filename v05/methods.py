@@ -1,0 +1,66 @@
+"""The table of advantage methods: what each subtracts, how it scales, and what inputs it needs.
+
+A method is a row of data, not code. The arithmetic behind `Baseline` lives in the fusion files: `csrc/include/v05/fusion.hpp`,
+`kernels/fusion.py` and, as the specification, `v05/reference.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
+
+Scale = Literal["none", "group", "batch"]
+
+
+class Baseline(IntEnum):
+    """What is subtracted from a reward. The numbers are shared with `fusion.hpp` and `kernels/fusion.py`."""
+
+    GROUP_MEAN = 0
+    PRIOR = 1
+    SHRINKAGE = 2
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to turn rewards into advantages.
+
+    Attributes:
+        name: the public name, as in `fused_advantage(method=...)`.
+        baseline: what is subtracted.
+        scale: what the difference is divided by unless the caller says otherwise.
+        leave_one_out: the baseline of a rollout never sees that rollout's own reward.
+        source: the paper.
+    """
+
+    name: str
+    baseline: Baseline
+    scale: Scale
+    leave_one_out: bool
+    source: str
+
+    @property
+    def needs_prior(self) -> bool:
+        """The method reads a value prior, and therefore a `reward_range` that holds prior and rewards."""
+        return self.baseline is not Baseline.GROUP_MEAN
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("v05", Baseline.SHRINKAGE, "none", False, "V_0.5, arXiv 2603.10848"),
+        Method("grpo", Baseline.GROUP_MEAN, "group", False, "DeepSeekMath, arXiv 2402.03300"),
+        Method("dr_grpo", Baseline.GROUP_MEAN, "none", False, "Dr. GRPO, arXiv 2503.20783"),
+        Method("rloo", Baseline.GROUP_MEAN, "none", True, "RLOO, arXiv 2402.14740"),
+        Method("prior", Baseline.PRIOR, "none", False, "V_0, arXiv 2602.03584"),
+        Method("dapo", Baseline.GROUP_MEAN, "group", False, "DAPO, arXiv 2503.14476"),
+    )
+}
+
+
+def find_method(name: str) -> Method:
+    """The method called `name`; a ValueError that lists the known names if there is none."""
+    try:
+        return METHODS[name]
+    except KeyError:
+        raise ValueError(f"method={name!r} is unknown; choose one of {', '.join(METHODS)}") from None

@@ -1,0 +1,191 @@
+"""The method as float64 NumPy: the executable specification that every fast path is tested against.
+
+Read it top to bottom beside the papers. It favours the printed formula over speed, loops over groups in Python, and is never
+imported by the product. Statistics are in reward units; the formulas of V_0.5 (arXiv 2603.10848) are in centred units
+u = (2r - lo - hi) / (hi - lo), where a binary reward is +-1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from v05.methods import Baseline, Scale, find_method
+
+
+@dataclass(frozen=True)
+class GroupStatistics:
+    """What is known of one group. A statistic that the method does not define is None.
+
+    count: valid rollouts. mean, prior, baseline: reward units. var (ddof = 1), mse: reward units squared.
+    weight, statistic, p_value: dimensionless. take_more: the budget rule wants another rollout.
+    """
+
+    count: int
+    mean: float
+    var: float
+    prior: float | None
+    baseline: float
+    weight: float | None = None
+    statistic: float | None = None
+    p_value: float | None = None
+    mse: float | None = None
+    take_more: bool | None = None
+
+
+@dataclass(frozen=True)
+class Shrinkage:
+    """V_0.5's fusion of a group mean with a prior, in the units of its arguments (arXiv 2603.10848, empirical shrinkage)."""
+
+    baseline: float
+    weight: float
+    statistic: float
+    p_value: float
+    squared_bias: float
+    mse: float
+
+
+def shrinkage(count: int, mean: float, prior: float) -> Shrinkage:
+    """Fuse the mean of `count` rollouts with the prior, both in centred units.
+
+    The noise of the mean is taken as 1/count, the largest variance that a variable in [-1, 1] can have. A NaN prior is no prior:
+    its squared bias is infinite and the mean stands. Without a rollout the prior stands.
+    """
+    if math.isnan(prior):
+        noise = 1 / count if count else math.nan
+        return Shrinkage(mean, 1.0, math.nan, math.nan, math.inf, noise)
+    if count == 0:
+        return Shrinkage(prior, 0.0, math.nan, math.nan, 0.0, math.nan)
+    difference = mean - prior
+    statistic = count * difference**2
+    squared_bias = max(0.0, difference**2 - 1 / count)
+    weight = max(0.0, 1 - 1 / statistic) if statistic > 1 else 0.0
+    return Shrinkage(
+        baseline=prior + weight * difference,
+        weight=weight,
+        statistic=statistic,
+        p_value=math.erfc(math.sqrt(statistic / 2)),
+        squared_bias=squared_bias,
+        mse=weight / count,
+    )
+
+
+def osla_gain(count: int, squared_bias: float) -> float:
+    """Fall of the estimated error D2/(k D2 + 1) if one more rollout is taken (arXiv 2603.10848, one-step look-ahead)."""
+    if math.isinf(squared_bias):
+        return 1 / (count * (count + 1)) if count else math.inf
+    return squared_bias / (count * squared_bias + 1) - squared_bias / ((count + 1) * squared_bias + 1)
+
+
+def osla_take_more(count: int, squared_bias: float, max_rollouts: int = 16, cost: float | None = None) -> bool:
+    """Whether the budget rule takes one more rollout. `cost` None is 1 / max_rollouts^2."""
+    cost = 1 / max_rollouts**2 if cost is None else cost
+    return count < max_rollouts and osla_gain(count, squared_bias) > cost
+
+
+def fused_advantage(
+    rewards: ArrayLike,
+    group_ids: ArrayLike,
+    prior: ArrayLike | None = None,
+    *,
+    valid: ArrayLike | None = None,
+    trajectory_ids: ArrayLike | None = None,
+    num_groups: int | None = None,
+    method: str = "v05",
+    scale: Scale | None = None,
+    leave_one_out: bool = False,
+    reward_range: tuple[float, float] = (0.0, 1.0),
+    eps: float = 1e-6,
+    singleton: str = "zero",
+    max_rollouts: int = 16,
+    cost: float | None = None,
+) -> tuple[NDArray[np.float64], list[GroupStatistics]]:
+    """Advantages (N,) in reward units and the statistics of each group.
+
+    Args:
+        rewards: (N,) outcome rewards.
+        group_ids: (N,) integers 0 .. G-1; `prior` and the returned statistics are indexed by them.
+        prior: (G,) value prior in reward units, NaN where there is none.
+        valid: (N,) bool; False rows are left out of the statistics and get advantage 0.
+        trajectory_ids: (N,) rows of a group that share an id count once in the statistics.
+        num_groups: G; None is the largest id + 1.
+        others: as in `v05.ops.fused_advantage`.
+    """
+    rule = find_method(method)
+    scale = rule.scale if scale is None else scale
+    leave_one_out = leave_one_out or rule.leave_one_out
+    r = np.asarray(rewards, dtype=np.float64)
+    ids = np.asarray(group_ids, dtype=np.int64)
+    rows = np.arange(len(r))
+    is_valid = np.ones(len(r), dtype=bool) if valid is None else np.asarray(valid, dtype=bool)
+    trajectories = rows if trajectory_ids is None else np.asarray(trajectory_ids)
+    groups = (int(ids.max()) + 1 if len(ids) else 0) if num_groups is None else num_groups
+    v = np.full(groups, np.nan) if prior is None else np.asarray(prior, dtype=np.float64)
+    lo, hi = reward_range
+    half = (hi - lo) / 2
+
+    def centred(x: float) -> float:
+        return (2 * x - lo - hi) / (hi - lo)
+
+    def uncentred(u: float) -> float:
+        return (u + 1) * half + lo
+
+    def baseline_of(count: int, mean: float, value: float) -> float:
+        if rule.baseline is Baseline.GROUP_MEAN:
+            return mean
+        if rule.baseline is Baseline.PRIOR:
+            return mean if math.isnan(value) else value
+        return uncentred(shrinkage(count, centred(mean), centred(value)).baseline)
+
+    # The rows that count in the statistics: the first valid row of each trajectory of a group.
+    counted: list[list[int]] = []
+    for g in range(groups):
+        first: dict[object, int] = {}
+        for i in rows[(ids == g) & is_valid]:
+            first.setdefault(trajectories[i], int(i))
+        counted.append(list(first.values()))
+
+    everything = np.concatenate([r[c] for c in counted]) if counted else r
+    advantages = np.zeros(len(r))
+    statistics = []
+    for g in range(groups):
+        x = r[counted[g]]
+        k = len(x)
+        mean = float(np.mean(x)) if k else math.nan
+        var = float(np.var(x, ddof=1)) if k > 1 else 0.0
+        baseline = baseline_of(k, mean, v[g])
+        if k == 0 and rule.baseline is Baseline.GROUP_MEAN:
+            baseline = v[g]
+        extra: dict[str, float | bool] = {}
+        if rule.baseline is Baseline.SHRINKAGE:
+            fused = shrinkage(k, centred(mean), centred(v[g]))
+            extra = {
+                "weight": fused.weight,
+                "statistic": fused.statistic,
+                "p_value": fused.p_value,
+                "mse": fused.mse * half**2,
+                "take_more": osla_take_more(k, fused.squared_bias, max_rollouts, cost),
+            }
+        statistics.append(GroupStatistics(k, mean, var, None if prior is None else v[g], baseline, **extra))  # type: ignore[arg-type]
+
+        population = x if scale == "group" else everything
+        divisor = 1.0
+        if scale != "none" and len(population) > 1 and np.any(population != population[0]):
+            divisor = float(np.std(population, ddof=1)) + eps
+        for i in rows[(ids == g) & is_valid]:
+            if leave_one_out and k > 1:
+                mean_of_others = mean + (mean - r[i]) / (k - 1)
+                b = baseline_of(k - 1, mean_of_others, v[g])
+            elif leave_one_out:
+                b = baseline_of(0, math.nan, v[g])
+            else:
+                b = baseline
+            no_prior = rule.baseline is Baseline.GROUP_MEAN or math.isnan(v[g])
+            if k == 1 and no_prior:  # nothing to be compared with
+                advantages[i] = r[i] if singleton == "raw" else 0.0
+            else:
+                advantages[i] = (r[i] - b) / divisor
+    return advantages, statistics
