@@ -1,2 +1,156 @@
+#include "v05/advantage.hpp"
+
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-void register_advantage(pybind11::module_&) {}
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <utility>
+#include <variant>
+
+namespace py = pybind11;
+
+namespace {
+
+// v05.ops hands over C-contiguous arrays of the right dtype; anything else fails the overload instead of being copied.
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+template <class T>
+using MaybeArray = std::optional<Array<T>>;
+using RealArray = std::variant<Array<float>, Array<double>>;
+using MaskArray = std::variant<Array<std::uint8_t>, Array<std::int64_t>, Array<float>>;
+
+template <class T>
+std::span<const T> view(const Array<T>& array) {
+  return {array.data(), static_cast<std::size_t>(array.size())};
+}
+
+template <class T>
+std::span<const T> view(const MaybeArray<T>& array) {
+  return array ? view(*array) : std::span<const T>{};
+}
+
+template <class T>
+std::span<T> mutable_view(Array<T>& array) {
+  return {array.mutable_data(), static_cast<std::size_t>(array.size())};
+}
+
+v05::StatisticsOut statistics_out(MaybeArray<double>& moments, MaybeArray<std::int64_t>& count, MaybeArray<bool>& take_more) {
+  if (!moments || !count || !take_more) {
+    return {};
+  }
+  const auto groups = static_cast<std::size_t>(count->size());
+  if (static_cast<std::size_t>(moments->size()) != 7 * groups || static_cast<std::size_t>(take_more->size()) != groups) {
+    throw std::invalid_argument("statistics buffers: expected (7, G) float64, (G,) int64 and (G,) bool");
+  }
+  const std::span<double> all = mutable_view(*moments);
+  const auto part = [&](std::size_t i) { return all.subspan(i * groups, groups); };
+  return {.count = mutable_view(*count),
+          .mean = part(0),
+          .variance = part(1),
+          .baseline = part(2),
+          .weight = part(3),
+          .statistic = part(4),
+          .p_value = part(5),
+          .mse = part(6),
+          .take_more = mutable_view(*take_more)};
+}
+
+std::pair<Array<std::int64_t>, Array<std::int64_t>> group_rows(const Array<std::int64_t>& ids, std::int64_t num_groups) {
+  const v05::Grouping grouping = v05::group_rows(view(ids), num_groups);
+  return {Array<std::int64_t>(static_cast<py::ssize_t>(grouping.order.size()), grouping.order.data()),
+          Array<std::int64_t>(static_cast<py::ssize_t>(grouping.offsets.size()), grouping.offsets.data())};
+}
+
+// Dense ids of string (or any hashable) keys, numbered by first appearance.
+std::pair<Array<std::int64_t>, std::int64_t> factorize(const py::sequence& keys) {
+  Array<std::int64_t> ids(static_cast<py::ssize_t>(keys.size()));
+  py::dict slots;
+  std::int64_t next = 0;
+  for (std::size_t i = 0; i < keys.size(); ++i) {
+    const py::object key = keys[i];
+    PyObject* slot = PyDict_GetItemWithError(slots.ptr(), key.ptr());
+    if (slot == nullptr) {
+      if (PyErr_Occurred() != nullptr) {
+        throw py::error_already_set();
+      }
+      slots[key] = next;
+      ids.mutable_at(static_cast<py::ssize_t>(i)) = next++;
+    } else {
+      ids.mutable_at(static_cast<py::ssize_t>(i)) = PyLong_AsLongLong(slot);
+    }
+  }
+  return {ids, next};
+}
+
+std::int64_t fused_advantage(const RealArray& rewards, const Array<std::int64_t>& offsets,
+                             const MaybeArray<std::int64_t>& order, const MaybeArray<double>& prior,
+                             const std::optional<MaskArray>& mask, const MaybeArray<std::int64_t>& cu_seqlens,
+                             const MaybeArray<bool>& valid, const MaybeArray<std::int64_t>& trajectory_ids,
+                             RealArray& out, MaybeArray<double> moments, MaybeArray<std::int64_t> count,
+                             MaybeArray<bool> take_more, int baseline, int scale, bool leave_one_out, bool raw_singleton,
+                             bool exclude_nonfinite, double low, double high, double eps, std::int64_t max_rollouts,
+                             double cost) {
+  const v05::AdvantageRule rule{.baseline = static_cast<v05::Baseline>(baseline),
+                                .scale = static_cast<v05::Scale>(scale),
+                                .leave_one_out = leave_one_out,
+                                .raw_singleton = raw_singleton,
+                                .exclude_nonfinite = exclude_nonfinite,
+                                .low = low,
+                                .high = high,
+                                .eps = eps,
+                                .max_rollouts = max_rollouts,
+                                .cost = cost};
+  const v05::StatisticsOut statistics = statistics_out(moments, count, take_more);
+  const auto rollouts = static_cast<std::size_t>(std::visit([](const auto& array) { return array.shape(0); }, rewards));
+
+  const py::gil_scoped_release release;
+  std::vector<double> outcome(rollouts);
+  std::vector<double> advantages(rollouts);
+  std::visit(
+      [&](const auto& array) {
+        if (array.ndim() == 1) {
+          std::copy_n(array.data(), rollouts, outcome.begin());
+        } else {
+          std::visit([&](const auto& m) { v05::sum_token_rewards(view(array), view(m), std::span<double>(outcome)); },
+                     mask.value());
+        }
+      },
+      rewards);
+
+  const v05::Rollouts rows{
+      .rewards = outcome,
+      .valid = {reinterpret_cast<const std::uint8_t*>(view(valid).data()), view(valid).size()},
+      .trajectory_ids = view(trajectory_ids)};
+  const v05::Groups groups{.offsets = view(offsets), .order = view(order)};
+  const std::int64_t nonfinite = v05::compute_advantages(rows, groups, view(prior), rule, advantages, statistics);
+
+  std::visit(
+      [&](auto& array) {
+        if (mask) {
+          std::visit([&](const auto& m) { v05::spread_padded(std::span<const double>(advantages), view(m), mutable_view(array)); },
+                     *mask);
+        } else if (cu_seqlens) {
+          v05::spread_packed(std::span<const double>(advantages), view(cu_seqlens), mutable_view(array));
+        } else {
+          std::copy(advantages.begin(), advantages.end(), mutable_view(array).begin());
+        }
+      },
+      out);
+  return nonfinite;
+}
+
+}  // namespace
+
+void register_advantage(py::module_& m) {
+  m.def("group_rows", &group_rows, py::arg("ids").noconvert(), py::arg("num_groups"));
+  m.def("factorize", &factorize, py::arg("keys"));
+  m.def("fused_advantage", &fused_advantage, py::arg("rewards").noconvert(), py::arg("offsets").noconvert(),
+        py::arg("order").noconvert(), py::arg("prior").noconvert(), py::arg("mask").noconvert(),
+        py::arg("cu_seqlens").noconvert(), py::arg("valid").noconvert(), py::arg("trajectory_ids").noconvert(),
+        py::arg("out").noconvert(), py::arg("moments").noconvert(), py::arg("count").noconvert(),
+        py::arg("take_more").noconvert(), py::kw_only(), py::arg("baseline"), py::arg("scale"), py::arg("leave_one_out"),
+        py::arg("raw_singleton"), py::arg("exclude_nonfinite"), py::arg("low"), py::arg("high"), py::arg("eps"),
+        py::arg("max_rollouts"), py::arg("cost"));
+}

@@ -1,0 +1,83 @@
+// Fused advantages for CPU buffers: rewards in, advantages and group statistics out. No Python here.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "v05/fusion.hpp"
+#include "v05/statistics.hpp"
+
+namespace v05 {
+
+// Shared by number with v05.ops.
+enum class Scale : std::uint8_t { kNone = 0, kGroup = 1, kBatch = 2 };
+
+struct AdvantageRule {
+  Baseline baseline = Baseline::kGroupMean;
+  Scale scale = Scale::kNone;
+  bool leave_one_out = false;
+  bool raw_singleton = false;
+  bool exclude_nonfinite = false;
+  double low = 0.0;
+  double high = 1.0;
+  double eps = 1e-6;
+  std::int64_t max_rollouts = 16;
+  double cost = 1.0 / 256.0;
+
+  [[nodiscard]] bool bounded() const { return baseline != Baseline::kGroupMean; }
+  [[nodiscard]] double half_range() const { return (high - low) / 2.0; }
+};
+
+// Group g owns the rows order[offsets[g]] .. order[offsets[g + 1] - 1]; an empty order is the identity.
+struct Groups {
+  std::span<const std::int64_t> offsets;
+  std::span<const std::int64_t> order;
+
+  [[nodiscard]] std::int64_t size() const { return static_cast<std::int64_t>(offsets.size()) - 1; }
+  [[nodiscard]] std::int64_t row(std::int64_t position) const {
+    return order.empty() ? position : order[static_cast<std::size_t>(position)];
+  }
+};
+
+struct Rollouts {
+  std::span<const double> rewards;
+  std::span<const std::uint8_t> valid;              // empty: all
+  std::span<const std::int64_t> trajectory_ids;     // empty: every row is a trajectory of its own
+};
+
+// Where statistics go, one element a group; all empty if nobody asked.
+struct StatisticsOut {
+  std::span<std::int64_t> count;
+  std::span<double> mean, variance, baseline, weight, statistic, p_value, mse;
+  std::span<bool> take_more;
+};
+
+// A stable grouping of rows by id, in Groups' form.
+struct Grouping {
+  std::vector<std::int64_t> order;
+  std::vector<std::int64_t> offsets;
+};
+
+// ids in any order. num_groups < 0: group g is the g-th distinct id in order of first appearance; else the id is the group
+// and must lie in [0, num_groups). Throws std::invalid_argument.
+Grouping group_rows(std::span<const std::int64_t> ids, std::int64_t num_groups);
+
+// Writes one advantage a row (0 for a row left out) and the statistics; returns how many non-finite rewards were left out.
+// Throws std::invalid_argument that names the argument, the rows and the remedy.
+std::int64_t compute_advantages(const Rollouts& rollouts, const Groups& groups, std::span<const double> prior,
+                                const AdvantageRule& rule, std::span<double> advantages, const StatisticsOut& statistics);
+
+// rewards[i] = sum of token_rewards[i, t] over the tokens where mask[i, t] is not zero.
+template <class Reward, class Mask>
+void sum_token_rewards(std::span<const Reward> token_rewards, std::span<const Mask> mask, std::span<double> rewards);
+
+// out[i, t] = advantages[i] where mask[i, t] is not zero, else 0.
+template <class Out, class Mask>
+void spread_padded(std::span<const double> advantages, std::span<const Mask> mask, std::span<Out> out);
+
+// out[cu_seqlens[i] .. cu_seqlens[i + 1]] = advantages[i].
+template <class Out>
+void spread_packed(std::span<const double> advantages, std::span<const std::int64_t> cu_seqlens, std::span<Out> out);
+
+}  // namespace v05

@@ -1,0 +1,37 @@
+"""Types of the compiled core. Private: use `v05.ops` and `v05.budget`."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Real = NDArray[np.float32] | NDArray[np.float64]
+Mask = NDArray[np.uint8] | NDArray[np.int64] | NDArray[np.float32]
+
+def group_rows(ids: NDArray[np.int64], num_groups: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
+def factorize(keys: Sequence[object]) -> tuple[NDArray[np.int64], int]: ...
+def fused_advantage(
+    rewards: Real,
+    offsets: NDArray[np.int64],
+    order: NDArray[np.int64] | None,
+    prior: NDArray[np.float64] | None,
+    mask: Mask | None,
+    cu_seqlens: NDArray[np.int64] | None,
+    valid: NDArray[np.bool_] | None,
+    trajectory_ids: NDArray[np.int64] | None,
+    out: Real,
+    moments: NDArray[np.float64] | None,
+    count: NDArray[np.int64] | None,
+    take_more: NDArray[np.bool_] | None,
+    *,
+    baseline: int,
+    scale: int,
+    leave_one_out: bool,
+    raw_singleton: bool,
+    exclude_nonfinite: bool,
+    low: float,
+    high: float,
+    eps: float,
+    max_rollouts: int,
+    cost: float,
+) -> int: ...

@@ -1,0 +1,433 @@
+"""`fused_advantage`: rewards and a value prior in, advantages and group statistics out, in one call.
+
+This file validates, groups and dispatches: CPU tensors go to the C++ core, CUDA tensors to one Triton launch. The arithmetic
+lives in `csrc/include/v05/fusion.hpp` and `kernels/fusion.py`; `v05/reference.py` specifies both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from v05 import _core
+from v05.methods import Baseline, Method, Scale, find_method
+
+SCALES: tuple[Scale, ...] = ("none", "group", "batch")  # positions are shared with advantage.hpp and kernels/advantage.py
+_MOMENTS = ("mean", "var", "baseline", "weight", "statistic", "p_value", "mse")  # rows of the statistics buffer
+_SHRINKAGE_ONLY = frozenset({"weight", "statistic", "p_value", "mse", "take_more"})
+
+Array = torch.Tensor | ArrayLike
+
+
+@dataclass(frozen=True)
+class AdvantageStats:
+    """Statistics of each group, tensors of shape (G,); None where the method does not define one.
+
+    They describe the full group, also under `leave_one_out`. A group without a valid rollout has count 0, mean NaN and the
+    prior as its baseline.
+
+    Attributes:
+        count: int64, valid rollouts (trajectories) of the group.
+        mean: float64, reward units.
+        var: float64, reward units squared, ddof = 1; 0 for a single rollout.
+        prior: float64, reward units, as given; None without a prior.
+        baseline: float64, reward units.
+        weight: float64 in [0, 1], what the group mean weighs against the prior.
+        statistic: float64, T = k d^2 of the test "the prior is right"; it stands while T <= 1. NaN without a prior.
+        p_value: float64, of T under chi-square with one degree of freedom; a diagnostic.
+        mse: float64, reward units squared, the plug-in estimate of the baseline's error.
+        take_more: bool, the one-step look-ahead rule would buy another rollout.
+        nonfinite: int64 scalar, NaN or infinite rewards left out.
+        clipped: int64 scalar, rewards and priors clipped to `reward_range` (CUDA only; on the CPU they are an error).
+    """
+
+    count: torch.Tensor
+    mean: torch.Tensor
+    var: torch.Tensor
+    prior: torch.Tensor | None
+    baseline: torch.Tensor
+    weight: torch.Tensor | None
+    statistic: torch.Tensor | None
+    p_value: torch.Tensor | None
+    mse: torch.Tensor | None
+    take_more: torch.Tensor | None
+    nonfinite: torch.Tensor
+    clipped: torch.Tensor
+
+
+class AdvantageOutput(NamedTuple):
+    """`advantages` in the requested layout and dtype; `stats`, or None when they were not asked for."""
+
+    advantages: torch.Tensor
+    stats: AdvantageStats | None
+
+
+def fused_advantage(
+    rewards: Array,
+    prior: Array | None = None,
+    *,
+    group_ids: Array | Sequence[str] | None = None,
+    group_offsets: Array | None = None,
+    response_mask: torch.Tensor | None = None,
+    cu_seqlens: Array | None = None,
+    valid: Array | None = None,
+    trajectory_ids: Array | None = None,
+    num_groups: int | None = None,
+    method: str = "v05",
+    scale: Scale | None = None,
+    leave_one_out: bool = False,
+    reward_range: tuple[float, float] = (0.0, 1.0),
+    eps: float = 1e-6,
+    singleton: Literal["zero", "raw"] = "zero",
+    max_rollouts: int = 16,
+    cost: float | None = None,
+    nonfinite: Literal["raise", "exclude"] = "raise",
+    stats: bool = True,
+    dtype: torch.dtype = torch.float32,
+    out: torch.Tensor | None = None,
+    backend: Literal["cpp", "triton"] | None = None,
+) -> AdvantageOutput:
+    """Advantages of N rollouts in G groups (prompts), and the statistics of each group.
+
+    N rollouts, G groups, T tokens of a padded response. Rewards, priors, baselines and advantages are in reward units; with
+    rewards in (0, 1) the advantages are half those of the V_0.5 paper, whose rewards are +-1.
+
+    Args:
+        rewards: (N,) outcome rewards of any real dtype, or (N, T) token rewards, which are summed over `response_mask`.
+        prior: (G,) predicted mean reward of each group, in reward units; NaN where there is none, and the group mean then
+            stands in. Needed by the methods "v05" and "prior".
+        group_ids: (N,) integers in any order, or a sequence of N strings. Exactly one of `group_ids` and `group_offsets`.
+        group_offsets: (G+1,) integers from 0 to N: the rollouts of group g are rows offsets[g] .. offsets[g+1] - 1.
+        response_mask: (N, T) of bool, integer or floating dtype: advantages come back (N, T), zero where the mask is zero.
+        cu_seqlens: (N+1,) integers from 0 to total_tokens: advantages come back packed, (total_tokens,). With neither of the
+            two they come back (N,).
+        valid: (N,) bool; False marks an aborted or filtered rollout: left out of the statistics, advantage 0.
+        trajectory_ids: (N,) integers; rows of a group that share one are one trajectory and count once in the statistics.
+        num_groups: G. With integer `group_ids` the ids are then 0 .. G-1 themselves; required with them on CUDA, where
+            finding G would synchronise.
+        method: a name of `v05.methods.METHODS`.
+        scale: divide by nothing ("none"), by the group's standard deviation + eps ("group") or that of all valid rewards
+            ("batch"), ddof = 1; rewards that are all equal are not scaled. None takes the method's own.
+        leave_one_out: the baseline of a rollout is computed from the group's other rollouts.
+        reward_range: (lo, hi) that holds rewards and priors; read by the methods with a prior.
+        eps: added to the standard deviation, reward units.
+        singleton: advantage of a group's only rollout when nothing but itself could be its baseline: "zero" or its "raw" reward.
+        max_rollouts, cost: of the budget rule behind `stats.take_more`; cost None is 1 / max_rollouts^2 (centred units).
+        nonfinite: what a NaN or infinite reward does: "raise", or "exclude" it like valid=False and count it. CUDA always
+            excludes.
+        stats: False skips the statistics.
+        dtype: floating dtype of the advantages.
+        out: a contiguous buffer of the output's shape, dtype and device to write into; required with cu_seqlens on CUDA,
+            where finding total_tokens would synchronise.
+        backend: "cpp" or "triton"; None goes by device. "triton" on CPU tensors needs TRITON_INTERPRET=1.
+
+    Returns:
+        `advantages`, and `stats` ordered like `prior`: by group_offsets, by id when `num_groups` is given, else by the first
+        appearance of the id.
+
+    Raises:
+        ValueError: names the argument, the shape or value seen (rows, for values) and the remedy. On CUDA values are not
+            inspected: non-finite rewards are left out, rewards and priors outside `reward_range` clipped, both counted.
+
+    Example:
+        >>> rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0])
+        >>> out = fused_advantage(rewards, torch.tensor([0.4, 0.9]), group_offsets=[0, 3, 5])
+        >>> out.stats.count.tolist()
+        [3, 2]
+        >>> out.advantages.tolist()  # both means agree with their priors, which therefore stand as baselines
+        [0.6000000238418579, -0.4000000059604645, -0.4000000059604645, 0.10000000149011612, 0.10000000149011612]
+
+    Source: V_0.5, arXiv 2603.10848 (fusion, sequential test); the other methods as named in `v05.methods`.
+    """
+    rule = find_method(method)
+    scale = rule.scale if scale is None else scale
+    low, high = reward_range
+    _require(scale in SCALES, f"scale={scale!r} is unknown; choose one of {', '.join(SCALES)}")
+    _require(singleton in ("zero", "raw"), f"singleton={singleton!r} is unknown; choose 'zero' or 'raw'")
+    _require(nonfinite in ("raise", "exclude"), f"nonfinite={nonfinite!r} is unknown; choose 'raise' or 'exclude'")
+    _require(low < high, f"reward_range={reward_range} is empty; give (lo, hi) with lo < hi")
+    _require(dtype.is_floating_point, f"dtype={dtype} cannot hold advantages; choose a floating dtype")
+    _require(max_rollouts >= 1, f"max_rollouts={max_rollouts}; give at least 1")
+
+    rewards = _real(torch.as_tensor(rewards).detach())
+    device = rewards.device
+    n = _rollouts(rewards, response_mask)
+    offsets, order = _group(group_ids, group_offsets, num_groups, n, device)
+    groups = offsets.numel() - 1
+    prior = _prior(prior, rule, groups, device)
+    mask, cu, shape = _layout(response_mask, cu_seqlens, out, n, device)
+    out = _output(out, shape, dtype, device)
+    moments = torch.empty(len(_MOMENTS), groups, dtype=torch.float64, device=device) if stats else None
+    count = torch.empty(groups, dtype=torch.int64, device=device) if stats else None
+    take_more = torch.empty(groups, dtype=torch.bool, device=device) if stats else None
+    counters = torch.zeros(2, dtype=torch.int64, device=device)  # non-finite, clipped
+
+    _backend(backend, device)(
+        rewards,
+        offsets,
+        order,
+        prior,
+        mask,
+        cu,
+        _row_vector("valid", valid, n, torch.bool, device),
+        _row_vector("trajectory_ids", trajectory_ids, n, torch.int64, device),
+        out,
+        moments,
+        count,
+        take_more,
+        counters,
+        baseline=int(rule.baseline),
+        scale=SCALES.index(scale),
+        leave_one_out=leave_one_out or rule.leave_one_out,
+        raw_singleton=singleton == "raw",
+        exclude_nonfinite=nonfinite == "exclude",
+        low=float(low),
+        high=float(high),
+        eps=float(eps),
+        max_rollouts=max_rollouts,
+        cost=1.0 / max_rollouts**2 if cost is None else float(cost),
+    )
+    if moments is None or count is None or take_more is None:
+        return AdvantageOutput(out, None)
+    defined = rule.baseline is Baseline.SHRINKAGE
+    fields: dict[str, Any] = {**dict(zip(_MOMENTS, moments, strict=True)), "take_more": take_more}
+    fields = {name: value if defined or name not in _SHRINKAGE_ONLY else None for name, value in fields.items()}
+    return AdvantageOutput(
+        out, AdvantageStats(count=count, prior=prior, nonfinite=counters[0], clipped=counters[1], **fields)
+    )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _real(rewards: torch.Tensor) -> torch.Tensor:
+    """Rewards as contiguous float32 or float64: half precision widens exactly, integers and bool become float64."""
+    _require(not rewards.is_complex(), f"rewards: dtype {rewards.dtype} is not real")
+    if rewards.dtype in (torch.float32, torch.float64):
+        return rewards.contiguous()
+    return rewards.to(torch.float32 if rewards.is_floating_point() else torch.float64).contiguous()
+
+
+def _rollouts(rewards: torch.Tensor, response_mask: torch.Tensor | None) -> int:
+    shape = tuple(rewards.shape)
+    _require(
+        rewards.ndim in (1, 2), f"rewards: shape {shape}; give (N,) outcome rewards or (N, T) token rewards"
+    )
+    if rewards.ndim == 2:
+        _require(
+            response_mask is not None and tuple(response_mask.shape) == shape,
+            f"rewards: token rewards of shape {shape} need response_mask of the same shape"
+            + ("" if response_mask is None else f", got {tuple(response_mask.shape)}"),
+        )
+    return rewards.shape[0]
+
+
+def _group(
+    group_ids: Array | Sequence[str] | None,
+    group_offsets: Array | None,
+    num_groups: int | None,
+    n: int,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(offsets (G+1,), order (N,) or None): group g owns the rows order[offsets[g] : offsets[g+1]]."""
+    _require(
+        (group_ids is None) != (group_offsets is None),
+        f"group_ids and group_offsets: {'neither' if group_ids is None else 'both'} given; give exactly one",
+    )
+    if group_offsets is not None:
+        offsets = _offsets("group_offsets", group_offsets, n).to(device)
+        _require(
+            num_groups is None or num_groups == offsets.numel() - 1,
+            f"num_groups={num_groups} contradicts group_offsets, which has {offsets.numel() - 1} groups; leave it out",
+        )
+        return offsets, None
+    assert group_ids is not None
+    ids, named = _integer_ids(group_ids)
+    _require(
+        ids.ndim == 1 and ids.numel() == n, f"group_ids: shape {tuple(ids.shape)} for {n} rollouts; give one id a rollout"
+    )
+    if named is not None:
+        _require(
+            num_groups is None or num_groups == named,
+            f"num_groups={num_groups}, but group_ids holds {named} distinct strings; leave it out",
+        )
+        num_groups = named
+    if ids.is_cpu:
+        order, offsets = _core.group_rows(ids.contiguous().numpy(), -1 if num_groups is None else num_groups)
+        return torch.from_numpy(offsets).to(device), torch.from_numpy(order).to(device)
+    if num_groups is None:
+        raise ValueError("num_groups: needed with integer group_ids on CUDA, where finding it would synchronise")
+    return group_rows_on_device(ids, num_groups)
+
+
+def group_rows_on_device(ids: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(offsets (G+1,), order (N,)) of integer ids in [0, num_groups), by one sort and without a host synchronisation."""
+    ordered, order = torch.sort(ids, stable=True)
+    offsets = torch.searchsorted(ordered, torch.arange(num_groups + 1, device=ids.device, dtype=ids.dtype))
+    return offsets, order
+
+
+def first_of_trajectory(
+    trajectory_ids: torch.Tensor, offsets: torch.Tensor, order: torch.Tensor | None, valid: torch.Tensor | None
+) -> torch.Tensor:
+    """(N,) bool: the row is the first valid one of its trajectory in its group. Two stable sorts, no synchronisation."""
+    n = trajectory_ids.numel()
+    position = torch.arange(n, device=trajectory_ids.device)
+    rows = position if order is None else order
+    group = torch.searchsorted(offsets[1:].contiguous(), position, right=True)  # of the row at each position
+    ignored = torch.zeros(n, dtype=torch.bool, device=rows.device) if valid is None else ~valid[rows]
+    by = torch.argsort(ignored, stable=True)
+    by = by[torch.argsort(trajectory_ids[rows][by], stable=True)]
+    by = by[torch.argsort(group[by], stable=True)]
+    key = torch.stack((group[by], trajectory_ids[rows][by]))
+    starts = torch.ones(n, dtype=torch.bool, device=rows.device)
+    starts[1:] = (key[:, 1:] != key[:, :-1]).any(dim=0)
+    first = torch.empty_like(starts)
+    first[rows[by]] = starts & ~ignored[by]
+    return first
+
+
+def _integer_ids(group_ids: Array | Sequence[str]) -> tuple[torch.Tensor, int | None]:
+    """Integer ids, and the number of groups when they stand for strings (numbered by first appearance)."""
+    if isinstance(group_ids, torch.Tensor):
+        ids = group_ids
+    else:
+        array = group_ids if isinstance(group_ids, np.ndarray) else np.asarray(group_ids)
+        if array.dtype.kind in "OUST":
+            dense, named = _core.factorize(array.tolist())
+            return torch.from_numpy(dense), named
+        ids = torch.as_tensor(array)
+    _require(
+        ids.numel() == 0 or not (ids.is_floating_point() or ids.is_complex()),
+        f"group_ids: dtype {ids.dtype}; give integers or strings",
+    )
+    return ids.to(torch.int64), None
+
+
+def _offsets(name: str, value: Array, n: int) -> torch.Tensor:
+    """Checked int64 offsets, where they are; their values are checked on the CPU only."""
+    offsets = torch.as_tensor(value)
+    _require(
+        offsets.ndim == 1 and offsets.numel() >= 1 and not offsets.is_floating_point(),
+        f"{name}: shape {tuple(offsets.shape)}, dtype {offsets.dtype}; give integers (number of parts + 1,) that start at 0",
+    )
+    offsets = offsets.to(torch.int64).contiguous()
+    if offsets.is_cpu:
+        _require(int(offsets[0]) == 0, f"{name}: starts at {int(offsets[0])}; the first offset is 0")
+        falls = torch.nonzero(offsets.diff() < 0)
+        _require(falls.numel() == 0, f"{name}: falls after position {falls[0].item() if falls.numel() else 0}; sort it")
+        if name == "group_offsets":
+            _require(int(offsets[-1]) == n, f"{name}: ends at {int(offsets[-1])} for {n} rollouts; the last offset is N")
+    return offsets
+
+
+def _prior(prior: Array | None, rule: Method, groups: int, device: torch.device) -> torch.Tensor | None:
+    if prior is None:
+        _require(not rule.needs_prior, f"prior: needed by method={rule.name!r}; give (G,) values in reward units")
+        return None
+    values = torch.as_tensor(prior).detach().to(device, torch.float64).contiguous()
+    _require(
+        tuple(values.shape) == (groups,), f"prior: shape {tuple(values.shape)} for {groups} groups; give one value a group"
+    )
+    return values
+
+
+def _layout(
+    response_mask: torch.Tensor | None,
+    cu_seqlens: Array | None,
+    out: torch.Tensor | None,
+    n: int,
+    device: torch.device,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, tuple[int, ...]]:
+    """(mask, cu_seqlens, output shape) of the padded, packed or per-rollout layout."""
+    _require(
+        response_mask is None or cu_seqlens is None, "response_mask and cu_seqlens: both given; give at most one of the two"
+    )
+    if response_mask is not None:
+        mask = torch.as_tensor(response_mask).to(device)
+        _require(
+            mask.ndim == 2 and mask.shape[0] == n, f"response_mask: shape {tuple(mask.shape)} for {n} rollouts; give (N, T)"
+        )
+        if mask.dtype in (torch.bool, torch.int8):
+            mask = mask.view(torch.uint8) if mask.is_contiguous() else mask.contiguous().view(torch.uint8)
+        elif mask.dtype not in (torch.uint8, torch.int64, torch.float32):
+            mask = (mask != 0).view(torch.uint8)
+        return mask.contiguous(), None, (n, mask.shape[1])
+    if cu_seqlens is not None:
+        cu = _offsets("cu_seqlens", cu_seqlens, n)
+        _require(cu.numel() == n + 1, f"cu_seqlens: {cu.numel()} offsets for {n} rollouts; give N + 1 = {n + 1}")
+        if cu.is_cpu:
+            return None, cu.to(device), (int(cu[-1]),)
+        if out is None:
+            raise ValueError("out: needed with cu_seqlens on CUDA, where finding total_tokens would synchronise")
+        return None, cu, (out.numel(),)
+    return None, None, (n,)
+
+
+def _output(
+    out: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    seen = f"out: shape {tuple(out.shape)}, {out.dtype}, {out.device}"
+    _require(
+        tuple(out.shape) == shape and out.dtype == dtype and out.device == device and out.is_contiguous(),
+        f"{seen}{'' if out.is_contiguous() else ', not contiguous'}; give a contiguous {shape} tensor, {dtype}, on {device}",
+    )
+    return out
+
+
+def _row_vector(
+    name: str, value: Array | None, n: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor | None:
+    if value is None:
+        return None
+    vector = torch.as_tensor(value)
+    _require(tuple(vector.shape) == (n,), f"{name}: shape {tuple(vector.shape)} for {n} rollouts; give one value a rollout")
+    return vector.to(device, dtype).contiguous()
+
+
+def _run_cpp(*tensors: torch.Tensor | None, **rule: Any) -> None:
+    *inputs, out, moments, count, take_more, counters = tensors
+    assert out is not None and counters is not None
+    # The core writes float32 and float64; a half-precision output is rounded from float32.
+    target = out if out.dtype in (torch.float32, torch.float64) else torch.empty_like(out, dtype=torch.float32)
+    buffers = [None if t is None else t.numpy() for t in (*inputs, target, moments, count, take_more)]
+    counters[0] = _core.fused_advantage(*buffers, **rule)
+    if target is not out:
+        out.copy_(target)
+
+
+def _run_triton(*tensors: torch.Tensor | None, **rule: Any) -> None:
+    from v05.kernels.advantage import fused_advantage as launch
+
+    rewards, offsets, order, prior, mask, cu_seqlens, valid, trajectory_ids, *outputs = tensors
+    assert offsets is not None
+    counted = valid
+    if trajectory_ids is not None:
+        counted = first_of_trajectory(trajectory_ids, offsets, order, valid)
+    del rule["exclude_nonfinite"]  # a kernel cannot raise: it always excludes and counts
+    launch(rewards, offsets, order, prior, mask, cu_seqlens, valid, counted, *outputs, **rule)
+
+
+_BACKENDS: dict[str, Callable[..., None]] = {"cpp": _run_cpp, "triton": _run_triton}
+_BACKEND_OF_DEVICE = {"cpu": "cpp", "cuda": "triton"}
+
+
+def _backend(name: str | None, device: torch.device) -> Callable[..., None]:
+    if name is None:
+        _require(
+            device.type in _BACKEND_OF_DEVICE,
+            f"rewards: device {device} has no backend; move the tensors to one of {', '.join(_BACKEND_OF_DEVICE)}",
+        )
+        name = _BACKEND_OF_DEVICE[device.type]
+    _require(name in _BACKENDS, f"backend={name!r} is unknown; choose one of {', '.join(_BACKENDS)}")
+    _require(name != "cpp" or device.type == "cpu", f"backend='cpp' needs CPU tensors, got {device}")
+    return _BACKENDS[name]
