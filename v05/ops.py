@@ -136,11 +136,11 @@ def fused_advantage(
 
     Example:
         >>> rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0])
-        >>> out = fused_advantage(rewards, torch.tensor([0.4, 0.9]), group_offsets=[0, 3, 5])
+        >>> out = fused_advantage(rewards, torch.tensor([0.25, 0.75]), group_offsets=[0, 3, 5])
         >>> out.stats.count.tolist()
         [3, 2]
         >>> out.advantages.tolist()  # both means agree with their priors, which therefore stand as baselines
-        [0.6000000238418579, -0.4000000059604645, -0.4000000059604645, 0.10000000149011612, 0.10000000149011612]
+        [0.75, -0.25, -0.25, 0.25, 0.25]
 
     Source: V_0.5, arXiv 2603.10848 (fusion, sequential test); the other methods as named in `v05.methods`.
     """

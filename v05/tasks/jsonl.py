@@ -1,0 +1,64 @@
+"""Prompts and reference answers from a JSON-lines file, verified mathematically by math-verify.
+
+One object a line: {"prompt": ..., "answer": ...}. A held-out prompt stays held out however the file is ordered.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from math_verify import parse, verify
+from pydantic import BaseModel, ConfigDict
+
+from v05.tasks import Prompt, Split, split_of
+
+
+class JsonlConfig(BaseModel):
+    """A JSON-lines file of prompts and answers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["jsonl"] = "jsonl"
+    path: Path
+    seed: int = 0
+
+
+class JsonlTask:
+    """The task of a `JsonlConfig`. Raises ValueError that names the line of a malformed file."""
+
+    def __init__(self, config: JsonlConfig) -> None:
+        self._seed = config.seed
+        self._of_split: dict[Split, list[Prompt]] = {"train": [], "heldout": []}
+        for number, line in enumerate(config.path.read_text(encoding="utf-8").splitlines(), start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                prompt = Prompt(str(row["prompt"]), str(row["answer"]), None)
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f'{config.path}, line {number}: {error!r}; give one {{"prompt": ..., "answer": ...}} object a line'
+                ) from None
+            self._of_split[split_of(prompt.text)].append(prompt)
+        for split, prompts in self._of_split.items():
+            if not prompts:
+                raise ValueError(f"{config.path}: no {split} prompt among its lines; give more lines (a tenth is held out)")
+
+    def prompts(self, split: Split, start: int = 0) -> Iterator[tuple[int, Prompt]]:
+        prompts = self._of_split[split]
+        number = start
+        while True:  # each pass over the file in its own order
+            epoch, position = divmod(number, len(prompts))
+            order = random.Random(f"{self._seed}/{epoch}").sample(range(len(prompts)), len(prompts))
+            for index in order[position:]:
+                yield number, prompts[index]
+                number += 1
+
+    def verify(self, prompt: Prompt, completion: str) -> float:
+        try:
+            return float(verify(parse(prompt.answer), parse(completion)))
+        except Exception:  # a completion that cannot be parsed is wrong
+            return 0.0

@@ -1,0 +1,95 @@
+"""Prompts and verifiers of reasoning-gym, a maintained generator of verifiable puzzles.
+
+A mix draws from several of its datasets by weight. The surface says how an item is written for the policy: as its question, or,
+for a character-level policy, as a bare sum.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import reasoning_gym
+from pydantic import BaseModel, ConfigDict, Field
+
+from v05.tasks import Prompt, Split, split_of
+
+ENDLESS = 2**31 - 1  # items of a dataset; each is generated from its index when asked for
+OPERAND_WIDTH = 4
+
+
+@dataclass(frozen=True)
+class Surface:
+    """How an item is written for a policy (`write`: item -> prompt text, answer text) and read back (`read`: completion -> answer)."""
+
+    write: Callable[[dict[str, Any]], tuple[str, str]]
+    read: Callable[[str], str]
+
+
+def _write_sum(item: dict[str, Any]) -> tuple[str, str]:
+    expression = item["metadata"]["expression"].replace(" ", "")
+    return re.sub(r"\d+", lambda n: n[0].zfill(OPERAND_WIDTH), expression) + "=", str(item["answer"])[::-1]
+
+
+SURFACES = {
+    "question": Surface(lambda item: (item["question"], str(item["answer"])), str.strip),
+    # Operands padded to one width, the answer least-significant digit first: carries then run in reading order.
+    "sum": Surface(_write_sum, lambda completion: completion[::-1]),
+}
+
+
+class Source(BaseModel):
+    """One reasoning-gym dataset of a mix: its name, how often it is drawn, and its own settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    dataset: str
+    weight: float = Field(default=1.0, gt=0)
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+class ReasoningGymConfig(BaseModel):
+    """A weighted mix of reasoning-gym datasets in one surface."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["reasoning_gym"] = "reasoning_gym"
+    mix: tuple[Source, ...] = Field(min_length=1)
+    surface: Literal["question", "sum"] = "question"
+    seed: int = 0
+
+
+class ReasoningGymTask:
+    """The task of a `ReasoningGymConfig`."""
+
+    def __init__(self, config: ReasoningGymConfig) -> None:
+        self._surface = SURFACES[config.surface]
+        self._datasets = [
+            reasoning_gym.create_dataset(source.dataset, size=ENDLESS, seed=config.seed, **source.settings)
+            for source in config.mix
+        ]
+        self._weights = [source.weight for source in config.mix]
+        self._seed = config.seed
+
+    def prompts(self, split: Split, start: int = 0) -> Iterator[tuple[int, Prompt]]:
+        number = start
+        while True:
+            prompt = self._prompt(number)
+            if split_of(prompt.text) == split:
+                yield number, prompt
+            number += 1
+
+    def _prompt(self, number: int) -> Prompt:
+        (source,) = random.Random(f"{self._seed}/{number}").choices(range(len(self._datasets)), self._weights)
+        item = self._datasets[source][number]
+        text, answer = self._surface.write(item)
+        return Prompt(text, answer, (source, item))
+
+    def verify(self, prompt: Prompt, completion: str) -> float:
+        source, item = prompt.item
+        try:
+            score = self._datasets[source].score_answer(self._surface.read(completion), item)
+        except Exception:  # some verifiers raise on junk, which is then simply wrong
+            return 0.0
+        return float(score == 1.0)  # partial credit is no success

@@ -1,0 +1,206 @@
+"""The policy: a Hugging Face causal language model, either a folder on disk or a small character-level decoder made here.
+
+The small one is warm-started by supervised training on the task's own training prompts, so that its pass rates spread over (0, 1):
+reinforcement learning has nothing to do at 5 % and little at 85 %. The result is an ordinary model folder, cached by a hash of what made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import string
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from v05.rollout import Request, RolloutEngine
+from v05.rollout.transformers_engine import TransformersEngine
+from v05.tasks import Prompt, Task, heldout_set
+
+IGNORED = -100  # a label that cross-entropy skips
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+
+
+class WarmStartConfig(BaseModel):
+    """Supervised training of the character-level policy, until it is good enough to learn from its own rollouts.
+
+    The jump from a few percent to most prompts solved is sudden and its step differs by seed; hence the stop on validation.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    target_accuracy: float = Field(default=0.42, gt=0, lt=1, description="stop once held-out accuracy reaches this")
+    batch_size: int = Field(default=256, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    max_steps: int = Field(default=8000, ge=1)
+    decay_steps: int = Field(default=100, ge=0, description="steps of linear decay after the target is reached")
+    validate_every: int = Field(default=100, ge=1)
+    validation_prompts: int = Field(default=256, ge=1)
+    seed: int = 0
+
+
+class PolicyConfig(BaseModel):
+    """A model folder (`path`), or the size of a character-level decoder and how to warm-start it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    path: Path | None = None
+    hidden_size: int = 128
+    layers: int = 3
+    heads: int = 4
+    intermediate_size: int = 384
+    max_new_tokens: int = Field(default=10, ge=1)
+    warm_start: WarmStartConfig = WarmStartConfig()
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a printable ASCII character, newline included."""
+    vocabulary = [PAD, EOS, UNKNOWN, "\n", *string.printable[:95]]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+
+
+def character_decoder(config: PolicyConfig, vocabulary: int) -> PreTrainedModel:
+    """A randomly initialised Qwen3 of the configured size."""
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=vocabulary,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.heads,
+            head_dim=config.hidden_size // config.heads,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=None,
+        )
+    )
+
+
+def load_policy(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Model (float32) and tokenizer of a local folder."""
+    if not (path / "config.json").is_file():
+        raise ValueError(f"policy.path={path}: no config.json there; give a Hugging Face model folder")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    return model, AutoTokenizer.from_pretrained(path, local_files_only=True, padding_side="left")
+
+
+def policy_folder(config: PolicyConfig, task_config: BaseModel, task: Task, report: Callable[[str], None]) -> Path:
+    """The folder of the policy to start from; warm-starts and caches the character-level one the first time."""
+    if config.path is not None:
+        return config.path
+    made_of = json.dumps([config.model_dump(mode="json"), task_config.model_dump(mode="json")], sort_keys=True)
+    key = hashlib.blake2b(made_of.encode(), digest_size=8).hexdigest()
+    folder = cache_root() / f"warm-start-{key}"
+    if not folder.is_dir():
+        model, tokenizer = warm_start(config, task, report)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        (scratch / "made_of.json").write_text(made_of)
+        try:
+            scratch.rename(folder)  # atomic: another process never sees half a folder
+        except OSError:  # another process was first
+            shutil.rmtree(scratch)
+    return folder
+
+
+def cache_root() -> Path:
+    """Where warm starts are kept: $V05_CACHE, or ~/.cache/v05."""
+    return Path(os.environ.get("V05_CACHE", Path.home() / ".cache" / "v05"))
+
+
+def warm_start(
+    config: PolicyConfig, task: Task, report: Callable[[str], None]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Train a fresh character-level policy on right answers until `target_accuracy`, then decay the learning rate.
+
+    Raises RuntimeError if `max_steps` do not suffice: the task is too hard for a policy of this size.
+    """
+    settings = config.warm_start
+    torch.manual_seed(settings.seed)
+    tokenizer = character_tokenizer()
+    model = character_decoder(config, len(tokenizer))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    train = (prompt for _, prompt in task.prompts("train"))
+    validation = heldout_set(task, settings.validation_prompts)
+    engine = TransformersEngine(model, tokenizer, max_new_tokens=config.max_new_tokens)
+
+    steps_left = None
+    for step in range(settings.max_steps):
+        warm_up = min(1.0, (step + 1) / 100)
+        decay = 1.0 if steps_left is None else steps_left / settings.decay_steps
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * warm_up * decay
+        tokens, labels = _supervised_batch(list(itertools.islice(train, settings.batch_size)), tokenizer)
+        logits = model(input_ids=tokens, attention_mask=(tokens != tokenizer.pad_token_id).long()).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if steps_left is not None:
+            steps_left -= 1
+            if steps_left <= 0:
+                return model, tokenizer
+        elif (step + 1) % settings.validate_every == 0:
+            accuracy = _accuracy(engine, tokenizer, task, validation)
+            report(f"warm start: step {step + 1}, loss {loss.item():.3f}, held-out accuracy {accuracy:.3f}")
+            if accuracy >= settings.target_accuracy:
+                steps_left = settings.decay_steps
+                if steps_left == 0:
+                    return model, tokenizer
+    raise RuntimeError(
+        f"warm start: accuracy {settings.target_accuracy} was not reached in {settings.max_steps} steps; "
+        "make the task easier, the policy larger or warm_start.max_steps higher"
+    )
+
+
+def _supervised_batch(prompts: list[Prompt], tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, labels), both (B, L), padded on the right; labels cover the answer and its end only."""
+    asked = tokenizer([p.text for p in prompts], add_special_tokens=False)["input_ids"]
+    answers = tokenizer([p.answer for p in prompts], add_special_tokens=False)["input_ids"]
+    longest = max(len(a) + len(b) for a, b in zip(asked, answers, strict=True)) + 1
+    tokens = torch.full((len(prompts), longest), tokenizer.pad_token_id)
+    labels = torch.full((len(prompts), longest), IGNORED)
+    for row, (prompt, answer) in enumerate(zip(asked, answers, strict=True)):
+        line = torch.tensor([*prompt, *answer, tokenizer.eos_token_id])
+        tokens[row, : len(line)] = line
+        labels[row, len(prompt) : len(line)] = line[len(prompt) :]
+    return tokens, labels
+
+
+def _accuracy(engine: RolloutEngine, tokenizer: Any, task: Task, prompts: list[Prompt]) -> float:
+    requests = [
+        Request(tuple(tokenizer(p.text, add_special_tokens=False)["input_ids"]), seed=i) for i, p in enumerate(prompts)
+    ]
+    completions = engine.generate(requests)
+    rewards = [task.verify(p, engine.decode(c)) for p, c in zip(prompts, completions, strict=True)]
+    return sum(rewards) / len(rewards)
