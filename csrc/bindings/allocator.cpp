@@ -1,2 +1,127 @@
+#include "v05/allocator.hpp"
+
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-void register_allocator(pybind11::module_&) {}
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+template <class T>
+std::span<const T> view(const Array<T>& array) {
+  return {array.data(), static_cast<std::size_t>(array.size())};
+}
+
+template <class T>
+Array<T> to_array(const std::vector<T>& values) {
+  return Array<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+// Integer ids as an array, strings as a list.
+py::object to_python(const v05::GroupIdList& ids) {
+  if (const auto* integers = std::get_if<std::vector<std::int64_t>>(&ids)) {
+    return to_array(*integers);
+  }
+  return py::cast(std::get<std::vector<std::string>>(ids));
+}
+
+// Runs C++ work without the interpreter lock: the allocator's mutex is never waited for while holding it.
+template <class Work>
+auto unlocked(Work&& work) {
+  const py::gil_scoped_release release;
+  return std::forward<Work>(work)();
+}
+
+}  // namespace
+
+void register_allocator(py::module_& m) {
+  using v05::RolloutAllocator;
+  py::class_<RolloutAllocator>(m, "RolloutAllocator")
+      .def(py::init([](const std::string& rule, std::int64_t initial, std::int64_t maximum, std::optional<double> cost,
+                       std::int64_t chunk, std::int64_t seed, std::pair<double, double> reward_range,
+                       std::int64_t max_attempts) {
+             return std::make_unique<RolloutAllocator>(v05::AllocatorOptions{
+                 .rule = v05::find_budget_rule(rule),
+                 .initial = initial,
+                 .maximum = maximum,
+                 .cost = cost,
+                 .chunk = chunk,
+                 .seed = seed,
+                 .lowest_reward = reward_range.first,
+                 .highest_reward = reward_range.second,
+                 .max_attempts = max_attempts,
+             });
+           }),
+           py::kw_only(), py::arg("rule"), py::arg("initial"), py::arg("maximum"), py::arg("cost"), py::arg("chunk"),
+           py::arg("seed"), py::arg("reward_range"), py::arg("max_attempts"))
+      .def(
+          "open",
+          [](RolloutAllocator& self, const Array<std::int64_t>& group_ids, const Array<double>& priors) {
+            unlocked([&] {
+              const auto ids = view(group_ids);
+              self.open(std::vector<std::int64_t>(ids.begin(), ids.end()), view(priors));
+            });
+          },
+          py::arg("group_ids").noconvert(), py::arg("priors").noconvert())
+      .def(
+          "open",
+          [](RolloutAllocator& self, const std::vector<std::string>& group_ids, const Array<double>& priors) {
+            unlocked([&] { self.open(group_ids, view(priors)); });
+          },
+          py::arg("group_ids"), py::arg("priors").noconvert())
+      .def(
+          "lease",
+          [](RolloutAllocator& self, std::int64_t limit) {
+            const v05::Leases leases = unlocked([&] { return self.lease(limit); });
+            return py::make_tuple(to_array(leases.lease_ids), to_python(leases.groups), to_array(leases.indices),
+                                  to_array(leases.seeds));
+          },
+          py::arg("limit"))
+      .def(
+          "report",
+          [](RolloutAllocator& self, const Array<std::int64_t>& lease_ids, const Array<double>& rewards) {
+            unlocked([&] { self.report(view(lease_ids), view(rewards)); });
+          },
+          py::arg("lease_ids").noconvert(), py::arg("rewards").noconvert())
+      .def(
+          "fail",
+          [](RolloutAllocator& self, const Array<std::int64_t>& lease_ids) {
+            unlocked([&] { self.fail(view(lease_ids)); });
+          },
+          py::arg("lease_ids").noconvert())
+      .def("done", [](const RolloutAllocator& self) { return unlocked([&] { return self.done(); }); })
+      .def("counts",
+           [](const RolloutAllocator& self) {
+             const v05::AllocatorCounts counts = unlocked([&] { return self.counts(); });
+             py::dict result;
+             result["open_groups"] = counts.open_groups;
+             result["closed_groups"] = counts.closed_groups;
+             result["queued"] = counts.queued;
+             result["leased"] = counts.leased;
+             result["reported"] = counts.reported;
+             result["failed"] = counts.failed;
+             result["invalid"] = counts.invalid;
+             result["duplicate"] = counts.duplicate;
+             result["late"] = counts.late;
+             result["unknown"] = counts.unknown;
+             return result;
+           })
+      .def("drain", [](RolloutAllocator& self) {
+        const v05::ClosedGroups closed = unlocked([&] { return self.drain(); });
+        return py::make_tuple(to_python(closed.group_ids), to_array(closed.offsets), to_array(closed.rewards),
+                              to_array(closed.priors));
+      });
+}
