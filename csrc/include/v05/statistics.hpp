@@ -50,7 +50,7 @@ inline Moments merge(const Moments& a, const Moments& b) {
   return {.count = a.count + b.count,
           .mean = a.mean + difference * nb / (na + nb),
           .m2 = a.m2 + b.m2 + difference * difference * na * nb / (na + nb),
-          .all_equal = a.all_equal && b.all_equal && a.mean == b.mean};
+          .all_equal = a.all_equal && b.all_equal && a.mean == b.mean,};
 }
 
 }  // namespace v05

@@ -1,0 +1,208 @@
+"""`RolloutAllocator`: how many rollouts each group gets, decided while they come in.
+
+V_0.5 (arXiv 2603.10848) starts every group with a few rollouts and lets the one-step look-ahead test buy more where
+the prior and the rewards disagree. The bookkeeping lives in `csrc/allocator.cpp`; here arrays are checked and named.
+
+    allocator = RolloutAllocator()
+    allocator.open(prompt_ids, priors)
+    while not allocator.done:
+        leases = allocator.lease(256)
+        allocator.report(leases.lease_id, generate_and_verify(leases))
+    groups = allocator.drain()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from v05 import _core
+
+GroupIds = NDArray[np.int64] | NDArray[np.object_]
+Scalar = TypeVar("Scalar", np.int64, np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Leases:
+    """Rollouts to run, all arrays of shape (n,).
+
+    Attributes:
+        lease_id: int64, what `report` and `fail` take. A retry of a rollout has a new one.
+        group: the caller's id, int64 or str (object array).
+        index: int64, the rollout's place in its group.
+        seed: int64, non-negative; a function of the allocator's seed, the group id and the index alone. An id that is
+            used again gets the same seeds again.
+    """
+
+    lease_id: NDArray[np.int64]
+    group: GroupIds
+    index: NDArray[np.int64]
+    seed: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.lease_id)
+
+
+@dataclass(frozen=True, eq=False)
+class ClosedGroups:
+    """G groups that have all their rollouts, in the order they were opened.
+
+    Attributes:
+        group_ids: (G,) int64 or str (object array).
+        offsets: (G + 1,) int64; the rewards of group g are rewards[offsets[g] : offsets[g + 1]].
+        rewards: (offsets[G],) float64, reward units, in index order; NaN where the rollout is invalid.
+        priors: (G,) float64, reward units, as given.
+    """
+
+    group_ids: GroupIds
+    offsets: NDArray[np.int64]
+    rewards: NDArray[np.float64]
+    priors: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.group_ids)
+
+
+class RolloutAllocator:
+    """Hands out rollouts and decides, group by group, when there are enough (arXiv 2603.10848, one-step look-ahead).
+
+    A group starts with `initial` rollouts. Once all that were asked for have settled, the rule looks at the valid
+    rewards in index order and either closes the group for good or asks for `chunk` more. So the allocation does not
+    depend on the order in which rewards arrive. All methods may be called from several threads.
+
+    Args:
+        rule: "osla" asks for more while the estimated squared error of the baseline falls by more than `cost` per
+            rollout; "uniform" never asks for more than `initial`.
+        initial: rollouts of a group before its first test.
+        maximum: most rollouts of a group, invalid ones included.
+        cost: of one rollout, centred units squared (rewards scaled to [-1, 1]); None is 1 / maximum**2.
+        chunk: rollouts added at a time. 1 is the paper's rule; more of them trade rollouts for fewer serial rounds.
+        seed: int64 that all rollout seeds derive from.
+        reward_range: (lowest, highest) of rewards and priors, reward units.
+        max_attempts: failures after which a rollout is closed as invalid.
+
+    Raises:
+        ValueError: an argument is out of bounds.
+    """
+
+    def __init__(
+        self,
+        *,
+        rule: str = "osla",
+        initial: int = 4,
+        maximum: int = 16,
+        cost: float | None = None,
+        chunk: int = 1,
+        seed: int = 0,
+        reward_range: tuple[float, float] = (0.0, 1.0),
+        max_attempts: int = 3,
+    ) -> None:
+        self._core = _core.RolloutAllocator(
+            rule=rule,
+            initial=initial,
+            maximum=maximum,
+            cost=cost,
+            chunk=chunk,
+            seed=seed,
+            reward_range=reward_range,
+            max_attempts=max_attempts,
+        )
+
+    def open(self, group_ids: ArrayLike | Sequence[str], priors: ArrayLike) -> None:
+        """Open groups; their initial rollouts join the end of the queue.
+
+        Args:
+            group_ids: (G,) int64, or str; one kind per allocator. An id may be used again once its group was drained.
+            priors: (G,) float64, reward units; NaN is no prior.
+
+        Raises:
+            ValueError: an id repeats or its group is not drained yet, the lengths differ, a prior is outside
+                `reward_range`, a dtype does not fit. No group is opened then.
+        """
+        self._core.open(_group_ids(group_ids), _vector("priors", priors, np.float64))
+
+    def lease(self, n: int) -> Leases:
+        """At most `n` rollouts to run: those of tested groups and retries first, then new groups in open order.
+
+        Raises:
+            ValueError: `n` is negative.
+        """
+        lease_id, group, index, seed = self._core.lease(n)
+        return Leases(lease_id, _id_array(group), index, seed)
+
+    def report(self, lease_ids: ArrayLike, rewards: ArrayLike) -> None:
+        """Settle rollouts. An id that is not out (duplicate, late, unknown) is counted and its reward is not applied.
+
+        Args:
+            lease_ids: (n,) int64.
+            rewards: (n,) float64, reward units; NaN marks an invalid rollout, which the test leaves out.
+
+        Raises:
+            ValueError: a reward is outside `reward_range`, the lengths differ, a dtype does not fit. Nothing is applied
+                then.
+        """
+        self._core.report(_vector("lease_ids", lease_ids, np.int64), _vector("rewards", rewards, np.float64))
+
+    def fail(self, lease_ids: ArrayLike) -> None:
+        """Put rollouts back in the queue: same group, index and seed under a new lease id.
+
+        After `max_attempts` failures a rollout is closed as invalid and its group goes on without it. Ids that are not
+        out are counted as in `report`.
+
+        Args:
+            lease_ids: (n,) int64.
+
+        Raises:
+            ValueError: the dtype does not fit.
+        """
+        self._core.fail(_vector("lease_ids", lease_ids, np.int64))
+
+    @property
+    def done(self) -> bool:
+        """Every opened group is closed: nothing is queued and nothing is out."""
+        return self._core.done()
+
+    def counts(self) -> dict[str, int]:
+        """What the allocator holds now and has seen since it was made.
+
+        Now: `open_groups`, `closed_groups` (to be drained), `queued` and `leased` rollouts.
+        Since it was made: `reported` and `failed` leases; `invalid` rollouts, settled without a reward; and ids given
+        to `report` or `fail` that were not out: `duplicate` (reported before), `late` (failed before, or the group was
+        drained), `unknown` (never handed out).
+        """
+        return self._core.counts()
+
+    def drain(self) -> ClosedGroups:
+        """Take the closed groups, in open order. The allocator forgets them."""
+        group_ids, offsets, rewards, priors = self._core.drain()
+        return ClosedGroups(_id_array(group_ids), offsets, rewards, priors)
+
+
+def _vector(name: str, values: ArrayLike, dtype: type[Scalar]) -> NDArray[Scalar]:
+    """`values` as a contiguous 1-D array; a ValueError unless their dtype converts to `dtype` without loss."""
+    array = np.asarray(values)
+    if array.ndim != 1:
+        raise ValueError(f"{name} has shape {array.shape}; give one dimension")
+    if array.size and not np.can_cast(array.dtype, dtype):
+        raise ValueError(f"{name} has dtype {array.dtype}; give {np.dtype(dtype)} or what converts to it without loss")
+    return np.ascontiguousarray(array, dtype=dtype)
+
+
+def _group_ids(group_ids: ArrayLike | Sequence[str]) -> NDArray[np.int64] | list[str]:
+    if isinstance(group_ids, str):
+        raise ValueError(f"group_ids={group_ids!r} is one string; give a sequence of ids")
+    # A list of str must not pass through NumPy's fixed-width strings: they strip trailing NULs.
+    ids = group_ids.tolist() if isinstance(group_ids, np.ndarray) and group_ids.dtype.kind in "OU" else group_ids
+    if isinstance(ids, Sequence) and any(isinstance(name, str) for name in ids):
+        if not all(isinstance(name, str) for name in ids):
+            raise ValueError("group_ids mix strings and other types; an allocator keeps to the kind it was first given")
+        return list(ids)
+    return _vector("group_ids", ids, np.int64)
+
+
+def _id_array(ids: NDArray[np.int64] | list[str]) -> GroupIds:
+    return np.array(ids, dtype=np.object_) if isinstance(ids, list) else ids
