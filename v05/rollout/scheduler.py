@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,4 +93,33 @@ def collect(
         rounds=rounds,
         generate_seconds=generate_seconds,
         verify_seconds=verify_seconds,
+    )
+
+
+def select(batch: RolloutBatch, keep: NDArray[np.bool_]) -> RolloutBatch:
+    """The groups of `batch` where (G,) `keep` is set. Rounds and seconds stay: they were spent."""
+    sizes = np.diff(batch.offsets)
+    rows = np.repeat(keep, sizes)
+    return replace(
+        batch,
+        prompts=[prompt for prompt, kept in zip(batch.prompts, keep, strict=True) if kept],
+        priors=batch.priors[keep],
+        offsets=np.concatenate(([0], np.cumsum(sizes[keep]))),
+        rewards=batch.rewards[rows],
+        completions=[completion for completion, kept in zip(batch.completions, rows, strict=True) if kept],
+    )
+
+
+def join(batches: Sequence[RolloutBatch]) -> RolloutBatch:
+    """The groups of all batches, in order; rounds and seconds add up."""
+    sizes = np.concatenate([np.diff(batch.offsets) for batch in batches])
+    return RolloutBatch(
+        prompts=[prompt for batch in batches for prompt in batch.prompts],
+        priors=np.concatenate([batch.priors for batch in batches]),
+        offsets=np.concatenate(([0], np.cumsum(sizes))),
+        rewards=np.concatenate([batch.rewards for batch in batches]),
+        completions=[completion for batch in batches for completion in batch.completions],
+        rounds=sum(batch.rounds for batch in batches),
+        generate_seconds=sum(batch.generate_seconds for batch in batches),
+        verify_seconds=sum(batch.verify_seconds for batch in batches),
     )

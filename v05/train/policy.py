@@ -28,10 +28,13 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from v05.rollout import Request, RolloutEngine
 from v05.rollout.transformers_engine import TransformersEngine
 from v05.tasks import Prompt, Task, heldout_set
+
+disable_progress_bar()  # a bar per weight file would cut through the run's own
 
 IGNORED = -100  # a label that cross-entropy skips
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
@@ -44,9 +47,9 @@ class WarmStartConfig(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    target_accuracy: float = Field(default=0.42, gt=0, lt=1, description="stop once held-out accuracy reaches this")
-    batch_size: int = Field(default=256, ge=1)
-    learning_rate: float = Field(default=2e-3, gt=0)
+    target_accuracy: float = Field(default=0.4, gt=0, lt=1, description="stop once held-out accuracy reaches this")
+    batch_size: int = Field(default=128, ge=1)
+    learning_rate: float = Field(default=3e-3, gt=0)
     max_steps: int = Field(default=8000, ge=1)
     decay_steps: int = Field(default=100, ge=0, description="steps of linear decay after the target is reached")
     validate_every: int = Field(default=100, ge=1)

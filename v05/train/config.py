@@ -1,0 +1,173 @@
+"""What a run is made of: pydantic models, the recipes of the methods, and the presets.
+
+A run is a `RunConfig`, written to its directory as config.json; the same file runs it again. A recipe is what a paper prescribes
+beside its advantage; a preset is a task and policy of some size.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from v05.methods import METHODS, Scale, find_method
+from v05.tasks import Task
+from v05.tasks.jsonl import JsonlConfig, JsonlTask
+from v05.tasks.reasoning_gym import ReasoningGymConfig, ReasoningGymTask, Source
+from v05.train.loss import Aggregation, GroupWeighting
+from v05.train.policy import PolicyConfig, WarmStartConfig
+
+TaskConfig = Annotated[ReasoningGymConfig | JsonlConfig, Field(discriminator="kind")]
+
+
+class Settings(BaseModel):
+    """Refuses unknown fields: a misspelt setting is an error, not a default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BudgetConfig(Settings):
+    """How many rollouts a prompt gets: `initial`, then what `rule` asks for up to `maximum` (v05.budget.RolloutAllocator)."""
+
+    rule: Literal["uniform", "osla"] = "uniform"
+    initial: int = Field(default=16, ge=1)
+    maximum: int = Field(default=16, ge=1)
+    cost: float | None = Field(default=None, ge=0)
+    chunk: int = Field(default=1, ge=1)
+
+
+class LossConfig(Settings):
+    """Clipped policy gradient (v05.train.loss)."""
+
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    clip_high: float = Field(default=0.2, gt=0)
+    aggregation: Aggregation = "token"
+    group_weighting: GroupWeighting = "prompt"
+    kl_coefficient: float = Field(default=0.0, ge=0)
+
+
+class OptimizerConfig(Settings):
+    """AdamW. Each step's rollouts are split by prompt into `updates_per_step` parts, one update each."""
+
+    learning_rate: float = Field(default=3e-4, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    updates_per_step: int = Field(default=1, ge=1)
+
+
+class OverlongConfig(Settings):
+    """DAPO's soft overlong punishment: 0 up to max_new_tokens - buffer tokens, then falling linearly to -1 at max_new_tokens."""
+
+    buffer: int = Field(default=2, ge=1)
+
+
+class EvaluationConfig(Settings):
+    """Held-out accuracy and the baseline's error against a large-sample truth; neither counts as training rollouts."""
+
+    evaluations: int = Field(default=8, ge=1, description="held-out evaluations after the first step, evenly over the run")
+    prompts: int = Field(default=1024, ge=1)
+    samples: int = Field(default=2, ge=1, description="rollouts a held-out prompt")
+    probe_prompts: int = Field(default=32, ge=0, description="prompts of the step whose true success rate is measured")
+    probe_samples: int = Field(default=128, ge=2)
+
+
+class RunConfig(Settings):
+    """One training run: one method, one seed."""
+
+    method: str
+    seed: int = Field(default=0, ge=0)
+    task: TaskConfig
+    policy: PolicyConfig
+    prior: Literal["history", "constant"] = "history"
+    leave_one_out: bool = False
+    scale: Scale | None = None
+    budget: BudgetConfig = BudgetConfig()
+    max_refills: int = Field(default=0, ge=0, description="DAPO's dynamic sampling: extra draws to replace groups of equal rewards")
+    overlong: OverlongConfig | None = None
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    rollouts_per_step: int = Field(default=512, ge=1, description="prompts of a step are chosen so that about this many are used")
+    total_rollouts: int = Field(default=100_000, ge=1, description="training stops at the step that reaches this many")
+    sampling_batch: int = Field(default=512, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        find_method(self.method)
+        if self.budget.maximum < self.budget.initial:
+            raise ValueError(f"budget.maximum={self.budget.maximum} is below budget.initial={self.budget.initial}; raise it")
+        if self.rollouts_per_step < self.budget.initial:
+            raise ValueError(
+                f"rollouts_per_step={self.rollouts_per_step} does not hold one prompt of budget.initial={self.budget.initial}"
+            )
+        return self
+
+
+# What each paper prescribes beside its advantage. Departures stand in v05/train/loss.py and v05/train/trainer.py.
+RECIPES: dict[str, dict[str, Any]] = {
+    "grpo": {"budget": {"initial": 16, "maximum": 16}, "loss": {"aggregation": "sequence"}},
+    "dr_grpo": {"budget": {"initial": 4, "maximum": 4}},
+    "rloo": {"budget": {"initial": 4, "maximum": 4}},
+    "prior": {"budget": {"initial": 4, "maximum": 4}},
+    "dapo": {"budget": {"initial": 16, "maximum": 16}, "loss": {"clip_high": 0.28}, "max_refills": 3, "overlong": {}},
+    "v05": {"budget": {"rule": "osla", "initial": 4, "maximum": 16}, "loss": {"clip_high": 0.28}},
+}
+
+
+def _sums(low: int, high: int, weight: float) -> Source:
+    return Source(dataset="chain_sum", weight=weight, settings=dict(min_terms=2, max_terms=2, min_digits=low, max_digits=high))
+
+
+def _products(low: int, high: int, weight: float) -> Source:
+    return Source(dataset="products", weight=weight, settings=dict(min_terms=2, max_terms=2, min_digits=low, max_digits=high))
+
+
+_ARITHMETIC = ReasoningGymConfig(surface="sum", mix=(_sums(1, 2, 2), _sums(1, 4, 1), _products(1, 2, 1)))
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # 0.6 million parameters; minutes on one core.
+    "tiny": {
+        "task": _ARITHMETIC,
+        "policy": PolicyConfig(hidden_size=128, layers=3, intermediate_size=384, max_new_tokens=8),
+    },
+    # 2.4 million parameters on longer operands.
+    "small": {
+        "task": ReasoningGymConfig(surface="sum", mix=(_sums(1, 2, 1), _sums(2, 4, 2), _products(1, 3, 1))),
+        "policy": PolicyConfig(hidden_size=192, layers=5, heads=6, intermediate_size=576, max_new_tokens=9),
+        "total_rollouts": 500_000,
+    },
+    # A few seconds, for tests of the pipeline: learns nothing.
+    "smoke": {
+        "task": ReasoningGymConfig(surface="sum", mix=(_sums(1, 1, 1),)),
+        "policy": PolicyConfig(
+            hidden_size=32,
+            layers=1,
+            heads=2,
+            intermediate_size=64,
+            max_new_tokens=4,
+            warm_start=WarmStartConfig(target_accuracy=0.05, batch_size=64, decay_steps=0, validate_every=20),
+        ),
+        "evaluation": EvaluationConfig(evaluations=2, prompts=16, samples=2, probe_prompts=4, probe_samples=16),
+        "rollouts_per_step": 64,
+        "total_rollouts": 256,
+    },
+}
+
+
+def run_config(preset: str, method: str, **overrides: Any) -> RunConfig:
+    """The run of a method on a preset, by the method's recipe; `overrides` replace top-level fields.
+
+    Raises ValueError that lists the known names for an unknown preset or method.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+    find_method(method)
+    return RunConfig.model_validate({**PRESETS[preset], **RECIPES[method], "method": method, **overrides})
+
+
+def make_task(config: ReasoningGymConfig | JsonlConfig) -> Task:
+    """The task of its configuration."""
+    return ReasoningGymTask(config) if isinstance(config, ReasoningGymConfig) else JsonlTask(config)
+
+
+assert RECIPES.keys() == METHODS.keys(), "every method has a recipe"

@@ -1,0 +1,397 @@
+"""The trainer, read top to bottom: one policy, one method, one process.
+
+    v05 train --preset tiny --method v05 --seed 0 --out runs/one
+
+A step is: draw prompts -> predict priors -> sample until the allocator has stopped every group -> fused advantages ->
+clipped policy gradient -> let the prior observe -> log. Evaluations and probes are paid for apart: they count neither as training
+rollouts nor as training time.
+
+Departures from the published algorithms:
+- A step holds about `rollouts_per_step` rollouts whatever the group size: a method with smaller groups sees more prompts a step,
+  not more steps. The papers fix the number of prompts.
+- GRPO (arXiv 2402.03300): no KL term by default (as DAPO and Dr. GRPO); one update a step, so ratios start at 1.
+- DAPO (arXiv 2503.14476): groups whose rewards are all equal are replaced by fresh prompts, as many as are missing and at most
+  `max_refills` times; the paper draws whole batches without end. What is thrown away counts as rollouts spent. The filter reads
+  the verifier's reward, not the shaped one. Overlong shaping scales with this task's lengths.
+- V_0.5 (arXiv 2603.10848): the prior is learnt from the run's own rollouts (v05.prior.history) instead of a pre-trained value
+  model, and starts knowing nothing.
+- All: a rollout whose advantage is zero has no gradient (without a KL term) and is left out of the backward pass. Exact.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from v05.budget import RolloutAllocator
+from v05.methods import find_method
+from v05.ops import AdvantageOutput, fused_advantage
+from v05.prior import ConstantPrior, ValuePrior
+from v05.prior.history import HistoryPrior
+from v05.rollout import Completion, Request
+from v05.rollout.scheduler import RolloutBatch, collect, join, select
+from v05.rollout.transformers_engine import TransformersEngine
+from v05.tasks import Prompt, heldout_set
+from v05.train.config import OverlongConfig, RunConfig, make_task
+from v05.train.loss import policy_loss, rollout_weights, token_weights
+from v05.train.metrics import CONFIG, RESULT, MetricsLog, write_json
+from v05.train.policy import load_policy, policy_folder
+
+PROMPTS_BETWEEN_SEEDS = 10_000_000  # runs of different seeds read different stretches of the task's prompts
+EVALUATION_SEED = 1 << 40  # apart from the seeds of training rollouts, and the same for every method
+MICRO_BATCH = 512  # rollouts a backward pass
+GROUP_SIZE_MEMORY = 0.9  # of the running mean that turns rollouts_per_step into prompts
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: training rollouts spent and wanted, last held-out accuracy."""
+
+    rollouts: int
+    total: int
+    accuracy: float
+
+
+class Trainer:
+    """One run in one directory: config.json, metrics.jsonl, result.json and the final policy/."""
+
+    def __init__(self, config: RunConfig, directory: Path, report: Callable[[str], None]) -> None:
+        torch.manual_seed(config.seed)
+        self.config = config
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / RESULT).unlink(missing_ok=True)
+        write_json(directory / CONFIG, config.model_dump(mode="json"))
+        self.log = MetricsLog(directory)
+
+        self.method = find_method(config.method)
+        self.task = make_task(config.task)
+        folder = policy_folder(config.policy, config.task, self.task, report)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model, self.tokenizer = load_policy(folder)
+        self.model = model.to(device)
+        self.reference = load_policy(folder)[0].to(device) if config.loss.kl_coefficient > 0 else None
+        self.engine = TransformersEngine(
+            self.model,
+            self.tokenizer,
+            max_new_tokens=config.policy.max_new_tokens,
+            batch_size=config.sampling_batch,
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=config.optimizer.learning_rate,
+            weight_decay=config.optimizer.weight_decay,
+        )
+        self.prior: ValuePrior = HistoryPrior() if config.prior == "history" else ConstantPrior()
+        budget = config.budget
+        self.allocator = RolloutAllocator(
+            rule=budget.rule,
+            initial=budget.initial,
+            maximum=budget.maximum,
+            cost=budget.cost,
+            chunk=budget.chunk,
+            seed=config.seed,
+        )
+        self.prompts = (
+            prompt for _, prompt in self.task.prompts("train", start=(config.seed + 1) * PROMPTS_BETWEEN_SEEDS)
+        )
+        self.heldout = heldout_set(self.task, config.evaluation.prompts)
+
+        self.rollouts = 0  # spent on training, thrown away ones included
+        self.groups = 0  # opened so far
+        self.group_size = float(budget.initial)  # running mean
+        self.seconds = 0.0  # of training
+
+    def run(self) -> Iterator[Progress]:
+        """Train to the end, yielding after every step; then write the result."""
+        config = self.config
+        accuracy_before, _ = self.evaluate()
+        accuracy, successes = accuracy_before, None
+        due = 1
+        step = 0
+        while self.rollouts < config.total_rollouts:
+            probe = step == 0 or successes is not None  # the step after an evaluation
+            self.step(step, probe)
+            step += 1
+            successes = None
+            if self.rollouts >= config.total_rollouts * due / config.evaluation.evaluations:
+                accuracy, successes = self.evaluate()
+                due = 1 + int(self.rollouts * config.evaluation.evaluations / config.total_rollouts)
+            yield Progress(self.rollouts, config.total_rollouts, accuracy)
+
+        self.log.close()
+        self.model.save_pretrained(self.directory / "policy")
+        self.tokenizer.save_pretrained(self.directory / "policy")
+        write_json(
+            self.directory / RESULT,
+            {
+                "method": config.method,
+                "seed": config.seed,
+                "accuracy_before": accuracy_before,
+                "accuracy_after": accuracy,
+                "rollouts": self.rollouts,
+                "steps": step,
+                "seconds": self.seconds,
+                "heldout_samples": config.evaluation.samples,
+                "heldout_successes": successes,
+            },
+        )
+
+    def step(self, step: int, probe: bool) -> None:
+        """One optimiser step, from prompts to the logged record."""
+        config = self.config
+        started = time.perf_counter()
+        spent_before = self.rollouts
+        batch, thrown_away = self.sample()
+        rewards = shaped_rewards(batch.rewards, batch.completions, config.overlong, config.policy.max_new_tokens)
+        sampled = time.perf_counter()
+
+        lengths = torch.tensor([len(c.tokens) for c in batch.completions], dtype=torch.int64)
+        mask = torch.arange(config.policy.max_new_tokens) < lengths[:, None]
+        out = fused_advantage(
+            rewards,
+            batch.priors if self.method.needs_prior else None,
+            group_offsets=batch.offsets,
+            response_mask=mask,
+            method=config.method,
+            scale=config.scale,
+            leave_one_out=config.leave_one_out,
+            max_rollouts=config.budget.maximum,
+            cost=config.budget.cost,
+            nonfinite="exclude",
+        )
+        judged = time.perf_counter()
+        probed = self.probe(batch, out) if probe and config.evaluation.probe_prompts else 0.0
+        updating = time.perf_counter()
+        update = self.update(batch, out.advantages, mask)
+        updated = time.perf_counter()
+        if self.method.needs_prior:
+            sizes = np.diff(batch.offsets)
+            successes = np.add.reduceat(batch.rewards, batch.offsets[:-1]) if len(sizes) else np.zeros(0)
+            self.prior.observe([p.text for p in batch.prompts], successes, sizes)
+        self.seconds += time.perf_counter() - started - probed
+
+        assert out.stats is not None
+        stats = out.stats
+        weight = stats.weight
+        self.log.write(
+            "step",
+            step=step,
+            rollouts=self.rollouts,
+            spent=self.rollouts - spent_before,
+            thrown_away=thrown_away,
+            prompts=len(batch.prompts),
+            tokens=int(lengths.sum()),
+            seconds=self.seconds,
+            accuracy=float(np.mean(batch.rewards)) if len(batch.rewards) else float("nan"),
+            group_size=float(np.mean(np.diff(batch.offsets))) if batch.prompts else float("nan"),
+            entropy=-float(np.mean(np.concatenate([c.logprobs for c in batch.completions]))) if batch.completions else float("nan"),
+            prior_mean=float(np.mean(batch.priors)) if self.method.needs_prior else float("nan"),
+            prior_squared_error=float(torch.mean((stats.mean - stats.prior) ** 2)) if stats.prior is not None else float("nan"),
+            weight=float(weight.mean()) if weight is not None else float("nan"),
+            prior_rejected=float((weight > 0).double().mean()) if weight is not None else float("nan"),
+            rounds=batch.rounds,
+            generate_seconds=batch.generate_seconds,
+            verify_seconds=batch.verify_seconds,
+            sample_seconds=sampled - started,
+            advantage_seconds=judged - sampled,
+            update_seconds=updated - updating,
+            **update,
+        )
+
+    def sample(self) -> tuple[RolloutBatch, int]:
+        """The step's rollouts, and how many were thrown away for giving no signal (DAPO's dynamic sampling)."""
+        config = self.config
+        wanted = min(config.rollouts_per_step, config.total_rollouts - self.rollouts)
+        prompts = max(1, round(wanted / self.group_size))
+        batch = self._collect(prompts)
+        kept = [batch]
+        thrown_away = 0
+        for refill in range(config.max_refills + 1):
+            if config.max_refills == 0:
+                break
+            signal = has_signal(kept[-1])
+            thrown_away += int(np.diff(kept[-1].offsets)[~signal].sum())
+            kept[-1] = select(kept[-1], signal)
+            missing = prompts - sum(len(part.prompts) for part in kept)
+            if missing == 0 or refill == config.max_refills:
+                break
+            kept.append(self._collect(missing))
+        return join(kept), thrown_away
+
+    def _collect(self, count: int) -> RolloutBatch:
+        prompts = [next(self.prompts) for _ in range(count)]
+        priors = (
+            self.prior.predict([p.text for p in prompts]) if self.method.needs_prior else np.full(len(prompts), np.nan)
+        )
+        batch = collect(
+            self.allocator,
+            self.engine,
+            self.task,
+            prompts,
+            [self.tokens_of(p) for p in prompts],
+            priors,
+            first_group=self.groups,
+            batch_size=self.config.sampling_batch,
+        )
+        self.groups += count
+        self.rollouts += len(batch.rewards)
+        self.group_size += (1 - GROUP_SIZE_MEMORY) * (len(batch.rewards) / count - self.group_size)
+        return batch
+
+    def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
+        return tuple(self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"])
+
+    def update(self, batch: RolloutBatch, advantages: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
+        """Optimiser updates on the step's rollouts, one a part; returns means over the updates."""
+        config = self.config
+        parts = [p for p in np.array_split(np.arange(len(batch.prompts)), config.optimizer.updates_per_step) if len(p)]
+        offsets = torch.from_numpy(batch.offsets)
+        records = []
+        for part in parts:
+            rows = torch.arange(int(offsets[part[0]]), int(offsets[part[-1] + 1]))
+            weights = rollout_weights(offsets[part[0] : part[-1] + 2] - offsets[part[0]], config.loss.group_weighting)
+            weights = token_weights(weights, mask[rows], config.loss.aggregation)
+            teaches = (advantages[rows] != 0).any(-1)
+            if self.reference is not None:
+                teaches |= True
+            self.optimizer.zero_grad()
+            totals = torch.zeros(3)
+            for chunk in torch.nonzero(teaches).squeeze(-1).split(MICRO_BATCH):
+                totals += self._backward(batch, rows[chunk], advantages[rows[chunk]], weights[chunk])
+            grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.max_grad_norm)
+            self.optimizer.step()
+            records.append([float(grad_norm), *totals.tolist()])
+        means = np.mean(records, axis=0) if records else np.full(4, np.nan)
+        return dict(zip(("grad_norm", "loss", "clip_fraction", "kl"), map(float, means), strict=True))
+
+    def _backward(
+        self, batch: RolloutBatch, rows: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Accumulate gradients of some rollouts; returns (loss, clipped share of their tokens weighted by rows, KL)."""
+        device = self.model.device
+        group_of = np.repeat(np.arange(len(batch.prompts)), np.diff(batch.offsets))
+        prompts = [self.tokens_of(batch.prompts[g]) for g in group_of[rows.numpy()]]
+        completions = [batch.completions[i] for i in rows.tolist()]
+        width = max(len(c.tokens) for c in completions)
+        logprobs = completion_logprobs(self.model, prompts, completions, self.tokenizer.pad_token_id)
+        reference = None
+        if self.reference is not None:
+            with torch.no_grad():
+                reference = completion_logprobs(self.reference, prompts, completions, self.tokenizer.pad_token_id)
+        old = torch.zeros(len(completions), width)
+        for row, completion in enumerate(completions):
+            old[row, : len(completion.logprobs)] = torch.from_numpy(completion.logprobs)
+        loss = policy_loss(
+            logprobs,
+            old.to(device),
+            advantages[:, :width].to(device),
+            weights[:, :width].to(device),
+            clip_low=self.config.loss.clip_low,
+            clip_high=self.config.loss.clip_high,
+            reference_logprobs=reference,
+            kl_coefficient=self.config.loss.kl_coefficient,
+        )
+        loss.total.backward()
+        share = len(completions) / len(batch.completions)
+        kl = torch.zeros(()) if loss.kl is None else loss.kl.detach().cpu()
+        return torch.stack((loss.total.detach().cpu(), loss.clip_fraction.cpu() * share, kl))
+
+    def evaluate(self) -> tuple[float, list[int]]:
+        """Held-out accuracy by sampling, and the successes of each held-out prompt. Logged; the seeds never change."""
+        samples = self.config.evaluation.samples
+        rewards = self.true_rewards(self.heldout, samples, EVALUATION_SEED)[0]
+        accuracy = float(rewards.mean())
+        self.log.write("evaluation", rollouts=self.rollouts, seconds=self.seconds, accuracy=accuracy)
+        return accuracy, rewards.sum(-1).astype(int).tolist()
+
+    def probe(self, batch: RolloutBatch, out: AdvantageOutput) -> float:
+        """Log the baseline's squared error against many fresh rollouts of the same policy; returns the seconds it took.
+
+        The truth's own sampling variance is subtracted, so that the figure is unbiased (and may dip below zero).
+        """
+        started = time.perf_counter()
+        settings = self.config.evaluation
+        count = min(settings.probe_prompts, len(batch.prompts))
+        if count:
+            seed = EVALUATION_SEED + self.rollouts * settings.probe_samples
+            rewards, completions = self.true_rewards(batch.prompts[:count], settings.probe_samples, seed)
+            shaped = shaped_rewards(rewards.ravel(), completions, self.config.overlong, self.config.policy.max_new_tokens)
+            shaped = shaped.reshape(rewards.shape)
+            noise = shaped.var(axis=1, ddof=1) / settings.probe_samples
+            assert out.stats is not None
+            error = (out.stats.baseline[:count].numpy() - shaped.mean(axis=1)) ** 2 - noise
+            self.log.write("probe", rollouts=self.rollouts, prompts=count, baseline_mse=float(error.mean()))
+        return time.perf_counter() - started
+
+    def true_rewards(
+        self, prompts: Sequence[Prompt], samples: int, seed: int
+    ) -> tuple[NDArray[np.float64], list[Completion]]:
+        """(P, samples) verified rewards of fresh rollouts, and the rollouts."""
+        requests = [
+            Request(tokens, seed + i * samples + j)
+            for i, tokens in enumerate(map(self.tokens_of, prompts))
+            for j in range(samples)
+        ]
+        completions = self.engine.generate(requests)
+        rewards = [
+            self.task.verify(prompts[i // samples], self.engine.decode(completion)) for i, completion in enumerate(completions)
+        ]
+        return np.array(rewards).reshape(len(prompts), samples), completions
+
+
+def completion_logprobs(
+    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], completions: Sequence[Completion], pad: int
+) -> torch.Tensor:
+    """(N, T) log-probabilities of completion tokens under `model`, T the longest; meaningless beyond a completion's length."""
+    left = max(map(len, prompts))
+    width = max(len(c.tokens) for c in completions)
+    tokens = torch.full((len(prompts), left + width), pad)
+    mask = torch.zeros(len(prompts), left + width, dtype=torch.int64)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        start, end = left - len(prompt), left + len(completion.tokens)
+        tokens[row, start:left] = torch.tensor(prompt)
+        tokens[row, left:end] = torch.from_numpy(completion.tokens)
+        mask[row, start:end] = 1
+    tokens, mask = tokens.to(model.device), mask.to(model.device)
+    logits = model(
+        input_ids=tokens,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        logits_to_keep=width + 1,
+    ).logits[:, :-1]
+    return torch.log_softmax(logits.float(), dim=-1).gather(-1, tokens[:, left:, None]).squeeze(-1)
+
+
+def has_signal(batch: RolloutBatch) -> NDArray[np.bool_]:
+    """(G,) the group's rewards are not all equal."""
+    groups = zip(batch.offsets[:-1], batch.offsets[1:], strict=True)
+    return np.array([bool(np.ptp(batch.rewards[a:b]) > 0) for a, b in groups], dtype=bool)
+
+
+def shaped_rewards(
+    rewards: NDArray[np.float64], completions: Sequence[Completion], overlong: OverlongConfig | None, limit: int
+) -> NDArray[np.float64]:
+    """(N,) rewards, less DAPO's soft punishment of long completions where it is asked for (arXiv 2503.14476, eq. 13)."""
+    if overlong is None:
+        return rewards
+    lengths = np.array([len(c.tokens) for c in completions])
+    return rewards - np.clip((lengths - (limit - overlong.buffer)) / overlong.buffer, 0.0, 1.0)
+
+
+def train(config: RunConfig, directory: Path, report: Callable[[str], None] = print) -> dict[str, Any]:
+    """Run `config` in `directory` to the end without a progress display; returns the result."""
+    import json
+
+    for _ in Trainer(config, directory, report).run():
+        pass
+    result: dict[str, Any] = json.loads((directory / RESULT).read_text())
+    return result
