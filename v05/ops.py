@@ -73,7 +73,7 @@ def fused_advantage(
     *,
     group_ids: Array | Sequence[str] | None = None,
     group_offsets: Array | None = None,
-    response_mask: torch.Tensor | None = None,
+    response_mask: Array | None = None,
     cu_seqlens: Array | None = None,
     valid: Array | None = None,
     trajectory_ids: Array | None = None,
@@ -154,8 +154,9 @@ def fused_advantage(
     _require(dtype.is_floating_point, f"dtype={dtype} cannot hold advantages; choose a floating dtype")
     _require(max_rollouts >= 1, f"max_rollouts={max_rollouts}; give at least 1")
 
-    rewards = _real(torch.as_tensor(rewards).detach())
+    rewards = _real(_tensor(rewards).detach())
     device = rewards.device
+    response_mask = None if response_mask is None else _tensor(response_mask)
     n = _rollouts(rewards, response_mask)
     offsets, order = _group(group_ids, group_offsets, num_groups, n, device)
     groups = offsets.numel() - 1
@@ -205,6 +206,11 @@ def fused_advantage(
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _tensor(value: Array) -> torch.Tensor:
+    """A tensor as it is; anything else through NumPy, so that Python floats keep their 64 bits."""
+    return value if isinstance(value, torch.Tensor) else torch.from_numpy(np.asarray(value))
 
 
 def _real(rewards: torch.Tensor) -> torch.Tensor:
@@ -303,7 +309,7 @@ def _integer_ids(group_ids: Array | Sequence[str]) -> tuple[torch.Tensor, int | 
         if array.dtype.kind in "OUST":
             dense, named = _core.factorize(array.tolist())
             return torch.from_numpy(dense), named
-        ids = torch.as_tensor(array)
+        ids = torch.from_numpy(array)
     _require(
         ids.numel() == 0 or not (ids.is_floating_point() or ids.is_complex()),
         f"group_ids: dtype {ids.dtype}; give integers or strings",
@@ -313,7 +319,7 @@ def _integer_ids(group_ids: Array | Sequence[str]) -> tuple[torch.Tensor, int | 
 
 def _offsets(name: str, value: Array, n: int) -> torch.Tensor:
     """Checked int64 offsets, where they are; their values are checked on the CPU only."""
-    offsets = torch.as_tensor(value)
+    offsets = _tensor(value)
     _require(
         offsets.ndim == 1 and offsets.numel() >= 1 and not offsets.is_floating_point(),
         f"{name}: shape {tuple(offsets.shape)}, dtype {offsets.dtype}; give integers (number of parts + 1,) that start at 0",
@@ -332,7 +338,7 @@ def _prior(prior: Array | None, rule: Method, groups: int, device: torch.device)
     if prior is None:
         _require(not rule.needs_prior, f"prior: needed by method={rule.name!r}; give (G,) values in reward units")
         return None
-    values = torch.as_tensor(prior).detach().to(device, torch.float64).contiguous()
+    values = _tensor(prior).detach().to(device, torch.float64).contiguous()
     _require(
         tuple(values.shape) == (groups,), f"prior: shape {tuple(values.shape)} for {groups} groups; give one value a group"
     )
@@ -351,7 +357,7 @@ def _layout(
         response_mask is None or cu_seqlens is None, "response_mask and cu_seqlens: both given; give at most one of the two"
     )
     if response_mask is not None:
-        mask = torch.as_tensor(response_mask).to(device)
+        mask = response_mask.to(device)
         _require(
             mask.ndim == 2 and mask.shape[0] == n, f"response_mask: shape {tuple(mask.shape)} for {n} rollouts; give (N, T)"
         )
@@ -389,7 +395,7 @@ def _row_vector(
 ) -> torch.Tensor | None:
     if value is None:
         return None
-    vector = torch.as_tensor(value)
+    vector = _tensor(value)
     _require(tuple(vector.shape) == (n,), f"{name}: shape {tuple(vector.shape)} for {n} rollouts; give one value a rollout")
     return vector.to(device, dtype).contiguous()
 

@@ -18,24 +18,27 @@ from pydantic import BaseModel, ConfigDict, Field
 from v05.tasks import Prompt, Split, split_of
 
 ENDLESS = 2**31 - 1  # items of a dataset; each is generated from its index when asked for
-OPERAND_WIDTH = 4
 
 
 @dataclass(frozen=True)
 class Surface:
-    """How an item is written for a policy (`write`: item -> prompt text, answer text) and read back (`read`: completion -> answer)."""
+    """How an item is written for a policy (`write`: item, operand width -> prompt text, answer text) and read back (`read`: completion -> answer)."""
 
-    write: Callable[[dict[str, Any]], tuple[str, str]]
+    write: Callable[[dict[str, Any], int], tuple[str, str]]
     read: Callable[[str], str]
 
 
-def _write_sum(item: dict[str, Any]) -> tuple[str, str]:
+def _write_question(item: dict[str, Any], operand_width: int) -> tuple[str, str]:
+    return item["question"], str(item["answer"])
+
+
+def _write_sum(item: dict[str, Any], operand_width: int) -> tuple[str, str]:
     expression = item["metadata"]["expression"].replace(" ", "")
-    return re.sub(r"\d+", lambda n: n[0].zfill(OPERAND_WIDTH), expression) + "=", str(item["answer"])[::-1]
+    return re.sub(r"\d+", lambda n: n[0].zfill(operand_width), expression) + "=", str(item["answer"])[::-1]
 
 
 SURFACES = {
-    "question": Surface(lambda item: (item["question"], str(item["answer"])), str.strip),
+    "question": Surface(_write_question, str.strip),
     # Operands padded to one width, the answer least-significant digit first: carries then run in reading order.
     "sum": Surface(_write_sum, lambda completion: completion[::-1]),
 }
@@ -57,6 +60,7 @@ class ReasoningGymConfig(BaseModel):
     kind: Literal["reasoning_gym"] = "reasoning_gym"
     mix: tuple[Source, ...] = Field(min_length=1)
     surface: Literal["question", "sum"] = "question"
+    operand_width: int = Field(default=0, ge=0, description='digits that "sum" pads operands to')
     seed: int = 0
 
 
@@ -70,6 +74,7 @@ class ReasoningGymTask:
             for source in config.mix
         ]
         self._weights = [source.weight for source in config.mix]
+        self._operand_width = config.operand_width
         self._seed = config.seed
 
     def prompts(self, split: Split, start: int = 0) -> Iterator[tuple[int, Prompt]]:
@@ -83,7 +88,7 @@ class ReasoningGymTask:
     def _prompt(self, number: int) -> Prompt:
         (source,) = random.Random(f"{self._seed}/{number}").choices(range(len(self._datasets)), self._weights)
         item = self._datasets[source][number]
-        text, answer = self._surface.write(item)
+        text, answer = self._surface.write(item, self._operand_width)
         return Prompt(text, answer, (source, item))
 
     def verify(self, prompt: Prompt, completion: str) -> float:

@@ -6,6 +6,7 @@ beside its advantage; a preset is a task and policy of some size.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -122,23 +123,22 @@ def _products(low: int, high: int, weight: float) -> Source:
     return Source(dataset="products", weight=weight, settings=dict(min_terms=2, max_terms=2, min_digits=low, max_digits=high))
 
 
-_ARITHMETIC = ReasoningGymConfig(surface="sum", mix=(_sums(1, 2, 2), _sums(1, 4, 1), _products(1, 2, 1)))
 
 PRESETS: dict[str, dict[str, Any]] = {
     # 0.6 million parameters; minutes on one core.
     "tiny": {
-        "task": _ARITHMETIC,
+        "task": ReasoningGymConfig(surface="sum", operand_width=3, mix=(_sums(2, 3, 3), _products(1, 2, 1))),
         "policy": PolicyConfig(hidden_size=128, layers=3, intermediate_size=384, max_new_tokens=8),
     },
     # 2.4 million parameters on longer operands.
     "small": {
-        "task": ReasoningGymConfig(surface="sum", mix=(_sums(1, 2, 1), _sums(2, 4, 2), _products(1, 3, 1))),
+        "task": ReasoningGymConfig(surface="sum", operand_width=4, mix=(_sums(2, 4, 3), _products(1, 2, 1))),
         "policy": PolicyConfig(hidden_size=192, layers=5, heads=6, intermediate_size=576, max_new_tokens=9),
         "total_rollouts": 500_000,
     },
     # A few seconds, for tests of the pipeline: learns nothing.
     "smoke": {
-        "task": ReasoningGymConfig(surface="sum", mix=(_sums(1, 1, 1),)),
+        "task": ReasoningGymConfig(surface="sum", operand_width=1, mix=(_sums(1, 1, 1),)),
         "policy": PolicyConfig(
             hidden_size=32,
             layers=1,
@@ -154,15 +154,38 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_config(preset: str, method: str, **overrides: Any) -> RunConfig:
-    """The run of a method on a preset, by the method's recipe; `overrides` replace top-level fields.
+SPEC = re.compile(r"(?P<method>\w+)(@(?P<initial>\d+)(\.\.(?P<maximum>\d+))?)?")
 
-    Raises ValueError that lists the known names for an unknown preset or method.
+
+def run_config(preset: str, spec: str, **overrides: Any) -> RunConfig:
+    """The run of a method on a preset, by the method's recipe.
+
+    Args:
+        preset: a name of `PRESETS`.
+        spec: "v05", the recipe as it is; "v05@4", exactly 4 rollouts a prompt; "v05@4..16", 4 and up to 16 by the sequential test.
+        overrides: replace top-level fields of the run.
+
+    Raises:
+        ValueError: lists the known names for an unknown preset or method; names a malformed spec.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r} is unknown; choose one of {', '.join(PRESETS)}")
-    find_method(method)
-    return RunConfig.model_validate({**PRESETS[preset], **RECIPES[method], "method": method, **overrides})
+    parts = SPEC.fullmatch(spec)
+    if parts is None:
+        raise ValueError(f"method={spec!r} is malformed; write a method, method@4 or method@4..16")
+    method = find_method(parts["method"]).name
+    fields = {**PRESETS[preset], **RECIPES[method], "method": method, **overrides}
+    if parts["initial"]:
+        initial, maximum = int(parts["initial"]), int(parts["maximum"] or parts["initial"])
+        rule = "osla" if parts["maximum"] else "uniform"
+        fields["budget"] = {"rule": rule, "initial": initial, "maximum": maximum}
+    return RunConfig.model_validate(fields)
+
+
+def label_of(config: RunConfig) -> str:
+    """A run's method and group size, as `run_config` reads it back: "v05@4..16"."""
+    budget = config.budget
+    return f"{config.method}@{budget.initial}" + (f"..{budget.maximum}" if budget.rule == "osla" else "")
 
 
 def make_task(config: ReasoningGymConfig | JsonlConfig) -> Task:

@@ -1,0 +1,320 @@
+"""fused_advantage on the CPU against golden cases, the reference and broken input."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from golden_cases import golden_parameters, options
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from v05 import reference
+from v05.methods import METHODS
+from v05.ops import first_of_trajectory, fused_advantage, group_rows_on_device
+
+FLOAT32 = 1e-6
+STATISTICS = ("count", "mean", "var", "prior", "baseline", "weight", "statistic", "p_value", "mse", "take_more")
+
+
+def assert_statistics(stats, expected, tolerance):
+    """Compare (G,) tensors with a list of per-group records (dicts or reference.GroupStatistics)."""
+    for g, record in enumerate(expected):
+        record = record if isinstance(record, dict) else vars(record)
+        for name, value in record.items():
+            seen = getattr(stats, name)
+            if value is None:
+                assert seen is None, name
+            else:
+                assert seen[g].item() == pytest.approx(value, rel=tolerance, abs=tolerance, nan_ok=True), (g, name)
+
+
+@pytest.mark.parametrize("case", golden_parameters())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_golden(case, dtype):
+    tolerance = FLOAT32 if dtype == torch.float32 else 1e-12
+    rewards = torch.tensor(case["rewards"], dtype=dtype)
+    out = fused_advantage(
+        rewards,
+        case["prior"],
+        group_ids=case["group_ids"],
+        num_groups=len(case["expect"]["stats"]),
+        dtype=dtype,
+        **options(case),
+    )
+    expected, statistics = case["expect"]["advantages"], case["expect"]["stats"]
+    if case["id"] == "near-equal rewards at a large offset":  # float32 rounds the input: the page is applied to what is left
+        expected, statistics = reference.fused_advantage(
+            rewards.double().numpy(), case["group_ids"], case["prior"], **options(case)
+        )
+    np.testing.assert_allclose(out.advantages.numpy(), expected, rtol=tolerance, atol=tolerance)
+    assert_statistics(out.stats, statistics, tolerance)
+
+
+@st.composite
+def batches(draw):
+    n = draw(st.integers(1, 40))
+    groups = draw(st.integers(1, 8))
+    low, high = draw(st.sampled_from([(0.0, 1.0), (-1.0, 1.0), (-3.0, 5.0)]))
+    unit = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1, width=32))
+    rewards = low + (high - low) * draw(hnp.arrays(np.float64, n, elements=unit))
+    prior = low + (high - low) * draw(hnp.arrays(np.float64, groups, elements=unit))
+    prior[draw(hnp.arrays(np.bool_, groups))] = math.nan
+    return {
+        "rewards": np.clip(rewards, low, high),
+        "group_ids": draw(hnp.arrays(np.int64, n, elements=st.integers(0, groups - 1))),
+        "prior": np.clip(prior, low, high),
+        "valid": draw(hnp.arrays(np.bool_, n)),
+        "num_groups": groups,
+        "method": draw(st.sampled_from(sorted(METHODS))),
+        "scale": draw(st.sampled_from([None, "none", "group", "batch"])),
+        "leave_one_out": draw(st.booleans()),
+        "singleton": draw(st.sampled_from(["zero", "raw"])),
+        "reward_range": (low, high),
+        "max_rollouts": draw(st.integers(1, 32)),
+    }
+
+
+@settings(max_examples=400, deadline=None)
+@given(batches())
+def test_equals_the_reference(batch):
+    batch = dict(batch)
+    rewards, ids, prior = batch.pop("rewards"), batch.pop("group_ids"), batch.pop("prior")
+    expected, statistics = reference.fused_advantage(rewards, ids, prior, **batch)
+    out = fused_advantage(rewards, prior, group_ids=ids, dtype=torch.float64, **batch)
+    np.testing.assert_allclose(out.advantages.numpy(), expected, rtol=1e-9, atol=1e-9)
+    assert_statistics(out.stats, statistics, 1e-9)
+
+
+@pytest.fixture
+def ragged():
+    """Rewards, numeric ids in any order, prior and response lengths of four uneven groups."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.tensor([2, 0, 1, 2, 2, 0, 3, 1, 2, 0])
+    rewards = torch.randint(2, (len(ids),), generator=generator).float()
+    lengths = torch.tensor([3, 1, 0, 5, 2, 4, 1, 0, 5, 2])
+    return rewards, ids, torch.tensor([0.2, 0.5, 0.9, 0.4]), lengths
+
+
+MASK_DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("mask_dtype", MASK_DTYPES, ids=str)
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_padded(ragged, mask_dtype, contiguous):
+    rewards, ids, prior, lengths = ragged
+    mask = (torch.arange(5) < lengths[:, None]).to(mask_dtype)
+    if not contiguous:
+        mask = mask.T.contiguous().T
+    flat = fused_advantage(rewards, prior, group_ids=ids, num_groups=4).advantages
+    buffer = torch.full((10, 5), math.nan)
+    out = fused_advantage(rewards, prior, group_ids=ids, num_groups=4, response_mask=mask, out=buffer)
+    assert out.advantages.data_ptr() == buffer.data_ptr()
+    torch.testing.assert_close(buffer, flat[:, None] * (mask != 0), rtol=0, atol=0)
+
+
+def test_packed(ragged):
+    rewards, ids, prior, lengths = ragged
+    cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+    flat = fused_advantage(rewards, prior, group_ids=ids, num_groups=4).advantages
+    buffer = torch.full((int(lengths.sum()),), math.nan)
+    fused_advantage(rewards, prior, group_ids=ids, num_groups=4, cu_seqlens=cu_seqlens, out=buffer)
+    torch.testing.assert_close(buffer, flat.repeat_interleave(lengths), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_output_dtype(ragged, dtype):
+    rewards, ids, prior, lengths = ragged
+    mask = torch.arange(5) < lengths[:, None]
+    exact = fused_advantage(rewards, prior, group_ids=ids, num_groups=4, response_mask=mask, dtype=torch.float32)
+    out = fused_advantage(rewards, prior, group_ids=ids, num_groups=4, response_mask=mask, dtype=dtype)
+    assert out.advantages.dtype == dtype
+    torch.testing.assert_close(out.advantages, exact.advantages.to(dtype), rtol=1e-6, atol=0)
+
+
+def test_group_forms_agree(ragged):
+    rewards, ids, prior, _ = ragged
+    order = torch.argsort(ids, stable=True)
+    offsets = torch.tensor([0, 3, 5, 9, 10])
+    by_id = fused_advantage(rewards, prior, group_ids=ids, num_groups=4)
+    by_offset = fused_advantage(rewards[order], prior, group_offsets=offsets)
+    torch.testing.assert_close(by_offset.advantages, by_id.advantages[order])
+    # Without num_groups, groups stand in order of first appearance: 2, 0, 1, 3.
+    appearance = torch.tensor([2, 0, 1, 3])
+    names = [f"prompt-{i}" for i in ids.tolist()]
+    for form in (ids * 1000 - 7, names, np.array(names, dtype=object), np.array(names), tuple(names), ids.to(torch.int32)):
+        out = fused_advantage(rewards, prior[appearance], group_ids=form)
+        torch.testing.assert_close(out.advantages, by_id.advantages)
+        torch.testing.assert_close(out.stats.mean, by_id.stats.mean[appearance])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_reward_dtypes(ragged, dtype):
+    rewards, ids, prior, _ = ragged
+    expected = fused_advantage(rewards, prior, group_ids=ids, num_groups=4).advantages
+    torch.testing.assert_close(fused_advantage(rewards.to(dtype), prior, group_ids=ids, num_groups=4).advantages, expected)
+
+
+def test_rewards_that_require_grad_are_detached(ragged):
+    rewards, ids, prior, _ = ragged
+    assert not fused_advantage(rewards.requires_grad_(), prior, group_ids=ids, num_groups=4).advantages.requires_grad
+
+
+def test_strided_rewards():
+    wide = torch.tensor([[1.0, 9.0], [0.0, 9.0], [0.0, 9.0]])
+    out = fused_advantage(wide[:, 0], group_offsets=[0, 3], method="dr_grpo")
+    torch.testing.assert_close(out.advantages, torch.tensor([2 / 3, -1 / 3, -1 / 3]))
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32], ids=str)
+def test_token_rewards_are_summed_over_the_mask(mask_dtype):
+    tokens = torch.tensor([[0.0, 1.0, math.nan], [0.25, 0.25, 9.0], [math.inf, math.inf, math.inf]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 0]]).to(mask_dtype)
+    out = fused_advantage(tokens, group_offsets=[0, 3], response_mask=mask, method="dr_grpo")
+    expected = torch.tensor([0.5, 0.0, -0.5])[:, None] * (mask != 0)
+    torch.testing.assert_close(out.advantages, expected)
+
+
+def test_valid_rows_only():
+    out = fused_advantage([1.0, 0.0, math.nan, 1.0], group_ids=[0, 0, 0, 0], valid=[True, True, False, False], method="dr_grpo")
+    assert out.advantages.tolist() == [0.5, -0.5, 0.0, 0.0]
+    assert out.stats.count.tolist() == [2]
+    assert out.stats.nonfinite.item() == 0
+
+
+def test_group_without_a_valid_rollout():
+    out = fused_advantage([1.0, 0.0], [0.3, 0.8], group_ids=[0, 0], num_groups=2, valid=[False, False])
+    assert out.stats.count.tolist() == [0, 0]
+    assert out.stats.mean.isnan().all()
+    assert out.stats.baseline.tolist() == pytest.approx([0.3, 0.8])
+    assert out.advantages.tolist() == [0.0, 0.0]
+    assert out.stats.take_more.tolist() == [False, False]
+
+
+def test_nonfinite_rewards():
+    rewards = [1.0, math.nan, 0.0, math.inf]
+    with pytest.raises(ValueError, match=r"rewards: not finite in rows 1 \(nan\), 3 \(inf\).*nonfinite='exclude'"):
+        fused_advantage(rewards, group_offsets=[0, 4], method="grpo")
+    out = fused_advantage(rewards, group_offsets=[0, 4], method="dr_grpo", nonfinite="exclude")
+    assert out.advantages.tolist() == [0.5, 0.0, -0.5, 0.0]
+    assert out.stats.nonfinite.item() == 2
+
+
+def test_a_trajectory_counts_once():
+    rewards, trajectories = [1.0, 1.0, 1.0, 0.0], [7, 7, 7, 9]
+    out = fused_advantage(rewards, group_offsets=[0, 4], trajectory_ids=trajectories, method="rloo")
+    assert out.stats.count.tolist() == [2]
+    assert out.stats.mean.tolist() == [0.5]
+    assert out.advantages.tolist() == [1.0, 1.0, 1.0, -1.0]
+    with pytest.raises(ValueError, match="trajectory_ids: rows 0 and 3 are one trajectory"):
+        fused_advantage(rewards, group_offsets=[0, 4], trajectory_ids=[7, 7, 7, 7], method="rloo")
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_device_grouping_equals_the_core(data):
+    n, groups = data.draw(st.integers(0, 30)), data.draw(st.integers(1, 6))
+    ids = torch.from_numpy(data.draw(hnp.arrays(np.int64, n, elements=st.integers(0, groups - 1))))
+    trajectories = torch.from_numpy(data.draw(hnp.arrays(np.int64, n, elements=st.integers(0, 4))))
+    valid = torch.from_numpy(data.draw(hnp.arrays(np.bool_, n)))
+    offsets, order = group_rows_on_device(ids, groups)
+    assert offsets.tolist() == [0, *np.cumsum(np.bincount(ids.numpy(), minlength=groups))]
+    assert order.tolist() == sorted(range(n), key=lambda i: ids[i])
+    first = {}
+    for i in range(n):
+        if valid[i]:
+            first.setdefault((ids[i].item(), trajectories[i].item()), i)
+    seen = first_of_trajectory(trajectories, offsets, order, valid)
+    assert set(torch.nonzero(seen).flatten().tolist()) == set(first.values())
+
+
+def test_singletons():
+    for method in ("grpo", "rloo", "dr_grpo"):
+        assert fused_advantage([0.7], group_offsets=[0, 1], method=method).advantages.item() == 0.0
+        raw = fused_advantage([0.7], group_offsets=[0, 1], method=method, singleton="raw")
+        assert raw.advantages.item() == pytest.approx(0.7)
+    alone = fused_advantage([1.0], [0.25], group_offsets=[0, 1], method="v05", leave_one_out=True)
+    assert alone.advantages.item() == 0.75  # the prior is all that is left
+
+
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_equal_rewards_do_not_explode(scale):
+    out = fused_advantage([1.0] * 4, [0.75], group_offsets=[0, 4], method="v05", scale=scale)
+    assert out.advantages.tolist() == [0.25] * 4
+    success = fused_advantage([1.0, 0.0, 0.0, 0.0], group_offsets=[0, 4], method="rloo", scale=scale)
+    assert success.advantages.abs().max() < 3
+
+
+def test_large_offset_keeps_its_digits():
+    rewards = torch.tensor([10000.0, 10000.001, 10000.002, 10000.003], dtype=torch.float64)
+    out = fused_advantage(rewards, group_offsets=[0, 4], method="grpo", eps=0.0, dtype=torch.float64)
+    assert out.stats.var.item() == pytest.approx(1e-6 * 5 / 3, rel=1e-8)
+
+
+def test_empty_batch():
+    for mask in (None, torch.zeros(0, 5, dtype=torch.bool)):
+        out = fused_advantage(torch.zeros(0), torch.zeros(0), group_offsets=[0], response_mask=mask)
+        assert out.advantages.shape == ((0,) if mask is None else (0, 5))
+        assert out.stats.count.shape == (0,)
+    assert fused_advantage(torch.zeros(0), torch.zeros(0), group_ids=[]).advantages.shape == (0,)
+
+
+def test_statistics_are_optional():
+    assert fused_advantage([1.0, 0.0], group_offsets=[0, 2], method="grpo", stats=False).stats is None
+
+
+R4 = [1.0, 0.0, 0.0, 1.0]
+BAD_INPUT = {
+    "neither group form": (dict(), "group_ids and group_offsets: neither given"),
+    "both group forms": (dict(group_ids=[0] * 4, group_offsets=[0, 4]), "group_ids and group_offsets: both given"),
+    "unknown method": (dict(group_offsets=[0, 4], method="ppo"), "method='ppo' is unknown; choose one of v05, grpo"),
+    "unknown scale": (dict(group_offsets=[0, 4], scale="std"), "scale='std' is unknown; choose one of none, group, batch"),
+    "unknown singleton": (dict(group_offsets=[0, 4], singleton="x"), "singleton='x' is unknown"),
+    "unknown nonfinite": (dict(group_offsets=[0, 4], nonfinite="x"), "nonfinite='x' is unknown"),
+    "unknown backend": (dict(group_offsets=[0, 4], backend="x"), "backend='x' is unknown; choose one of cpp, triton"),
+    "no prior": (dict(group_offsets=[0, 4], method="v05"), "prior: needed by method='v05'"),
+    "wrong prior shape": (dict(group_offsets=[0, 4], prior=[0.1, 0.2]), r"prior: shape \(2,\) for 1 groups"),
+    "prior outside": (dict(group_offsets=[0, 4], prior=[1.5], method="v05"), r"prior: outside reward_range=\(0, 1\) in groups 0 \(1.5\)"),
+    "infinite prior": (dict(group_offsets=[0, 4], prior=[math.inf], method="prior"), "prior: outside reward_range"),
+    "rewards outside": (
+        dict(group_offsets=[0, 4], prior=[0.5], method="v05", reward_range=(0.0, 0.5)),
+        r"rewards: outside reward_range=\(0, 0.5\) in rows 0 \(1\), 3 \(1\)",
+    ),
+    "empty range": (dict(group_offsets=[0, 4], reward_range=(1.0, 0.0)), "reward_range=.* is empty"),
+    "offsets end early": (dict(group_offsets=[0, 3]), "group_offsets: ends at 3 for 4 rollouts"),
+    "offsets start late": (dict(group_offsets=[1, 4]), "group_offsets: starts at 1"),
+    "offsets fall": (dict(group_offsets=[0, 3, 2, 4]), "group_offsets: falls after position 1"),
+    "float offsets": (dict(group_offsets=[0.0, 4.0]), "group_offsets: .* give integers"),
+    "too few ids": (dict(group_ids=[0, 0, 0]), r"group_ids: shape \(3,\) for 4 rollouts"),
+    "float ids": (dict(group_ids=[0.0] * 4), "group_ids: dtype .* give integers or strings"),
+    "ids beyond num_groups": (dict(group_ids=[0, 0, 5, -1], num_groups=2), r"group_ids: outside \[0, num_groups=2\) in rows 2 \(5\), 3 \(-1\)"),
+    "num_groups against offsets": (dict(group_offsets=[0, 4], num_groups=2), "num_groups=2 contradicts group_offsets"),
+    "num_groups against strings": (dict(group_ids=list("aabb"), num_groups=3), "num_groups=3, but group_ids holds 2"),
+    "mask and packing": (
+        dict(group_offsets=[0, 4], response_mask=torch.ones(4, 2), cu_seqlens=[0, 1, 2, 3, 4]),
+        "response_mask and cu_seqlens: both given",
+    ),
+    "mask rows": (dict(group_offsets=[0, 4], response_mask=torch.ones(3, 2)), r"response_mask: shape \(3, 2\) for 4 rollouts"),
+    "cu_seqlens length": (dict(group_offsets=[0, 4], cu_seqlens=[0, 1, 2]), "cu_seqlens: 3 offsets for 4 rollouts"),
+    "cu_seqlens fall": (dict(group_offsets=[0, 4], cu_seqlens=[0, 2, 1, 3, 4]), "cu_seqlens: falls after position 1"),
+    "valid length": (dict(group_offsets=[0, 4], valid=[True]), r"valid: shape \(1,\) for 4 rollouts"),
+    "out shape": (dict(group_offsets=[0, 4], out=torch.empty(3)), r"out: shape \(3,\).*give a contiguous \(4,\) tensor"),
+    "out dtype": (dict(group_offsets=[0, 4], out=torch.empty(4, dtype=torch.float64)), "out: .*torch.float32"),
+    "integer dtype": (dict(group_offsets=[0, 4], dtype=torch.int64), "dtype=torch.int64 cannot hold advantages"),
+    "max_rollouts": (dict(group_offsets=[0, 4], max_rollouts=0), "max_rollouts=0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT.values(), ids=BAD_INPUT.keys())
+def test_errors_name_the_argument_and_the_remedy(arguments, message):
+    arguments = {"method": "grpo", **arguments}
+    with pytest.raises(ValueError, match=message):
+        fused_advantage(R4, arguments.pop("prior", None), **arguments)
+
+
+def test_token_rewards_need_their_mask():
+    with pytest.raises(ValueError, match=r"rewards: token rewards of shape \(2, 3\) need response_mask"):
+        fused_advantage(torch.zeros(2, 3), group_offsets=[0, 2], method="grpo")
+    with pytest.raises(ValueError, match=r"rewards: shape \(1, 1, 1\)"):
+        fused_advantage(torch.zeros(1, 1, 1), group_offsets=[0, 1], method="grpo")

@@ -1,0 +1,58 @@
+"""The specification against facts made without it."""
+
+import math
+
+import numpy as np
+import pytest
+from golden_cases import golden_parameters, options
+
+from v05 import reference
+
+TOLERANCE = 1e-12
+
+
+@pytest.mark.parametrize("case", golden_parameters())
+def test_golden(case):
+    advantages, statistics = reference.fused_advantage(
+        case["rewards"], case["group_ids"], case["prior"], **options(case)
+    )
+    np.testing.assert_allclose(advantages, case["expect"]["advantages"], rtol=TOLERANCE, atol=TOLERANCE)
+    assert len(statistics) == len(case["expect"]["stats"])
+    for seen, expected in zip(statistics, case["expect"]["stats"], strict=True):
+        for name, value in expected.items():
+            assert getattr(seen, name) == pytest.approx(value, rel=TOLERANCE, abs=TOLERANCE), name
+
+
+def test_shrinkage_is_the_positive_part_james_stein_estimator():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        k, mean, prior = int(rng.integers(1, 20)), rng.uniform(-1, 1), rng.uniform(-1, 1)
+        fused = reference.shrinkage(k, mean, prior)
+        noise, bias = 1 / k, max(0.0, (mean - prior) ** 2 - 1 / k)
+        assert fused.weight == pytest.approx(bias / (bias + noise))
+        assert fused.baseline == pytest.approx(fused.weight * mean + (1 - fused.weight) * prior)
+        assert fused.mse == pytest.approx(bias * noise / (bias + noise))
+
+
+def test_the_test_statistic_is_chi_square_under_the_null():
+    # erfc(sqrt(T/2)) is the tail of a squared standard normal.
+    rng = np.random.default_rng(1)
+    squares = rng.standard_normal(400_000) ** 2
+    for statistic in (0.5, 1.0, 4.0):
+        p = math.erfc(math.sqrt(statistic / 2))
+        assert np.mean(squares > statistic) == pytest.approx(p, abs=4e-3)
+
+
+def test_default_cost_crosses_between_15_and_16_rollouts():
+    huge = 1e9  # the gain tends to 1 / (k (k + 1))
+    assert reference.osla_take_more(15, huge, max_rollouts=100, cost=1 / 256)
+    assert not reference.osla_take_more(16, huge, max_rollouts=100, cost=1 / 256)
+
+
+def test_no_prior_means_the_group_mean():
+    advantages, (statistics,) = reference.fused_advantage([1, 0, 0, 1], [0] * 4, [math.nan], method="v05")
+    np.testing.assert_allclose(advantages, [0.5, -0.5, -0.5, 0.5])
+    assert statistics.weight == 1.0
+    assert statistics.mse == pytest.approx(0.25 / 4)  # variance at p = 1/2, reward units squared, over k
+    assert math.isnan(statistics.statistic)
+    assert statistics.take_more

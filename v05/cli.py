@@ -1,0 +1,239 @@
+"""The command line: `v05 train` and `v05 compare`. Each command teaches in its --help; the work is done in v05.train."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Table
+except ImportError as error:
+    sys.exit(f"v05: the command line needs the package {error.name!r}; install it with: pip install 'v05[train]'")
+
+if TYPE_CHECKING:  # heavy imports wait until a command runs, so that --help is quick
+    from v05.train.config import RunConfig
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Better policy gradients from fewer rollouts: V_0.5 (arXiv 2603.10848) and its rivals, on your machine.",
+)
+console = Console(stderr=True)
+
+INTERRUPTED = 130  # exit status after Ctrl-C
+
+Preset = Annotated[str, typer.Option(help="Task and policy: tiny (0.6M parameters), small (2.4M) or smoke (a test).")]
+Rollouts = Annotated[int | None, typer.Option(help="Training rollouts of a run; evaluation is not counted.", min=1)]
+LearningRate = Annotated[float | None, typer.Option(help="AdamW's learning rate.")]
+Threads = Annotated[int, typer.Option(help="Threads a run; 1 is fastest for small policies.", min=1)]
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Run directory: config.json, metrics.jsonl, result.json, policy/.")],
+    preset: Preset = "tiny",
+    method: Annotated[
+        str, typer.Option(help="v05, grpo, dr_grpo, rloo, prior or dapo; v05@4 fixes the group size, v05@4..16 tests up to 16.")
+    ] = "v05",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    rollouts: Rollouts = None,
+    learning_rate: LearningRate = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Run exactly this config.json instead of --preset, --method, --seed, --rollouts.")
+    ] = None,
+    threads: Threads = 1,
+) -> None:
+    """Train one policy with one method.
+
+    The first run on a preset warm-starts its policy by supervised training (about two minutes for tiny) and keeps it in
+    $V05_CACHE or ~/.cache/v05.
+
+    Example: v05 train --preset tiny --method v05 --seed 0 --out runs/one
+    """
+    _set_threads(threads)
+    from v05.train.config import RunConfig, label_of, run_config
+    from v05.train.trainer import Trainer
+
+    try:
+        if config is not None:
+            run = RunConfig.model_validate_json(config.read_text())
+        else:
+            run = run_config(preset, method, seed=seed, **_overrides(rollouts, learning_rate))
+        trainer = Trainer(run, out, console.print)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    try:
+        with _progress() as progress:
+            bar = progress.add_task(label_of(run), total=run.total_rollouts, note="")
+            for state in trainer.run():
+                progress.update(bar, completed=state.rollouts, note=f"held-out accuracy {state.accuracy:.3f}")
+    except KeyboardInterrupt:
+        _interrupted(out)
+    console.print(f"held-out accuracy {state.accuracy:.3f} after {state.rollouts} rollouts; written to {out}")
+
+
+@app.command()
+def compare(
+    preset: Preset = "tiny",
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated; grpo@8 fixes the group size, v05@4..16 tests from 4 up to 16.")
+    ] = "grpo,dr_grpo,dapo,v05",
+    seeds: Annotated[int, typer.Option(help="Seeds a method.", min=1)] = 3,
+    rollouts: Rollouts = None,
+    learning_rate: LearningRate = None,
+    out: Annotated[Path, typer.Option(help="Directory of the comparison; finished runs in it are not run again.")] = Path("runs/compare"),
+    jobs: Annotated[int, typer.Option(help="Runs at a time; 0 is one a core.", min=0)] = 0,
+    json: Annotated[Path | None, typer.Option(help="Also write the records (as in compare.json) to this file.")] = None,
+) -> None:
+    """Train several methods from one warm start on the same prompts and rollout budget, and compare them.
+
+    Ends with a table, plots (PNG) and compare.json in --out. Interrupted, it goes on where it stopped when called again.
+
+    Example: v05 compare --preset tiny --methods grpo,v05@4,v05@4..16 --seeds 5 --out runs/mine
+    """
+    _set_threads(1)
+    from v05.train.config import label_of, make_task, run_config
+    from v05.train.policy import policy_folder
+
+    try:
+        specs = [spec.strip() for spec in methods.split(",")]
+        configs = {
+            f"{label_of(run)}-seed{seed}": run
+            for spec in specs
+            for seed in range(seeds)
+            for run in [run_config(preset, spec, seed=seed, **_overrides(rollouts, learning_rate))]
+        }
+        out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    first = next(iter(configs.values()))
+    try:
+        with console.status("warm start of the policy (kept for later runs)"):
+            policy_folder(first.policy, first.task, make_task(first.task), console.print)
+        failed = _run_watched(configs, out, jobs or os.cpu_count() or 1)
+    except KeyboardInterrupt:
+        _interrupted(out)
+    _report(configs, out, json)
+    if failed:
+        console.print(f"[red]failed: {', '.join(failed)}; see log.txt in each run's directory")
+        raise typer.Exit(1)
+
+
+def _run_watched(configs: dict[str, RunConfig], out: Path, jobs: int) -> list[str]:
+    from v05.train.compare import RunState, run_all
+
+    with _progress() as progress:
+        bars = {
+            name: progress.add_task(name, total=config.total_rollouts, note="waiting", start=False)
+            for name, config in configs.items()
+        }
+        reported: set[str] = set()
+
+        def watch(states: list[RunState]) -> None:
+            for state in states:
+                note = state.status if state.accuracy is None else f"{state.status}, held-out accuracy {state.accuracy:.3f}"
+                if state.status == "running":
+                    progress.start_task(bars[state.name])
+                progress.update(bars[state.name], completed=state.rollouts, note=note)
+                if state.status in ("done", "failed") and state.name not in reported and not console.is_terminal:
+                    console.print(f"{state.name}: {note}")  # a log has no bars
+                    reported.add(state.name)
+
+        return run_all(configs, out, jobs, watch)
+
+
+def _report(configs: dict[str, RunConfig], out: Path, json_file: Path | None) -> None:
+    from v05.train.compare import Run, is_finished, load_run, summarise
+    from v05.train.config import label_of
+    from v05.train.metrics import write_json
+    from v05.train.plots import draw_all
+
+    runs = [load_run(label_of(config), out / name) for name, config in configs.items() if is_finished(config, out / name)]
+    if not runs:
+        return
+    records = summarise(runs)
+    for file in filter(None, (out / "compare.json", json_file)):
+        write_json(file, records)
+    by_label: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_label[run.label].append(run)
+    plots = draw_all(by_label, out)
+    Console(width=None if sys.stdout.isatty() else 160).print(_table([r for r in records if r["record"] == "method"]))
+    console.print(f"{len(plots)} plots, compare.json and the runs are in {out}")
+
+
+def _table(methods: list[dict[str, Any]]) -> Table:
+    start = sum(m["accuracy_before"] for m in methods) / len(methods)
+    table = Table(
+        title=f"held-out accuracy from {start:.3f} at equal training rollouts; {len(methods[0]['seeds'])} seeds, 95 % intervals"
+    )
+    columns = (
+        "method", "accuracy", "gain over GRPO", "rollouts", "to GRPO's final", "baseline MSE",
+        "gradient norm", "entropy", "rollouts a prompt", "seconds",
+    )  # fmt: skip
+    for column in columns:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for m in methods:
+        gain = f"{m['gain']:+.3f} [{m['gain_low']:+.3f}, {m['gain_high']:+.3f}]" if "gain" in m else ""
+        reached = m["rollouts_to_baseline"]
+        table.add_row(
+            m["label"],
+            f"{m['accuracy_after']:.3f} [{m['accuracy_low']:.3f}, {m['accuracy_high']:.3f}]",
+            gain,
+            f"{m['rollouts']:,.0f}",
+            "not reached" if reached is None else f"{reached:,.0f}",
+            f"{m['baseline_mse']:.4f}",
+            f"{m['grad_norm']:.3f} ± {m['grad_norm_std']:.3f}",
+            f"{m['entropy_after']:.3f}",
+            f"{m['group_size']:.1f}",
+            f"{m['seconds']:.0f}",
+        )
+    return table
+
+
+def _overrides(rollouts: int | None, learning_rate: float | None) -> dict[str, Any]:
+    overrides: dict[str, Any] = {}
+    if rollouts is not None:
+        overrides["total_rollouts"] = rollouts
+    if learning_rate is not None:
+        overrides["optimizer"] = {"learning_rate": learning_rate}
+    return overrides
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+
+
+def _set_threads(count: int) -> None:
+    import torch
+
+    torch.set_num_threads(count)
+
+
+def _fail(error: Exception) -> NoReturn:
+    console.print(f"[red]v05: {error}", highlight=False)
+    raise typer.Exit(2)
+
+
+def _interrupted(out: Path) -> NoReturn:
+    console.print(f"interrupted; what was measured so far is in {out}")
+    raise typer.Exit(INTERRUPTED)
+
+
+def main() -> None:
+    """Entry point of the command `v05`."""
+    app()

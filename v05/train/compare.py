@@ -1,0 +1,225 @@
+"""The comparison of methods: every (method, seed) as a run of its own, then one table, the plots and compare.json.
+
+    v05 compare --preset tiny
+
+All runs start from the same warm-started policy, read the same prompts in the same order for a seed, and spend the same number of
+rollouts. Each is a process of its own with one thread, so a crash costs one run, and a run that has finished is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from v05.train.config import RunConfig
+from v05.train.metrics import CONFIG, RESULT, read_metrics, write_json
+
+BASELINE = "grpo"  # the first run of this method is what the others are measured against
+BOOTSTRAP_DRAWS = 2000
+INTERVAL = (2.5, 97.5)  # percentiles
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How far one run of a comparison is."""
+
+    name: str
+    rollouts: int
+    total: int
+    accuracy: float | None
+    status: str  # "waiting", "running", "done", "failed"
+
+
+def run_all(
+    configs: Mapping[str, RunConfig], directory: Path, jobs: int, watch: Callable[[list[RunState]], None]
+) -> list[str]:
+    """Run `configs` (name -> run) in `directory`/name, `jobs` at a time; returns the names of those that failed.
+
+    `watch` sees all states about twice a second. An exception, Ctrl-C included, stops the runs under way; what they have written
+    stays readable.
+    """
+    waiting = [name for name, config in configs.items() if not is_finished(config, directory / name)]
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    failed: list[str] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name = waiting.pop(0)
+                running[name] = _start(configs[name], directory / name)
+            for name, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[name]
+                    if process.returncode != 0:
+                        failed.append(name)
+            watch([_state(n, c, directory / n, n in running, n in failed) for n, c in configs.items()])
+            time.sleep(0.5)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+    return failed
+
+
+def is_finished(config: RunConfig, directory: Path) -> bool:
+    """The directory holds the finished run of exactly this configuration."""
+    try:
+        same = json.loads((directory / CONFIG).read_text()) == config.model_dump(mode="json")
+    except (OSError, json.JSONDecodeError):
+        return False
+    return same and (directory / RESULT).is_file()
+
+
+def _start(config: RunConfig, directory: Path) -> subprocess.Popen[bytes]:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / RESULT).unlink(missing_ok=True)
+    (directory / "metrics.jsonl").unlink(missing_ok=True)
+    write_json(directory / CONFIG, config.model_dump(mode="json"))
+    command = [sys.executable, "-m", "v05", "train", "--config", str(directory / CONFIG), "--out", str(directory)]
+    with (directory / "log.txt").open("wb") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def _state(name: str, config: RunConfig, directory: Path, running: bool, failed: bool) -> RunState:
+    records = read_metrics(directory)
+    rollouts = max((r["rollouts"] for r in records), default=0)
+    accuracies = [r["accuracy"] for r in records if r["kind"] == "evaluation"]
+    done = is_finished(config, directory)
+    status = "failed" if failed else "done" if done else "running" if running else "waiting"
+    return RunState(name, rollouts, config.total_rollouts, accuracies[-1] if accuracies else None, status)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run as the tables and plots see it."""
+
+    label: str
+    result: dict[str, Any]
+    evaluations: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
+    probes: list[dict[str, Any]]
+
+    @property
+    def prompt_accuracy(self) -> NDArray[np.float64]:
+        """(P,) final accuracy on each held-out prompt."""
+        return np.asarray(self.result["heldout_successes"]) / self.result["heldout_samples"]
+
+
+def load_run(label: str, directory: Path) -> Run:
+    """A finished run directory; FileNotFoundError where there is none."""
+    return Run(
+        label,
+        json.loads((directory / RESULT).read_text()),
+        *(read_metrics(directory, kind) for kind in ("evaluation", "step", "probe")),
+    )
+
+
+def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Records for --json: one per (method, seed), then one per method; figures unrounded."""
+    by_label: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_label[run.label].append(run)
+    records = [_run_record(run) for run in runs]
+    baseline = next((group for group in by_label.values() if group[0].result["method"] == BASELINE), None)
+    for label, group in by_label.items():
+        records.append(_method_record(label, group, baseline))
+    return records
+
+
+def _run_record(run: Run) -> dict[str, Any]:
+    keys = ("method", "seed", "accuracy_before", "accuracy_after", "rollouts", "steps", "seconds")
+    return {"record": "run", "label": run.label, **{key: run.result[key] for key in keys}, **_means(run)}
+
+
+def _means(run: Run) -> dict[str, float]:
+    def of(records: list[dict[str, Any]], key: str) -> NDArray[np.float64]:
+        return np.array([r[key] for r in records if r[key] is not None])
+
+    def mean(values: NDArray[np.float64]) -> float:
+        return float(values.mean()) if len(values) else float("nan")
+
+    grad_norms = of(run.steps, "grad_norm")
+    return {
+        "baseline_mse": mean(of(run.probes, "baseline_mse")[1:]),  # the first probe precedes all learning, the prior's too
+        "grad_norm": mean(grad_norms),
+        "grad_norm_std": float(grad_norms.std(ddof=1)) if len(grad_norms) > 1 else float("nan"),
+        "entropy": mean(of(run.steps, "entropy")),
+        "entropy_after": mean(of(run.steps, "entropy")[-10:]),
+        "group_size": mean(of(run.steps, "group_size")),
+        "rounds": mean(of(run.steps, "rounds")),
+        "thrown_away": float(sum(r["thrown_away"] for r in run.steps)),
+    }
+
+
+def _method_record(label: str, group: list[Run], baseline: list[Run] | None) -> dict[str, Any]:
+    seeds = [run.result["seed"] for run in group]
+    low, high = bootstrap_interval([run.prompt_accuracy for run in group])
+    record: dict[str, Any] = {
+        "record": "method",
+        "label": label,
+        "method": group[0].result["method"],
+        "seeds": seeds,
+        "accuracy_before": float(np.mean([run.result["accuracy_before"] for run in group])),
+        "accuracy_after": float(np.mean([run.result["accuracy_after"] for run in group])),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "rollouts": float(np.mean([run.result["rollouts"] for run in group])),
+        "rollouts_to_baseline": None,
+        "seconds": float(np.mean([run.result["seconds"] for run in group])),
+    }
+    for key in _means(group[0]):
+        record[key] = float(np.mean([_means(run)[key] for run in group]))
+    if baseline is not None:
+        target = float(np.mean([run.result["accuracy_after"] for run in baseline]))
+        record["rollouts_to_baseline"] = rollouts_to(target, group)
+    if baseline is not None and baseline is not group and [run.result["seed"] for run in baseline] == seeds:
+        differences = [a.prompt_accuracy - b.prompt_accuracy for a, b in zip(group, baseline, strict=True)]
+        record["gain"] = float(np.mean(differences))
+        record["gain_low"], record["gain_high"] = bootstrap_interval(differences)
+    return record
+
+
+def bootstrap_interval(by_seed: Sequence[NDArray[np.float64]]) -> tuple[float, float]:
+    """95 % interval of the mean over seeds and held-out prompts, resampling both.
+
+    `by_seed` holds one (P,) vector a seed, over the same P prompts. With a handful of seeds the interval is rough, and rather narrow.
+    """
+    values = np.stack(by_seed)
+    rng = np.random.default_rng(0)
+    draws = []
+    for _ in range(BOOTSTRAP_DRAWS):
+        seeds = rng.integers(len(values), size=len(values))
+        prompts = rng.integers(values.shape[1], size=values.shape[1])
+        draws.append(values[seeds].mean(axis=0)[prompts].mean())
+    low, high = np.percentile(draws, INTERVAL)
+    return float(low), float(high)
+
+
+def mean_curve(group: Sequence[Run], x: str) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Held-out accuracy over `x` ("rollouts" or "seconds"), averaged over seeds: x, mean, standard deviation.
+
+    Runs are read at common points by linear interpolation, up to where the shortest ends.
+    """
+    curves = [(np.array([e[x] for e in run.evaluations]), np.array([e["accuracy"] for e in run.evaluations])) for run in group]
+    end = min(xs[-1] for xs, _ in curves)
+    points = np.linspace(0.0, end, 65)
+    values = np.stack([np.interp(points, xs, ys) for xs, ys in curves])
+    return points, values.mean(axis=0), values.std(axis=0, ddof=1) if len(curves) > 1 else np.zeros_like(points)
+
+
+def rollouts_to(target: float, group: Sequence[Run]) -> float | None:
+    """Rollouts after which the seeds' mean curve first reaches `target`; None if it never does."""
+    points, mean, _ = mean_curve(group, "rollouts")
+    reached = np.flatnonzero(mean >= target)
+    return float(points[reached[0]]) if len(reached) else None

@@ -1,0 +1,76 @@
+"""A comparison's plots as PNG files: learning curves on both axes that cost something, and what happened on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from v05.train.compare import Run, mean_curve
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
+
+STEP_PLOTS = {
+    "grad_norm": "gradient norm before clipping",
+    "entropy": "entropy of the policy (nats a token)",
+    "group_size": "rollouts a prompt",
+}
+SMOOTHED_STEPS = 10
+
+
+def draw_all(runs: Mapping[str, Sequence[Run]], directory: Path) -> list[Path]:
+    """Draw every plot of the comparison `runs` (label -> seeds) into `directory`; returns the files."""
+    files = [
+        _learning_curves(runs, "rollouts", "training rollouts", directory / "accuracy_by_rollouts.png"),
+        _learning_curves(runs, "seconds", "training time (s, wall clock)", directory / "accuracy_by_time.png"),
+        _baseline_error(runs, directory / "baseline_mse.png"),
+    ]
+    return files + [_steps(runs, key, label, directory / f"{key}.png") for key, label in STEP_PLOTS.items()]
+
+
+def _learning_curves(runs: Mapping[str, Sequence[Run]], x: str, x_label: str, file: Path) -> Path:
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for label, group in runs.items():
+        points, mean, spread = mean_curve(group, x)
+        (line,) = axes.plot(points, mean, label=label)
+        axes.fill_between(points, mean - spread, mean + spread, alpha=0.15, color=line.get_color())
+    axes.set(xlabel=x_label, ylabel="held-out accuracy", title="mean over seeds, band: one standard deviation")
+    return _save(figure, axes, file)
+
+
+def _baseline_error(runs: Mapping[str, Sequence[Run]], file: Path) -> Path:
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for label, group in runs.items():
+        count = min(len(run.probes) for run in group)
+        if count:
+            rollouts = np.mean([[p["rollouts"] for p in run.probes[:count]] for run in group], axis=0)
+            errors = np.mean([[p["baseline_mse"] for p in run.probes[:count]] for run in group], axis=0)
+            axes.plot(rollouts, errors, marker="o", label=label)
+    axes.set(xlabel="training rollouts", ylabel="squared error of the baseline (reward units)", ylim=(0, None))
+    return _save(figure, axes, file)
+
+
+def _steps(runs: Mapping[str, Sequence[Run]], key: str, y_label: str, file: Path) -> Path:
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for label, group in runs.items():
+        steps = [s for s in group[0].steps if s[key] is not None]  # one seed: averaging would hide the spread
+        values = np.array([s[key] for s in steps])
+        if len(values) >= SMOOTHED_STEPS:
+            smooth = np.convolve(values, np.ones(SMOOTHED_STEPS) / SMOOTHED_STEPS, mode="valid")
+            axes.plot([s["rollouts"] for s in steps[SMOOTHED_STEPS - 1 :]], smooth, label=label)
+        else:
+            axes.plot([s["rollouts"] for s in steps], values, label=label)
+    axes.set(xlabel="training rollouts", ylabel=y_label, title=f"first seed, mean of {SMOOTHED_STEPS} steps")
+    return _save(figure, axes, file)
+
+
+def _save(figure: plt.Figure, axes: plt.Axes, file: Path) -> Path:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+    return file
