@@ -58,7 +58,7 @@ std::string range_text(const AdvantageRule& rule) {
 void check_prior(std::span<const double> prior, const AdvantageRule& rule) {
   Offenders outside;
   for (std::size_t g = 0; g < prior.size(); ++g) {
-    if (!std::isnan(prior[g]) && !(prior[g] >= rule.low && prior[g] <= rule.high)) {
+    if (prior[g] < rule.low || prior[g] > rule.high) {  // NaN is neither: no prior
       outside.add(g, prior[g]);
     }
   }
@@ -137,7 +137,40 @@ double divisor(const Moments& population, double eps) {
   return population.all_equal ? 1.0 : std::sqrt(population.variance()) + eps;
 }
 
-void write_statistics(const StatisticsOut& out, std::size_t g, const Moments& m, double prior, const AdvantageRule& rule) {
+// The advantage of a reward within one group.
+class GroupAdvantage {
+ public:
+  GroupAdvantage(const Moments& group, double prior, const AdvantageRule& rule, const Moments& population)
+      : group_(group),
+        prior_(prior),
+        rule_(rule),
+        alone_(group.count == 1 && (!rule.bounded() || std::isnan(prior))),
+        baseline_(baseline_of(rule.baseline, group.count, group.mean, prior, rule.half_range())),
+        divisor_(rule.scale == Scale::kNone ? 1.0 : divisor(population, rule.eps)) {}
+
+  double operator()(double reward) const {
+    if (alone_) {  // nothing to be compared with
+      return rule_.raw_singleton ? reward : 0.0;
+    }
+    if (!rule_.leave_one_out) {
+      return (reward - baseline_) / divisor_;
+    }
+    const std::int64_t others = group_.count - 1;
+    const double mean = group_.mean + (group_.mean - reward) / static_cast<double>(others);
+    return (reward - baseline_of(rule_.baseline, others, mean, prior_, rule_.half_range())) / divisor_;
+  }
+
+ private:
+  const Moments& group_;
+  double prior_;
+  const AdvantageRule& rule_;
+  bool alone_;
+  double baseline_;
+  double divisor_;
+};
+
+void write_statistics(const StatisticsOut& out, std::size_t g, const Moments& m, double prior,
+                      const AdvantageRule& rule) {
   if (out.count.empty()) {
     return;
   }
@@ -177,7 +210,10 @@ Grouping group_rows(std::span<const std::int64_t> ids, std::int64_t num_groups) 
                          "With num_groups an id is its group's position; leave num_groups out for ids of any value.");
   }
 
-  Grouping grouping{.order = std::vector<std::int64_t>(dense.size()), .offsets = std::vector<std::int64_t>(at(groups) + 1)};
+  Grouping grouping{
+      .order = std::vector<std::int64_t>(dense.size()),
+      .offsets = std::vector<std::int64_t>(at(groups) + 1),
+  };
   for (const std::int64_t id : dense) {
     ++grouping.offsets[at(id) + 1];
   }
@@ -210,23 +246,10 @@ std::int64_t compute_advantages(const Rollouts& rollouts, const Groups& groups, 
     const Moments& m = group_moments[at(g)];
     const double v = prior.empty() ? std::numeric_limits<double>::quiet_NaN() : prior[at(g)];
     write_statistics(statistics, at(g), m, v, rule);
-
-    const bool alone = m.count == 1 && (!rule.bounded() || std::isnan(v));
-    const double scale = rule.scale == Scale::kNone ? 1.0 : divisor(rule.scale == Scale::kGroup ? m : batch, rule.eps);
-    const double baseline = baseline_of(rule.baseline, m.count, m.mean, v, rule.half_range());
+    const GroupAdvantage judge(m, v, rule, rule.scale == Scale::kBatch ? batch : m);
     for (std::int64_t p = groups.offsets[at(g)]; p < groups.offsets[at(g) + 1]; ++p) {
       const std::size_t row = at(groups.row(p));
-      const double reward = rollouts.rewards[row];
-      if (usable[row] == 0) {
-        advantages[row] = 0.0;
-      } else if (alone) {
-        advantages[row] = rule.raw_singleton ? reward : 0.0;
-      } else if (rule.leave_one_out) {
-        const double others = m.mean + (m.mean - reward) / static_cast<double>(m.count - 1);
-        advantages[row] = (reward - baseline_of(rule.baseline, m.count - 1, others, v, rule.half_range())) / scale;
-      } else {
-        advantages[row] = (reward - baseline) / scale;
-      }
+      advantages[row] = usable[row] != 0 ? judge(rollouts.rewards[row]) : 0.0;
     }
   }
   return nonfinite;

@@ -1,4 +1,4 @@
-"""The golden cases: results made by an independent float64 oracle. Ids are numeric group ids, statistics are indexed by them."""
+"""The golden cases: results made by an independent float64 oracle. Statistics are indexed by the numeric group id."""
 
 import json
 from pathlib import Path

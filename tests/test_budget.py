@@ -96,9 +96,7 @@ def test_osla_takes_what_the_reference_takes(options: dict[str, float], invalid:
     closed = run_to_end(allocator, lambda group, index: rewards[group, index])
     expected = [sequential_size(row, prior, **options) for row, prior in zip(rewards, priors, strict=True)]
     assert np.diff(closed.offsets).tolist() == expected
-    np.testing.assert_array_equal(
-        closed.rewards, np.concatenate([row[:k] for row, k in zip(rewards, expected, strict=True)])
-    )
+    np.testing.assert_array_equal(closed.rewards, np.concatenate([row[:k] for row, k in zip(rewards, expected, strict=True)]))
     np.testing.assert_array_equal(closed.priors, priors)
     if options == {}:
         assert {4, 6, 7, 8, 16} <= set(expected)  # the draw exercises the rule
@@ -277,9 +275,7 @@ def splitmix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-@pytest.mark.parametrize(
-    "as_array", [list, np.array, lambda ids: np.array(ids, dtype=object)], ids=["list", "U", "object"]
-)
+@pytest.mark.parametrize("as_array", [list, np.array, lambda ids: np.array(ids, dtype=object)], ids=["list", "U", "object"])
 def test_string_ids(as_array: Callable[[list[str]], list[str] | np.ndarray]) -> None:
     names = ["a", "", "ü-β", "x" * 100]
     allocator = RolloutAllocator(rule="uniform", initial=1)

@@ -97,7 +97,16 @@ def ragged():
     return rewards, ids, torch.tensor([0.2, 0.5, 0.9, 0.4]), lengths
 
 
-MASK_DTYPES = [torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64]
+MASK_DTYPES = [
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.float32,
+    torch.float64,
+]
 
 
 @pytest.mark.parametrize("mask_dtype", MASK_DTYPES, ids=str)
@@ -143,7 +152,14 @@ def test_group_forms_agree(ragged):
     # Without num_groups, groups stand in order of first appearance: 2, 0, 1, 3.
     appearance = torch.tensor([2, 0, 1, 3])
     names = [f"prompt-{i}" for i in ids.tolist()]
-    for form in (ids * 1000 - 7, names, np.array(names, dtype=object), np.array(names), tuple(names), ids.to(torch.int32)):
+    for form in (
+        ids * 1000 - 7,
+        names,
+        np.array(names, dtype=object),
+        np.array(names),
+        tuple(names),
+        ids.to(torch.int32),
+    ):
         out = fused_advantage(rewards, prior[appearance], group_ids=form)
         torch.testing.assert_close(out.advantages, by_id.advantages)
         torch.testing.assert_close(out.stats.mean, by_id.stats.mean[appearance])
@@ -266,7 +282,7 @@ def test_statistics_are_optional():
 
 R4 = [1.0, 0.0, 0.0, 1.0]
 BAD_INPUT = {
-    "neither group form": (dict(), "group_ids and group_offsets: neither given"),
+    "neither group form": ({}, "group_ids and group_offsets: neither given"),
     "both group forms": (dict(group_ids=[0] * 4, group_offsets=[0, 4]), "group_ids and group_offsets: both given"),
     "unknown method": (dict(group_offsets=[0, 4], method="ppo"), "method='ppo' is unknown; choose one of v05, grpo"),
     "unknown scale": (dict(group_offsets=[0, 4], scale="std"), "scale='std' is unknown; choose one of none, group, batch"),
@@ -275,7 +291,10 @@ BAD_INPUT = {
     "unknown backend": (dict(group_offsets=[0, 4], backend="x"), "backend='x' is unknown; choose one of cpp, triton"),
     "no prior": (dict(group_offsets=[0, 4], method="v05"), "prior: needed by method='v05'"),
     "wrong prior shape": (dict(group_offsets=[0, 4], prior=[0.1, 0.2]), r"prior: shape \(2,\) for 1 groups"),
-    "prior outside": (dict(group_offsets=[0, 4], prior=[1.5], method="v05"), r"prior: outside reward_range=\(0, 1\) in groups 0 \(1.5\)"),
+    "prior outside": (
+        dict(group_offsets=[0, 4], prior=[1.5], method="v05"),
+        r"prior: outside reward_range=\(0, 1\) in groups 0 \(1.5\)",
+    ),
     "infinite prior": (dict(group_offsets=[0, 4], prior=[math.inf], method="prior"), "prior: outside reward_range"),
     "rewards outside": (
         dict(group_offsets=[0, 4], prior=[0.5], method="v05", reward_range=(0.0, 0.5)),
@@ -288,7 +307,10 @@ BAD_INPUT = {
     "float offsets": (dict(group_offsets=[0.0, 4.0]), "group_offsets: .* give integers"),
     "too few ids": (dict(group_ids=[0, 0, 0]), r"group_ids: shape \(3,\) for 4 rollouts"),
     "float ids": (dict(group_ids=[0.0] * 4), "group_ids: dtype .* give integers or strings"),
-    "ids beyond num_groups": (dict(group_ids=[0, 0, 5, -1], num_groups=2), r"group_ids: outside \[0, num_groups=2\) in rows 2 \(5\), 3 \(-1\)"),
+    "ids beyond num_groups": (
+        dict(group_ids=[0, 0, 5, -1], num_groups=2),
+        r"group_ids: outside \[0, num_groups=2\) in rows 2 \(5\), 3 \(-1\)",
+    ),
     "num_groups against offsets": (dict(group_offsets=[0, 4], num_groups=2), "num_groups=2 contradicts group_offsets"),
     "num_groups against strings": (dict(group_ids=list("aabb"), num_groups=3), "num_groups=3, but group_ids holds 2"),
     "mask and packing": (
@@ -303,7 +325,7 @@ BAD_INPUT = {
     "out dtype": (dict(group_offsets=[0, 4], out=torch.empty(4, dtype=torch.float64)), "out: .*torch.float32"),
     "integer dtype": (dict(group_offsets=[0, 4], dtype=torch.int64), "dtype=torch.int64 cannot hold advantages"),
     "max_rollouts": (dict(group_offsets=[0, 4], max_rollouts=0), "max_rollouts=0"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_INPUT.values(), ids=BAD_INPUT.keys())

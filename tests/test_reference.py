@@ -13,9 +13,7 @@ TOLERANCE = 1e-12
 
 @pytest.mark.parametrize("case", golden_parameters())
 def test_golden(case):
-    advantages, statistics = reference.fused_advantage(
-        case["rewards"], case["group_ids"], case["prior"], **options(case)
-    )
+    advantages, statistics = reference.fused_advantage(case["rewards"], case["group_ids"], case["prior"], **options(case))
     np.testing.assert_allclose(advantages, case["expect"]["advantages"], rtol=TOLERANCE, atol=TOLERANCE)
     assert len(statistics) == len(case["expect"]["stats"])
     for seen, expected in zip(statistics, case["expect"]["stats"], strict=True):

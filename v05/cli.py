@@ -40,13 +40,15 @@ def train(
     out: Annotated[Path, typer.Option(help="Run directory: config.json, metrics.jsonl, result.json, policy/.")],
     preset: Preset = "tiny",
     method: Annotated[
-        str, typer.Option(help="v05, grpo, dr_grpo, rloo, prior or dapo; v05@4 fixes the group size, v05@4..16 tests up to 16.")
+        str,
+        typer.Option(help="v05, grpo, dr_grpo, rloo, prior or dapo; v05@4 fixes the group size, v05@4..16 tests up to 16."),
     ] = "v05",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     rollouts: Rollouts = None,
     learning_rate: LearningRate = None,
     config: Annotated[
-        Path | None, typer.Option(help="Run exactly this config.json instead of --preset, --method, --seed, --rollouts.")
+        Path | None,
+        typer.Option(help="Run exactly this config.json instead of --preset, --method, --seed, --rollouts."),
     ] = None,
     threads: Threads = 1,
 ) -> None:
@@ -88,7 +90,9 @@ def compare(
     seeds: Annotated[int, typer.Option(help="Seeds a method.", min=1)] = 3,
     rollouts: Rollouts = None,
     learning_rate: LearningRate = None,
-    out: Annotated[Path, typer.Option(help="Directory of the comparison; finished runs in it are not run again.")] = Path("runs/compare"),
+    out: Annotated[Path, typer.Option(help="Directory of the comparison; finished runs in it are not run again.")] = Path(
+        "runs/compare"
+    ),
     jobs: Annotated[int, typer.Option(help="Runs at a time; 0 is one a core.", min=0)] = 0,
     json: Annotated[Path | None, typer.Option(help="Also write the records (as in compare.json) to this file.")] = None,
 ) -> None:

@@ -17,7 +17,11 @@ from numpy.typing import ArrayLike
 from v05 import _core
 from v05.methods import Baseline, Method, Scale, find_method
 
-SCALES: tuple[Scale, ...] = ("none", "group", "batch")  # positions are shared with advantage.hpp and kernels/advantage.py
+SCALES: tuple[Scale, ...] = (
+    "none",
+    "group",
+    "batch",
+)  # positions are shared with advantage.hpp and kernels/advantage.py
 _MOMENTS = ("mean", "var", "baseline", "weight", "statistic", "p_value", "mse")  # rows of the statistics buffer
 _SHRINKAGE_ONLY = frozenset({"weight", "statistic", "p_value", "mse", "take_more"})
 
@@ -198,9 +202,7 @@ def fused_advantage(
     defined = rule.baseline is Baseline.SHRINKAGE
     fields: dict[str, Any] = {**dict(zip(_MOMENTS, moments, strict=True)), "take_more": take_more}
     fields = {name: value if defined or name not in _SHRINKAGE_ONLY else None for name, value in fields.items()}
-    return AdvantageOutput(
-        out, AdvantageStats(count=count, prior=prior, nonfinite=counters[0], clipped=counters[1], **fields)
-    )
+    return AdvantageOutput(out, AdvantageStats(count=count, prior=prior, nonfinite=counters[0], clipped=counters[1], **fields))
 
 
 def _require(condition: bool, message: str) -> None:
@@ -223,9 +225,7 @@ def _real(rewards: torch.Tensor) -> torch.Tensor:
 
 def _rollouts(rewards: torch.Tensor, response_mask: torch.Tensor | None) -> int:
     shape = tuple(rewards.shape)
-    _require(
-        rewards.ndim in (1, 2), f"rewards: shape {shape}; give (N,) outcome rewards or (N, T) token rewards"
-    )
+    _require(rewards.ndim in (1, 2), f"rewards: shape {shape}; give (N,) outcome rewards or (N, T) token rewards")
     if rewards.ndim == 2:
         _require(
             response_mask is not None and tuple(response_mask.shape) == shape,
@@ -257,7 +257,8 @@ def _group(
     assert group_ids is not None
     ids, named = _integer_ids(group_ids)
     _require(
-        ids.ndim == 1 and ids.numel() == n, f"group_ids: shape {tuple(ids.shape)} for {n} rollouts; give one id a rollout"
+        ids.ndim == 1 and ids.numel() == n,
+        f"group_ids: shape {tuple(ids.shape)} for {n} rollouts; give one id a rollout",
     )
     if named is not None:
         _require(
@@ -266,8 +267,8 @@ def _group(
         )
         num_groups = named
     if ids.is_cpu:
-        order, offsets = _core.group_rows(ids.contiguous().numpy(), -1 if num_groups is None else num_groups)
-        return torch.from_numpy(offsets).to(device), torch.from_numpy(order).to(device)
+        rows, starts = _core.group_rows(ids.contiguous().numpy(), -1 if num_groups is None else num_groups)
+        return torch.from_numpy(starts).to(device), torch.from_numpy(rows).to(device)
     if num_groups is None:
         raise ValueError("num_groups: needed with integer group_ids on CUDA, where finding it would synchronise")
     return group_rows_on_device(ids, num_groups)
@@ -340,7 +341,8 @@ def _prior(prior: Array | None, rule: Method, groups: int, device: torch.device)
         return None
     values = _tensor(prior).detach().to(device, torch.float64).contiguous()
     _require(
-        tuple(values.shape) == (groups,), f"prior: shape {tuple(values.shape)} for {groups} groups; give one value a group"
+        tuple(values.shape) == (groups,),
+        f"prior: shape {tuple(values.shape)} for {groups} groups; give one value a group",
     )
     return values
 
@@ -354,12 +356,14 @@ def _layout(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, tuple[int, ...]]:
     """(mask, cu_seqlens, output shape) of the padded, packed or per-rollout layout."""
     _require(
-        response_mask is None or cu_seqlens is None, "response_mask and cu_seqlens: both given; give at most one of the two"
+        response_mask is None or cu_seqlens is None,
+        "response_mask and cu_seqlens: both given; give at most one of the two",
     )
     if response_mask is not None:
         mask = response_mask.to(device)
         _require(
-            mask.ndim == 2 and mask.shape[0] == n, f"response_mask: shape {tuple(mask.shape)} for {n} rollouts; give (N, T)"
+            mask.ndim == 2 and mask.shape[0] == n,
+            f"response_mask: shape {tuple(mask.shape)} for {n} rollouts; give (N, T)",
         )
         if mask.dtype in (torch.bool, torch.int8):
             mask = mask.view(torch.uint8) if mask.is_contiguous() else mask.contiguous().view(torch.uint8)
@@ -377,9 +381,7 @@ def _layout(
     return None, None, (n,)
 
 
-def _output(
-    out: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def _output(out: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if out is None:
         return torch.empty(shape, dtype=dtype, device=device)
     seen = f"out: shape {tuple(out.shape)}, {out.dtype}, {out.device}"
@@ -390,9 +392,7 @@ def _output(
     return out
 
 
-def _row_vector(
-    name: str, value: Array | None, n: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor | None:
+def _row_vector(name: str, value: Array | None, n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
     if value is None:
         return None
     vector = _tensor(value)
@@ -402,10 +402,11 @@ def _row_vector(
 
 def _run_cpp(*tensors: torch.Tensor | None, **rule: Any) -> None:
     *inputs, out, moments, count, take_more, counters = tensors
-    assert out is not None and counters is not None
+    assert out is not None
+    assert counters is not None
     # The core writes float32 and float64; a half-precision output is rounded from float32.
     target = out if out.dtype in (torch.float32, torch.float64) else torch.empty_like(out, dtype=torch.float32)
-    buffers = [None if t is None else t.numpy() for t in (*inputs, target, moments, count, take_more)]
+    buffers: list[Any] = [None if t is None else t.numpy() for t in (*inputs, target, moments, count, take_more)]
     counters[0] = _core.fused_advantage(*buffers, **rule)
     if target is not out:
         out.copy_(target)

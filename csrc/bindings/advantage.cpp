@@ -36,12 +36,14 @@ std::span<T> mutable_view(Array<T>& array) {
   return {array.mutable_data(), static_cast<std::size_t>(array.size())};
 }
 
-v05::StatisticsOut statistics_out(MaybeArray<double>& moments, MaybeArray<std::int64_t>& count, MaybeArray<bool>& take_more) {
+v05::StatisticsOut statistics_out(MaybeArray<double>& moments, MaybeArray<std::int64_t>& count,
+                                  MaybeArray<bool>& take_more) {
   if (!moments || !count || !take_more) {
     return {};
   }
   const auto groups = static_cast<std::size_t>(count->size());
-  if (static_cast<std::size_t>(moments->size()) != 7 * groups || static_cast<std::size_t>(take_more->size()) != groups) {
+  if (static_cast<std::size_t>(moments->size()) != 7 * groups ||
+      static_cast<std::size_t>(take_more->size()) != groups) {
     throw std::invalid_argument("statistics buffers: expected (7, G) float64, (G,) int64 and (G,) bool");
   }
   const std::span<double> all = mutable_view(*moments);
@@ -57,7 +59,8 @@ v05::StatisticsOut statistics_out(MaybeArray<double>& moments, MaybeArray<std::i
           .take_more = mutable_view(*take_more)};
 }
 
-std::pair<Array<std::int64_t>, Array<std::int64_t>> group_rows(const Array<std::int64_t>& ids, std::int64_t num_groups) {
+std::pair<Array<std::int64_t>, Array<std::int64_t>> group_rows(const Array<std::int64_t>& ids,
+                                                               std::int64_t num_groups) {
   const v05::Grouping grouping = v05::group_rows(view(ids), num_groups);
   return {Array<std::int64_t>(static_cast<py::ssize_t>(grouping.order.size()), grouping.order.data()),
           Array<std::int64_t>(static_cast<py::ssize_t>(grouping.offsets.size()), grouping.offsets.data())};
@@ -89,9 +92,9 @@ std::int64_t fused_advantage(const RealArray& rewards, const Array<std::int64_t>
                              const std::optional<MaskArray>& mask, const MaybeArray<std::int64_t>& cu_seqlens,
                              const MaybeArray<bool>& valid, const MaybeArray<std::int64_t>& trajectory_ids,
                              RealArray& out, MaybeArray<double> moments, MaybeArray<std::int64_t> count,
-                             MaybeArray<bool> take_more, int baseline, int scale, bool leave_one_out, bool raw_singleton,
-                             bool exclude_nonfinite, double low, double high, double eps, std::int64_t max_rollouts,
-                             double cost) {
+                             MaybeArray<bool> take_more, int baseline, int scale, bool leave_one_out,
+                             bool raw_singleton, bool exclude_nonfinite, double low, double high, double eps,
+                             std::int64_t max_rollouts, double cost) {
   const v05::AdvantageRule rule{.baseline = static_cast<v05::Baseline>(baseline),
                                 .scale = static_cast<v05::Scale>(scale),
                                 .leave_one_out = leave_one_out,
@@ -119,18 +122,20 @@ std::int64_t fused_advantage(const RealArray& rewards, const Array<std::int64_t>
       },
       rewards);
 
-  const v05::Rollouts rows{
-      .rewards = outcome,
-      .valid = {reinterpret_cast<const std::uint8_t*>(view(valid).data()), view(valid).size()},
-      .trajectory_ids = view(trajectory_ids)};
+  const v05::Rollouts rows{.rewards = outcome,
+                           .valid = {reinterpret_cast<const std::uint8_t*>(view(valid).data()), view(valid).size()},
+                           .trajectory_ids = view(trajectory_ids)};
   const v05::Groups groups{.offsets = view(offsets), .order = view(order)};
   const std::int64_t nonfinite = v05::compute_advantages(rows, groups, view(prior), rule, advantages, statistics);
 
   std::visit(
       [&](auto& array) {
         if (mask) {
-          std::visit([&](const auto& m) { v05::spread_padded(std::span<const double>(advantages), view(m), mutable_view(array)); },
-                     *mask);
+          std::visit(
+              [&](const auto& m) {
+                v05::spread_padded(std::span<const double>(advantages), view(m), mutable_view(array));
+              },
+              *mask);
         } else if (cu_seqlens) {
           v05::spread_packed(std::span<const double>(advantages), view(cu_seqlens), mutable_view(array));
         } else {
@@ -150,7 +155,7 @@ void register_advantage(py::module_& m) {
         py::arg("order").noconvert(), py::arg("prior").noconvert(), py::arg("mask").noconvert(),
         py::arg("cu_seqlens").noconvert(), py::arg("valid").noconvert(), py::arg("trajectory_ids").noconvert(),
         py::arg("out").noconvert(), py::arg("moments").noconvert(), py::arg("count").noconvert(),
-        py::arg("take_more").noconvert(), py::kw_only(), py::arg("baseline"), py::arg("scale"), py::arg("leave_one_out"),
-        py::arg("raw_singleton"), py::arg("exclude_nonfinite"), py::arg("low"), py::arg("high"), py::arg("eps"),
-        py::arg("max_rollouts"), py::arg("cost"));
+        py::arg("take_more").noconvert(), py::kw_only(), py::arg("baseline"), py::arg("scale"),
+        py::arg("leave_one_out"), py::arg("raw_singleton"), py::arg("exclude_nonfinite"), py::arg("low"),
+        py::arg("high"), py::arg("eps"), py::arg("max_rollouts"), py::arg("cost"));
 }

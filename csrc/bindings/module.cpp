@@ -4,7 +4,8 @@ void register_advantage(pybind11::module_& m);
 void register_allocator(pybind11::module_& m);
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "v05's C++ core: fused advantages on the CPU and the rollout allocator. Private; use v05.ops and v05.budget.";
+  m.doc() =
+      "v05's C++ core: fused advantages on the CPU and the rollout allocator. Private; use v05.ops and v05.budget.";
   register_advantage(m);
   register_allocator(m);
 }

@@ -1,4 +1,4 @@
-"""The default prior: what the policy's own recent rollouts say about a prompt. No download, no accelerator, milliseconds a step.
+"""The default prior: what the policy's own recent rollouts say about a prompt. No download, milliseconds a step.
 
 Two kinds of evidence are put together. Prompts that read alike succeed alike: an online logistic model over hashed character
 n-grams predicts from the text. And a prompt seen before brings its own outcomes, discounted as the policy moves on. The text's

@@ -69,13 +69,9 @@ def collect(
         leases = allocator.lease(batch_size)
         slots = np.asarray(leases.group) - first_group
         started = time.perf_counter()
-        completions = engine.generate(
-            [Request(prompt_tokens[g], int(seed)) for g, seed in zip(slots, leases.seed, strict=True)]
-        )
+        completions = engine.generate([Request(prompt_tokens[g], int(seed)) for g, seed in zip(slots, leases.seed, strict=True)])
         generated = time.perf_counter()
-        rewards = [
-            task.verify(prompts[g], engine.decode(completion)) for g, completion in zip(slots, completions, strict=True)
-        ]
+        rewards = [task.verify(prompts[g], engine.decode(completion)) for g, completion in zip(slots, completions, strict=True)]
         generate_seconds += generated - started
         verify_seconds += time.perf_counter() - generated
         rounds += 1

@@ -133,7 +133,8 @@ def _uniforms(seeds: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
     with np.errstate(over="ignore"):
         positions = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
         bits = _mix(_mix(seeds + _GOLDEN)[:, None] + positions[None, :])
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    uniforms: NDArray[np.float64] = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return uniforms
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -143,4 +144,5 @@ def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """splitmix64's finaliser (Steele, Lea & Flood 2014)."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+    mixed: NDArray[np.uint64] = state ^ (state >> np.uint64(31))
+    return mixed

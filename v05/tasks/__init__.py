@@ -1,6 +1,6 @@
 """Verifiable tasks: where prompts come from and what a completion is worth. One small file per source.
 
-A task hands out prompts of a split by number, the same prompt for the same number, so that a run's data position is one integer.
+A task hands out prompts of a split by number, the same prompt for the same number, so a run's data position is one integer.
 Training and held-out prompts are disjoint by construction: a prompt's split is a hash of its text.
 """
 

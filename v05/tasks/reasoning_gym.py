@@ -22,7 +22,10 @@ ENDLESS = 2**31 - 1  # items of a dataset; each is generated from its index when
 
 @dataclass(frozen=True)
 class Surface:
-    """How an item is written for a policy (`write`: item, operand width -> prompt text, answer text) and read back (`read`: completion -> answer)."""
+    """How an item is written for a policy and read back.
+
+    `write`: item, operand width -> prompt text, answer text. `read`: completion -> what the verifier is given.
+    """
 
     write: Callable[[dict[str, Any], int], tuple[str, str]]
     read: Callable[[str], str]
@@ -70,8 +73,7 @@ class ReasoningGymTask:
     def __init__(self, config: ReasoningGymConfig) -> None:
         self._surface = SURFACES[config.surface]
         self._datasets = [
-            reasoning_gym.create_dataset(source.dataset, size=ENDLESS, seed=config.seed, **source.settings)
-            for source in config.mix
+            reasoning_gym.create_dataset(source.dataset, size=ENDLESS, seed=config.seed, **source.settings) for source in config.mix
         ]
         self._weights = [source.weight for source in config.mix]
         self._operand_width = config.operand_width

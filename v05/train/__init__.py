@@ -1,1 +1,1 @@
-"""The thin trainer: configuration, policy, loss, the loop, metrics, and the comparison of methods. Nothing here is imported by the op."""
+"""The thin trainer: configuration, policy, loss, the loop, metrics, comparisons of methods. The op imports nothing from here."""

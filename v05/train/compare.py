@@ -2,8 +2,8 @@
 
     v05 compare --preset tiny
 
-All runs start from the same warm-started policy, read the same prompts in the same order for a seed, and spend the same number of
-rollouts. Each is a process of its own with one thread, so a crash costs one run, and a run that has finished is not run again.
+All runs start from the same warm-started policy, read the same prompts in the same order for a seed, and spend the same number
+of rollouts. Each is a process of its own with one thread, so a crash costs one run, and a run that has finished is not run again.
 """
 
 from __future__ import annotations
@@ -41,13 +41,11 @@ class RunState:
     status: str  # "waiting", "running", "done", "failed"
 
 
-def run_all(
-    configs: Mapping[str, RunConfig], directory: Path, jobs: int, watch: Callable[[list[RunState]], None]
-) -> list[str]:
+def run_all(configs: Mapping[str, RunConfig], directory: Path, jobs: int, watch: Callable[[list[RunState]], None]) -> list[str]:
     """Run `configs` (name -> run) in `directory`/name, `jobs` at a time; returns the names of those that failed.
 
-    `watch` sees all states about twice a second. An exception, Ctrl-C included, stops the runs under way; what they have written
-    stays readable.
+    `watch` sees all states about twice a second. An exception, Ctrl-C included, stops the runs under way; what they wrote stays
+    readable.
     """
     waiting = [name for name, config in configs.items() if not is_finished(config, directory / name)]
     running: dict[str, subprocess.Popen[bytes]] = {}
@@ -113,7 +111,7 @@ class Run:
     @property
     def prompt_accuracy(self) -> NDArray[np.float64]:
         """(P,) final accuracy on each held-out prompt."""
-        return np.asarray(self.result["heldout_successes"]) / self.result["heldout_samples"]
+        return np.asarray(self.result["heldout_successes"], dtype=np.float64) / float(self.result["heldout_samples"])
 
 
 def load_run(label: str, directory: Path) -> Run:
@@ -193,7 +191,7 @@ def _method_record(label: str, group: list[Run], baseline: list[Run] | None) -> 
 def bootstrap_interval(by_seed: Sequence[NDArray[np.float64]]) -> tuple[float, float]:
     """95 % interval of the mean over seeds and held-out prompts, resampling both.
 
-    `by_seed` holds one (P,) vector a seed, over the same P prompts. With a handful of seeds the interval is rough, and rather narrow.
+    `by_seed` holds one (P,) vector a seed, over the same P prompts. With a handful of seeds the interval is rough and too narrow.
     """
     values = np.stack(by_seed)
     rng = np.random.default_rng(0)

@@ -1,7 +1,7 @@
 """What a run is made of: pydantic models, the recipes of the methods, and the presets.
 
-A run is a `RunConfig`, written to its directory as config.json; the same file runs it again. A recipe is what a paper prescribes
-beside its advantage; a preset is a task and policy of some size.
+A run is a `RunConfig`, written to its directory as config.json; the same file runs it again. A recipe is what a paper
+prescribes beside its advantage; a preset is a task and policy of some size.
 """
 
 from __future__ import annotations
@@ -121,7 +121,6 @@ def _sums(low: int, high: int, weight: float) -> Source:
 
 def _products(low: int, high: int, weight: float) -> Source:
     return Source(dataset="products", weight=weight, settings=dict(min_terms=2, max_terms=2, min_digits=low, max_digits=high))
-
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -11,7 +11,9 @@ import numpy as np
 from v05.train.compare import Run, mean_curve
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 STEP_PLOTS = {
     "grad_norm": "gradient norm before clipping",
@@ -67,7 +69,7 @@ def _steps(runs: Mapping[str, Sequence[Run]], key: str, y_label: str, file: Path
     return _save(figure, axes, file)
 
 
-def _save(figure: plt.Figure, axes: plt.Axes, file: Path) -> Path:
+def _save(figure: Figure, axes: Axes, file: Path) -> Path:
     if axes.get_legend_handles_labels()[0]:
         axes.legend()
     axes.grid(alpha=0.3)

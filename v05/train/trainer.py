@@ -75,10 +75,8 @@ class Trainer:
         self.method = find_method(config.method)
         self.task = make_task(config.task)
         folder = policy_folder(config.policy, config.task, self.task, report)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model, self.tokenizer = load_policy(folder)
-        self.model = model.to(device)
-        self.reference = load_policy(folder)[0].to(device) if config.loss.kl_coefficient > 0 else None
+        self.model, self.tokenizer = load_policy(folder)
+        self.reference = load_policy(folder)[0] if config.loss.kl_coefficient > 0 else None
         self.engine = TransformersEngine(
             self.model,
             self.tokenizer,
@@ -100,9 +98,7 @@ class Trainer:
             chunk=budget.chunk,
             seed=config.seed,
         )
-        self.prompts = (
-            prompt for _, prompt in self.task.prompts("train", start=(config.seed + 1) * PROMPTS_BETWEEN_SEEDS)
-        )
+        self.prompts = (prompt for _, prompt in self.task.prompts("train", start=(config.seed + 1) * PROMPTS_BETWEEN_SEEDS))
         self.heldout = heldout_set(self.task, config.evaluation.prompts)
 
         self.rollouts = 0  # spent on training, thrown away ones included
@@ -229,9 +225,7 @@ class Trainer:
 
     def _collect(self, count: int) -> RolloutBatch:
         prompts = [next(self.prompts) for _ in range(count)]
-        priors = (
-            self.prior.predict([p.text for p in prompts]) if self.method.needs_prior else np.full(len(prompts), np.nan)
-        )
+        priors = self.prior.predict([p.text for p in prompts]) if self.method.needs_prior else np.full(len(prompts), np.nan)
         batch = collect(
             self.allocator,
             self.engine,
@@ -251,7 +245,7 @@ class Trainer:
         return tuple(self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"])
 
     def update(self, batch: RolloutBatch, advantages: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
-        """Optimiser updates on the step's rollouts, one a part; returns means over the updates."""
+        """Optimiser updates on the step's rollouts, one a part; returns means over the updates, NaN if no part had a gradient."""
         config = self.config
         parts = [p for p in np.array_split(np.arange(len(batch.prompts)), config.optimizer.updates_per_step) if len(p)]
         offsets = torch.from_numpy(batch.offsets)
@@ -260,9 +254,9 @@ class Trainer:
             rows = torch.arange(int(offsets[part[0]]), int(offsets[part[-1] + 1]))
             weights = rollout_weights(offsets[part[0] : part[-1] + 2] - offsets[part[0]], config.loss.group_weighting)
             weights = token_weights(weights, mask[rows], config.loss.aggregation)
-            teaches = (advantages[rows] != 0).any(-1)
-            if self.reference is not None:
-                teaches |= True
+            teaches = (advantages[rows] != 0).any(-1) | (self.reference is not None)
+            if not teaches.any():
+                continue
             self.optimizer.zero_grad()
             totals = torch.zeros(3)
             for chunk in torch.nonzero(teaches).squeeze(-1).split(MICRO_BATCH):
@@ -273,9 +267,7 @@ class Trainer:
         means = np.mean(records, axis=0) if records else np.full(4, np.nan)
         return dict(zip(("grad_norm", "loss", "clip_fraction", "kl"), map(float, means), strict=True))
 
-    def _backward(
-        self, batch: RolloutBatch, rows: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
+    def _backward(self, batch: RolloutBatch, rows: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Accumulate gradients of some rollouts; returns (loss, clipped share of their tokens weighted by rows, KL)."""
         device = self.model.device
         group_of = np.repeat(np.arange(len(batch.prompts)), np.diff(batch.offsets))
@@ -332,14 +324,10 @@ class Trainer:
             self.log.write("probe", rollouts=self.rollouts, prompts=count, baseline_mse=float(error.mean()))
         return time.perf_counter() - started
 
-    def true_rewards(
-        self, prompts: Sequence[Prompt], samples: int, seed: int
-    ) -> tuple[NDArray[np.float64], list[Completion]]:
+    def true_rewards(self, prompts: Sequence[Prompt], samples: int, seed: int) -> tuple[NDArray[np.float64], list[Completion]]:
         """(P, samples) verified rewards of fresh rollouts, and the rollouts."""
         requests = [
-            Request(tokens, seed + i * samples + j)
-            for i, tokens in enumerate(map(self.tokens_of, prompts))
-            for j in range(samples)
+            Request(tokens, seed + i * samples + j) for i, tokens in enumerate(map(self.tokens_of, prompts)) for j in range(samples)
         ]
         completions = self.engine.generate(requests)
         rewards = [

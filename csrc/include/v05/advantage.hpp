@@ -42,8 +42,8 @@ struct Groups {
 
 struct Rollouts {
   std::span<const double> rewards;
-  std::span<const std::uint8_t> valid;              // empty: all
-  std::span<const std::int64_t> trajectory_ids;     // empty: every row is a trajectory of its own
+  std::span<const std::uint8_t> valid;           // empty: all
+  std::span<const std::int64_t> trajectory_ids;  // empty: every row is a trajectory of its own
 };
 
 // Where statistics go, one element a group; all empty if nobody asked.
@@ -59,14 +59,15 @@ struct Grouping {
   std::vector<std::int64_t> offsets;
 };
 
-// ids in any order. num_groups < 0: group g is the g-th distinct id in order of first appearance; else the id is the group
-// and must lie in [0, num_groups). Throws std::invalid_argument.
+// ids in any order. num_groups < 0: group g is the g-th distinct id in order of first appearance; else the id is the
+// group and must lie in [0, num_groups). Throws std::invalid_argument.
 Grouping group_rows(std::span<const std::int64_t> ids, std::int64_t num_groups);
 
-// Writes one advantage a row (0 for a row left out) and the statistics; returns how many non-finite rewards were left out.
-// Throws std::invalid_argument that names the argument, the rows and the remedy.
+// Writes one advantage a row (0 for a row left out) and the statistics; returns how many non-finite rewards were left
+// out. Throws std::invalid_argument that names the argument, the rows and the remedy.
 std::int64_t compute_advantages(const Rollouts& rollouts, const Groups& groups, std::span<const double> prior,
-                                const AdvantageRule& rule, std::span<double> advantages, const StatisticsOut& statistics);
+                                const AdvantageRule& rule, std::span<double> advantages,
+                                const StatisticsOut& statistics);
 
 // rewards[i] = sum of token_rewards[i, t] over the tokens where mask[i, t] is not zero.
 template <class Reward, class Mask>

@@ -13,11 +13,11 @@ namespace v05 {
 enum class Baseline : std::uint8_t { kGroupMean = 0, kPrior = 1, kShrinkage = 2 };
 
 struct Fusion {
-  double baseline = std::numeric_limits<double>::quiet_NaN();      // reward units
-  double weight = 1.0;                                             // of the group mean
-  double statistic = std::numeric_limits<double>::quiet_NaN();     // T = k d^2, d in centred units
-  double squared_bias = std::numeric_limits<double>::infinity();   // D2, centred units; infinite where there is no prior
-  double mse = std::numeric_limits<double>::quiet_NaN();           // reward units squared
+  double baseline = std::numeric_limits<double>::quiet_NaN();     // reward units
+  double weight = 1.0;                                            // of the group mean
+  double statistic = std::numeric_limits<double>::quiet_NaN();    // T = k d^2, d in centred units
+  double squared_bias = std::numeric_limits<double>::infinity();  // D2, centred units; infinite where there is no prior
+  double mse = std::numeric_limits<double>::quiet_NaN();          // reward units squared
 
   // chi-square with one degree of freedom; a diagnostic
   [[nodiscard]] double p_value() const { return std::erfc(std::sqrt(statistic / 2.0)); }

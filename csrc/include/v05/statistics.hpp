@@ -8,7 +8,8 @@
 
 namespace v05 {
 
-// Moments of the rewards of one group, reward units. Without a reward the mean is NaN; with fewer than two the variance is 0.
+// Moments of the rewards of one group, reward units. Without a reward the mean is NaN; with fewer than two the variance
+// is 0.
 struct Moments {
   std::int64_t count = 0;
   double mean = std::numeric_limits<double>::quiet_NaN();
@@ -47,10 +48,12 @@ inline Moments merge(const Moments& a, const Moments& b) {
   const auto na = static_cast<double>(a.count);
   const auto nb = static_cast<double>(b.count);
   const double difference = b.mean - a.mean;
-  return {.count = a.count + b.count,
-          .mean = a.mean + difference * nb / (na + nb),
-          .m2 = a.m2 + b.m2 + difference * difference * na * nb / (na + nb),
-          .all_equal = a.all_equal && b.all_equal && a.mean == b.mean,};
+  return {
+      .count = a.count + b.count,
+      .mean = a.mean + difference * nb / (na + nb),
+      .m2 = a.m2 + b.m2 + difference * difference * na * nb / (na + nb),
+      .all_equal = a.all_equal && b.all_equal && a.mean == b.mean,
+  };
 }
 
 }  // namespace v05

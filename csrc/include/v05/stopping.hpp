@@ -6,8 +6,8 @@
 
 namespace v05 {
 
-// One-step look-ahead (arXiv 2603.10848): take another rollout while the estimated error D2 / (k D2 + 1) would fall by more
-// than its cost. Centred units. Without a prior D2 is infinite and the fall is 1 / (k (k + 1)).
+// One-step look-ahead (arXiv 2603.10848): take another rollout while the estimated error D2 / (k D2 + 1) would fall by
+// more than its cost. Centred units. Without a prior D2 is infinite and the fall is 1 / (k (k + 1)).
 inline bool osla_take_more(std::int64_t count, double squared_bias, std::int64_t max_rollouts, double cost) {
   if (count >= max_rollouts) {
     return false;

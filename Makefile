@@ -1,0 +1,50 @@
+# make demo | make test: from a clean clone, with only Python >= 3.10, a C++20 compiler, make and a package index.
+PYTHON ?= python3
+VENV ?= .venv
+# Installed first and alone, so that nothing else picks another build of it. On a machine with a GPU, or where the package index
+# serves CUDA builds that are not wanted: make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" ...
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+CPP := $(wildcard csrc/*.cpp)
+CPP_ALL := $(CPP) $(wildcard csrc/bindings/*.cpp csrc/include/v05/*.hpp)
+export OMP_NUM_THREADS = 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help setup demo test lint format clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+setup: $(VENV)/.ready  ## virtual environment with everything the demo and the tests need
+
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "v05 needs Python 3.10 or newer; pass PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(TORCH)
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.torch pyproject.toml CMakeLists.txt $(CPP_ALL)
+	$(BIN)/pip install --quiet --editable '.[train,dev]'
+	touch $@
+
+demo: setup  ## compare V0.5 with GRPO, Dr. GRPO and DAPO on a policy trained here; table and plots in runs/demo
+	$(BIN)/v05 compare --preset tiny --out runs/demo --json runs/demo/records.json
+
+test: setup  ## the whole test suite
+	$(BIN)/python -m pytest -q --durations=10
+
+lint: setup  ## ruff, mypy, clang-format, clang-tidy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP_ALL)
+	$(BIN)/clang-tidy --quiet $(CPP) -- -std=c++20 -Icsrc/include
+
+format:  ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix --select I .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_ALL)
+
+clean:  ## remove the virtual environment and build folders
+	rm -rf $(VENV) build dist
