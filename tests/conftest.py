@@ -1,6 +1,10 @@
-"""Set before torch and Triton are imported: one thread, and the Triton interpreter."""
+"""Set before anything imports torch or triton: kernels run in Triton's interpreter, and one thread is one thread."""
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TRITON_INTERPRET"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)

@@ -1,0 +1,106 @@
+"""The device functions of `kernels/fusion.py`, each run by a tiny kernel, against `v05.reference` and `math.erfc`."""
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from v05 import reference
+from v05.kernels import fusion
+from v05.methods import Baseline
+
+LOW, HIGH = -3.0, 5.0
+HALF_RANGE = (HIGH - LOW) / 2
+CASES = [
+    (count, mean if count else math.nan, prior)
+    for count, mean, prior in product((0, 1, 2, 4, 15, 16), (-1.0, -0.25, 0.0, 0.5, 1.0), (-1.0, 0.0, 0.5, 0.8, math.nan))
+]
+PUBLISHED_COST = 1 / 256
+
+
+@triton.jit
+def fuse_kernel(p_count, p_mean, p_prior, p_out, p_take_more, N, half_range: tl.float64, cost: tl.float64, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    count, mean = tl.load(p_count + i, i < N, other=1), tl.load(p_mean + i, i < N, other=0.0)
+    prior = tl.load(p_prior + i, i < N, other=0.0)
+    baseline, weight, statistic, squared_bias, mse = fusion.shrinkage(count, mean, prior, half_range)
+    tl.store(p_out + i, baseline, i < N)
+    tl.store(p_out + N + i, weight, i < N)
+    tl.store(p_out + 2 * N + i, statistic, i < N)
+    tl.store(p_out + 3 * N + i, squared_bias, i < N)
+    tl.store(p_out + 4 * N + i, mse, i < N)
+    tl.store(p_take_more + i, fusion.osla_take_more(count, squared_bias, 16, cost), i < N)
+
+
+@triton.jit
+def baseline_kernel(p_count, p_mean, p_prior, p_out, N, half_range: tl.float64, RULE: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    count, mean = tl.load(p_count + i, i < N, other=1), tl.load(p_mean + i, i < N, other=0.0)
+    prior = tl.load(p_prior + i, i < N, other=0.0)
+    tl.store(p_out + i, fusion.baseline_of(RULE, count, mean, prior, half_range), i < N)
+
+
+@triton.jit
+def p_value_kernel(p_statistic, p_out):
+    tl.store(p_out + tl.program_id(0), fusion.p_value(tl.load(p_statistic + tl.program_id(0))))
+
+
+def columns() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The cases, mean and prior in reward units."""
+    count, mean, prior = (torch.tensor(column, dtype=torch.float64) for column in zip(*CASES, strict=True))
+    return count.to(torch.int64), (mean + 1) * HALF_RANGE + LOW, (prior + 1) * HALF_RANGE + LOW
+
+
+def test_numbers_of_the_baseline_rules():
+    assert (fusion.GROUP_MEAN, fusion.PRIOR, fusion.SHRINKAGE) == (Baseline.GROUP_MEAN, Baseline.PRIOR, Baseline.SHRINKAGE)
+
+
+def test_shrinkage_and_osla():
+    n = len(CASES)
+    got = torch.empty(5, n, dtype=torch.float64)
+    take_more = torch.empty(n, dtype=torch.bool)
+    fuse_kernel[(1,)](*columns(), got, take_more, n, HALF_RANGE, PUBLISHED_COST, BLOCK=256)
+    expected = [reference.shrinkage(*case) for case in CASES]
+    wanted = np.array(
+        [((f.baseline + 1) * HALF_RANGE + LOW, f.weight, f.statistic, f.squared_bias, f.mse * HALF_RANGE**2) for f in expected]
+    ).T
+    np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-12, atol=1e-12)
+    wants_more = [
+        reference.osla_take_more(case[0], f.squared_bias, 16, PUBLISHED_COST) for case, f in zip(CASES, expected, strict=True)
+    ]
+    assert take_more.tolist() == wants_more
+
+
+@pytest.mark.parametrize("rule", list(Baseline), ids=lambda rule: rule.name.lower())
+def test_baseline_of(rule):
+    got = torch.empty(len(CASES), dtype=torch.float64)
+    counts, means, priors = columns()
+    baseline_kernel[(1,)](counts, means, priors, got, len(CASES), HALF_RANGE, RULE=int(rule), BLOCK=256)
+    fused = [(reference.shrinkage(*case).baseline + 1) * HALF_RANGE + LOW for case in CASES]
+    wanted = {
+        Baseline.GROUP_MEAN: torch.where(counts == 0, priors, means),
+        Baseline.PRIOR: torch.where(priors.isnan(), means, priors),
+        Baseline.SHRINKAGE: torch.tensor(fused, dtype=torch.float64),
+    }
+    torch.testing.assert_close(got, wanted[rule], rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def test_p_value_keeps_its_digits_in_the_tail():
+    x = np.concatenate(([0.0, 1e-300, 1e-8], np.linspace(0.01, 8, 150), [2 * math.pi], np.linspace(9, 26.5, 40)))
+    statistic = torch.from_numpy(2 * x**2)
+    got = torch.empty_like(statistic)
+    p_value_kernel[(len(x),)](statistic, got)
+    wanted = [math.erfc(math.sqrt(t / 2)) for t in statistic.tolist()]
+    np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-12)
+
+
+def test_p_value_of_no_test_and_of_a_certain_one():
+    statistic = torch.tensor([math.nan, 1e6], dtype=torch.float64)
+    got = torch.empty_like(statistic)
+    p_value_kernel[(2,)](statistic, got)
+    assert math.isnan(got[0])
+    assert got[1] == 0
