@@ -1,0 +1,388 @@
+"""Fused advantages on the GPU: rewards in, advantages in any layout and group statistics out, in one launch.
+
+Each program of a group computes the group's statistics for itself, which costs a few loads that hit the cache and saves a
+second launch, then writes the advantages of its share of the group's rows. Token rewards take a first launch of their own,
+`sum_token_rewards_kernel`: a program per row and chunk that each summed the whole group's tokens would read them many times.
+Nothing here synchronises with the host or has a data-dependent shape, so a call can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from v05.kernels.fusion import GROUP_MEAN, SHRINKAGE, baseline_of, is_nan, osla_take_more, p_value, shrinkage
+
+# Shared by number with v05.ops.SCALES and advantage.hpp.
+UNSCALED = tl.constexpr(0)
+GROUP_SCALE = tl.constexpr(1)
+BATCH_SCALE = tl.constexpr(2)
+
+BLOCK_T = 2048  # 4 warps of 32 threads that each load 16 bytes of a uint8 mask
+NUM_WARPS = 4
+MAX_BLOCK_ROWS = 1024
+ENOUGH_PROGRAMS = 8192  # a few waves on any GPU: beyond it, programs loop
+
+
+@triton.jit
+def load_rewards(p_rewards, p_order, p_valid, position, inside, low, high):
+    """(row, reward, usable, nonfinite, clipped) of the rollouts at `position`; rewards float64, clipped to [low, high]."""
+    b_row = tl.load(p_order + position, mask=inside, other=0) if p_order is not None else position
+    b_valid = inside
+    if p_valid is not None:
+        b_valid = inside & (tl.load(p_valid + b_row, mask=inside, other=0) != 0)
+    b_reward = tl.load(p_rewards + b_row, mask=b_valid, other=0.0).to(tl.float64)
+    b_usable = b_valid & (tl.abs(b_reward) < float("inf"))
+    b_clipped = b_usable & ((b_reward < low) | (b_reward > high))
+    b_reward = tl.where(b_reward < low, low, tl.where(b_reward > high, high, b_reward))
+    return b_row, b_reward, b_usable, b_valid & ~b_usable, b_clipped
+
+
+@triton.jit
+def load_statistics_rewards(p_rewards, p_order, p_valid, p_counted, position, inside, low, high):
+    """As load_rewards, without the row and with `counted`, the usable rollouts that count in the statistics, for `usable`."""
+    b_row, b_reward, b_usable, b_nonfinite, b_clipped = load_rewards(
+        p_rewards, p_order, p_valid, position, inside, low, high
+    )
+    b_counted = b_usable
+    if p_counted is not None:
+        b_counted = b_usable & (tl.load(p_counted + b_row, mask=inside, other=0) != 0)
+    return b_reward, b_counted, b_nonfinite, b_clipped
+
+
+@triton.jit
+def moments(p_rewards, p_order, p_valid, p_counted, first, last, low, high, BLOCK_ROWS: tl.constexpr):
+    """(count, mean, m2, all_equal, nonfinite, clipped) of the rollouts at positions first .. last - 1.
+
+    Two passes: rewards near 1e4 with a spread of 1e-3 keep their digits. The mean of equal rewards is exactly that reward.
+    """
+    b_count = tl.zeros((BLOCK_ROWS,), tl.int64)
+    b_nonfinite = tl.zeros((BLOCK_ROWS,), tl.int64)
+    b_clipped = tl.zeros((BLOCK_ROWS,), tl.int64)
+    b_sum = tl.zeros((BLOCK_ROWS,), tl.float64)
+    b_smallest = tl.full((BLOCK_ROWS,), float("inf"), tl.float64)
+    b_largest = tl.full((BLOCK_ROWS,), float("-inf"), tl.float64)
+    for start in range(first, last, BLOCK_ROWS):
+        position = start + tl.arange(0, BLOCK_ROWS)
+        b_reward, b_counted, nonfinite, clipped = load_statistics_rewards(
+            p_rewards, p_order, p_valid, p_counted, position, position < last, low, high
+        )
+        b_count += b_counted.to(tl.int64)
+        b_nonfinite += nonfinite.to(tl.int64)
+        b_clipped += clipped.to(tl.int64)
+        b_sum += tl.where(b_counted, b_reward, 0.0)
+        b_smallest = tl.where(b_counted & (b_reward < b_smallest), b_reward, b_smallest)
+        b_largest = tl.where(b_counted & (b_reward > b_largest), b_reward, b_largest)
+    count = tl.sum(b_count)
+    smallest = tl.min(b_smallest)
+    all_equal = smallest >= tl.max(b_largest)
+    mean = tl.where(all_equal, smallest, tl.sum(b_sum) / tl.maximum(count, 1).to(tl.float64))
+    mean = tl.where(count == 0, float("nan"), mean)
+
+    b_m2 = tl.zeros((BLOCK_ROWS,), tl.float64)
+    for start in range(first, last, BLOCK_ROWS):
+        position = start + tl.arange(0, BLOCK_ROWS)
+        b_reward, b_counted, _, _ = load_statistics_rewards(
+            p_rewards, p_order, p_valid, p_counted, position, position < last, low, high
+        )
+        b_deviation = tl.where(b_counted, b_reward - mean, 0.0)
+        b_m2 += b_deviation * b_deviation
+    return count, mean, tl.sum(b_m2), all_equal, tl.sum(b_nonfinite), tl.sum(b_clipped)
+
+
+@triton.jit
+def advantage_of(
+    b_reward,
+    b_usable,
+    count,
+    mean,
+    prior,
+    divisor,
+    half_range,
+    BASELINE: tl.constexpr,
+    LEAVE_ONE_OUT: tl.constexpr,
+    RAW_SINGLETON: tl.constexpr,
+):
+    """Advantages of a group's rollouts, scalars or blocks; 0 where not usable."""
+    if LEAVE_ONE_OUT:
+        b_others = mean + (mean - b_reward) / tl.maximum(count - 1, 1).to(tl.float64)
+        b_baseline = baseline_of(BASELINE, count - 1, b_others, prior, half_range)
+    else:
+        b_baseline = baseline_of(BASELINE, count, mean, prior, half_range)
+    b_advantage = (b_reward - b_baseline) / divisor
+    alone = count == 1  # with nothing to be compared with
+    if BASELINE != GROUP_MEAN:
+        alone &= is_nan(prior)
+    b_advantage = tl.where(alone, b_reward if RAW_SINGLETON else 0.0, b_advantage)
+    return tl.where(b_usable, b_advantage, 0.0)
+
+
+@triton.jit
+def store_tokens(p_out, p_mask, t, inside, value):
+    """value to the tokens t that the mask holds, 0 to the others."""
+    if p_mask is not None:
+        b_mask = tl.load(p_mask + t, mask=inside, other=0) != 0
+        tl.store(p_out + t, tl.where(b_mask, value, 0.0), mask=inside)
+    else:
+        tl.store(p_out + t, value, mask=inside)
+
+
+@triton.jit
+def fill_tokens(p_out, p_mask, start, stop, value, chunk, num_chunks, BLOCK_T: tl.constexpr):
+    """This chunk's share of the tokens start .. stop - 1.
+
+    The bounds of the body are multiples of 16, which the compiler can see: it makes 128-bit accesses of them wherever the row
+    starts. The fewer than 16 tokens on either side are chunk 0's; an aligned row has none.
+    """
+    body_start = (start + 15) // 16 * 16
+    body_stop = stop // 16 * 16
+    for block in range(body_start + chunk * BLOCK_T, body_stop, num_chunks * BLOCK_T):
+        t = block + tl.arange(0, BLOCK_T)
+        store_tokens(p_out, p_mask, t, t < body_stop, value)
+    if (chunk == 0) & ((start < body_start) | (body_stop < stop)):
+        lane = tl.arange(0, 32)
+        tail_start = tl.maximum(body_start, body_stop)
+        t = tl.where(lane < 16, start + lane, tail_start + lane - 16)
+        t_stop = tl.where(lane < 16, tl.minimum(body_start, stop), stop)
+        store_tokens(p_out, p_mask, t, t < t_stop, value)
+
+
+@triton.jit(do_not_specialize=["G", "max_rollouts"])
+def fused_advantage_kernel(
+    p_rewards,  # (N,)
+    p_offsets,  # (G + 1,) int64
+    p_order,  # (N,) int64, or None: rows are contiguous
+    p_prior,  # (G,) float64, or None
+    p_mask,  # (N, T), or None
+    p_cu_seqlens,  # (N + 1,) int64, or None
+    p_valid,  # (N,) bool, or None: all
+    p_counted,  # (N,) bool, or None: as valid
+    p_batch_divisor,  # (1,) float64, with BATCH_SCALE
+    p_out,  # (N, T), (total_tokens,) or (N,)
+    p_moments,  # (7, G) float64, or None
+    p_count,  # (G,) int64, or None
+    p_take_more,  # (G,) bool, or None
+    p_counters,  # (2,) int64: non-finite, clipped
+    G,
+    T,
+    low: tl.float64,  # rewards and priors are clipped to [low, high]
+    high: tl.float64,
+    eps: tl.float64,
+    max_rollouts,
+    cost: tl.float64,
+    BASELINE: tl.constexpr,
+    SCALE: tl.constexpr,
+    LEAVE_ONE_OUT: tl.constexpr,
+    RAW_SINGLETON: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Grid (G, splits over a group's rows, chunks of a row's tokens); any number of splits and chunks is right."""
+    group = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    chunk = tl.program_id(2)
+    first = tl.load(p_offsets + group)
+    last = tl.load(p_offsets + group + 1)
+    count, mean, m2, all_equal, nonfinite, clipped = moments(
+        p_rewards, p_order, p_valid, p_counted, first, last, low, high, BLOCK_ROWS
+    )
+    variance = m2 / tl.maximum(count - 1, 1).to(tl.float64)
+
+    prior = tl.full((), float("nan"), tl.float64)
+    if p_prior is not None:
+        prior = tl.load(p_prior + group)
+        clipped += ((prior < low) | (prior > high)).to(tl.int64)
+        prior = tl.where(prior < low, low, tl.where(prior > high, high, prior))
+
+    divisor = tl.full((), 1.0, tl.float64)
+    if SCALE == GROUP_SCALE:
+        divisor = tl.where(all_equal, 1.0, tl.sqrt(variance) + eps)
+    if SCALE == BATCH_SCALE:
+        divisor = tl.load(p_batch_divisor)
+
+    if (split == 0) & (chunk == 0):
+        tl.atomic_add(p_counters, nonfinite, mask=nonfinite > 0, sem="relaxed")
+        tl.atomic_add(p_counters + 1, clipped, mask=clipped > 0, sem="relaxed")
+        if p_moments is not None:
+            tl.store(p_count + group, count)
+            tl.store(p_moments + group, mean)
+            tl.store(p_moments + G + group, variance)
+            tl.store(p_moments + 2 * G + group, baseline_of(BASELINE, count, mean, prior, (high - low) / 2))
+            if BASELINE == SHRINKAGE:
+                _, weight, statistic, squared_bias, mse = shrinkage(count, mean, prior, (high - low) / 2)
+                tl.store(p_moments + 3 * G + group, weight)
+                tl.store(p_moments + 4 * G + group, statistic)
+                tl.store(p_moments + 5 * G + group, p_value(statistic))
+                tl.store(p_moments + 6 * G + group, mse)
+                tl.store(p_take_more + group, osla_take_more(count, squared_bias, max_rollouts, cost))
+
+    if p_mask is None and p_cu_seqlens is None:
+        for start in range(first + split * BLOCK_ROWS, last, tl.num_programs(1) * BLOCK_ROWS):
+            position = start + tl.arange(0, BLOCK_ROWS)
+            inside = position < last
+            b_row, b_reward, b_usable, _, _ = load_rewards(
+                p_rewards, p_order, p_valid, position, inside, low, high
+            )
+            b_advantage = advantage_of(
+                b_reward, b_usable, count, mean, prior, divisor, (high - low) / 2, BASELINE, LEAVE_ONE_OUT, RAW_SINGLETON
+            )
+            tl.store(p_out + b_row, b_advantage.to(p_out.dtype.element_ty), mask=inside)
+    else:
+        for position in range(first + split, last, tl.num_programs(1)):
+            row, reward, usable, _, _ = load_rewards(
+                p_rewards, p_order, p_valid, position, position < last, low, high
+            )
+            advantage = advantage_of(
+                reward, usable, count, mean, prior, divisor, (high - low) / 2, BASELINE, LEAVE_ONE_OUT, RAW_SINGLETON
+            )
+            if p_cu_seqlens is not None:
+                start = tl.load(p_cu_seqlens + row)
+                stop = tl.load(p_cu_seqlens + row + 1)
+            else:
+                start = row * T
+                stop = start + T
+            value = advantage.to(p_out.dtype.element_ty)
+            fill_tokens(p_out, p_mask, start, stop, value, chunk, tl.num_programs(2), BLOCK_T)
+
+
+@triton.jit
+def sum_token_rewards_kernel(
+    p_token_rewards,  # (N, T)
+    p_mask,  # (N, T)
+    p_rewards,  # (N,) float64
+    T,
+    BLOCK_T: tl.constexpr,
+):
+    """rewards[i] = sum of token_rewards[i, t] over the tokens where mask[i, t] is not zero. Grid (N,)."""
+    row = tl.program_id(0).to(tl.int64)
+    b_sum = tl.zeros((BLOCK_T,), tl.float64)
+    for block in range(0, T, BLOCK_T):
+        t = block + tl.arange(0, BLOCK_T)
+        b_mask = tl.load(p_mask + row * T + t, mask=t < T, other=0) != 0
+        b_token_reward = tl.load(p_token_rewards + row * T + t, mask=t < T, other=0.0)
+        b_sum += tl.where(b_mask, b_token_reward, 0.0).to(tl.float64)
+    tl.store(p_rewards + row, tl.sum(b_sum))
+
+
+def fused_advantage(
+    rewards: torch.Tensor,
+    offsets: torch.Tensor,
+    order: torch.Tensor | None,
+    prior: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    counted: torch.Tensor | None,
+    out: torch.Tensor,
+    moments: torch.Tensor | None,
+    count: torch.Tensor | None,
+    take_more: torch.Tensor | None,
+    counters: torch.Tensor,
+    *,
+    baseline: int,
+    scale: int,
+    leave_one_out: bool,
+    raw_singleton: bool,
+    low: float,
+    high: float,
+    eps: float,
+    max_rollouts: int,
+    cost: float,
+) -> None:
+    """Write the advantages into `out` and, where given, the statistics; the caller is `v05.ops.fused_advantage`.
+
+    Shapes and dtypes are those that `fused_advantage_kernel` notes; rewards may also be (N, T), float32 or float64. Only what
+    `baseline` defines is written: the rows mean, var, baseline of `moments` and `count`, and with SHRINKAGE all of it.
+    Non-finite rewards of valid rows are left out, and with a bounded baseline rewards and priors outside [low, high] clipped;
+    `counters`, which start at 0, count both.
+
+    Raises:
+        ValueError: CPU tensors without the interpreter.
+    """
+    if not rewards.is_cuda and isinstance(fused_advantage_kernel, triton.JITFunction):
+        raise ValueError(
+            "backend='triton': CPU tensors need Triton's interpreter; set TRITON_INTERPRET=1 before triton is first imported, "
+            "or leave backend out to use the C++ core"
+        )
+    N, G = rewards.shape[0], offsets.numel() - 1
+    if G == 0:
+        return
+    T = 0 if mask is None else mask.shape[1]
+    if baseline == GROUP_MEAN.value:  # takes any finite reward
+        low, high = -math.inf, math.inf
+    with torch.cuda.device_of(rewards):
+        if rewards.ndim == 2:
+            assert mask is not None
+            rewards = _sum_token_rewards(rewards, mask)
+        divisor = None
+        if scale == BATCH_SCALE.value:
+            divisor = _batch_divisor(rewards, valid if counted is None else counted, low, high, eps)
+
+        group_size = triton.cdiv(N, G)  # on average: any size is handled, this one best
+        block_rows = min(max(triton.next_power_of_2(group_size), 16), MAX_BLOCK_ROWS)
+        if mask is None and cu_seqlens is None:
+            chunks, splits = 1, triton.cdiv(group_size, block_rows)
+        else:
+            row_length = triton.cdiv(out.numel(), max(N, 1))
+            chunks = min(max(triton.cdiv(row_length, BLOCK_T), 1), ENOUGH_PROGRAMS)
+            splits = min(group_size, triton.cdiv(ENOUGH_PROGRAMS, G * chunks))
+        fused_advantage_kernel[(G, max(splits, 1), chunks)](
+            rewards,
+            offsets,
+            order,
+            prior,
+            mask,
+            cu_seqlens,
+            valid,
+            counted,
+            divisor,
+            out,
+            moments,
+            count,
+            take_more,
+            counters,
+            G,
+            T,
+            low,
+            high,
+            eps,
+            max_rollouts,
+            cost,
+            BASELINE=baseline,
+            SCALE=scale,
+            LEAVE_ONE_OUT=leave_one_out,
+            RAW_SINGLETON=raw_singleton,
+            BLOCK_ROWS=block_rows,
+            BLOCK_T=BLOCK_T,
+            num_warps=NUM_WARPS,
+        )
+
+
+def _sum_token_rewards(token_rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    N, T = token_rewards.shape
+    rewards = torch.empty(N, dtype=torch.float64, device=token_rewards.device)
+    if N > 0:
+        sum_token_rewards_kernel[(N,)](token_rewards, mask, rewards, T, BLOCK_T=BLOCK_T, num_warps=NUM_WARPS)
+    return rewards
+
+
+def _batch_divisor(
+    rewards: torch.Tensor, counted: torch.Tensor | None, low: float, high: float, eps: float
+) -> torch.Tensor:
+    """(1,) float64: the standard deviation (ddof = 1) of all counted finite rewards + eps; 1 if they are all equal.
+
+    A few torch operations on the device: it needs all rewards, which no program of the one launch sees.
+    """
+    values = rewards.to(torch.float64)
+    if values.numel() == 0:
+        return values.new_ones(1)
+    usable = values.isfinite() if counted is None else values.isfinite() & counted
+    values = values.clamp(low, high)
+    unequal = torch.where(usable, values, math.inf).amin() < torch.where(usable, values, -math.inf).amax()
+    n = usable.sum()
+    mean = torch.where(usable, values, 0.0).sum() / n.clamp(min=1)
+    variance = torch.where(usable, values - mean, 0.0).square().sum() / (n - 1).clamp(min=1)
+    return torch.where(unequal, variance.sqrt() + eps, 1.0).reshape(1)
