@@ -54,43 +54,43 @@ def load_statistics_rewards(p_rewards, p_order, p_valid, p_counted, position, in
 
 
 @triton.jit
-def moments(p_rewards, p_order, p_valid, p_counted, first, last, low, high, BLOCK_ROWS: tl.constexpr):
-    """(count, mean, m2, all_equal, nonfinite, clipped) of the rollouts at positions first .. last - 1.
+def moments(p_rewards, p_order, p_valid, p_counted, first, size, low, high, BLOCK_ROWS: tl.constexpr):
+    """(count, mean, m2, all_equal, nonfinite, clipped) of the rollouts at positions first .. first + size - 1.
 
     Two passes: rewards near 1e4 with a spread of 1e-3 keep their digits. The mean of equal rewards is exactly that reward.
     """
-    b_count = tl.zeros((BLOCK_ROWS,), tl.int64)
-    b_nonfinite = tl.zeros((BLOCK_ROWS,), tl.int64)
-    b_clipped = tl.zeros((BLOCK_ROWS,), tl.int64)
+    b_count = tl.zeros((BLOCK_ROWS,), tl.int32)
+    b_nonfinite = tl.zeros((BLOCK_ROWS,), tl.int32)
+    b_clipped = tl.zeros((BLOCK_ROWS,), tl.int32)
     b_sum = tl.zeros((BLOCK_ROWS,), tl.float64)
     b_smallest = tl.full((BLOCK_ROWS,), float("inf"), tl.float64)
     b_largest = tl.full((BLOCK_ROWS,), float("-inf"), tl.float64)
-    for start in range(first, last, BLOCK_ROWS):
-        position = start + tl.arange(0, BLOCK_ROWS)
+    for start in range(0, size, BLOCK_ROWS):
+        member = start + tl.arange(0, BLOCK_ROWS)
         b_reward, b_counted, nonfinite, clipped = load_statistics_rewards(
-            p_rewards, p_order, p_valid, p_counted, position, position < last, low, high
+            p_rewards, p_order, p_valid, p_counted, first + member, member < size, low, high
         )
-        b_count += b_counted.to(tl.int64)
-        b_nonfinite += nonfinite.to(tl.int64)
-        b_clipped += clipped.to(tl.int64)
+        b_count += b_counted.to(tl.int32)
+        b_nonfinite += nonfinite.to(tl.int32)
+        b_clipped += clipped.to(tl.int32)
         b_sum += tl.where(b_counted, b_reward, 0.0)
         b_smallest = tl.where(b_counted & (b_reward < b_smallest), b_reward, b_smallest)
         b_largest = tl.where(b_counted & (b_reward > b_largest), b_reward, b_largest)
-    count = tl.sum(b_count)
+    count = tl.sum(b_count).to(tl.int64)
     smallest = tl.min(b_smallest)
     all_equal = smallest >= tl.max(b_largest)
     mean = tl.where(all_equal, smallest, tl.sum(b_sum) / tl.maximum(count, 1).to(tl.float64))
     mean = tl.where(count == 0, float("nan"), mean)
 
     b_m2 = tl.zeros((BLOCK_ROWS,), tl.float64)
-    for start in range(first, last, BLOCK_ROWS):
-        position = start + tl.arange(0, BLOCK_ROWS)
+    for start in range(0, size, BLOCK_ROWS):
+        member = start + tl.arange(0, BLOCK_ROWS)
         b_reward, b_counted, _, _ = load_statistics_rewards(
-            p_rewards, p_order, p_valid, p_counted, position, position < last, low, high
+            p_rewards, p_order, p_valid, p_counted, first + member, member < size, low, high
         )
         b_deviation = tl.where(b_counted, b_reward - mean, 0.0)
         b_m2 += b_deviation * b_deviation
-    return count, mean, tl.sum(b_m2), all_equal, tl.sum(b_nonfinite), tl.sum(b_clipped)
+    return count, mean, tl.sum(b_m2), all_equal, tl.sum(b_nonfinite).to(tl.int64), tl.sum(b_clipped).to(tl.int64)
 
 
 @triton.jit
@@ -185,9 +185,9 @@ def fused_advantage_kernel(
     split = tl.program_id(1)
     chunk = tl.program_id(2)
     first = tl.load(p_offsets + group)
-    last = tl.load(p_offsets + group + 1)
+    size = (tl.load(p_offsets + group + 1) - first).to(tl.int32)
     count, mean, m2, all_equal, nonfinite, clipped = moments(
-        p_rewards, p_order, p_valid, p_counted, first, last, low, high, BLOCK_ROWS
+        p_rewards, p_order, p_valid, p_counted, first, size, low, high, BLOCK_ROWS
     )
     variance = m2 / tl.maximum(count - 1, 1).to(tl.float64)
 
@@ -220,20 +220,20 @@ def fused_advantage_kernel(
                 tl.store(p_take_more + group, osla_take_more(count, squared_bias, max_rollouts, cost))
 
     if p_mask is None and p_cu_seqlens is None:
-        for start in range(first + split * BLOCK_ROWS, last, tl.num_programs(1) * BLOCK_ROWS):
-            position = start + tl.arange(0, BLOCK_ROWS)
-            inside = position < last
+        for start in range(split * BLOCK_ROWS, size, tl.num_programs(1) * BLOCK_ROWS):
+            member = start + tl.arange(0, BLOCK_ROWS)
+            inside = member < size
             b_row, b_reward, b_usable, _, _ = load_rewards(
-                p_rewards, p_order, p_valid, position, inside, low, high
+                p_rewards, p_order, p_valid, first + member, inside, low, high
             )
             b_advantage = advantage_of(
                 b_reward, b_usable, count, mean, prior, divisor, (high - low) / 2, BASELINE, LEAVE_ONE_OUT, RAW_SINGLETON
             )
             tl.store(p_out + b_row, b_advantage.to(p_out.dtype.element_ty), mask=inside)
     else:
-        for position in range(first + split, last, tl.num_programs(1)):
+        for member in range(split, size, tl.num_programs(1)):
             row, reward, usable, _, _ = load_rewards(
-                p_rewards, p_order, p_valid, position, position < last, low, high
+                p_rewards, p_order, p_valid, first + member, member < size, low, high
             )
             advantage = advantage_of(
                 reward, usable, count, mean, prior, divisor, (high - low) / 2, BASELINE, LEAVE_ONE_OUT, RAW_SINGLETON
