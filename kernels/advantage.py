@@ -1,9 +1,10 @@
 """Fused advantages on the GPU: rewards in, advantages in any layout and group statistics out, in one launch.
 
-Each program of a group computes the group's statistics for itself, which costs a few loads that hit the cache and saves a
-second launch, then writes the advantages of its share of the group's rows. Token rewards take a first launch of their own,
-`sum_token_rewards_kernel`: a program per row and chunk that each summed the whole group's tokens would read them many times.
-Nothing here synchronises with the host or has a data-dependent shape, so a call can be captured in a CUDA graph.
+Each program of a group computes the group's statistics for itself, which costs a few loads that hit the cache and saves
+a second launch, then writes the advantages of its share of the group's rows. Token rewards take a first launch of their
+own, `sum_token_rewards_kernel`: a program per row and chunk that each summed the whole group's tokens would read them
+many times. Nothing here synchronises with the host or has a data-dependent shape, so a call can be captured in a CUDA
+graph.
 """
 
 from __future__ import annotations
@@ -22,14 +23,18 @@ GROUP_SCALE = tl.constexpr(1)
 BATCH_SCALE = tl.constexpr(2)
 
 BLOCK_T = 2048  # 4 warps of 32 threads that each load 16 bytes of a uint8 mask
-NUM_WARPS = 4
-MAX_BLOCK_ROWS = 1024
+MAX_BLOCK_ROWS = 512
 ENOUGH_PROGRAMS = 8192  # a few waves on any GPU: beyond it, programs loop
+
+# NVIDIA's assembler, left alone, spills a few values to fit 40 registers; given a bound above its need it does not.
+# AMD's has no such option.
+COMPILER_OPTIONS = {"cuda": {"num_warps": 4, "maxnreg": 128}, "hip": {"num_warps": 4}}
+_OPTIONS = COMPILER_OPTIONS["hip" if torch.version.hip else "cuda"]
 
 
 @triton.jit
 def load_rewards(p_rewards, p_order, p_valid, position, inside, low, high):
-    """(row, reward, usable, nonfinite, clipped) of the rollouts at `position`; rewards float64, clipped to [low, high]."""
+    """(row, reward, usable, nonfinite, clipped) of the rollouts at `position`; rewards are clipped to [low, high]."""
     b_row = tl.load(p_order + position, mask=inside, other=0) if p_order is not None else position
     b_valid = inside
     if p_valid is not None:
@@ -43,7 +48,7 @@ def load_rewards(p_rewards, p_order, p_valid, position, inside, low, high):
 
 @triton.jit
 def load_statistics_rewards(p_rewards, p_order, p_valid, p_counted, position, inside, low, high):
-    """As load_rewards, without the row and with `counted`, the usable rollouts that count in the statistics, for `usable`."""
+    """(reward, counted, nonfinite, clipped): counted are the usable rollouts that count in the statistics."""
     b_row, b_reward, b_usable, b_nonfinite, b_clipped = load_rewards(
         p_rewards, p_order, p_valid, position, inside, low, high
     )
@@ -57,7 +62,8 @@ def load_statistics_rewards(p_rewards, p_order, p_valid, p_counted, position, in
 def moments(p_rewards, p_order, p_valid, p_counted, first, size, low, high, BLOCK_ROWS: tl.constexpr):
     """(count, mean, m2, all_equal, nonfinite, clipped) of the rollouts at positions first .. first + size - 1.
 
-    Two passes: rewards near 1e4 with a spread of 1e-3 keep their digits. The mean of equal rewards is exactly that reward.
+    Two passes: rewards near 1e4 with a spread of 1e-3 keep their digits. The mean of equal rewards is exactly that
+    reward.
     """
     b_count = tl.zeros((BLOCK_ROWS,), tl.int32)
     b_nonfinite = tl.zeros((BLOCK_ROWS,), tl.int32)
@@ -134,8 +140,8 @@ def store_tokens(p_out, p_mask, t, inside, value):
 def fill_tokens(p_out, p_mask, start, stop, value, chunk, num_chunks, BLOCK_T: tl.constexpr):
     """This chunk's share of the tokens start .. stop - 1.
 
-    The bounds of the body are multiples of 16, which the compiler can see: it makes 128-bit accesses of them wherever the row
-    starts. The fewer than 16 tokens on either side are chunk 0's; an aligned row has none.
+    The bounds of the body are multiples of 16, which the compiler can see: it makes 128-bit accesses of them wherever
+    the row starts. The fewer than 16 tokens on either side are chunk 0's; an aligned row has none.
     """
     body_start = (start + 15) // 16 * 16
     body_stop = stop // 16 * 16
@@ -227,7 +233,16 @@ def fused_advantage_kernel(
                 p_rewards, p_order, p_valid, first + member, inside, low, high
             )
             b_advantage = advantage_of(
-                b_reward, b_usable, count, mean, prior, divisor, (high - low) / 2, BASELINE, LEAVE_ONE_OUT, RAW_SINGLETON
+                b_reward,
+                b_usable,
+                count,
+                mean,
+                prior,
+                divisor,
+                (high - low) / 2,
+                BASELINE,
+                LEAVE_ONE_OUT,
+                RAW_SINGLETON,
             )
             tl.store(p_out + b_row, b_advantage.to(p_out.dtype.element_ty), mask=inside)
     else:
@@ -294,18 +309,18 @@ def fused_advantage(
 ) -> None:
     """Write the advantages into `out` and, where given, the statistics; the caller is `v05.ops.fused_advantage`.
 
-    Shapes and dtypes are those that `fused_advantage_kernel` notes; rewards may also be (N, T), float32 or float64. Only what
-    `baseline` defines is written: the rows mean, var, baseline of `moments` and `count`, and with SHRINKAGE all of it.
-    Non-finite rewards of valid rows are left out, and with a bounded baseline rewards and priors outside [low, high] clipped;
-    `counters`, which start at 0, count both.
+    Shapes and dtypes are those that `fused_advantage_kernel` notes; rewards may also be (N, T), float32 or float64.
+    Only what `baseline` defines is written: the rows mean, var, baseline of `moments` and `count`, and with SHRINKAGE
+    all of it. Non-finite rewards of valid rows are left out, and with a bounded baseline rewards and priors outside
+    [low, high] clipped; `counters`, which start at 0, count both.
 
     Raises:
         ValueError: CPU tensors without the interpreter.
     """
     if not rewards.is_cuda and isinstance(fused_advantage_kernel, triton.JITFunction):
         raise ValueError(
-            "backend='triton': CPU tensors need Triton's interpreter; set TRITON_INTERPRET=1 before triton is first imported, "
-            "or leave backend out to use the C++ core"
+            "backend='triton': CPU tensors need Triton's interpreter; set TRITON_INTERPRET=1 before triton is first "
+            "imported, or leave backend out to use the C++ core"
         )
     N, G = rewards.shape[0], offsets.numel() - 1
     if G == 0:
@@ -357,7 +372,7 @@ def fused_advantage(
             RAW_SINGLETON=raw_singleton,
             BLOCK_ROWS=block_rows,
             BLOCK_T=BLOCK_T,
-            num_warps=NUM_WARPS,
+            **_OPTIONS,
         )
 
 
@@ -365,7 +380,7 @@ def _sum_token_rewards(token_rewards: torch.Tensor, mask: torch.Tensor) -> torch
     N, T = token_rewards.shape
     rewards = torch.empty(N, dtype=torch.float64, device=token_rewards.device)
     if N > 0:
-        sum_token_rewards_kernel[(N,)](token_rewards, mask, rewards, T, BLOCK_T=BLOCK_T, num_warps=NUM_WARPS)
+        sum_token_rewards_kernel[(N,)](token_rewards, mask, rewards, T, BLOCK_T=BLOCK_T, **_OPTIONS)
     return rewards
 
 

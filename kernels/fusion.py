@@ -1,8 +1,8 @@
 """Every baseline and stopping rule as a pure device function of a group's count, mean and prior, in reward units.
 
-The same arithmetic as `csrc/include/v05/fusion.hpp` and `stopping.hpp`; `v05/reference.py` is the specification of all three.
-Float64 throughout, elementwise over scalars or blocks; counts are int64. No operand ever divides by zero, also not where a
-`tl.where` discards the quotient: Triton's interpreter would warn.
+The same arithmetic as `csrc/include/v05/fusion.hpp` and `stopping.hpp`; `v05/reference.py` is the specification of all
+three. Float64 throughout, elementwise over scalars or blocks; counts are int64. No operand ever divides by zero, also
+not where a `tl.where` discards the quotient: Triton's interpreter would warn.
 """
 
 import triton
@@ -23,8 +23,9 @@ def is_nan(x):
 def shrinkage(count, mean, prior, half_range):
     """V_0.5's empirical shrinkage (arXiv 2603.10848): (baseline, weight, statistic, squared_bias, mse).
 
-    half_range = (hi - lo) / 2 carries reward units to centred ones. baseline is in reward units, mse in reward units squared,
-    squared_bias in centred units. A NaN prior is no prior: the mean stands. Without a rollout the prior stands.
+    half_range = (hi - lo) / 2 carries reward units to centred ones. baseline is in reward units, mse in reward units
+    squared, squared_bias in centred units. A NaN prior is no prior: the mean stands. Without a rollout the prior
+    stands.
     """
     no_prior = is_nan(prior)
     k = tl.maximum(count, 1).to(tl.float64)
@@ -42,7 +43,7 @@ def shrinkage(count, mean, prior, half_range):
 
 @triton.jit
 def baseline_of(RULE: tl.constexpr, count, mean, prior, half_range):
-    """The baseline of any method. Where there is no prior the group mean stands in, where there is no rollout the prior."""
+    """The baseline of any method. Without a prior the group mean stands in, without a rollout the prior."""
     if RULE == SHRINKAGE:
         return shrinkage(count, mean, prior, half_range)[0]
     elif RULE == PRIOR:
@@ -69,10 +70,10 @@ def osla_take_more(count, squared_bias, max_rollouts, cost):
 def erfc_of_sqrt(y):
     """erfc(sqrt(y)) of a float64 scalar y >= 0, to about 1e-14 relative; a tail of 1e-300 keeps its digits.
 
-    With x = sqrt(y), erfc(x) = (2 x / pi) exp(-y) * integral over t > 0 of exp(-t^2) / (t^2 + x^2). The midpoint rule with step
-    h = 1/2 errs by exp(-(pi / h)^2) = 7e-18 once the pole at t = ix is accounted for, which it is by adding
-    2 / (1 + exp(2 pi x / h)) while x < pi / h (Hunter & Regan 1972). No difference is taken, so no digit cancels.
-    Not tl.erf: 1 - erf(x) has no digits in the tail, and libdevice's erfc is missing from the interpreter.
+    With x = sqrt(y), erfc(x) = (2 x / pi) exp(-y) * integral over t > 0 of exp(-t^2) / (t^2 + x^2). The midpoint rule
+    with step h = 1/2 errs by exp(-(pi / h)^2) = 7e-18 once the pole at t = ix is accounted for, which it is by adding 2
+    / (1 + exp(2 pi x / h)) while x < pi / h (Hunter & Regan 1972). No difference is taken, so no digit cancels. Not
+    tl.erf: 1 - erf(x) has no digits in the tail, and libdevice's erfc is missing from the interpreter.
     """
     x = tl.sqrt(y)
     t = (tl.arange(0, 16).to(tl.float64) + 0.5) * 0.5  # exp(-t^2) of the last is 1e-26
