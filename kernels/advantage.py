@@ -127,6 +127,14 @@ def advantage_of(
 
 
 @triton.jit
+def output_of(b_advantage, p_out):
+    """In the dtype of out. By way of float32, as the compiler does by itself and the interpreter does not."""
+    if p_out.dtype.element_ty == tl.bfloat16:
+        b_advantage = b_advantage.to(tl.float32)
+    return b_advantage.to(p_out.dtype.element_ty)
+
+
+@triton.jit
 def store_tokens(p_out, p_mask, t, inside, value):
     """value to the tokens t that the mask holds, 0 to the others."""
     if p_mask is not None:
@@ -244,7 +252,7 @@ def fused_advantage_kernel(
                 LEAVE_ONE_OUT,
                 RAW_SINGLETON,
             )
-            tl.store(p_out + b_row, b_advantage.to(p_out.dtype.element_ty), mask=inside)
+            tl.store(p_out + b_row, output_of(b_advantage, p_out), mask=inside)
     else:
         for member in range(split, size, tl.num_programs(1)):
             row, reward, usable, _, _ = load_rewards(
@@ -259,8 +267,7 @@ def fused_advantage_kernel(
             else:
                 start = row * T
                 stop = start + T
-            value = advantage.to(p_out.dtype.element_ty)
-            fill_tokens(p_out, p_mask, start, stop, value, chunk, tl.num_programs(2), BLOCK_T)
+            fill_tokens(p_out, p_mask, start, stop, output_of(advantage, p_out), chunk, tl.num_programs(2), BLOCK_T)
 
 
 @triton.jit

@@ -1,0 +1,54 @@
+"""Every kernel variant compiles for every target without a GPU, does not spill, and moves tokens 128 bits at a time."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def aot(*arguments: str, cwd, **environment: str) -> subprocess.CompletedProcess:
+    """In a process of its own, for this one interprets, and outside the repository, whose v05/ lacks the core."""
+    others = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "v05.kernels.aot", *arguments]
+    return subprocess.run(command, cwd=cwd, env=others | environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("aot")
+    done = aot("--json", "reports.json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "reports.json").read_text())
+
+
+def test_every_variant_for_every_target(reports):
+    compiled = {(report["kernel"], report["variant"], report["target"]) for report in reports}
+    assert len(compiled) == len(reports)
+    kernels = {kernel for kernel, _, _ in compiled}
+    assert kernels == {"fused_advantage_kernel", "sum_token_rewards_kernel"}
+    variants = {(kernel, variant) for kernel, variant, _ in compiled}
+    targets = ("sm_80", "sm_90", "sm_100", "gfx942")
+    assert compiled == {(*variant, target) for variant in variants for target in targets}
+
+
+def test_no_spills(reports):
+    assert [report for report in reports if report["spill_bytes"] or report["stack"]] == []
+
+
+def test_tokens_move_128_bits_at_a_time(reports):
+    """A warp of gfx942 has 64 threads, so that a block gives each 8 tokens, 8 bytes of a uint8 mask."""
+    for report in reports:
+        loads_mask = report["variant"].startswith("padded")
+        narrow_mask = report["target"] == "gfx942" and not report["variant"].endswith(("int64-mask", "float32-mask"))
+        if report["kernel"] == "sum_token_rewards_kernel" or (loads_mask and not narrow_mask):
+            assert report["ld128"] > 0, report
+        if loads_mask or report["variant"].startswith("packed"):
+            assert report["st128"] > 0, report
+
+
+def test_says_that_the_interpreter_compiles_nothing(tmp_path):
+    done = aot(cwd=tmp_path, TRITON_INTERPRET="1")
+    assert done.returncode != 0
+    assert "unset" in done.stderr
