@@ -335,7 +335,7 @@ def fused_advantage(
     T = 0 if mask is None else mask.shape[1]
     if baseline == GROUP_MEAN.value:  # takes any finite reward
         low, high = -math.inf, math.inf
-    with torch.cuda.device_of(rewards):
+    with torch.cuda.device_of(rewards):  # type: ignore[no-untyped-call]
         if rewards.ndim == 2:
             assert mask is not None
             rewards = _sum_token_rewards(rewards, mask)

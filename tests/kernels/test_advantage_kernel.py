@@ -202,7 +202,8 @@ def test_token_rewards(dtype):
 
 @pytest.mark.parametrize("T", [None, 20], ids=["per-rollout", "padded"])
 @pytest.mark.parametrize("scale", SCALES)
-def test_nonfinite_rewards_are_left_out_and_counted_once(scale, T):
+def test_nonfinite_rewards_are_left_out_and_counted_once(scale, T, monkeypatch):
+    monkeypatch.setattr(advantage, "BLOCK_T", 16)  # several programs a row
     rewards = REWARDS.clone()
     rewards[[0, 6, 9]] = torch.tensor([math.nan, math.inf, -math.inf])
     valid = rewards.isfinite()
@@ -216,7 +217,8 @@ def test_nonfinite_rewards_are_left_out_and_counted_once(scale, T):
 
 @pytest.mark.parametrize("T", [None, 20], ids=["per-rollout", "padded"])
 @pytest.mark.parametrize("scale", SCALES)
-def test_values_outside_the_range_are_clipped_and_counted_once(scale, T):
+def test_values_outside_the_range_are_clipped_and_counted_once(scale, T, monkeypatch):
+    monkeypatch.setattr(advantage, "BLOCK_T", 16)  # several programs a row
     rewards = REWARDS.double()
     rewards[[0, 6]] = torch.tensor([1.5, -7.0], dtype=torch.float64)
     prior = torch.tensor([0.4, 1.2, math.nan, 0.6], dtype=torch.float64)
