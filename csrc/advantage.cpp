@@ -57,8 +57,9 @@ std::string range_text(const AdvantageRule& rule) {
 
 void check_prior(std::span<const double> prior, const AdvantageRule& rule) {
   Offenders outside;
+  const double slack = rule.rounding_slack();
   for (std::size_t g = 0; g < prior.size(); ++g) {
-    if (prior[g] < rule.low || prior[g] > rule.high) {  // NaN is neither: no prior
+    if (prior[g] < rule.low - slack || prior[g] > rule.high + slack) {  // NaN is neither: no prior
       outside.add(g, prior[g]);
     }
   }
@@ -69,6 +70,7 @@ void check_prior(std::span<const double> prior, const AdvantageRule& rule) {
 // Which rows take part: valid and finite. Complains about the rest as the rule says.
 std::vector<std::uint8_t> usable_rows(const Rollouts& rollouts, const AdvantageRule& rule, std::int64_t* nonfinite) {
   std::vector<std::uint8_t> usable(rollouts.rewards.size(), 1);
+  const double slack = rule.rounding_slack();
   Offenders broken;
   Offenders outside;
   for (std::size_t i = 0; i < usable.size(); ++i) {
@@ -79,7 +81,7 @@ std::vector<std::uint8_t> usable_rows(const Rollouts& rollouts, const AdvantageR
       usable[i] = 0;
       ++*nonfinite;
       broken.add(i, reward);
-    } else if (rule.bounded() && (reward < rule.low || reward > rule.high)) {
+    } else if (rule.bounded() && (reward < rule.low - slack || reward > rule.high + slack)) {
       outside.add(i, reward);
     }
   }

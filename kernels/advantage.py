@@ -49,9 +49,7 @@ def load_rewards(p_rewards, p_order, p_valid, position, inside, low, high):
 @triton.jit
 def load_statistics_rewards(p_rewards, p_order, p_valid, p_counted, position, inside, low, high):
     """(reward, counted, nonfinite, clipped): counted are the usable rollouts that count in the statistics."""
-    b_row, b_reward, b_usable, b_nonfinite, b_clipped = load_rewards(
-        p_rewards, p_order, p_valid, position, inside, low, high
-    )
+    b_row, b_reward, b_usable, b_nonfinite, b_clipped = load_rewards(p_rewards, p_order, p_valid, position, inside, low, high)
     b_counted = b_usable
     if p_counted is not None:
         b_counted = b_usable & (tl.load(p_counted + b_row, mask=inside, other=0) != 0)
@@ -237,9 +235,7 @@ def fused_advantage_kernel(
         for start in range(split * BLOCK_ROWS, size, tl.num_programs(1) * BLOCK_ROWS):
             member = start + tl.arange(0, BLOCK_ROWS)
             inside = member < size
-            b_row, b_reward, b_usable, _, _ = load_rewards(
-                p_rewards, p_order, p_valid, first + member, inside, low, high
-            )
+            b_row, b_reward, b_usable, _, _ = load_rewards(p_rewards, p_order, p_valid, first + member, inside, low, high)
             b_advantage = advantage_of(
                 b_reward,
                 b_usable,
@@ -255,9 +251,7 @@ def fused_advantage_kernel(
             tl.store(p_out + b_row, output_of(b_advantage, p_out), mask=inside)
     else:
         for member in range(split, size, tl.num_programs(1)):
-            row, reward, usable, _, _ = load_rewards(
-                p_rewards, p_order, p_valid, first + member, member < size, low, high
-            )
+            row, reward, usable, _, _ = load_rewards(p_rewards, p_order, p_valid, first + member, member < size, low, high)
             advantage = advantage_of(
                 reward, usable, count, mean, prior, divisor, (high - low) / 2, BASELINE, LEAVE_ONE_OUT, RAW_SINGLETON
             )
@@ -391,9 +385,7 @@ def _sum_token_rewards(token_rewards: torch.Tensor, mask: torch.Tensor) -> torch
     return rewards
 
 
-def _batch_divisor(
-    rewards: torch.Tensor, counted: torch.Tensor | None, low: float, high: float, eps: float
-) -> torch.Tensor:
+def _batch_divisor(rewards: torch.Tensor, counted: torch.Tensor | None, low: float, high: float, eps: float) -> torch.Tensor:
     """(1,) float64: the standard deviation (ddof = 1) of all counted finite rewards + eps; 1 if they are all equal.
 
     A few torch operations on the device: it needs all rewards, which no program of the one launch sees.

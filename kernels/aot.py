@@ -192,10 +192,7 @@ def main() -> None:
     for variant in variants():
         for target in TARGETS:
             row = asdict(report(variant, target))
-            print(
-                f"{row['kernel']:<25}{row['variant']:<34}{target:<8}"
-                + "".join(f"{row[name]:>12}" for name in columns[3:])
-            )
+            print(f"{row['kernel']:<25}{row['variant']:<34}{target:<8}" + "".join(f"{row[name]:>12}" for name in columns[3:]))
             reports.append(row)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(reports, indent=1) + "\n")

@@ -245,6 +245,13 @@ def test_device_grouping_equals_the_core(data):
     assert set(torch.nonzero(seen).flatten().tolist()) == set(first.values())
 
 
+def test_bounds_forgive_float32_rounding():
+    rewards = torch.tensor([0.3, 0.0])
+    assert rewards[0].double() > 0.3
+    out = fused_advantage(rewards, [0.1], group_offsets=[0, 2], reward_range=(0.0, 0.3))
+    assert out.stats.mean.item() == pytest.approx(0.15)
+
+
 def test_singletons():
     for method in ("grpo", "rloo", "dr_grpo"):
         assert fused_advantage([0.7], group_offsets=[0, 1], method=method).advantages.item() == 0.0
@@ -281,6 +288,7 @@ def test_statistics_are_optional():
 
 
 R4 = [1.0, 0.0, 0.0, 1.0]
+SHARED = torch.tensor(R4)
 BAD_INPUT = {
     "neither group form": ({}, "group_ids and group_offsets: neither given"),
     "both group forms": (dict(group_ids=[0] * 4, group_offsets=[0, 4]), "group_ids and group_offsets: both given"),
@@ -323,6 +331,7 @@ BAD_INPUT = {
     "valid length": (dict(group_offsets=[0, 4], valid=[True]), r"valid: shape \(1,\) for 4 rollouts"),
     "out shape": (dict(group_offsets=[0, 4], out=torch.empty(3)), r"out: shape \(3,\).*give a contiguous \(4,\) tensor"),
     "out dtype": (dict(group_offsets=[0, 4], out=torch.empty(4, dtype=torch.float64)), "out: .*torch.float32"),
+    "out is rewards": (dict(group_offsets=[0, 4], rewards=SHARED, out=SHARED), "out: shares memory with rewards"),
     "integer dtype": (dict(group_offsets=[0, 4], dtype=torch.int64), "dtype=torch.int64 cannot hold advantages"),
     "max_rollouts": (dict(group_offsets=[0, 4], max_rollouts=0), "max_rollouts=0"),
 }
@@ -332,7 +341,7 @@ BAD_INPUT = {
 def test_errors_name_the_argument_and_the_remedy(arguments, message):
     arguments = {"method": "grpo", **arguments}
     with pytest.raises(ValueError, match=message):
-        fused_advantage(R4, arguments.pop("prior", None), **arguments)
+        fused_advantage(arguments.pop("rewards", R4), arguments.pop("prior", None), **arguments)
 
 
 def test_token_rewards_need_their_mask():

@@ -136,7 +136,9 @@ def fused_advantage(
 
     Raises:
         ValueError: names the argument, the shape or value seen (rows, for values) and the remedy. On CUDA values are not
-            inspected: non-finite rewards are left out, rewards and priors outside `reward_range` clipped, both counted.
+            inspected: non-finite rewards are left out, rewards and priors outside `reward_range` clipped, both counted; rows
+            whose id names no group are left out; offsets are trusted. Nothing synchronises there as long as every tensor
+            given is already on the device.
 
     Example:
         >>> rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0])
@@ -162,11 +164,14 @@ def fused_advantage(
     device = rewards.device
     response_mask = None if response_mask is None else _tensor(response_mask)
     n = _rollouts(rewards, response_mask)
-    offsets, order = _group(group_ids, group_offsets, num_groups, n, device)
+    valid = _row_vector("valid", valid, n, torch.bool, device)
+    offsets, order, placed = _group(group_ids, group_offsets, num_groups, n, device)
+    if placed is not None:
+        valid = placed if valid is None else valid & placed
     groups = offsets.numel() - 1
     prior = _prior(prior, rule, groups, device)
     mask, cu, shape = _layout(response_mask, cu_seqlens, out, n, device)
-    out = _output(out, shape, dtype, device)
+    out = _output(out, rewards, shape, dtype, device)
     moments = torch.empty(len(_MOMENTS), groups, dtype=torch.float64, device=device) if stats else None
     count = torch.empty(groups, dtype=torch.int64, device=device) if stats else None
     take_more = torch.empty(groups, dtype=torch.bool, device=device) if stats else None
@@ -179,7 +184,7 @@ def fused_advantage(
         prior,
         mask,
         cu,
-        _row_vector("valid", valid, n, torch.bool, device),
+        valid,
         _row_vector("trajectory_ids", trajectory_ids, n, torch.int64, device),
         out,
         moments,
@@ -241,8 +246,11 @@ def _group(
     num_groups: int | None,
     n: int,
     device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(offsets (G+1,), order (N,) or None): group g owns the rows order[offsets[g] : offsets[g+1]]."""
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """(offsets (G+1,), order (N,) or None, placed (N,) bool or None): group g owns the rows order[offsets[g] : offsets[g+1]].
+
+    `placed` is False where an id names no group, which only CUDA cannot complain about; those rows stand in group 0.
+    """
     _require(
         (group_ids is None) != (group_offsets is None),
         f"group_ids and group_offsets: {'neither' if group_ids is None else 'both'} given; give exactly one",
@@ -253,7 +261,7 @@ def _group(
             num_groups is None or num_groups == offsets.numel() - 1,
             f"num_groups={num_groups} contradicts group_offsets, which has {offsets.numel() - 1} groups; leave it out",
         )
-        return offsets, None
+        return offsets, None, None
     assert group_ids is not None
     ids, named = _integer_ids(group_ids)
     _require(
@@ -268,10 +276,11 @@ def _group(
         num_groups = named
     if ids.is_cpu:
         rows, starts = _core.group_rows(ids.contiguous().numpy(), -1 if num_groups is None else num_groups)
-        return torch.from_numpy(starts).to(device), torch.from_numpy(rows).to(device)
+        return torch.from_numpy(starts).to(device), torch.from_numpy(rows).to(device), None
     if num_groups is None:
         raise ValueError("num_groups: needed with integer group_ids on CUDA, where finding it would synchronise")
-    return group_rows_on_device(ids, num_groups)
+    placed = (ids >= 0) & (ids < num_groups)
+    return *group_rows_on_device(torch.where(placed, ids, 0), num_groups), placed
 
 
 def group_rows_on_device(ids: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -381,13 +390,19 @@ def _layout(
     return None, None, (n,)
 
 
-def _output(out: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _output(
+    out: torch.Tensor | None, rewards: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     if out is None:
         return torch.empty(shape, dtype=dtype, device=device)
     seen = f"out: shape {tuple(out.shape)}, {out.dtype}, {out.device}"
     _require(
         tuple(out.shape) == shape and out.dtype == dtype and out.device == device and out.is_contiguous(),
         f"{seen}{'' if out.is_contiguous() else ', not contiguous'}; give a contiguous {shape} tensor, {dtype}, on {device}",
+    )
+    _require(
+        out.untyped_storage().data_ptr() != rewards.untyped_storage().data_ptr() or out.numel() == 0,
+        "out: shares memory with rewards; give a buffer of its own",
     )
     return out
 
@@ -419,7 +434,10 @@ def _run_triton(*tensors: torch.Tensor | None, **rule: Any) -> None:
     assert offsets is not None
     counted = valid
     if trajectory_ids is not None:
-        counted = first_of_trajectory(trajectory_ids, offsets, order, valid)
+        assert rewards is not None
+        outcome = rewards if mask is None or rewards.ndim == 1 else torch.where(mask != 0, rewards, 0.0).sum(-1)
+        finite = outcome.isfinite()
+        counted = first_of_trajectory(trajectory_ids, offsets, order, finite if valid is None else valid & finite)
     del rule["exclude_nonfinite"]  # a kernel cannot raise: it always excludes and counts
     launch(rewards, offsets, order, prior, mask, cu_seqlens, valid, counted, *outputs, **rule)
 

@@ -27,9 +27,7 @@ N = len(IDS)
 
 def run(rewards=REWARDS, prior=PRIOR, ids=IDS, **options) -> AdvantageOutput:
     groups = options.pop("num_groups", None if prior is None else len(prior))
-    return fused_advantage(
-        rewards, prior, group_ids=ids, num_groups=groups, nonfinite="exclude", backend="triton", **options
-    )
+    return fused_advantage(rewards, prior, group_ids=ids, num_groups=groups, nonfinite="exclude", backend="triton", **options)
 
 
 def expect(rewards=REWARDS, prior=PRIOR, ids=IDS, **options):

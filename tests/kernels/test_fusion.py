@@ -17,17 +17,13 @@ LOW, HIGH = -3.0, 5.0
 HALF_RANGE = (HIGH - LOW) / 2
 CASES = [
     (count, mean if count else math.nan, prior)
-    for count, mean, prior in product(
-        (0, 1, 2, 4, 15, 16), (-1.0, -0.25, 0.0, 0.5, 1.0), (-1.0, 0.0, 0.5, 0.8, math.nan)
-    )
+    for count, mean, prior in product((0, 1, 2, 4, 15, 16), (-1.0, -0.25, 0.0, 0.5, 1.0), (-1.0, 0.0, 0.5, 0.8, math.nan))
 ]
 PUBLISHED_COST = 1 / 256
 
 
 @triton.jit
-def fuse_kernel(
-    p_count, p_mean, p_prior, p_out, p_take_more, N, half_range: tl.float64, cost: tl.float64, BLOCK: tl.constexpr
-):
+def fuse_kernel(p_count, p_mean, p_prior, p_out, p_take_more, N, half_range: tl.float64, cost: tl.float64, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     count, mean = tl.load(p_count + i, i < N, other=1), tl.load(p_mean + i, i < N, other=0.0)
     prior = tl.load(p_prior + i, i < N, other=0.0)
@@ -41,9 +37,7 @@ def fuse_kernel(
 
 
 @triton.jit
-def baseline_kernel(
-    p_count, p_mean, p_prior, p_out, N, half_range: tl.float64, RULE: tl.constexpr, BLOCK: tl.constexpr
-):
+def baseline_kernel(p_count, p_mean, p_prior, p_out, N, half_range: tl.float64, RULE: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     count, mean = tl.load(p_count + i, i < N, other=1), tl.load(p_mean + i, i < N, other=0.0)
     prior = tl.load(p_prior + i, i < N, other=0.0)
@@ -76,15 +70,11 @@ def test_shrinkage_and_osla():
     fuse_kernel[(1,)](*columns(), got, take_more, n, HALF_RANGE, PUBLISHED_COST, BLOCK=256)
     expected = [reference.shrinkage(*case) for case in CASES]
     wanted = np.array(
-        [
-            ((f.baseline + 1) * HALF_RANGE + LOW, f.weight, f.statistic, f.squared_bias, f.mse * HALF_RANGE**2)
-            for f in expected
-        ]
+        [((f.baseline + 1) * HALF_RANGE + LOW, f.weight, f.statistic, f.squared_bias, f.mse * HALF_RANGE**2) for f in expected]
     ).T
     np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-12, atol=1e-12)
     wants_more = [
-        reference.osla_take_more(case[0], f.squared_bias, 16, PUBLISHED_COST)
-        for case, f in zip(CASES, expected, strict=True)
+        reference.osla_take_more(case[0], f.squared_bias, 16, PUBLISHED_COST) for case, f in zip(CASES, expected, strict=True)
     ]
     assert take_more.tolist() == wants_more
 

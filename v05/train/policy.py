@@ -49,7 +49,7 @@ class WarmStartConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     target_accuracy: float = Field(
-        default=0.3, gt=0, lt=1, description="decay once held-out accuracy reaches this; the decay itself adds a lot"
+        default=0.35, gt=0, lt=1, description="decay once held-out accuracy reaches this; the decay itself adds a lot"
     )
     batch_size: int = Field(default=128, ge=1)
     learning_rate: float = Field(default=3e-3, gt=0)

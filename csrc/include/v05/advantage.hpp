@@ -1,7 +1,10 @@
 // Fused advantages for CPU buffers: rewards in, advantages and group statistics out. No Python here.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -27,6 +30,10 @@ struct AdvantageRule {
 
   [[nodiscard]] bool bounded() const { return baseline != Baseline::kGroupMean; }
   [[nodiscard]] double half_range() const { return (high - low) / 2.0; }
+  // What a bound may be exceeded by: 0.3 in float32 is above 0.3, and sums of token rewards round.
+  [[nodiscard]] double rounding_slack() const {
+    return std::numeric_limits<float>::epsilon() * std::max(std::abs(low), std::abs(high));
+  }
 };
 
 // Group g owns the rows order[offsets[g]] .. order[offsets[g + 1] - 1]; an empty order is the identity.
