@@ -60,7 +60,7 @@ class TransformersEngine:
         limit = self._max_new_tokens
         device = self._model.device
         uniforms = torch.from_numpy(_uniforms(np.array([r.seed for r in requests], dtype=np.uint64), limit)).to(device)
-        logits, cache, mask = self._read_prompts(requests)
+        logits, cache, mask = read_prompts(self._model, [r.prompt for r in requests], self._tokenizer.pad_token_id)
 
         tokens = torch.zeros(len(requests), limit, dtype=torch.int64, device=device)
         logprobs = torch.zeros(len(requests), limit, device=device)
@@ -97,28 +97,58 @@ class TransformersEngine:
             )
         ]
 
-    def _read_prompts(self, requests: Sequence[Request]) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
-        """Next-token logits, cache and attention mask (one row a request) after one pass over the distinct prompts."""
-        slots: dict[tuple[int, ...], int] = {}
-        of_request = torch.tensor([slots.setdefault(r.prompt, len(slots)) for r in requests], device=self._model.device)
-        longest = max(map(len, slots))
-        ids = torch.full((len(slots), longest), self._tokenizer.pad_token_id)
-        mask = torch.zeros(len(slots), longest, dtype=torch.int64)
-        for row, prompt in enumerate(slots):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
-        ids, mask = ids.to(self._model.device), mask.to(self._model.device)
-        cache = DynamicCache(config=self._model.config)
-        logits = self._model(
-            input_ids=ids,
+
+def read_prompts(
+    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], pad: int
+) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
+    """Next-token logits (N, V), cache and attention mask (N, L) of N prompts after one pass over the distinct ones.
+
+    Differentiable: in training, too, a prompt is read once for all its rollouts.
+    """
+    slots: dict[tuple[int, ...], int] = {}
+    of_row = torch.tensor([slots.setdefault(prompt, len(slots)) for prompt in prompts], device=model.device)
+    longest = max(map(len, slots))
+    ids = torch.full((len(slots), longest), pad)
+    mask = torch.zeros(len(slots), longest, dtype=torch.int64)
+    for row, prompt in enumerate(slots):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    cache = DynamicCache(config=model.config)
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    cache.batch_select_indices(of_row)
+    return logits[of_row], cache, mask[of_row]
+
+
+def completion_logprobs(
+    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], completions: Sequence[Completion], pad: int
+) -> torch.Tensor:
+    """(N, T) log-probabilities of completion tokens under `model`, T the longest; meaningless beyond a completion's end."""
+    width = max(len(c.tokens) for c in completions)
+    tokens = torch.full((len(prompts), width), pad)
+    for row, completion in enumerate(completions):
+        tokens[row, : len(completion.tokens)] = torch.from_numpy(completion.tokens)
+    tokens = tokens.to(model.device)
+    first, cache, mask = read_prompts(model, prompts, pad)
+    logits = first[:, None]
+    if width > 1:  # causal: what follows a completion's end is never seen by what counts
+        mask = torch.cat((mask, mask.new_ones(len(prompts), width - 1)), dim=1)
+        rest = model(
+            input_ids=tokens[:, :-1],
             attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            position_ids=(mask.cumsum(-1) - 1)[:, 1 - width :],
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        cache.batch_select_indices(of_request)
-        return logits[of_request], cache, mask[of_request]
+        ).logits
+        logits = torch.cat((logits, rest), dim=1)
+    return torch.log_softmax(logits.float(), dim=-1).gather(-1, tokens[..., None]).squeeze(-1)
 
 
 def _inverse_cdf(log_p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
 from v05.budget import RolloutAllocator
 from v05.methods import find_method
@@ -38,7 +37,7 @@ from v05.prior import ConstantPrior, ValuePrior
 from v05.prior.history import HistoryPrior
 from v05.rollout import Completion, Request
 from v05.rollout.scheduler import RolloutBatch, collect, join, select
-from v05.rollout.transformers_engine import TransformersEngine
+from v05.rollout.transformers_engine import TransformersEngine, completion_logprobs
 from v05.tasks import Prompt, heldout_set
 from v05.train.config import OverlongConfig, RunConfig, make_task
 from v05.train.loss import policy_loss, rollout_weights, token_weights
@@ -334,29 +333,6 @@ class Trainer:
             self.task.verify(prompts[i // samples], self.engine.decode(completion)) for i, completion in enumerate(completions)
         ]
         return np.array(rewards).reshape(len(prompts), samples), completions
-
-
-def completion_logprobs(
-    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], completions: Sequence[Completion], pad: int
-) -> torch.Tensor:
-    """(N, T) log-probabilities of completion tokens under `model`, T the longest; meaningless beyond a completion's length."""
-    left = max(map(len, prompts))
-    width = max(len(c.tokens) for c in completions)
-    tokens = torch.full((len(prompts), left + width), pad)
-    mask = torch.zeros(len(prompts), left + width, dtype=torch.int64)
-    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        start, end = left - len(prompt), left + len(completion.tokens)
-        tokens[row, start:left] = torch.tensor(prompt)
-        tokens[row, left:end] = torch.from_numpy(completion.tokens)
-        mask[row, start:end] = 1
-    tokens, mask = tokens.to(model.device), mask.to(model.device)
-    logits = model(
-        input_ids=tokens,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        logits_to_keep=width + 1,
-    ).logits[:, :-1]
-    return torch.log_softmax(logits.float(), dim=-1).gather(-1, tokens[:, left:, None]).squeeze(-1)
 
 
 def has_signal(batch: RolloutBatch) -> NDArray[np.bool_]:

@@ -1,0 +1,129 @@
+"""The embedded engine: seeds, log-probabilities, ends, and the distribution it samples from."""
+
+import numpy as np
+import pytest
+import torch
+
+from v05.rollout import Request
+from v05.rollout.transformers_engine import TransformersEngine, _inverse_cdf, _uniforms, completion_logprobs
+from v05.train.policy import PolicyConfig, character_decoder, character_tokenizer
+
+PROMPTS = ["1+1=", "012-345=", "7*8=", "1+1="]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    torch.manual_seed(0)
+    tokenizer = character_tokenizer()
+    model = character_decoder(PolicyConfig(hidden_size=32, layers=2, heads=2, intermediate_size=64), len(tokenizer))
+    with torch.no_grad():  # make the end-of-sequence token likely enough to be seen
+        model.model.embed_tokens.weight *= 8
+    return model, tokenizer
+
+
+def requests(tokenizer, count=32):
+    prompts = [tuple(tokenizer(p)["input_ids"]) for p in PROMPTS]
+    return [Request(prompts[i % len(prompts)], seed=i) for i in range(count)]
+
+
+def engine(policy, **settings):
+    return TransformersEngine(*policy, max_new_tokens=settings.pop("max_new_tokens", 6), **settings)
+
+
+def test_a_rollout_depends_on_its_seed_not_on_its_batch(policy):
+    wanted = requests(policy[1])
+    together = engine(policy).generate(wanted)
+    apart = engine(policy, batch_size=5).generate(wanted[::-1])[::-1]
+    again = engine(policy).generate([Request(r.prompt, r.seed + 1000) for r in wanted])
+    for a, b in zip(together, apart, strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist()
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+    assert any(a.tokens.tolist() != b.tokens.tolist() for a, b in zip(together, again, strict=True))
+
+
+def test_logprobs_are_those_of_the_model_read_naively(policy):
+    model, tokenizer = policy
+    wanted = requests(tokenizer)
+    completions = engine(policy).generate(wanted)
+    shared = completion_logprobs(model, [r.prompt for r in wanted], completions, tokenizer.pad_token_id)
+    for request, completion, row in zip(wanted, completions, shared, strict=True):
+        ids = torch.tensor([[*request.prompt, *completion.tokens]])
+        naive = torch.log_softmax(model(input_ids=ids).logits[0], dim=-1)[len(request.prompt) - 1 : -1]
+        naive = naive.gather(-1, torch.from_numpy(completion.tokens)[:, None]).squeeze(-1)
+        torch.testing.assert_close(row[: len(completion.tokens)], naive, atol=1e-4, rtol=1e-4)
+        np.testing.assert_allclose(completion.logprobs, naive.detach().numpy(), atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_through_shared_prompts_are_those_of_the_naive_pass(policy):
+    model, tokenizer = policy
+    wanted = requests(tokenizer, 8)
+    completions = engine(policy).generate(wanted)
+
+    def gradient(loss):
+        model.zero_grad()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    shared = completion_logprobs(model, [r.prompt for r in wanted], completions, tokenizer.pad_token_id)
+    mine = gradient(sum(row[: len(c.tokens)].sum() for row, c in zip(shared, completions, strict=True)))
+    naive = torch.zeros(())
+    for request, completion in zip(wanted, completions, strict=True):
+        ids = torch.tensor([[*request.prompt, *completion.tokens]])
+        logprobs = torch.log_softmax(model(input_ids=ids).logits[0], dim=-1)[len(request.prompt) - 1 : -1]
+        naive = naive + logprobs.gather(-1, torch.from_numpy(completion.tokens)[:, None]).sum()
+    expected = gradient(naive)
+    assert (mine - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_completions_end_at_the_end_token_or_the_limit(policy):
+    _, tokenizer = policy
+    completions = engine(policy).generate(requests(tokenizer, 200))
+    assert {c.finished for c in completions} == {True, False}
+    for completion in completions:
+        ends = completion.tokens == tokenizer.eos_token_id
+        assert ends[:-1].sum() == 0
+        assert ends[-1] == completion.finished
+        assert completion.finished or len(completion.tokens) == 6
+    assert len(engine(policy, max_new_tokens=1).generate(requests(tokenizer, 1))[0].tokens) == 1
+
+
+def test_samples_follow_the_models_distribution(policy):
+    model, tokenizer = policy
+    prompt = tuple(tokenizer("1+1=")["input_ids"])
+    completions = engine(policy, max_new_tokens=1, batch_size=5000).generate([Request(prompt, seed) for seed in range(20_000)])
+    seen = np.bincount([c.tokens[0] for c in completions], minlength=len(tokenizer)) / 20_000
+    expected = torch.softmax(model(input_ids=torch.tensor([prompt])).logits[0, -1], dim=-1).detach().numpy()
+    assert np.abs(seen - expected).max() < 5 * np.sqrt(0.25 / 20_000)
+
+
+def test_training_mode_is_left_as_it_was(policy):
+    model, tokenizer = policy
+    model.train()
+    engine(policy).generate(requests(tokenizer, 1))
+    assert model.training
+    model.eval()
+
+
+def test_inverse_cdf_covers_the_unit_interval():
+    log_p = torch.log(torch.tensor([[0.25, 0.0, 0.75]])).expand(4, 3)
+    tokens = _inverse_cdf(log_p, torch.tensor([0.0, 0.2499, 0.2501, 1 - 2**-53], dtype=torch.float64))
+    assert tokens.tolist() == [0, 0, 2, 2]
+
+
+def test_uniforms_are_uniform_and_unrelated():
+    u = _uniforms(np.arange(5000, dtype=np.uint64), 8)
+    assert 0 <= u.min()
+    assert u.max() < 1
+    assert abs(u.mean() - 0.5) < 0.01
+    assert abs(u.var() - 1 / 12) < 0.005
+    correlation = np.corrcoef(np.vstack((u[:-1, 0], u[1:, 0], u[:-1, 1], u[1:, 1])))
+    assert np.abs(correlation - np.eye(4)).max() < 0.06
+
+
+def test_tokenizer_round_trip():
+    tokenizer = character_tokenizer()
+    text = "012+345=\n-7 (x)"
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == len(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == text
