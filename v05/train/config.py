@@ -139,12 +139,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {
         "task": ReasoningGymConfig(surface="sum", operand_width=1, mix=(_sums(1, 1, 1),)),
         "policy": PolicyConfig(
-            hidden_size=32,
-            layers=1,
+            hidden_size=48,
+            layers=2,
             heads=2,
-            intermediate_size=64,
+            intermediate_size=96,
             max_new_tokens=4,
-            warm_start=WarmStartConfig(target_accuracy=0.05, batch_size=64, decay_steps=0, validate_every=20),
+            warm_start=WarmStartConfig(target_accuracy=0.1, batch_size=64, decay_steps=0, validate_every=25),
         ),
         "evaluation": EvaluationConfig(evaluations=2, prompts=16, samples=2, probe_prompts=4, probe_samples=16),
         "rollouts_per_step": 64,

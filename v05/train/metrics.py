@@ -18,14 +18,14 @@ class MetricsLog:
     """Appends records to the metrics of a run directory; starts the file anew."""
 
     def __init__(self, directory: Path) -> None:
-        self._file = (directory / METRICS).open("w", encoding="utf-8", buffering=1)  # a line at a time
+        self._path = directory / METRICS
+        self._path.write_text("")
 
     def write(self, kind: str, **values: Any) -> None:
         """Append one record; NaN and infinity become null, so that every line is plain JSON."""
-        self._file.write(json.dumps({"kind": kind, **{name: _plain(value) for name, value in values.items()}}) + "\n")
-
-    def close(self) -> None:
-        self._file.close()
+        record = {"kind": kind, **{name: _plain(value) for name, value in values.items()}}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 def read_metrics(directory: Path, kind: str | None = None) -> list[dict[str, Any]]:

@@ -122,7 +122,6 @@ class Trainer:
                 due = 1 + int(self.rollouts * config.evaluation.evaluations / config.total_rollouts)
             yield Progress(self.rollouts, config.total_rollouts, accuracy)
 
-        self.log.close()
         self.model.save_pretrained(self.directory / "policy")
         self.tokenizer.save_pretrained(self.directory / "policy")
         write_json(

@@ -1,0 +1,106 @@
+"""The command line as a user meets it, in processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from v05.train.metrics import read_metrics
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    return {**os.environ, "V05_CACHE": str(tmp_path_factory.mktemp("cache")), "COLUMNS": "200"}
+
+
+def v05(*arguments, environment, directory):
+    """Run the command away from the repository, so that its root shadows nothing."""
+    command = [sys.executable, "-m", "v05", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=directory, timeout=300)
+
+
+def test_help_teaches(environment, tmp_path):
+    overview = v05("--help", environment=environment, directory=tmp_path)
+    assert overview.returncode == 0
+    assert "compare" in overview.stdout
+    for command in ("train", "compare"):
+        text = v05(command, "--help", environment=environment, directory=tmp_path).stdout
+        assert f"v05 {command}" in text
+        assert "Example" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "--preset", "huge"), "preset='huge' is unknown; choose one of tiny, small, smoke"),
+        (("train", "--method", "ppo"), "method='ppo' is unknown; choose one of v05, grpo"),
+        (("compare", "--methods", "grpo,nothing"), "method='nothing' is unknown; choose one of v05, grpo"),
+        (("train", "--config", "absent.json"), "absent.json"),
+    ],
+)
+def test_mistakes_are_explained_in_one_line(arguments, message, environment, tmp_path):
+    result = v05(*arguments, "--out", tmp_path / "run", environment=environment, directory=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_compare_ends_with_a_table_plots_and_records(environment, tmp_path):
+    arguments = ("compare", "--preset", "smoke", "--methods", "grpo,dapo,v05", "--seeds", 2, "--out", "runs", "--json", "r.json")
+    result = v05(*arguments, environment=environment, directory=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for label in ("grpo@16", "dapo@16", "v05@4..16"):
+        assert label in result.stdout
+    records = json.loads((tmp_path / "r.json").read_text())
+    assert records == json.loads((tmp_path / "runs" / "compare.json").read_text())
+    assert [r["label"] for r in records if r["record"] == "method"] == ["grpo@16", "dapo@16", "v05@4..16"]
+    assert {(r["method"], r["seed"]) for r in records if r["record"] == "run"} == {
+        (m, s) for m in ("grpo", "dapo", "v05") for s in (0, 1)
+    }
+    assert all(r["accuracy_before"] == records[0]["accuracy_before"] for r in records)
+    assert len(list((tmp_path / "runs").glob("*.png"))) >= 5
+    # Called again, it only draws the table anew.
+    runs = sorted((tmp_path / "runs").glob("*/metrics.jsonl"))
+    written = [run.stat().st_mtime_ns for run in runs]
+    assert v05(*arguments, environment=environment, directory=tmp_path).returncode == 0
+    assert [run.stat().st_mtime_ns for run in runs] == written
+
+
+def test_interrupt_leaves_a_readable_run(environment, tmp_path):
+    command = [sys.executable, "-m", "v05", "train", "--preset", "smoke", "--rollouts", "10000000", "--out", "run"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while len(read_metrics(tmp_path / "run", "step")) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; what was measured so far is in run" in stderr
+    assert "Traceback" not in stderr
+    steps = read_metrics(tmp_path / "run", "step")
+    assert [s["step"] for s in steps] == list(range(len(steps)))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["method"] == "v05"
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_missing_extra_says_which(tmp_path):
+    script = "import sys; sys.modules['typer'] = None; import v05.cli"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "pip install 'v05[train]'" in result.stderr
+
+
+def test_the_source_tree_says_how_to_install_it(tmp_path):
+    # What a Python that has no v05 sees when it stands in the repository's root.
+    root = Path(__file__).parents[1]
+    script = f"import sys; sys.meta_path[:] = sys.meta_path[-3:]; sys.path[:] = [{str(root)!r}, *sys.path]; import v05"
+    result = subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "pip install -e ." in result.stderr

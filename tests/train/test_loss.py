@@ -1,0 +1,94 @@
+"""The loss against the papers' formulas written out."""
+
+import pytest
+import torch
+
+from v05.train.loss import policy_loss, rollout_weights, token_weights
+
+OFFSETS = torch.tensor([0, 4, 4, 6, 12])  # uneven, one group empty
+LENGTHS = torch.tensor([3, 1, 5, 2, 4, 4, 1, 2, 3, 4, 5, 5])
+MASK = torch.arange(6) < LENGTHS[:, None]
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    old = -torch.rand(12, 6, generator=generator)
+    new = old + 0.5 * torch.randn(12, 6, generator=generator)
+    advantages = torch.randn(12, 1, generator=generator) * MASK
+    return new, old, advantages
+
+
+def surrogate(new, old, advantages, low, high):
+    ratio = (new - old).exp()
+    return torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+
+
+def test_every_prompt_counts_once_or_every_rollout_does():
+    weights = rollout_weights(OFFSETS, "prompt")
+    sums = [weights[a:b].sum().item() for a, b in zip(OFFSETS[:-1], OFFSETS[1:], strict=True)]
+    assert sums == pytest.approx([1 / 3, 0, 1 / 3, 1 / 3])
+    assert rollout_weights(OFFSETS, "rollout").tolist() == pytest.approx([1 / 12] * 12)
+
+
+def test_sequence_aggregation_is_grpos(batch):
+    new, old, advantages = batch
+    weights = token_weights(rollout_weights(OFFSETS, "rollout"), MASK, "sequence")
+    loss = policy_loss(new, old, advantages, weights, clip_low=0.2, clip_high=0.2)
+    per_rollout = (surrogate(new, old, advantages, 0.2, 0.2) * MASK).sum(-1) / LENGTHS
+    assert loss.total.item() == pytest.approx(-per_rollout.mean().item(), rel=1e-5)
+
+
+def test_token_aggregation_is_dapos(batch):
+    new, old, advantages = batch
+    weights = token_weights(rollout_weights(OFFSETS, "rollout"), MASK, "token")
+    loss = policy_loss(new, old, advantages, weights, clip_low=0.2, clip_high=0.28)
+    expected = -(surrogate(new, old, advantages, 0.2, 0.28) * MASK).sum() / LENGTHS.sum()
+    assert loss.total.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+@pytest.mark.parametrize("weighting", ["prompt", "rollout"])
+def test_weights_sum_to_one(aggregation, weighting):
+    weights = token_weights(rollout_weights(OFFSETS, weighting), MASK, aggregation)
+    assert weights.sum().item() == pytest.approx(1.0)
+    assert (weights[~MASK] == 0).all()
+
+
+def test_an_empty_response_is_harmless():
+    mask = MASK.clone()
+    mask[2] = False
+    for aggregation in ("token", "sequence"):
+        assert token_weights(rollout_weights(OFFSETS, "prompt"), mask, aggregation).isfinite().all()
+
+
+def test_clipping_stops_the_gradient_on_the_far_side_only():
+    old = torch.zeros(4, 1)
+    new = torch.tensor([0.5, -0.5, 0.5, -0.5]).reshape(4, 1).requires_grad_()  # ratios 1.65, 0.61
+    advantages = torch.tensor([1.0, 1.0, -1.0, -1.0]).reshape(4, 1)
+    loss = policy_loss(new, old, advantages, torch.full((4, 1), 0.25), clip_low=0.2, clip_high=0.28)
+    loss.total.backward()
+    assert (new.grad.flatten() != 0).tolist() == [False, True, True, False]
+    assert loss.clip_fraction.item() == 0.5
+
+
+def test_kl_is_the_unbiased_estimator(batch):
+    new, old, advantages = batch
+    reference = old - 0.1
+    weights = token_weights(rollout_weights(OFFSETS, "prompt"), MASK, "token")
+    plain = policy_loss(new, old, advantages, weights, clip_low=0.2, clip_high=0.2)
+    assert plain.kl is None
+    loss = policy_loss(
+        new, old, advantages, weights, clip_low=0.2, clip_high=0.2, reference_logprobs=reference, kl_coefficient=0.5
+    )
+    d = reference - new
+    assert loss.kl.item() == pytest.approx((weights * (d.exp() - d - 1)).sum().item(), rel=1e-5)
+    assert loss.total.item() == pytest.approx(plain.total.item() + 0.5 * loss.kl.item(), rel=1e-5)
+
+
+def test_padding_may_hold_anything(batch):
+    new, old, advantages = batch
+    weights = token_weights(rollout_weights(OFFSETS, "prompt"), MASK, "token")
+    clean = policy_loss(new, old, advantages, weights, clip_low=0.2, clip_high=0.2).total
+    dirty = torch.where(MASK, new, 1e30)
+    assert policy_loss(dirty, old, advantages, weights, clip_low=0.2, clip_high=0.2).total.item() == clean.item()

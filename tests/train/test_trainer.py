@@ -1,0 +1,143 @@
+"""Whole runs of the smoke preset: every method trains, repeats itself, and logs what it spent."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from v05.methods import METHODS
+from v05.train.config import BudgetConfig, LossConfig, OptimizerConfig, OverlongConfig, RunConfig, label_of, run_config
+from v05.train.metrics import read_metrics
+from v05.train.trainer import Trainer, has_signal, shaped_rewards
+
+TIMES = {"seconds", "generate_seconds", "verify_seconds", "sample_seconds", "advantage_seconds", "update_seconds"}
+
+
+def train(config, directory):
+    for _ in Trainer(config, directory, lambda line: None).run():
+        pass
+    return json.loads((directory / "result.json").read_text())
+
+
+def untimed(directory):
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(directory)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_to_its_budget(method, tmp_path):
+    result = train(run_config("smoke", method), tmp_path)
+    steps = read_metrics(tmp_path, "step")
+    assert result["rollouts"] >= 256
+    assert result["rollouts"] == steps[-1]["rollouts"] == sum(s["spent"] for s in steps)
+    assert result["steps"] == len(steps)
+    assert sum(result["heldout_successes"]) / (16 * 2) == result["accuracy_after"]
+    assert [e["rollouts"] for e in read_metrics(tmp_path, "evaluation")][0] == 0
+    assert read_metrics(tmp_path, "probe")
+    assert (tmp_path / "policy" / "model.safetensors").is_file()
+    assert RunConfig.model_validate_json((tmp_path / "config.json").read_text()) == run_config("smoke", method)
+    assert all(math.isfinite(s["entropy"]) for s in steps)
+    assert any(s["grad_norm"] for s in steps)
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(run_config("smoke", "v05", seed=seed), tmp_path / name)
+    assert untimed(tmp_path / "a") == untimed(tmp_path / "b")
+    assert untimed(tmp_path / "a") != untimed(tmp_path / "c")
+
+
+@pytest.mark.parametrize("method", ["grpo", "v05"])
+def test_training_moves_the_policy_towards_reward(method, tmp_path):
+    config = run_config(
+        "smoke", method, total_rollouts=6000, rollouts_per_step=128, optimizer=OptimizerConfig(learning_rate=1e-3)
+    )
+    trainer = Trainer(config, tmp_path, lambda line: None)
+    trainer.task.verify = lambda prompt, completion: float(completion.startswith("1"))  # learnt within seconds
+    list(trainer.run())
+    steps = read_metrics(tmp_path, "step")
+    assert np.mean([s["accuracy"] for s in steps[-5:]]) > np.mean([s["accuracy"] for s in steps[:5]]) + 0.3
+    if method == "v05":
+        errors = [s["prior_squared_error"] for s in steps]
+        assert np.mean(errors[-5:]) < np.mean(errors[:5]) / 2  # and the prior keeps up
+
+
+def test_dynamic_sampling_throws_away_and_counts(tmp_path):
+    trainer = Trainer(run_config("smoke", "dapo"), tmp_path, lambda line: None)
+    batch, thrown_away = trainer.sample()
+    assert has_signal(batch).all()
+    assert trainer.rollouts == len(batch.rewards) + thrown_away
+    assert trainer.groups >= len(batch.prompts)
+
+
+def test_nothing_but_equal_groups_is_survived(tmp_path):
+    # A policy that always fails: every group is thrown away, each step goes on with what there is.
+    config = run_config("smoke", "dapo")
+    trainer = Trainer(config, tmp_path, lambda line: None)
+    trainer.task.verify = lambda prompt, completion: 0.0
+    list(trainer.run())
+    steps = read_metrics(tmp_path, "step")
+    assert all(s["prompts"] == 0 and s["thrown_away"] == s["spent"] for s in steps)
+    assert all(s["grad_norm"] is None for s in steps)
+    assert steps[-1]["rollouts"] >= config.total_rollouts
+
+
+def test_overlong_shaping_is_daposs_ramp():
+    class Completion:
+        def __init__(self, length):
+            self.tokens = np.zeros(length)
+
+    completions = [Completion(n) for n in (1, 6, 7, 8)]
+    shaped = shaped_rewards(np.ones(4), completions, OverlongConfig(buffer=2), limit=8)
+    assert shaped.tolist() == [1.0, 1.0, 0.5, 0.0]
+    assert shaped_rewards(np.ones(4), completions, None, limit=8).tolist() == [1.0] * 4
+
+
+def test_leaving_out_rollouts_without_advantage_is_exact(tmp_path, monkeypatch):
+    gradients = []
+    for split in (True, False):
+        trainer = Trainer(run_config("smoke", "dr_grpo", rollouts_per_step=256), tmp_path / str(split), lambda line: None)
+        batch, _ = trainer.sample()
+        lengths = torch.tensor([len(c.tokens) for c in batch.completions])
+        mask = torch.arange(trainer.config.policy.max_new_tokens) < lengths[:, None]
+        advantages = torch.from_numpy(batch.rewards - 0.5 * (np.arange(len(batch.rewards)) % 2)).float()[:, None] * mask
+        if split:  # many micro-batches, and rows without advantage left out
+            monkeypatch.setattr("v05.train.trainer.MICRO_BATCH", 7)
+        else:  # one pass over all rows
+            monkeypatch.setattr("v05.train.trainer.MICRO_BATCH", 10_000)
+            advantages = torch.where(advantages == 0, 1e-30, advantages)
+        trainer.optimizer.step = lambda: None
+        trainer.update(batch, advantages, mask)
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
+
+
+def test_kl_and_several_updates_a_step(tmp_path):
+    config = run_config(
+        "smoke",
+        "grpo",
+        loss=LossConfig(kl_coefficient=0.1, aggregation="sequence"),
+        optimizer=OptimizerConfig(learning_rate=1e-2, updates_per_step=2),
+    )
+    train(config, tmp_path)
+    steps = read_metrics(tmp_path, "step")
+    assert steps[-1]["kl"] > 0
+    assert any(s["clip_fraction"] > 0 for s in steps)  # the second update is off-policy
+
+
+def test_specs_and_presets():
+    assert label_of(run_config("tiny", "v05")) == "v05@4..16"
+    assert run_config("tiny", "v05@4").budget == BudgetConfig(rule="uniform", initial=4, maximum=4)
+    assert run_config("tiny", "grpo@2..8").budget == BudgetConfig(rule="osla", initial=2, maximum=8)
+    assert label_of(run_config("tiny", "grpo")) == "grpo@16"
+    for spec, message in {
+        "ppo": "method='ppo' is unknown; choose one of v05, grpo",
+        "v05@": "method='v05@' is malformed",
+        "v05@8..4": "budget.maximum=4 is below budget.initial=8",
+        "v05@1000": "rollouts_per_step=512 does not hold one prompt",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            run_config("tiny", spec)
+    with pytest.raises(ValueError, match="preset='huge' is unknown; choose one of tiny, small, smoke"):
+        run_config("huge", "v05")
