@@ -2,4 +2,5 @@
 
 from v05.cli import main
 
-main()
+if __name__ == "__main__":  # the processes of a comparison import this module
+    main()

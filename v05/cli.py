@@ -59,15 +59,16 @@ def train(
 
     Example: v05 train --preset tiny --method v05 --seed 0 --out runs/one
     """
-    _set_threads(threads)
     from v05.train.config import RunConfig, label_of, run_config
-    from v05.train.trainer import Trainer
 
     try:
         if config is not None:
             run = RunConfig.model_validate_json(config.read_text())
         else:
             run = run_config(preset, method, seed=seed, **_overrides(rollouts, learning_rate))
+        _set_threads(threads)
+        from v05.train.trainer import Trainer
+
         trainer = Trainer(run, out, console.print)
     except (ValueError, OSError) as error:
         _fail(error)
@@ -102,9 +103,8 @@ def compare(
 
     Example: v05 compare --preset tiny --methods grpo,v05@4,v05@4..16 --seeds 5 --out runs/mine
     """
-    _set_threads(1)
-    from v05.train.config import label_of, make_task, run_config
-    from v05.train.policy import policy_folder
+    from v05.tasks import make_task
+    from v05.train.config import label_of, run_config
 
     try:
         specs = [spec.strip() for spec in methods.split(",")]
@@ -117,6 +117,9 @@ def compare(
         out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         _fail(error)
+    _set_threads(1)
+    from v05.train.policy import policy_folder
+
     first = next(iter(configs.values()))
     try:
         with console.status("warm start of the policy (kept for later runs)"):
@@ -229,7 +232,7 @@ def _set_threads(count: int) -> None:
 
 
 def _fail(error: Exception) -> NoReturn:
-    console.print(f"[red]v05: {error}", highlight=False)
+    console.print(f"[red]v05: {error}", highlight=False, soft_wrap=True)
     raise typer.Exit(2)
 
 

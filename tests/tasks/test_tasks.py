@@ -6,10 +6,10 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from v05.tasks import HELDOUT_SHARE, heldout_set, split_of
-from v05.tasks.jsonl import JsonlConfig, JsonlTask
-from v05.tasks.reasoning_gym import ReasoningGymConfig, ReasoningGymTask, Source
-from v05.train.config import PRESETS, make_task
+from v05.tasks import HELDOUT_SHARE, JsonlConfig, ReasoningGymConfig, Source, heldout_set, make_task, split_of
+from v05.tasks.jsonl import JsonlTask
+from v05.tasks.reasoning_gym import ReasoningGymTask
+from v05.train.config import PRESETS
 
 JUNK = ["", " ", "x", "-", "=", "0.5.1", "nan", "1e", "[]", "\n", "9" * 40, "()", "None", "\x00", "½"]
 

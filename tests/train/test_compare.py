@@ -25,7 +25,14 @@ def made_up_run(label, seed, accuracies, prompt_successes, steps=30):
         },
         [{"rollouts": p, "seconds": p / 100, "accuracy": a} for p, a in zip(points, accuracies, strict=True)],
         [
-            {"rollouts": i * 1000 / steps, "grad_norm": 1.0 + i % 2, "entropy": 0.5, "group_size": 4.0, "rounds": 1, "thrown_away": 2}
+            {
+                "rollouts": i * 1000 / steps,
+                "grad_norm": 1.0 + i % 2,
+                "entropy": 0.5,
+                "group_size": 4.0,
+                "rounds": 1,
+                "thrown_away": 2,
+            }
             for i in range(steps)
         ],
         [{"rollouts": p, "baseline_mse": e} for p, e in ((0, 9.0), (500, 0.02), (1000, 0.04))],

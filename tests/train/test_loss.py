@@ -1,5 +1,7 @@
 """The loss against the papers' formulas written out."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -26,7 +28,7 @@ def surrogate(new, old, advantages, low, high):
 
 def test_every_prompt_counts_once_or_every_rollout_does():
     weights = rollout_weights(OFFSETS, "prompt")
-    sums = [weights[a:b].sum().item() for a, b in zip(OFFSETS[:-1], OFFSETS[1:], strict=True)]
+    sums = [weights[a:b].sum().item() for a, b in itertools.pairwise(OFFSETS)]
     assert sums == pytest.approx([1 / 3, 0, 1 / 3, 1 / 3])
     assert rollout_weights(OFFSETS, "rollout").tolist() == pytest.approx([1 / 12] * 12)
 
@@ -78,9 +80,7 @@ def test_kl_is_the_unbiased_estimator(batch):
     weights = token_weights(rollout_weights(OFFSETS, "prompt"), MASK, "token")
     plain = policy_loss(new, old, advantages, weights, clip_low=0.2, clip_high=0.2)
     assert plain.kl is None
-    loss = policy_loss(
-        new, old, advantages, weights, clip_low=0.2, clip_high=0.2, reference_logprobs=reference, kl_coefficient=0.5
-    )
+    loss = policy_loss(new, old, advantages, weights, clip_low=0.2, clip_high=0.2, reference_logprobs=reference, kl_coefficient=0.5)
     d = reference - new
     assert loss.kl.item() == pytest.approx((weights * (d.exp() - d - 1)).sum().item(), rel=1e-5)
     assert loss.total.item() == pytest.approx(plain.total.item() + 0.5 * loss.kl.item(), rel=1e-5)

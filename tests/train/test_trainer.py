@@ -33,7 +33,7 @@ def test_every_method_runs_to_its_budget(method, tmp_path):
     assert result["rollouts"] == steps[-1]["rollouts"] == sum(s["spent"] for s in steps)
     assert result["steps"] == len(steps)
     assert sum(result["heldout_successes"]) / (16 * 2) == result["accuracy_after"]
-    assert [e["rollouts"] for e in read_metrics(tmp_path, "evaluation")][0] == 0
+    assert next(e["rollouts"] for e in read_metrics(tmp_path, "evaluation")) == 0
     assert read_metrics(tmp_path, "probe")
     assert (tmp_path / "policy" / "model.safetensors").is_file()
     assert RunConfig.model_validate_json((tmp_path / "config.json").read_text()) == run_config("smoke", method)
@@ -50,9 +50,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
 
 @pytest.mark.parametrize("method", ["grpo", "v05"])
 def test_training_moves_the_policy_towards_reward(method, tmp_path):
-    config = run_config(
-        "smoke", method, total_rollouts=6000, rollouts_per_step=128, optimizer=OptimizerConfig(learning_rate=1e-3)
-    )
+    config = run_config("smoke", method, total_rollouts=6000, rollouts_per_step=128, optimizer=OptimizerConfig(learning_rate=1e-3))
     trainer = Trainer(config, tmp_path, lambda line: None)
     trainer.task.verify = lambda prompt, completion: float(completion.startswith("1"))  # learnt within seconds
     list(trainer.run())

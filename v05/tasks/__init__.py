@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
 
 Split = Literal["train", "heldout"]
 HELDOUT_SHARE = 0.1
@@ -40,6 +43,49 @@ class Task(Protocol):
     def verify(self, prompt: Prompt, completion: str) -> float:
         """Reward 1.0 for a right completion, else 0.0. Never raises, whatever the completion."""
         ...
+
+
+class Source(BaseModel):
+    """One reasoning-gym dataset of a mix: its name, how often it is drawn, and its own settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    dataset: str
+    weight: float = Field(default=1.0, gt=0)
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+class ReasoningGymConfig(BaseModel):
+    """A weighted mix of reasoning-gym datasets in one surface."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["reasoning_gym"] = "reasoning_gym"
+    mix: tuple[Source, ...] = Field(min_length=1)
+    surface: Literal["question", "sum"] = "question"
+    operand_width: int = Field(default=0, ge=0, description='digits that "sum" pads operands to')
+    seed: int = 0
+
+
+class JsonlConfig(BaseModel):
+    """A JSON-lines file of prompts and answers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: Literal["jsonl"] = "jsonl"
+    path: Path
+    seed: int = 0
+
+
+TaskConfig = Annotated[ReasoningGymConfig | JsonlConfig, Field(discriminator="kind")]
+
+
+def make_task(config: ReasoningGymConfig | JsonlConfig) -> Task:
+    """The task of its configuration; its source's package is imported only now."""
+    if isinstance(config, ReasoningGymConfig):
+        from v05.tasks.reasoning_gym import ReasoningGymTask
+
+        return ReasoningGymTask(config)
+    from v05.tasks.jsonl import JsonlTask
+
+    return JsonlTask(config)
 
 
 def split_of(text: str) -> Split:

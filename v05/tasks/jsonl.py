@@ -8,22 +8,10 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Literal
 
 from math_verify import parse, verify
-from pydantic import BaseModel, ConfigDict
 
-from v05.tasks import Prompt, Split, split_of
-
-
-class JsonlConfig(BaseModel):
-    """A JSON-lines file of prompts and answers."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    kind: Literal["jsonl"] = "jsonl"
-    path: Path
-    seed: int = 0
+from v05.tasks import JsonlConfig, Prompt, Split, split_of
 
 
 class JsonlTask:

@@ -10,12 +10,11 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import reasoning_gym
-from pydantic import BaseModel, ConfigDict, Field
 
-from v05.tasks import Prompt, Split, split_of
+from v05.tasks import Prompt, ReasoningGymConfig, Split, split_of
 
 ENDLESS = 2**31 - 1  # items of a dataset; each is generated from its index when asked for
 
@@ -45,26 +44,6 @@ SURFACES = {
     # Operands padded to one width, the answer least-significant digit first: carries then run in reading order.
     "sum": Surface(_write_sum, lambda completion: completion[::-1]),
 }
-
-
-class Source(BaseModel):
-    """One reasoning-gym dataset of a mix: its name, how often it is drawn, and its own settings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    dataset: str
-    weight: float = Field(default=1.0, gt=0)
-    settings: dict[str, Any] = Field(default_factory=dict)
-
-
-class ReasoningGymConfig(BaseModel):
-    """A weighted mix of reasoning-gym datasets in one surface."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    kind: Literal["reasoning_gym"] = "reasoning_gym"
-    mix: tuple[Source, ...] = Field(min_length=1)
-    surface: Literal["question", "sum"] = "question"
-    operand_width: int = Field(default=0, ge=0, description='digits that "sum" pads operands to')
-    seed: int = 0
 
 
 class ReasoningGymTask:

@@ -9,13 +9,13 @@ of rollouts. Each is a process of its own with one thread, so a crash costs one 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from v05.train.config import RunConfig
-from v05.train.metrics import CONFIG, RESULT, read_metrics, write_json
+from v05.train.metrics import CONFIG, RESULT, read_metrics
 
 BASELINE = "grpo"  # the first run of this method is what the others are measured against
 BOOTSTRAP_DRAWS = 2000
@@ -48,17 +48,20 @@ def run_all(configs: Mapping[str, RunConfig], directory: Path, jobs: int, watch:
     readable.
     """
     waiting = [name for name, config in configs.items() if not is_finished(config, directory / name)]
-    running: dict[str, subprocess.Popen[bytes]] = {}
+    running: dict[str, BaseProcess] = {}
+    context = multiprocessing.get_context("forkserver")  # one import of torch and transformers for all runs
+    context.set_forkserver_preload(["v05.train.trainer", "reasoning_gym"])
     failed: list[str] = []
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 name = waiting.pop(0)
-                running[name] = _start(configs[name], directory / name)
+                running[name] = context.Process(target=_run_one, args=(configs[name], directory / name), name=name)
+                running[name].start()
             for name, process in list(running.items()):
-                if process.poll() is not None:
+                if process.exitcode is not None:
                     del running[name]
-                    if process.returncode != 0:
+                    if process.exitcode != 0:
                         failed.append(name)
             watch([_state(n, c, directory / n, n in running, n in failed) for n, c in configs.items()])
             time.sleep(0.5)
@@ -66,7 +69,7 @@ def run_all(configs: Mapping[str, RunConfig], directory: Path, jobs: int, watch:
         for process in running.values():
             process.terminate()
         for process in running.values():
-            process.wait()
+            process.join()
     return failed
 
 
@@ -79,14 +82,18 @@ def is_finished(config: RunConfig, directory: Path) -> bool:
     return same and (directory / RESULT).is_file()
 
 
-def _start(config: RunConfig, directory: Path) -> subprocess.Popen[bytes]:
+def _run_one(config: RunConfig, directory: Path) -> None:
+    """A run's own process: one thread, its output in log.txt."""
+    import torch
+
+    from v05.train.trainer import train
+
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / RESULT).unlink(missing_ok=True)
-    (directory / "metrics.jsonl").unlink(missing_ok=True)
-    write_json(directory / CONFIG, config.model_dump(mode="json"))
-    command = [sys.executable, "-m", "v05", "train", "--config", str(directory / CONFIG), "--out", str(directory)]
-    with (directory / "log.txt").open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    log = os.open(directory / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(1)
+    train(config, directory)
 
 
 def _state(name: str, config: RunConfig, directory: Path, running: bool, failed: bool) -> RunState:

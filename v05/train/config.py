@@ -7,24 +7,52 @@ prescribes beside its advantage; a preset is a task and policy of some size.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from v05.methods import METHODS, Scale, find_method
-from v05.tasks import Task
-from v05.tasks.jsonl import JsonlConfig, JsonlTask
-from v05.tasks.reasoning_gym import ReasoningGymConfig, ReasoningGymTask, Source
-from v05.train.loss import Aggregation, GroupWeighting
-from v05.train.policy import PolicyConfig, WarmStartConfig
+from v05.tasks import ReasoningGymConfig, Source, TaskConfig
 
-TaskConfig = Annotated[ReasoningGymConfig | JsonlConfig, Field(discriminator="kind")]
+Aggregation = Literal["token", "sequence"]
+GroupWeighting = Literal["prompt", "rollout"]
 
 
 class Settings(BaseModel):
     """Refuses unknown fields: a misspelt setting is an error, not a default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WarmStartConfig(Settings):
+    """Supervised training of the character-level policy, until it is good enough to learn from its own rollouts.
+
+    The jump from a few percent to most prompts solved is sudden and its step differs by seed; hence the stop on validation.
+    """
+
+    target_accuracy: float = Field(
+        default=0.35, gt=0, lt=1, description="decay once held-out accuracy reaches this; the decay itself adds a lot"
+    )
+    batch_size: int = Field(default=128, ge=1)
+    learning_rate: float = Field(default=3e-3, gt=0)
+    max_steps: int = Field(default=8000, ge=1)
+    decay_steps: int = Field(default=100, ge=0, description="steps of linear decay after the target is reached")
+    validate_every: int = Field(default=100, ge=1)
+    validation_prompts: int = Field(default=256, ge=1)
+    seed: int = 0
+
+
+class PolicyConfig(Settings):
+    """A model folder (`path`), or the size of a character-level decoder and how to warm-start it."""
+
+    path: Path | None = None
+    hidden_size: int = 128
+    layers: int = 3
+    heads: int = 4
+    intermediate_size: int = 384
+    max_new_tokens: int = Field(default=10, ge=1)
+    warm_start: WarmStartConfig = WarmStartConfig()
 
 
 class BudgetConfig(Settings):
@@ -185,11 +213,6 @@ def label_of(config: RunConfig) -> str:
     """A run's method and group size, as `run_config` reads it back: "v05@4..16"."""
     budget = config.budget
     return f"{config.method}@{budget.initial}" + (f"..{budget.maximum}" if budget.rule == "osla" else "")
-
-
-def make_task(config: ReasoningGymConfig | JsonlConfig) -> Task:
-    """The task of its configuration."""
-    return ReasoningGymTask(config) if isinstance(config, ReasoningGymConfig) else JsonlTask(config)
 
 
 assert RECIPES.keys() == METHODS.keys(), "every method has a recipe"

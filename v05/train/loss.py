@@ -14,12 +14,10 @@ Named departures from the published losses:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-Aggregation = Literal["token", "sequence"]
-GroupWeighting = Literal["prompt", "rollout"]
+from v05.train.config import Aggregation, GroupWeighting
 
 
 def rollout_weights(offsets: torch.Tensor, group_weighting: GroupWeighting) -> torch.Tensor:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -34,43 +34,12 @@ from transformers.utils.logging import disable_progress_bar
 from v05.rollout import Request, RolloutEngine
 from v05.rollout.transformers_engine import TransformersEngine
 from v05.tasks import Prompt, Task, heldout_set
+from v05.train.config import PolicyConfig
 
 disable_progress_bar()  # a bar per weight file would cut through the run's own
 
 IGNORED = -100  # a label that cross-entropy skips
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
-
-
-class WarmStartConfig(BaseModel):
-    """Supervised training of the character-level policy, until it is good enough to learn from its own rollouts.
-
-    The jump from a few percent to most prompts solved is sudden and its step differs by seed; hence the stop on validation.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    target_accuracy: float = Field(
-        default=0.35, gt=0, lt=1, description="decay once held-out accuracy reaches this; the decay itself adds a lot"
-    )
-    batch_size: int = Field(default=128, ge=1)
-    learning_rate: float = Field(default=3e-3, gt=0)
-    max_steps: int = Field(default=8000, ge=1)
-    decay_steps: int = Field(default=100, ge=0, description="steps of linear decay after the target is reached")
-    validate_every: int = Field(default=100, ge=1)
-    validation_prompts: int = Field(default=256, ge=1)
-    seed: int = 0
-
-
-class PolicyConfig(BaseModel):
-    """A model folder (`path`), or the size of a character-level decoder and how to warm-start it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    path: Path | None = None
-    hidden_size: int = 128
-    layers: int = 3
-    heads: int = 4
-    intermediate_size: int = 384
-    max_new_tokens: int = Field(default=10, ge=1)
-    warm_start: WarmStartConfig = WarmStartConfig()
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:

@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,8 +37,8 @@ from v05.prior.history import HistoryPrior
 from v05.rollout import Completion, Request
 from v05.rollout.scheduler import RolloutBatch, collect, join, select
 from v05.rollout.transformers_engine import TransformersEngine, completion_logprobs
-from v05.tasks import Prompt, heldout_set
-from v05.train.config import OverlongConfig, RunConfig, make_task
+from v05.tasks import Prompt, heldout_set, make_task
+from v05.train.config import OverlongConfig, RunConfig
 from v05.train.loss import policy_loss, rollout_weights, token_weights
 from v05.train.metrics import CONFIG, RESULT, MetricsLog, write_json
 from v05.train.policy import load_policy, policy_folder
@@ -350,11 +349,7 @@ def shaped_rewards(
     return rewards - np.clip((lengths - (limit - overlong.buffer)) / overlong.buffer, 0.0, 1.0)
 
 
-def train(config: RunConfig, directory: Path, report: Callable[[str], None] = print) -> dict[str, Any]:
-    """Run `config` in `directory` to the end without a progress display; returns the result."""
-    import json
-
-    for _ in Trainer(config, directory, report).run():
+def train(config: RunConfig, directory: Path) -> None:
+    """Run `config` in `directory` to the end without a progress display."""
+    for _ in Trainer(config, directory, print).run():
         pass
-    result: dict[str, Any] = json.loads((directory / RESULT).read_text())
-    return result
