@@ -18,7 +18,7 @@ from scipy.special import expit
 from sklearn.feature_extraction.text import HashingVectorizer
 
 FEATURES = 2**14
-LONGEST_NGRAM = 3
+LONGEST_NGRAM = 4
 
 
 @dataclass
@@ -42,7 +42,7 @@ class HistoryPrior:
 
     def __init__(
         self,
-        learning_rate: float = 0.3,
+        learning_rate: float = 0.5,
         forgetting: float = 0.98,
         strength: float = 4.0,
         capacity: int = 1_000_000,

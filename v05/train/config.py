@@ -95,7 +95,7 @@ class EvaluationConfig(Settings):
 
     evaluations: int = Field(default=8, ge=1, description="held-out evaluations after the first step, evenly over the run")
     prompts: int = Field(default=1024, ge=1)
-    samples: int = Field(default=2, ge=1, description="rollouts a held-out prompt")
+    samples: int = Field(default=4, ge=1, description="rollouts a held-out prompt")
     probe_prompts: int = Field(default=32, ge=0, description="prompts of the step whose true success rate is measured")
     probe_samples: int = Field(default=128, ge=2)
 
@@ -156,6 +156,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "task": ReasoningGymConfig(surface="sum", operand_width=3, mix=(_sums(2, 3, 3), _products(1, 2, 1))),
         "policy": PolicyConfig(hidden_size=128, layers=3, intermediate_size=384, max_new_tokens=8),
+        "total_rollouts": 80_000,
     },
     # 2.4 million parameters on longer operands.
     "small": {
