@@ -1,0 +1,45 @@
+"""README's code runs, and what README says of it is so."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def namespaces():
+    """What each Python block of README leaves behind."""
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    results = []
+    for block in blocks:
+        namespace = {}
+        exec(compile(block, "README.md", "exec"), namespace)
+        results.append(namespace)
+    return results
+
+
+def test_the_op(namespaces):
+    stats = namespaces[0]["out"].stats
+    assert stats.baseline.tolist() == pytest.approx([0.4, 0.91], abs=5e-3)
+    assert stats.weight.tolist() == pytest.approx([0.0, 0.90], abs=5e-3)
+    assert stats.take_more.tolist() == [False, True]
+
+
+def test_the_allocator(namespaces):
+    closed = namespaces[1]["closed"]
+    assert closed.group_ids.tolist() == ["a", "b"]
+    assert closed.offsets[1] == 4
+    assert closed.offsets[2] - closed.offsets[1] > 4
+
+
+def test_the_commands_exist():
+    from typer.testing import CliRunner
+
+    from v05.cli import app
+
+    for command, options in re.findall(r"^v05 (\w+)\s+(.*)$", README, flags=re.MULTILINE):
+        text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).stdout
+        for option in re.findall(r"--\w+", options):
+            assert option in text, (command, option)
