@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+import torch.distributed as dist
+from numpy.typing import ArrayLike, NDArray
 
 from v05 import _core
 from v05.methods import Baseline, Method, Scale, find_method
@@ -94,6 +95,7 @@ def fused_advantage(
     stats: bool = True,
     dtype: torch.dtype = torch.float32,
     out: torch.Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
     backend: Literal["cpp", "triton"] | None = None,
 ) -> AdvantageOutput:
     """Advantages of N rollouts in G groups (prompts), and the statistics of each group.
@@ -128,6 +130,10 @@ def fused_advantage(
         dtype: floating dtype of the advantages.
         out: a contiguous buffer of the output's shape, dtype and device to write into; required with cu_seqlens on CUDA,
             where finding total_tokens would synchronise.
+        process_group: groups may be split over its ranks: every rank passes its own rollouts, with `group_ids` that mean the same
+            on all ranks and the `prior` of its own groups, and gets its own rows and groups back. The result is that of one
+            process on the ranks' rollouts in rank order, rows in error messages are counted so. Gathers a few bytes a rollout
+            through the host.
         backend: "cpp" or "triton"; None goes by device. "triton" on CPU tensors needs TRITON_INTERPRET=1.
 
     Returns:
@@ -159,12 +165,23 @@ def fused_advantage(
     _require(low < high, f"reward_range={reward_range} is empty; give (lo, hi) with lo < hi")
     _require(dtype.is_floating_point, f"dtype={dtype} cannot hold advantages; choose a floating dtype")
     _require(max_rollouts >= 1, f"max_rollouts={max_rollouts}; give at least 1")
+    _require(cost is None or cost >= 0, f"cost={cost}; give 0 or more, or None for 1 / max_rollouts^2")
+    _require(eps >= 0, f"eps={eps}; give 0 or more")
 
     rewards = _real(_tensor(rewards).detach())
     device = rewards.device
     response_mask = None if response_mask is None else _tensor(response_mask)
     n = _rollouts(rewards, response_mask)
     valid = _row_vector("valid", valid, n, torch.bool, device)
+    trajectory_ids = _row_vector("trajectory_ids", trajectory_ids, n, torch.int64, device)
+    if process_group is not None:
+        mask, cu, shape = _layout(response_mask, cu_seqlens, out, n, device)
+        options = dict(method=method, scale=scale, leave_one_out=leave_one_out, reward_range=reward_range, eps=eps)
+        options |= dict(singleton=singleton, max_rollouts=max_rollouts, cost=cost, nonfinite=nonfinite, backend=backend)
+        local = _LocalRollouts(_outcomes(rewards, mask), prior, group_ids, valid, trajectory_ids)
+        advantages, statistics = _across_ranks(process_group, local, num_groups, **options)
+        out = _output(out, rewards, shape, dtype, device)
+        return AdvantageOutput(_spread(advantages, mask, cu, out), statistics if stats else None)
     offsets, order, placed = _group(group_ids, group_offsets, num_groups, n, device)
     if placed is not None:
         valid = placed if valid is None else valid & placed
@@ -185,7 +202,7 @@ def fused_advantage(
         mask,
         cu,
         valid,
-        _row_vector("trajectory_ids", trajectory_ids, n, torch.int64, device),
+        trajectory_ids,
         out,
         moments,
         count,
@@ -415,6 +432,99 @@ def _row_vector(name: str, value: Array | None, n: int, dtype: torch.dtype, devi
     return vector.to(device, dtype).contiguous()
 
 
+def _outcomes(rewards: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """(N,) outcome rewards: token rewards are summed over the mask, in float64."""
+    if rewards.ndim == 1 or mask is None:
+        return rewards
+    return torch.where(mask != 0, rewards, 0.0).sum(-1, dtype=torch.float64)
+
+
+class _LocalRollouts(NamedTuple):
+    """What a rank contributes to statistics across ranks."""
+
+    outcomes: torch.Tensor
+    prior: Array | None
+    group_ids: Array | Sequence[str] | None
+    valid: torch.Tensor | None
+    trajectory_ids: torch.Tensor | None
+
+
+def _across_ranks(
+    process_group: dist.ProcessGroup, local: _LocalRollouts, num_groups: int | None, **options: Any
+) -> tuple[torch.Tensor, AdvantageStats]:
+    """(N,) float64 advantages of this rank's rollouts and the statistics of its groups.
+
+    The rollouts' rewards are gathered, not their groups' moments: a few bytes each, and no digit depends on the split.
+    """
+    device = local.outcomes.device
+    if local.group_ids is None:
+        raise ValueError("group_ids: needed with process_group, to tell which groups of two ranks are one")
+    n = local.outcomes.numel()
+    keys = np.asarray(local.group_ids.cpu() if isinstance(local.group_ids, torch.Tensor) else local.group_ids).tolist()
+    _require(len(keys) == n, f"group_ids: {len(keys)} ids for {n} rollouts; give one id a rollout")
+    prior = None if local.prior is None else _tensor(local.prior).detach().to("cpu", torch.float64)
+    valid = torch.ones(n, dtype=torch.bool) if local.valid is None else local.valid.cpu()
+    trajectories = None if local.trajectory_ids is None else local.trajectory_ids.cpu()
+    mine = (keys, local.outcomes.to("cpu", torch.float64), prior, valid, trajectories)
+    ranks: list[Any] = [None] * dist.get_world_size(process_group)
+    dist.all_gather_object(ranks, mine, group=process_group)
+
+    all_keys = [key for rank in ranks for key in rank[0]]
+    ids, found = _core.factorize(all_keys) if num_groups is None else (np.array(all_keys, dtype=np.int64), num_groups)
+    starts = np.cumsum([0, *(len(rank[0]) for rank in ranks)])
+
+    def groups_of(rank: int) -> NDArray[np.int64]:
+        """The groups of a rank's own prior and statistics, in their order."""
+        if num_groups is not None:
+            return np.arange(num_groups)
+        groups, first = np.unique(ids[starts[rank] : starts[rank + 1]], return_index=True)
+        return groups[np.argsort(first)]
+
+    shared_prior = None
+    if any(rank[2] is not None for rank in ranks):
+        shared_prior = torch.full((found,), torch.nan, dtype=torch.float64)
+        for rank, (_, _, rank_prior, _, _) in enumerate(ranks):
+            groups = groups_of(rank)
+            _require(
+                rank_prior is not None and tuple(rank_prior.shape) == groups.shape,
+                f"prior: rank {rank} has {len(groups)} groups and gave "
+                + ("no prior" if rank_prior is None else f"shape {tuple(rank_prior.shape)}")
+                + "; every rank gives one value for each of its groups",
+            )
+            shared_prior[torch.from_numpy(groups)] = rank_prior
+    _require(len({rank[4] is None for rank in ranks}) == 1, "trajectory_ids: given on some ranks only; give them on all or on none")
+    union = fused_advantage(
+        torch.cat([rank[1] for rank in ranks]).to(device),
+        shared_prior,
+        group_ids=torch.from_numpy(ids).to(device),
+        num_groups=found,
+        valid=torch.cat([rank[3] for rank in ranks]),
+        trajectory_ids=None if trajectories is None else torch.cat([rank[4] for rank in ranks]),
+        dtype=torch.float64,
+        **options,
+    )
+    assert union.stats is not None
+    me = dist.get_rank(process_group)
+    own_groups = torch.from_numpy(groups_of(me)).to(device)
+    fields = {
+        name: value[own_groups] if isinstance(value, torch.Tensor) and value.ndim == 1 else value
+        for name, value in vars(union.stats).items()
+    }
+    return union.advantages[starts[me] : starts[me + 1]], AdvantageStats(**fields)
+
+
+def _spread(
+    advantages: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None, out: torch.Tensor
+) -> torch.Tensor:
+    """Write (N,) advantages into the padded, packed or per-rollout `out`."""
+    values = advantages.to(out.dtype)
+    if mask is not None:
+        return torch.where(mask != 0, values[:, None], torch.zeros((), dtype=out.dtype, device=out.device), out=out)
+    if cu_seqlens is not None:
+        return out.copy_(values.repeat_interleave(cu_seqlens.diff(), output_size=out.numel()))
+    return out.copy_(values)
+
+
 def _run_cpp(*tensors: torch.Tensor | None, **rule: Any) -> None:
     *inputs, out, moments, count, take_more, counters = tensors
     assert out is not None
@@ -435,8 +545,7 @@ def _run_triton(*tensors: torch.Tensor | None, **rule: Any) -> None:
     counted = valid
     if trajectory_ids is not None:
         assert rewards is not None
-        outcome = rewards if mask is None or rewards.ndim == 1 else torch.where(mask != 0, rewards, 0.0).sum(-1)
-        finite = outcome.isfinite()
+        finite = _outcomes(rewards, mask).isfinite()
         counted = first_of_trajectory(trajectory_ids, offsets, order, finite if valid is None else valid & finite)
     del rule["exclude_nonfinite"]  # a kernel cannot raise: it always excludes and counts
     launch(rewards, offsets, order, prior, mask, cu_seqlens, valid, counted, *outputs, **rule)

@@ -1,0 +1,62 @@
+"""One process of test_distributed.py, in a module that a fresh process can import."""
+
+import math
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from v05.ops import fused_advantage
+
+RANKS = 3
+IDS = np.array(["a", "b", "a", "c", "b", "a", "d", "c", "a", "b", "d", "e"])
+RANK_OF_ROW = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2])  # every group but "e" is split
+PRIOR = {"a": 0.2, "b": 0.9, "c": math.nan, "d": 0.5, "e": 0.4}
+REWARDS = torch.tensor([1, 0, 0, 1, 1, 1, 0, 0, 1, 1, 1, 0], dtype=torch.float64)
+LENGTHS = torch.tensor([2, 1, 0, 3, 3, 2, 1, 1, 2, 3, 1, 2])
+VALID = torch.tensor([1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1], dtype=torch.bool)
+
+
+def arguments(rows, method):
+    """The call of a process that owns `rows`."""
+    ids = IDS[rows].tolist()
+    return dict(
+        rewards=REWARDS[rows],
+        prior=[PRIOR[i] for i in dict.fromkeys(ids)],
+        group_ids=ids,
+        valid=VALID[rows],
+        response_mask=torch.arange(3) < LENGTHS[rows][:, None],
+        method=method,
+        scale="batch",
+        leave_one_out=method == "v05",
+        dtype=torch.float64,
+    )
+
+
+def work(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    rows = np.flatnonzero(rank == RANK_OF_ROW)
+    results = {}
+    for method in ("v05", "grpo"):
+        out = fused_advantage(**arguments(rows, method), process_group=dist.group.WORLD)
+        results[method] = (out.advantages, out.stats.count, out.stats.baseline, out.stats.prior)
+    numeric = {key: i for i, key in enumerate(PRIOR)}
+    out = fused_advantage(
+        REWARDS[rows].float(),
+        torch.tensor(list(PRIOR.values())),
+        group_ids=torch.tensor([numeric[i] for i in IDS[rows]]),
+        num_groups=len(PRIOR),
+        cu_seqlens=[0, *LENGTHS[rows].cumsum(0).tolist()],
+        process_group=dist.group.WORLD,
+    )
+    results["numeric, packed"] = (out.advantages, out.stats.mean)
+    for name, call in {
+        "no ids": dict(rewards=REWARDS[rows], group_offsets=[0, len(rows)], method="grpo"),
+        "bad value": dict(rewards=torch.full((1,), math.nan if rank == 2 else 1.0), group_ids=["x"], method="grpo"),
+    }.items():
+        try:
+            fused_advantage(**call, process_group=dist.group.WORLD)
+        except ValueError as error:
+            results[name] = str(error)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()

@@ -1,0 +1,46 @@
+"""Groups split over processes give the result of one process."""
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from rank_worker import IDS, LENGTHS, PRIOR, RANK_OF_ROW, RANKS, REWARDS, arguments, work
+
+from v05.ops import fused_advantage
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(work, (str(folder),), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("method", ["v05", "grpo"])
+def test_split_groups_are_judged_whole(ranks, method):
+    whole = fused_advantage(**arguments(np.arange(len(IDS)), method))
+    order = list(dict.fromkeys(IDS))
+    for rank, results in enumerate(ranks):
+        rows = np.flatnonzero(rank == RANK_OF_ROW)
+        advantages, count, baseline, prior = results[method]
+        torch.testing.assert_close(advantages, whole.advantages[rows], rtol=0, atol=0)
+        groups = [order.index(i) for i in dict.fromkeys(IDS[rows])]
+        torch.testing.assert_close(count, whole.stats.count[groups])
+        torch.testing.assert_close(baseline, whole.stats.baseline[groups], rtol=0, atol=0)
+        torch.testing.assert_close(prior, whole.stats.prior[groups], equal_nan=True)
+
+
+def test_numeric_ids_and_packed_output(ranks):
+    numeric = torch.tensor([list(PRIOR).index(i) for i in IDS])
+    whole = fused_advantage(REWARDS.float(), torch.tensor(list(PRIOR.values())), group_ids=numeric, num_groups=len(PRIOR))
+    for rank, results in enumerate(ranks):
+        rows = np.flatnonzero(rank == RANK_OF_ROW)
+        advantages, mean = results["numeric, packed"]
+        torch.testing.assert_close(advantages, whole.advantages[rows].repeat_interleave(LENGTHS[rows]), rtol=0, atol=0)
+        torch.testing.assert_close(mean, whole.stats.mean, rtol=0, atol=0)
+
+
+def test_errors_reach_every_rank(ranks):
+    for results in ranks:
+        assert "group_ids: needed with process_group" in results["no ids"]
+        assert "rewards: not finite in rows 2 (nan)" in results["bad value"]
