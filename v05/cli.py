@@ -110,8 +110,8 @@ def compare(
         specs = [spec.strip() for spec in methods.split(",")]
         configs = {
             f"{label_of(run)}-seed{seed}": run
+            for seed in range(seeds)  # seed by seed: what is finished early compares all methods
             for spec in specs
-            for seed in range(seeds)
             for run in [run_config(preset, spec, seed=seed, **_overrides(rollouts, learning_rate))]
         }
         out.mkdir(parents=True, exist_ok=True)
