@@ -172,7 +172,7 @@ def _report(configs: dict[str, RunConfig], out: Path, json_file: Path | None) ->
     for run in runs:
         by_label[run.label].append(run)
     plots = draw_all(by_label, out)
-    Console(width=None if sys.stdout.isatty() else 160).print(_table([r for r in records if r["record"] == "method"]))
+    Console(width=None if sys.stdout.isatty() else 180).print(_table([r for r in records if r["record"] == "method"]))
     console.print(f"{len(plots)} plots, compare.json and the runs are in {out}")
 
 
@@ -186,7 +186,7 @@ def _table(methods: list[dict[str, Any]]) -> Table:
         "gradient norm", "entropy", "rollouts a prompt", "seconds",
     )  # fmt: skip
     for column in columns:
-        table.add_column(column, justify="left" if column == "method" else "right")
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for m in methods:
         gain = f"{m['gain']:+.3f} [{m['gain_low']:+.3f}, {m['gain_high']:+.3f}]" if "gain" in m else ""
         reached = m["rollouts_to_baseline"]
