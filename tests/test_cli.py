@@ -71,6 +71,15 @@ def test_compare_ends_with_a_table_plots_and_records(environment, tmp_path):
     assert [run.stat().st_mtime_ns for run in runs] == written
 
 
+def test_a_finished_run_is_not_overwritten(environment, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "result.json").write_text("{}")
+    result = v05("train", "--preset", "smoke", "--out", "run", environment=environment, directory=tmp_path)
+    assert result.returncode == 2
+    assert "--out run holds a finished run; give another directory" in result.stderr
+    assert (tmp_path / "run" / "result.json").read_text() == "{}"
+
+
 def test_interrupt_leaves_a_readable_run(environment, tmp_path):
     command = [sys.executable, "-m", "v05", "train", "--preset", "smoke", "--rollouts", "10000000", "--out", "run"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)

@@ -29,7 +29,7 @@ console = Console(stderr=True)
 
 INTERRUPTED = 130  # exit status after Ctrl-C
 
-Preset = Annotated[str, typer.Option(help="Task and policy: tiny (0.6M parameters), small (2.4M) or smoke (a test).")]
+Preset = Annotated[str, typer.Option(help="Task and policy: tiny (0.6M parameters), small (1.3M) or smoke (a test).")]
 Rollouts = Annotated[int | None, typer.Option(help="Training rollouts of a run; evaluation is not counted.", min=1)]
 LearningRate = Annotated[float | None, typer.Option(help="AdamW's learning rate.")]
 Threads = Annotated[int, typer.Option(help="Threads a run; 1 is fastest for small policies.", min=1)]
@@ -60,12 +60,15 @@ def train(
     Example: v05 train --preset tiny --method v05 --seed 0 --out runs/one
     """
     from v05.train.config import RunConfig, label_of, run_config
+    from v05.train.metrics import RESULT
 
     try:
         if config is not None:
             run = RunConfig.model_validate_json(config.read_text())
         else:
             run = run_config(preset, method, seed=seed, **_overrides(rollouts, learning_rate))
+        if (out / RESULT).exists():
+            raise ValueError(f"--out {out} holds a finished run; give another directory")
         _set_threads(threads)
         from v05.train.trainer import Trainer
 

@@ -129,6 +129,8 @@ def test_specs_and_presets():
     assert run_config("tiny", "v05@4").budget == BudgetConfig(rule="uniform", initial=4, maximum=4)
     assert run_config("tiny", "grpo@2..8").budget == BudgetConfig(rule="osla", initial=2, maximum=8)
     assert label_of(run_config("tiny", "grpo")) == "grpo@16"
+    with pytest.raises(ValueError, match="overlong: shaped rewards leave"):
+        run_config("tiny", "v05", overlong=OverlongConfig())
     for spec, message in {
         "ppo": "method='ppo' is unknown; choose one of v05, grpo",
         "v05@": "method='v05@' is malformed",

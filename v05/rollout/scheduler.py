@@ -6,6 +6,7 @@ rollouts of later prompts. Which rollouts a group gets is the allocator's decisi
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ class RolloutBatch:
 
     Attributes:
         prompts: G prompts.
+        prompt_tokens: their token ids.
         priors: (G,) float64, what the prior predicted, reward units.
         offsets: (G+1,) int64.
         rewards: (N,) float64, the verifier's.
@@ -33,6 +35,7 @@ class RolloutBatch:
     """
 
     prompts: list[Prompt]
+    prompt_tokens: list[tuple[int, ...]]
     priors: NDArray[np.float64]
     offsets: NDArray[np.int64]
     rewards: NDArray[np.float64]
@@ -82,6 +85,7 @@ def collect(
     sizes = np.diff(closed.offsets)
     return RolloutBatch(
         prompts=list(prompts),
+        prompt_tokens=list(prompt_tokens),
         priors=closed.priors,
         offsets=closed.offsets,
         rewards=closed.rewards,
@@ -98,11 +102,12 @@ def select(batch: RolloutBatch, keep: NDArray[np.bool_]) -> RolloutBatch:
     rows = np.repeat(keep, sizes)
     return replace(
         batch,
-        prompts=[prompt for prompt, kept in zip(batch.prompts, keep, strict=True) if kept],
+        prompts=list(itertools.compress(batch.prompts, keep)),
+        prompt_tokens=list(itertools.compress(batch.prompt_tokens, keep)),
         priors=batch.priors[keep],
         offsets=np.concatenate(([0], np.cumsum(sizes[keep]))),
         rewards=batch.rewards[rows],
-        completions=[completion for completion, kept in zip(batch.completions, rows, strict=True) if kept],
+        completions=list(itertools.compress(batch.completions, rows)),
     )
 
 
@@ -111,6 +116,7 @@ def join(batches: Sequence[RolloutBatch]) -> RolloutBatch:
     sizes = np.concatenate([np.diff(batch.offsets) for batch in batches])
     return RolloutBatch(
         prompts=[prompt for batch in batches for prompt in batch.prompts],
+        prompt_tokens=[tokens for batch in batches for tokens in batch.prompt_tokens],
         priors=np.concatenate([batch.priors for batch in batches]),
         offsets=np.concatenate(([0], np.cumsum(sizes))),
         rewards=np.concatenate([batch.rewards for batch in batches]),

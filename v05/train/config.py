@@ -125,6 +125,8 @@ class RunConfig(Settings):
         find_method(self.method)
         if self.budget.maximum < self.budget.initial:
             raise ValueError(f"budget.maximum={self.budget.maximum} is below budget.initial={self.budget.initial}; raise it")
+        if self.overlong is not None and find_method(self.method).needs_prior:
+            raise ValueError(f"overlong: shaped rewards leave the (0, 1) of method={self.method!r}'s prior; leave overlong out")
         if self.rollouts_per_step < self.budget.initial:
             raise ValueError(
                 f"rollouts_per_step={self.rollouts_per_step} does not hold one prompt of budget.initial={self.budget.initial}"
@@ -158,11 +160,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "policy": PolicyConfig(hidden_size=128, layers=3, intermediate_size=384, max_new_tokens=8),
         "total_rollouts": 80_000,
     },
-    # 2.4 million parameters on longer operands.
+    # 1.3 million parameters, more products.
     "small": {
-        "task": ReasoningGymConfig(surface="sum", operand_width=4, mix=(_sums(2, 4, 3), _products(1, 2, 1))),
-        "policy": PolicyConfig(hidden_size=192, layers=5, heads=6, intermediate_size=576, max_new_tokens=9),
-        "total_rollouts": 500_000,
+        "task": ReasoningGymConfig(surface="sum", operand_width=3, mix=(_sums(2, 3, 1), _products(1, 2, 1))),
+        "policy": PolicyConfig(hidden_size=160, layers=4, intermediate_size=480, max_new_tokens=8),
+        "total_rollouts": 200_000,
     },
     # A few seconds, for tests of the pipeline: learns nothing.
     "smoke": {

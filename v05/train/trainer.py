@@ -204,21 +204,18 @@ class Trainer:
         """The step's rollouts, and how many were thrown away for giving no signal (DAPO's dynamic sampling)."""
         config = self.config
         wanted = min(config.rollouts_per_step, config.total_rollouts - self.rollouts)
-        prompts = max(1, round(wanted / self.group_size))
-        batch = self._collect(prompts)
-        kept = [batch]
+        missing = max(1, round(wanted / self.group_size))
+        parts: list[RolloutBatch] = []
         thrown_away = 0
-        for refill in range(config.max_refills + 1):
-            if config.max_refills == 0:
-                break
-            signal = has_signal(kept[-1])
-            thrown_away += int(np.diff(kept[-1].offsets)[~signal].sum())
-            kept[-1] = select(kept[-1], signal)
-            missing = prompts - sum(len(part.prompts) for part in kept)
-            if missing == 0 or refill == config.max_refills:
-                break
-            kept.append(self._collect(missing))
-        return join(kept), thrown_away
+        while missing and len(parts) <= config.max_refills:
+            part = self._collect(missing)
+            if config.max_refills:
+                signal = has_signal(part)
+                thrown_away += int(np.diff(part.offsets)[~signal].sum())
+                part = select(part, signal)
+            parts.append(part)
+            missing -= len(part.prompts)
+        return join(parts), thrown_away
 
     def _collect(self, count: int) -> RolloutBatch:
         prompts = [next(self.prompts) for _ in range(count)]
@@ -268,7 +265,7 @@ class Trainer:
         """Accumulate gradients of some rollouts; returns (loss, clipped share of their tokens weighted by rows, KL)."""
         device = self.model.device
         group_of = np.repeat(np.arange(len(batch.prompts)), np.diff(batch.offsets))
-        prompts = [self.tokens_of(batch.prompts[g]) for g in group_of[rows.numpy()]]
+        prompts = [batch.prompt_tokens[g] for g in group_of[rows.numpy()]]
         completions = [batch.completions[i] for i in rows.tolist()]
         width = max(len(c.tokens) for c in completions)
         logprobs = completion_logprobs(self.model, prompts, completions, self.tokenizer.pad_token_id)
