@@ -337,15 +337,9 @@ def fused_advantage(
         if scale == BATCH_SCALE.value:
             divisor = _batch_divisor(rewards, valid if counted is None else counted, low, high, eps)
 
-        group_size = triton.cdiv(N, G)  # on average: any size is handled, this one best
-        block_rows = min(max(triton.next_power_of_2(group_size), 16), MAX_BLOCK_ROWS)
-        if mask is None and cu_seqlens is None:
-            chunks, splits = 1, triton.cdiv(group_size, block_rows)
-        else:
-            row_length = triton.cdiv(out.numel(), max(N, 1))
-            chunks = min(max(triton.cdiv(row_length, BLOCK_T), 1), ENOUGH_PROGRAMS)
-            splits = min(group_size, triton.cdiv(ENOUGH_PROGRAMS, G * chunks))
-        fused_advantage_kernel[(G, max(splits, 1), chunks)](
+        row_length = None if mask is None and cu_seqlens is None else triton.cdiv(out.numel(), max(N, 1))
+        block_rows, splits, chunks = launch_shape(N, G, row_length)
+        fused_advantage_kernel[(G, splits, chunks)](
             rewards,
             offsets,
             order,
@@ -375,6 +369,19 @@ def fused_advantage(
             BLOCK_T=BLOCK_T,
             **_OPTIONS,
         )
+
+
+def launch_shape(N: int, G: int, row_length: int | None) -> tuple[int, int, int]:
+    """(BLOCK_ROWS, splits, chunks) for N rollouts in G groups with rows of `row_length` tokens, None for per-rollout output.
+
+    Chosen for groups and rows of average size; any size is handled.
+    """
+    group_size = triton.cdiv(N, G)
+    block_rows = min(max(triton.next_power_of_2(group_size), 16), MAX_BLOCK_ROWS)
+    if row_length is None:
+        return block_rows, max(triton.cdiv(group_size, block_rows), 1), 1
+    chunks = min(max(triton.cdiv(row_length, BLOCK_T), 1), ENOUGH_PROGRAMS)
+    return block_rows, max(min(group_size, triton.cdiv(ENOUGH_PROGRAMS, G * chunks)), 1), chunks
 
 
 def _sum_token_rewards(token_rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,19 @@
 """Compile every kernel for a list of GPU targets without a GPU, and report what the compiler made of it.
 
-    python -m v05.kernels.aot [--json FILE]
+    python -m v05.kernels.aot [--json FILE] [--csv FILE]
 
 A variant is one way in which a launcher calls its kernel. Registers are per thread; a spill or a stack frame means that
 values live in slow memory; ld128 and st128 count the 128-bit global loads and stores in the code, without which a
-bandwidth-bound kernel is slow.
+bandwidth-bound kernel is slow. `bytes` is what all programs of a launch ask of memory for a batch of ROLLOUTS x TOKENS,
+`floor_bytes` what a launch must move that reads its inputs and writes its outputs once; what lies between them are a
+group's rewards, read again by each of its programs, mostly from cache. `occupancy` is the share of a multiprocessor's
+warps that its registers allow to be resident.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
 import subprocess
@@ -31,6 +35,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+ROLLOUTS, TOKENS, GROUPS = 4096, 2048, 256
+ELEMENT_BYTES = {"u1": 1, "u8": 1, "bf16": 2, "fp32": 4, "i64": 8, "fp64": 8}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -87,6 +93,38 @@ class Report:
     shared: int
     ld128: int
     st128: int
+    bytes: int
+    floor_bytes: int
+    occupancy: float
+
+
+def traffic(variant: Variant) -> tuple[int, int]:
+    """(bytes, floor_bytes) of one launch on ROLLOUTS x TOKENS in GROUPS equal groups, counted from the kernel's source."""
+    size = {name: ELEMENT_BYTES[element] for name, element in variant.pointers.items()}
+    tokens = ROLLOUTS * TOKENS
+    if variant.kernel is advantage.sum_token_rewards_kernel:
+        once = tokens * (size["p_token_rewards"] + size["p_mask"]) + ROLLOUTS * size["p_rewards"]
+        return once, once
+    per_rollout = not {"p_mask", "p_cu_seqlens"} & variant.pointers.keys()
+    _, splits, chunks = advantage.launch_shape(ROLLOUTS, GROUPS, None if per_rollout else TOKENS)
+    row = sum(size.get(name, 0) for name in ("p_rewards", "p_order", "p_valid"))  # what a rollout is read as
+    group = 2 * size["p_offsets"] + size.get("p_prior", 0)
+    outputs = (ROLLOUTS if per_rollout else tokens) * size["p_out"] + tokens * size.get("p_mask", 0)
+    outputs += GROUPS * (7 * size["p_moments"] + size["p_count"] + size["p_take_more"])
+    lengths = ROLLOUTS * chunks * 2 * size.get("p_cu_seqlens", 0)
+    statistics = 2 * ROLLOUTS // GROUPS * (row + size.get("p_counted", 0)) + group  # two passes over a group
+    asked = GROUPS * splits * chunks * statistics + ROLLOUTS * chunks * row + lengths + outputs
+    floor = ROLLOUTS * (row + size.get("p_counted", 0)) + GROUPS * group + lengths // (2 * chunks) + outputs
+    return asked, floor
+
+
+def occupancy(target: str, registers: int, warps: int) -> float:
+    """Share of a multiprocessor's warps that a program of `warps` warps leaves room for, by its registers alone."""
+    allocated = -(-registers // 8) * 8  # registers are handed out in eights
+    if TARGETS[target].backend == "hip":  # 512 vector registers a lane of each SIMD, 8 waves at most
+        return min(8, 512 // allocated) / 8
+    resident = 65536 // (allocated * 32 * warps) * warps
+    return min(64, resident) / 64
 
 
 def variants() -> Iterator[Variant]:
@@ -136,12 +174,17 @@ def report(variant: Variant, target: str) -> Report:
     """Compile (or take from Triton's cache) and read the machine code."""
     compiled = triton.compile(variant.source(), TARGETS[target], advantage.COMPILER_OPTIONS[TARGETS[target].backend])
     read = _read_amdgcn if "amdgcn" in compiled.asm else _read_cubin
+    code = read(compiled.asm)
+    asked, floor = traffic(variant)
     return Report(
         kernel=variant.kernel.__name__,
         variant=variant.name,
         target=target,
         shared=compiled.metadata.shared,
-        **read(compiled.asm),
+        bytes=asked,
+        floor_bytes=floor,
+        occupancy=occupancy(target, code["registers"], compiled.metadata.num_warps),
+        **code,
     )
 
 
@@ -182,6 +225,7 @@ def _number(pattern: str, text: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m v05.kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table as a list of records")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as comma-separated values")
     arguments = parser.parse_args()
     if not isinstance(advantage.fused_advantage_kernel, triton.JITFunction):
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
@@ -196,6 +240,11 @@ def main() -> None:
             reports.append(row)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(reports, indent=1) + "\n")
+    if arguments.csv is not None:
+        with arguments.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(reports)
 
 
 if __name__ == "__main__":

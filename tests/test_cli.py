@@ -82,15 +82,13 @@ def test_a_finished_run_is_not_overwritten(environment, tmp_path):
 
 def test_interrupt_leaves_a_readable_run(environment, tmp_path):
     command = [sys.executable, "-m", "v05", "train", "--preset", "smoke", "--rollouts", "10000000", "--out", "run"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)
-    deadline = time.monotonic() + 120
-    while len(read_metrics(tmp_path / "run", "step")) < 3:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as process:
+        deadline = time.monotonic() + 240
+        while len(read_metrics(tmp_path / "run", "step")) < 3 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
     assert "interrupted; what was measured so far is in run" in stderr
     assert "Traceback" not in stderr
     steps = read_metrics(tmp_path / "run", "step")

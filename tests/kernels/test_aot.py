@@ -48,6 +48,19 @@ def test_tokens_move_128_bits_at_a_time(reports):
             assert report["st128"] > 0, report
 
 
+def test_traffic_is_near_its_floor(reports):
+    for report in reports:
+        assert report["floor_bytes"] <= report["bytes"], report
+        if not report["variant"].startswith("per-rollout"):  # whose few bytes are mostly a group's rewards, read thrice
+            assert report["bytes"] < 1.1 * report["floor_bytes"], report
+
+
+def test_registers_leave_warps_resident(reports):
+    for report in reports:
+        if report["kernel"] == "fused_advantage_kernel":
+            assert report["occupancy"] >= 0.375, report
+
+
 def test_says_that_the_interpreter_compiles_nothing(tmp_path):
     done = aot(cwd=tmp_path, TRITON_INTERPRET="1")
     assert done.returncode != 0
