@@ -10,7 +10,7 @@ CPP_ALL := $(CPP) $(wildcard csrc/bindings/*.cpp csrc/include/v05/*.hpp)
 export OMP_NUM_THREADS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test lint sanitize bench format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -40,6 +40,17 @@ lint: setup  ## ruff, mypy, clang-format, clang-tidy
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP_ALL)
 	$(BIN)/clang-tidy --quiet $(CPP) -- -std=c++20 -Icsrc/include
+
+sanitize: setup  ## the core's tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	rm $(VENV)/.ready  # so that the next make builds without them
+	$(BIN)/pip install --quiet --no-deps --editable . -C cmake.define.V05_SANITIZE=address,undefined
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/python -m pytest -q tests/test_ops.py tests/test_budget.py
+
+bench: setup  ## time the op on this machine; appends to bench/results/
+	$(BIN)/python bench/advantage.py
+	$(BIN)/python bench/gpu_advantage.py
+	cd bench/results && ../../$(BIN)/python -m v05.kernels.aot --csv aot.csv
 
 format:  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix --select I .
