@@ -18,7 +18,7 @@ def golden_parameters() -> list[Any]:
     ]
 
 
-def options(case: dict[str, Any]) -> dict[str, Any]:
+def golden_options(case: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of a case, shared by the op and the reference."""
     return {
         "method": case["method"],

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from golden_cases import golden_parameters, options
+from golden_cases import golden_options, golden_parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -41,12 +41,12 @@ def test_golden(case, dtype):
         group_ids=case["group_ids"],
         num_groups=len(case["expect"]["stats"]),
         dtype=dtype,
-        **options(case),
+        **golden_options(case),
     )
     expected, statistics = case["expect"]["advantages"], case["expect"]["stats"]
     if case["id"] == "near-equal rewards at a large offset":  # float32 rounds the input: the page is applied to what is left
         expected, statistics = reference.fused_advantage(
-            rewards.double().numpy(), case["group_ids"], case["prior"], **options(case)
+            rewards.double().numpy(), case["group_ids"], case["prior"], **golden_options(case)
         )
     np.testing.assert_allclose(out.advantages.numpy(), expected, rtol=tolerance, atol=tolerance)
     assert_statistics(out.stats, statistics, tolerance)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from golden_cases import golden_parameters, options
+from golden_cases import golden_options, golden_parameters
 
 from v05 import reference
 
@@ -13,7 +13,7 @@ TOLERANCE = 1e-12
 
 @pytest.mark.parametrize("case", golden_parameters())
 def test_golden(case):
-    advantages, statistics = reference.fused_advantage(case["rewards"], case["group_ids"], case["prior"], **options(case))
+    advantages, statistics = reference.fused_advantage(case["rewards"], case["group_ids"], case["prior"], **golden_options(case))
     np.testing.assert_allclose(advantages, case["expect"]["advantages"], rtol=TOLERANCE, atol=TOLERANCE)
     assert len(statistics) == len(case["expect"]["stats"])
     for seen, expected in zip(statistics, case["expect"]["stats"], strict=True):

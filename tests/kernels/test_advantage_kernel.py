@@ -1,13 +1,12 @@
 """`fused_advantage(backend="triton")` in the interpreter, against the golden cases and `v05.reference`."""
 
-import json
 import math
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from golden_cases import golden_options, golden_parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,8 +14,6 @@ from v05 import _core, reference
 from v05.kernels import advantage
 from v05.methods import METHODS, Baseline
 from v05.ops import SCALES, AdvantageOutput, fused_advantage, group_rows_on_device
-
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "fused_advantage.json").read_text())
 
 # Four groups of 1 to 7 rollouts in shuffled rows; a prior that is right, one that is wrong, one that is missing.
 IDS = torch.tensor([2, 0, 1, 1, 0, 2, 1, 0, 2, 1, 3, 1, 0, 1, 1])
@@ -56,17 +53,7 @@ def tokens_of(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(mask != 0, rows[:, None], 0.0)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            case,
-            id=case["id"],
-            marks=[pytest.mark.xfail(strict=True, raises=ValueError)] if case["method"] == "calibrated" else [],
-        )
-        for case in GOLDEN
-    ],
-)
+@pytest.mark.parametrize("case", golden_parameters())
 def test_golden(case):
     ids = torch.tensor(case["group_ids"])
     groups = len(case["expect"]["stats"])
@@ -75,10 +62,7 @@ def test_golden(case):
         None if case["prior"] is None else torch.tensor(case["prior"], dtype=torch.float64),
         ids,
         num_groups=groups,
-        method=case["method"],
-        scale=case["scale"],
-        leave_one_out=case["leave_one_out"],
-        reward_range=tuple(case["reward_range"]),
+        **golden_options(case),
     )
     assert out.advantages.dtype == torch.float32
     assert_advantages(out.advantages, case["expect"]["advantages"])
