@@ -18,23 +18,19 @@ from numpy.typing import ArrayLike, NDArray
 from v05 import _core
 from v05.methods import Baseline, Method, Scale, find_method
 
-SCALES: tuple[Scale, ...] = (
-    "none",
-    "group",
-    "batch",
-)  # positions are shared with advantage.hpp and kernels/advantage.py
-_MOMENTS = ("mean", "var", "baseline", "weight", "statistic", "p_value", "mse")  # rows of the statistics buffer
-_SHRINKAGE_ONLY = frozenset({"weight", "statistic", "p_value", "mse", "take_more"})
+SCALES: tuple[Scale, ...] = ("none", "group", "batch")  # positions are shared with advantage.hpp and kernels/advantage.py
+_DIVIDE_BY = {name: position for position, name in enumerate(SCALES)}
 
 Array = torch.Tensor | ArrayLike
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AdvantageStats:
     """Statistics of each group, tensors of shape (G,); None where the method does not define one.
 
     They describe the full group, also under `leave_one_out`. A group without a valid rollout has count 0, mean NaN and the
-    prior as its baseline.
+    prior as its baseline. Most are views of `moments` and `counts`, made when they are asked for: a tensor for each of them at
+    each call would cost more than the statistics of a small batch.
 
     Attributes:
         count: int64, valid rollouts (trajectories) of the group.
@@ -49,20 +45,58 @@ class AdvantageStats:
         take_more: bool, the one-step look-ahead rule would buy another rollout.
         nonfinite: int64 scalar, NaN or infinite rewards left out.
         clipped: int64 scalar, rewards and priors clipped to `reward_range` (CUDA only; on the CPU they are an error).
+        moments: (7, G): mean, var, baseline, weight, statistic, p_value, mse. Rows that the method does not define hold anything.
+        counts: (2 + G,): nonfinite, clipped, and the count of each group.
     """
 
-    count: torch.Tensor
-    mean: torch.Tensor
-    var: torch.Tensor
     prior: torch.Tensor | None
-    baseline: torch.Tensor
-    weight: torch.Tensor | None
-    statistic: torch.Tensor | None
-    p_value: torch.Tensor | None
-    mse: torch.Tensor | None
+    moments: torch.Tensor
+    counts: torch.Tensor
     take_more: torch.Tensor | None
-    nonfinite: torch.Tensor
-    clipped: torch.Tensor
+
+    @property
+    def count(self) -> torch.Tensor:
+        return self.counts[2:]
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.moments[0]
+
+    @property
+    def var(self) -> torch.Tensor:
+        return self.moments[1]
+
+    @property
+    def baseline(self) -> torch.Tensor:
+        return self.moments[2]
+
+    @property
+    def weight(self) -> torch.Tensor | None:
+        return None if self.take_more is None else self.moments[3]
+
+    @property
+    def statistic(self) -> torch.Tensor | None:
+        return None if self.take_more is None else self.moments[4]
+
+    @property
+    def p_value(self) -> torch.Tensor | None:
+        return None if self.take_more is None else self.moments[5]
+
+    @property
+    def mse(self) -> torch.Tensor | None:
+        return None if self.take_more is None else self.moments[6]
+
+    @property
+    def nonfinite(self) -> torch.Tensor:
+        return self.counts[0]
+
+    @property
+    def clipped(self) -> torch.Tensor:
+        return self.counts[1]
+
+
+# An exported program may return one, and be saved.
+torch.export.register_dataclass(AdvantageStats, serialized_type_name="v05.ops.AdvantageStats")
 
 
 class AdvantageOutput(NamedTuple):
@@ -103,6 +137,12 @@ def fused_advantage(
     N rollouts, G groups, T tokens of a padded response. Rewards, priors, baselines and advantages are in reward units; with
     rewards in (0, 1) the advantages are half those of the V_0.5 paper, whose rewards are +-1.
 
+    Advantages and statistics carry no gradient: inputs that require one are detached.
+
+    torch.compile(fullgraph=True) and torch.export take the call whole, as the registered operators `v05::fused_advantage` and
+    `v05::group_rows`, with `out` as a declared mutation; values are then checked when the graph runs. Strings as `group_ids`,
+    `process_group` and a `backend` that is not the device's own stay eager: under torch.compile they break the graph.
+
     Args:
         rewards: (N,) outcome rewards of any real dtype, or (N, T) token rewards, which are summed over `response_mask`.
         prior: (G,) predicted mean reward of each group, in reward units; NaN where there is none, and the group mean then
@@ -115,7 +155,7 @@ def fused_advantage(
         valid: (N,) bool; False marks an aborted or filtered rollout: left out of the statistics, advantage 0.
         trajectory_ids: (N,) integers; rows of a group that share one are one trajectory and count once in the statistics.
         num_groups: G. With integer `group_ids` the ids are then 0 .. G-1 themselves; required with them on CUDA, where
-            finding G would synchronise.
+            finding G would synchronise, and under torch.compile.
         method: a name of `v05.methods.METHODS`.
         scale: divide by nothing ("none"), by the group's standard deviation + eps ("group") or that of all valid rewards
             ("batch"), ddof = 1; rewards that are all equal are not scaled. None takes the method's own.
@@ -129,7 +169,7 @@ def fused_advantage(
         stats: False skips the statistics.
         dtype: floating dtype of the advantages.
         out: a contiguous buffer of the output's shape, dtype and device to write into; required with cu_seqlens on CUDA,
-            where finding total_tokens would synchronise.
+            where finding total_tokens would synchronise, and under torch.compile.
         process_group: groups may be split over its ranks: every rank passes its own rollouts, with `group_ids` that mean the same
             on all ranks and the `prior` of its own groups, and gets its own rows and groups back. The result is that of one
             process on the ranks' rollouts in rank order, rows in error messages are counted so. Gathers a few bytes a rollout
@@ -144,7 +184,8 @@ def fused_advantage(
         ValueError: names the argument, the shape or value seen (rows, for values) and the remedy. On CUDA values are not
             inspected: non-finite rewards are left out, rewards and priors outside `reward_range` clipped, both counted; rows
             whose id names no group are left out; offsets are trusted. Nothing synchronises there as long as every tensor
-            given is already on the device.
+            given is already on the device. While torch traces, what would raise here breaks the graph, and is raised by the
+            eager call that follows unless fullgraph=True forbids it.
 
     Example:
         >>> rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0])
@@ -159,42 +200,51 @@ def fused_advantage(
     rule = find_method(method)
     scale = rule.scale if scale is None else scale
     low, high = reward_range
-    _require(scale in SCALES, f"scale={scale!r} is unknown; choose one of {', '.join(SCALES)}")
-    _require(singleton in ("zero", "raw"), f"singleton={singleton!r} is unknown; choose 'zero' or 'raw'")
-    _require(nonfinite in ("raise", "exclude"), f"nonfinite={nonfinite!r} is unknown; choose 'raise' or 'exclude'")
-    _require(low < high, f"reward_range={reward_range} is empty; give (lo, hi) with lo < hi")
-    _require(dtype.is_floating_point, f"dtype={dtype} cannot hold advantages; choose a floating dtype")
-    _require(max_rollouts >= 1, f"max_rollouts={max_rollouts}; give at least 1")
-    _require(cost is None or cost >= 0, f"cost={cost}; give 0 or more, or None for 1 / max_rollouts^2")
-    _require(eps >= 0, f"eps={eps}; give 0 or more")
+    if scale not in _DIVIDE_BY:
+        raise ValueError(f"scale={scale!r} is unknown; choose one of {', '.join(SCALES)}")
+    if singleton not in ("zero", "raw"):
+        raise ValueError(f"singleton={singleton!r} is unknown; choose 'zero' or 'raw'")
+    if nonfinite not in ("raise", "exclude"):
+        raise ValueError(f"nonfinite={nonfinite!r} is unknown; choose 'raise' or 'exclude'")
+    if not low < high:
+        raise ValueError(f"reward_range={reward_range} is empty; give (lo, hi) with lo < hi")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} cannot hold advantages; choose a floating dtype")
+    if max_rollouts < 1:
+        raise ValueError(f"max_rollouts={max_rollouts}; give at least 1")
+    if cost is not None and cost < 0:
+        raise ValueError(f"cost={cost}; give 0 or more, or None for 1 / max_rollouts^2")
+    if eps < 0:
+        raise ValueError(f"eps={eps}; give 0 or more")
 
     rewards = _real(_tensor(rewards).detach())
     device = rewards.device
+    tracing = torch.compiler.is_compiling() or type(rewards) is not torch.Tensor  # a fake tensor has no values either
     response_mask = None if response_mask is None else _tensor(response_mask)
     n = _rollouts(rewards, response_mask)
-    valid = _row_vector("valid", valid, n, torch.bool, device)
-    trajectory_ids = _row_vector("trajectory_ids", trajectory_ids, n, torch.int64, device)
+    valid = None if valid is None else _row_vector("valid", valid, n, torch.bool, device)
+    trajectory_ids = None if trajectory_ids is None else _row_vector("trajectory_ids", trajectory_ids, n, torch.int64, device)
+    mask, cu, shape = _layout(response_mask, cu_seqlens, out, n, device, tracing)
     if process_group is not None:
-        mask, cu, shape = _layout(response_mask, cu_seqlens, out, n, device)
+        if tracing:
+            raise ValueError("process_group: gathers through the host, which torch cannot trace; call outside torch.compile")
         options = dict(method=method, scale=scale, leave_one_out=leave_one_out, reward_range=reward_range, eps=eps)
         options |= dict(singleton=singleton, max_rollouts=max_rollouts, cost=cost, nonfinite=nonfinite, backend=backend)
         local = _LocalRollouts(_outcomes(rewards, mask), prior, group_ids, valid, trajectory_ids)
         advantages, statistics = _across_ranks(process_group, local, num_groups, **options)
-        out = _output(out, rewards, shape, dtype, device)
+        out = _output(out, rewards, shape, dtype, tracing)
         return AdvantageOutput(_spread(advantages, mask, cu, out), statistics if stats else None)
-    offsets, order, placed = _group(group_ids, group_offsets, num_groups, n, device)
+    offsets, order, placed = _group(group_ids, group_offsets, num_groups, n, device, tracing)
     if placed is not None:
         valid = placed if valid is None else valid & placed
-    groups = offsets.numel() - 1
+    groups = offsets.shape[0] - 1
     prior = _prior(prior, rule, groups, device)
-    mask, cu, shape = _layout(response_mask, cu_seqlens, out, n, device)
-    out = _output(out, rewards, shape, dtype, device)
-    moments = torch.empty(len(_MOMENTS), groups, dtype=torch.float64, device=device) if stats else None
-    count = torch.empty(groups, dtype=torch.int64, device=device) if stats else None
+    out = _output(out, rewards, shape, dtype, tracing)
+    counts = torch.empty(2 + groups if stats else 2, dtype=torch.int64, device=device)
+    moments = torch.empty(7, groups, dtype=torch.float64, device=device) if stats else None
     take_more = torch.empty(groups, dtype=torch.bool, device=device) if stats else None
-    counters = torch.zeros(2, dtype=torch.int64, device=device)  # non-finite, clipped
 
-    _backend(backend, device)(
+    _kernel(backend, device, tracing)(
         rewards,
         offsets,
         order,
@@ -204,12 +254,11 @@ def fused_advantage(
         valid,
         trajectory_ids,
         out,
+        counts,
         moments,
-        count,
         take_more,
-        counters,
-        baseline=int(rule.baseline),
-        scale=SCALES.index(scale),
+        baseline=rule.baseline.value,
+        scale=_DIVIDE_BY[scale],
         leave_one_out=leave_one_out or rule.leave_one_out,
         raw_singleton=singleton == "raw",
         exclude_nonfinite=nonfinite == "exclude",
@@ -219,17 +268,9 @@ def fused_advantage(
         max_rollouts=max_rollouts,
         cost=1.0 / max_rollouts**2 if cost is None else float(cost),
     )
-    if moments is None or count is None or take_more is None:
+    if moments is None:
         return AdvantageOutput(out, None)
-    defined = rule.baseline is Baseline.SHRINKAGE
-    fields: dict[str, Any] = {**dict(zip(_MOMENTS, moments, strict=True)), "take_more": take_more}
-    fields = {name: value if defined or name not in _SHRINKAGE_ONLY else None for name, value in fields.items()}
-    return AdvantageOutput(out, AdvantageStats(count=count, prior=prior, nonfinite=counters[0], clipped=counters[1], **fields))
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+    return AdvantageOutput(out, AdvantageStats(prior, moments, counts, take_more if rule.baseline is Baseline.SHRINKAGE else None))
 
 
 def _tensor(value: Array) -> torch.Tensor:
@@ -237,22 +278,29 @@ def _tensor(value: Array) -> torch.Tensor:
     return value if isinstance(value, torch.Tensor) else torch.from_numpy(np.asarray(value))
 
 
+def _placed(value: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Contiguous, in the dtype and on the device. Asking first is cheaper than a conversion to what it is already."""
+    if value.dtype != dtype or value.device != device:
+        value = value.to(device, dtype)
+    return value.contiguous()
+
+
 def _real(rewards: torch.Tensor) -> torch.Tensor:
     """Rewards as contiguous float32 or float64: half precision widens exactly, integers and bool become float64."""
-    _require(not rewards.is_complex(), f"rewards: dtype {rewards.dtype} is not real")
     if rewards.dtype in (torch.float32, torch.float64):
         return rewards.contiguous()
+    if rewards.is_complex():
+        raise ValueError(f"rewards: dtype {rewards.dtype} is not real")
     return rewards.to(torch.float32 if rewards.is_floating_point() else torch.float64).contiguous()
 
 
 def _rollouts(rewards: torch.Tensor, response_mask: torch.Tensor | None) -> int:
-    shape = tuple(rewards.shape)
-    _require(rewards.ndim in (1, 2), f"rewards: shape {shape}; give (N,) outcome rewards or (N, T) token rewards")
-    if rewards.ndim == 2:
-        _require(
-            response_mask is not None and tuple(response_mask.shape) == shape,
-            f"rewards: token rewards of shape {shape} need response_mask of the same shape"
-            + ("" if response_mask is None else f", got {tuple(response_mask.shape)}"),
+    if rewards.ndim not in (1, 2):
+        raise ValueError(f"rewards: shape {tuple(rewards.shape)}; give (N,) outcome rewards or (N, T) token rewards")
+    if rewards.ndim == 2 and (response_mask is None or response_mask.shape != rewards.shape):
+        raise ValueError(
+            f"rewards: token rewards of shape {tuple(rewards.shape)} need response_mask of the same shape"
+            + ("" if response_mask is None else f", got {tuple(response_mask.shape)}")
         )
     return rewards.shape[0]
 
@@ -263,39 +311,39 @@ def _group(
     num_groups: int | None,
     n: int,
     device: torch.device,
+    tracing: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """(offsets (G+1,), order (N,) or None, placed (N,) bool or None): group g owns the rows order[offsets[g] : offsets[g+1]].
 
     `placed` is False where an id names no group, which only CUDA cannot complain about; those rows stand in group 0.
     """
-    _require(
-        (group_ids is None) != (group_offsets is None),
-        f"group_ids and group_offsets: {'neither' if group_ids is None else 'both'} given; give exactly one",
-    )
+    if (group_ids is None) == (group_offsets is None):
+        given = "neither" if group_ids is None else "both"
+        raise ValueError(f"group_ids and group_offsets: {given} given; give exactly one")
     if group_offsets is not None:
-        offsets = _offsets("group_offsets", group_offsets, n).to(device)
-        _require(
-            num_groups is None or num_groups == offsets.numel() - 1,
-            f"num_groups={num_groups} contradicts group_offsets, which has {offsets.numel() - 1} groups; leave it out",
-        )
+        offsets = _offsets("group_offsets", group_offsets, n, device, tracing)
+        if num_groups is not None and num_groups != offsets.shape[0] - 1:
+            raise ValueError(
+                f"num_groups={num_groups} contradicts group_offsets, which has {offsets.shape[0] - 1} groups; leave it out"
+            )
         return offsets, None, None
     assert group_ids is not None
-    ids, named = _integer_ids(group_ids)
-    _require(
-        ids.ndim == 1 and ids.numel() == n,
-        f"group_ids: shape {tuple(ids.shape)} for {n} rollouts; give one id a rollout",
-    )
+    ids, named = _integer_ids(group_ids, tracing)
+    if ids.ndim != 1 or ids.shape[0] != n:
+        raise ValueError(f"group_ids: shape {tuple(ids.shape)} for {n} rollouts; give one id a rollout")
     if named is not None:
-        _require(
-            num_groups is None or num_groups == named,
-            f"num_groups={num_groups}, but group_ids holds {named} distinct strings; leave it out",
-        )
+        if num_groups is not None and num_groups != named:
+            raise ValueError(f"num_groups={num_groups}, but group_ids holds {named} distinct strings; leave it out")
         num_groups = named
+    if num_groups is None and (tracing or not ids.is_cpu):
+        raise ValueError(
+            "num_groups: needed with integer group_ids on CUDA, where finding it would synchronise, and under torch.compile"
+        )
     if ids.is_cpu:
-        rows, starts = _core.group_rows(ids.contiguous().numpy(), -1 if num_groups is None else num_groups)
-        return torch.from_numpy(starts).to(device), torch.from_numpy(rows).to(device), None
-    if num_groups is None:
-        raise ValueError("num_groups: needed with integer group_ids on CUDA, where finding it would synchronise")
+        group_rows = torch.ops.v05.group_rows if tracing else _group_rows_cpp
+        offsets, order = group_rows(ids.contiguous(), -1 if num_groups is None else num_groups)
+        return offsets.to(device), order.to(device), None
+    assert num_groups is not None
     placed = (ids >= 0) & (ids < num_groups)
     return *group_rows_on_device(torch.where(placed, ids, 0), num_groups), placed
 
@@ -327,49 +375,55 @@ def first_of_trajectory(
     return first
 
 
-def _integer_ids(group_ids: Array | Sequence[str]) -> tuple[torch.Tensor, int | None]:
+def _integer_ids(group_ids: Array | Sequence[str], tracing: bool) -> tuple[torch.Tensor, int | None]:
     """Integer ids, and the number of groups when they stand for strings (numbered by first appearance)."""
     if isinstance(group_ids, torch.Tensor):
         ids = group_ids
+    elif tracing:
+        raise ValueError(
+            "group_ids: torch traces tensors only; give an integer tensor and num_groups, or call outside torch.compile"
+        )
     else:
         array = group_ids if isinstance(group_ids, np.ndarray) else np.asarray(group_ids)
         if array.dtype.kind in "OUST":
             dense, named = _core.factorize(array.tolist())
             return torch.from_numpy(dense), named
         ids = torch.from_numpy(array)
-    _require(
-        ids.numel() == 0 or not (ids.is_floating_point() or ids.is_complex()),
-        f"group_ids: dtype {ids.dtype}; give integers or strings",
-    )
+    if ids.numel() > 0 and (ids.is_floating_point() or ids.is_complex()):
+        raise ValueError(f"group_ids: dtype {ids.dtype}; give integers or strings")
     return ids.to(torch.int64), None
 
 
-def _offsets(name: str, value: Array, n: int) -> torch.Tensor:
-    """Checked int64 offsets, where they are; their values are checked on the CPU only."""
+def _offsets(name: str, value: Array, end: int | None, device: torch.device, tracing: bool) -> torch.Tensor:
+    """int64 offsets on the device. The CPU kernel checks what it reads; values on their way to another device are checked here."""
     offsets = _tensor(value)
-    _require(
-        offsets.ndim == 1 and offsets.numel() >= 1 and not offsets.is_floating_point(),
-        f"{name}: shape {tuple(offsets.shape)}, dtype {offsets.dtype}; give integers (number of parts + 1,) that start at 0",
-    )
-    offsets = offsets.to(torch.int64).contiguous()
-    if offsets.is_cpu:
-        _require(int(offsets[0]) == 0, f"{name}: starts at {int(offsets[0])}; the first offset is 0")
-        falls = torch.nonzero(offsets.diff() < 0)
-        _require(falls.numel() == 0, f"{name}: falls after position {falls[0].item() if falls.numel() else 0}; sort it")
-        if name == "group_offsets":
-            _require(int(offsets[-1]) == n, f"{name}: ends at {int(offsets[-1])} for {n} rollouts; the last offset is N")
-    return offsets
+    if offsets.ndim != 1 or offsets.shape[0] < 1 or offsets.is_floating_point():
+        raise ValueError(
+            f"{name}: shape {tuple(offsets.shape)}, dtype {offsets.dtype}; give integers (number of parts + 1,) that start at 0"
+        )
+    if offsets.is_cpu and device.type != "cpu" and not tracing:
+        _check_offsets(name, offsets.to(torch.int64).contiguous().numpy(), end)
+    return _placed(offsets, torch.int64, device)
+
+
+def _check_offsets(name: str, offsets: NDArray[np.int64], end: int | None) -> None:
+    _core.check_offsets(name, offsets)
+    if end is not None and offsets[-1] != end:
+        raise ValueError(
+            f"group_offsets: ends at {offsets[-1]} for {end} rollouts; the last offset is N"
+            if name == "group_offsets"
+            else f"out: shape ({end},) for cu_seqlens that end at {offsets[-1]}; give a contiguous ({offsets[-1]},) tensor"
+        )
 
 
 def _prior(prior: Array | None, rule: Method, groups: int, device: torch.device) -> torch.Tensor | None:
     if prior is None:
-        _require(not rule.needs_prior, f"prior: needed by method={rule.name!r}; give (G,) values in reward units")
+        if rule.needs_prior:
+            raise ValueError(f"prior: needed by method={rule.name!r}; give (G,) values in reward units")
         return None
-    values = _tensor(prior).detach().to(device, torch.float64).contiguous()
-    _require(
-        tuple(values.shape) == (groups,),
-        f"prior: shape {tuple(values.shape)} for {groups} groups; give one value a group",
-    )
+    values = _placed(_tensor(prior).detach(), torch.float64, device)
+    if values.ndim != 1 or values.shape[0] != groups:
+        raise ValueError(f"prior: shape {tuple(values.shape)} for {groups} groups; give one value a group")
     return values
 
 
@@ -379,57 +433,56 @@ def _layout(
     out: torch.Tensor | None,
     n: int,
     device: torch.device,
+    tracing: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, tuple[int, ...]]:
     """(mask, cu_seqlens, output shape) of the padded, packed or per-rollout layout."""
-    _require(
-        response_mask is None or cu_seqlens is None,
-        "response_mask and cu_seqlens: both given; give at most one of the two",
-    )
     if response_mask is not None:
+        if cu_seqlens is not None:
+            raise ValueError("response_mask and cu_seqlens: both given; give at most one of the two")
         mask = response_mask.to(device)
-        _require(
-            mask.ndim == 2 and mask.shape[0] == n,
-            f"response_mask: shape {tuple(mask.shape)} for {n} rollouts; give (N, T)",
-        )
+        if mask.ndim != 2 or mask.shape[0] != n:
+            raise ValueError(f"response_mask: shape {tuple(mask.shape)} for {n} rollouts; give (N, T)")
         if mask.dtype in (torch.bool, torch.int8):
-            mask = mask.view(torch.uint8) if mask.is_contiguous() else mask.contiguous().view(torch.uint8)
+            mask = mask.contiguous().view(torch.uint8)
         elif mask.dtype not in (torch.uint8, torch.int64, torch.float32):
             mask = (mask != 0).view(torch.uint8)
         return mask.contiguous(), None, (n, mask.shape[1])
     if cu_seqlens is not None:
-        cu = _offsets("cu_seqlens", cu_seqlens, n)
-        _require(cu.numel() == n + 1, f"cu_seqlens: {cu.numel()} offsets for {n} rollouts; give N + 1 = {n + 1}")
-        if cu.is_cpu:
-            return None, cu.to(device), (int(cu[-1]),)
+        given = _tensor(cu_seqlens)
+        cu = _offsets("cu_seqlens", given, None, device, tracing)
+        if cu.shape[0] != n + 1:
+            raise ValueError(f"cu_seqlens: {cu.shape[0]} offsets for {n} rollouts; give N + 1 = {n + 1}")
+        if given.is_cpu and not tracing:
+            return None, cu, (int(given[-1]),)
         if out is None:
-            raise ValueError("out: needed with cu_seqlens on CUDA, where finding total_tokens would synchronise")
+            raise ValueError(
+                "out: needed with cu_seqlens on CUDA, where finding total_tokens would synchronise, and under torch.compile"
+            )
         return None, cu, (out.numel(),)
     return None, None, (n,)
 
 
 def _output(
-    out: torch.Tensor | None, rewards: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    out: torch.Tensor | None, rewards: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, tracing: bool
 ) -> torch.Tensor:
+    device = rewards.device
     if out is None:
         return torch.empty(shape, dtype=dtype, device=device)
-    seen = f"out: shape {tuple(out.shape)}, {out.dtype}, {out.device}"
-    _require(
-        tuple(out.shape) == shape and out.dtype == dtype and out.device == device and out.is_contiguous(),
-        f"{seen}{'' if out.is_contiguous() else ', not contiguous'}; give a contiguous {shape} tensor, {dtype}, on {device}",
-    )
-    _require(
-        out.untyped_storage().data_ptr() != rewards.untyped_storage().data_ptr() or out.numel() == 0,
-        "out: shares memory with rewards; give a buffer of its own",
-    )
+    if tuple(out.shape) != shape or out.dtype != dtype or out.device != device or not out.is_contiguous():
+        seen = f"out: shape {tuple(out.shape)}, {out.dtype}, {out.device}{'' if out.is_contiguous() else ', not contiguous'}"
+        raise ValueError(f"{seen}; give a contiguous {shape} tensor, {dtype}, on {device}")
+    if not tracing:
+        if out.untyped_storage().data_ptr() == rewards.untyped_storage().data_ptr() and out.numel() > 0:
+            raise ValueError("out: shares memory with rewards; give a buffer of its own")
+        torch.autograd.graph.increment_version(out)  # autograd refuses a backward through the values that are overwritten
     return out
 
 
-def _row_vector(name: str, value: Array | None, n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
-    if value is None:
-        return None
+def _row_vector(name: str, value: Array, n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     vector = _tensor(value)
-    _require(tuple(vector.shape) == (n,), f"{name}: shape {tuple(vector.shape)} for {n} rollouts; give one value a rollout")
-    return vector.to(device, dtype).contiguous()
+    if vector.ndim != 1 or vector.shape[0] != n:
+        raise ValueError(f"{name}: shape {tuple(vector.shape)} for {n} rollouts; give one value a rollout")
+    return _placed(vector, dtype, device)
 
 
 def _outcomes(rewards: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -461,7 +514,8 @@ def _across_ranks(
         raise ValueError("group_ids: needed with process_group, to tell which groups of two ranks are one")
     n = local.outcomes.numel()
     keys = np.asarray(local.group_ids.cpu() if isinstance(local.group_ids, torch.Tensor) else local.group_ids).tolist()
-    _require(len(keys) == n, f"group_ids: {len(keys)} ids for {n} rollouts; give one id a rollout")
+    if len(keys) != n:
+        raise ValueError(f"group_ids: {len(keys)} ids for {n} rollouts; give one id a rollout")
     prior = None if local.prior is None else _tensor(local.prior).detach().to("cpu", torch.float64)
     valid = torch.ones(n, dtype=torch.bool) if local.valid is None else local.valid.cpu()
     trajectories = None if local.trajectory_ids is None else local.trajectory_ids.cpu()
@@ -485,14 +539,15 @@ def _across_ranks(
         shared_prior = torch.full((found,), torch.nan, dtype=torch.float64)
         for rank, (_, _, rank_prior, _, _) in enumerate(ranks):
             groups = groups_of(rank)
-            _require(
-                rank_prior is not None and tuple(rank_prior.shape) == groups.shape,
-                f"prior: rank {rank} has {len(groups)} groups and gave "
-                + ("no prior" if rank_prior is None else f"shape {tuple(rank_prior.shape)}")
-                + "; every rank gives one value for each of its groups",
-            )
+            if rank_prior is None or tuple(rank_prior.shape) != groups.shape:
+                raise ValueError(
+                    f"prior: rank {rank} has {len(groups)} groups and gave "
+                    + ("no prior" if rank_prior is None else f"shape {tuple(rank_prior.shape)}")
+                    + "; every rank gives one value for each of its groups"
+                )
             shared_prior[torch.from_numpy(groups)] = rank_prior
-    _require(len({rank[4] is None for rank in ranks}) == 1, "trajectory_ids: given on some ranks only; give them on all or on none")
+    if len({rank[4] is None for rank in ranks}) > 1:
+        raise ValueError("trajectory_ids: given on some ranks only; give them on all or on none")
     union = fused_advantage(
         torch.cat([rank[1] for rank in ranks]).to(device),
         shared_prior,
@@ -506,11 +561,14 @@ def _across_ranks(
     assert union.stats is not None
     me = dist.get_rank(process_group)
     own_groups = torch.from_numpy(groups_of(me)).to(device)
-    fields = {
-        name: value[own_groups] if isinstance(value, torch.Tensor) and value.ndim == 1 else value
-        for name, value in vars(union.stats).items()
-    }
-    return union.advantages[starts[me] : starts[me + 1]], AdvantageStats(**fields)
+    whole = union.stats
+    stats = AdvantageStats(
+        prior=None if whole.prior is None else whole.prior[own_groups],
+        moments=whole.moments[:, own_groups],
+        counts=torch.cat((whole.counts[:2], whole.count[own_groups])),
+        take_more=None if whole.take_more is None else whole.take_more[own_groups],
+    )
+    return union.advantages[starts[me] : starts[me + 1]], stats
 
 
 def _spread(
@@ -525,43 +583,105 @@ def _spread(
     return out.copy_(values)
 
 
-def _run_cpp(*tensors: torch.Tensor | None, **rule: Any) -> None:
-    *inputs, out, moments, count, take_more, counters = tensors
-    assert out is not None
-    assert counters is not None
+def _group_rows_cpp(ids: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(offsets (G+1,), order (N,)) of int64 CPU ids; num_groups -1: groups are numbered by first appearance."""
+    order, offsets = _core.group_rows(ids.numpy(), num_groups)
+    return torch.from_numpy(offsets), torch.from_numpy(order)
+
+
+def _run_cpp(
+    rewards: torch.Tensor,
+    offsets: torch.Tensor,
+    order: torch.Tensor | None,
+    prior: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    trajectory_ids: torch.Tensor | None,
+    out: torch.Tensor,
+    counts: torch.Tensor,
+    moments: torch.Tensor | None,
+    take_more: torch.Tensor | None,
+    **rule: Any,
+) -> None:
     # The core writes float32 and float64; a half-precision output is rounded from float32.
     target = out if out.dtype in (torch.float32, torch.float64) else torch.empty_like(out, dtype=torch.float32)
-    buffers: list[Any] = [None if t is None else t.numpy() for t in (*inputs, target, moments, count, take_more)]
-    counters[0] = _core.fused_advantage(*buffers, **rule)
+    tensors = (rewards, offsets, order, prior, mask, cu_seqlens, valid, trajectory_ids, target, moments, counts, take_more)
+    arrays: list[Any] = [None if tensor is None else tensor.numpy() for tensor in tensors]
+    _check_offsets("group_offsets", arrays[1], rewards.shape[0])
+    if cu_seqlens is not None:
+        _check_offsets("cu_seqlens", arrays[5], out.shape[0])
+    counters, arrays[10] = arrays[10][:2], None if moments is None else arrays[10][2:]
+    counters[:] = _core.fused_advantage(*arrays, **rule), 0
     if target is not out:
         out.copy_(target)
 
 
-def _run_triton(*tensors: torch.Tensor | None, **rule: Any) -> None:
+def _run_triton(
+    rewards: torch.Tensor,
+    offsets: torch.Tensor,
+    order: torch.Tensor | None,
+    prior: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    trajectory_ids: torch.Tensor | None,
+    out: torch.Tensor,
+    counts: torch.Tensor,
+    moments: torch.Tensor | None,
+    take_more: torch.Tensor | None,
+    **rule: Any,
+) -> None:
     from v05.kernels.advantage import fused_advantage as launch
 
-    rewards, offsets, order, prior, mask, cu_seqlens, valid, trajectory_ids, *outputs = tensors
-    assert offsets is not None
     counted = valid
     if trajectory_ids is not None:
-        assert rewards is not None
         finite = _outcomes(rewards, mask).isfinite()
         counted = first_of_trajectory(trajectory_ids, offsets, order, finite if valid is None else valid & finite)
+    counters, count = counts[:2].zero_(), None if moments is None else counts[2:]
     del rule["exclude_nonfinite"]  # a kernel cannot raise: it always excludes and counts
-    launch(rewards, offsets, order, prior, mask, cu_seqlens, valid, counted, *outputs, **rule)
+    launch(rewards, offsets, order, prior, mask, cu_seqlens, valid, counted, out, moments, count, take_more, counters, **rule)
 
 
 _BACKENDS: dict[str, Callable[..., None]] = {"cpp": _run_cpp, "triton": _run_triton}
 _BACKEND_OF_DEVICE = {"cpu": "cpp", "cuda": "triton"}
 
 
-def _backend(name: str | None, device: torch.device) -> Callable[..., None]:
-    if name is None:
-        _require(
-            device.type in _BACKEND_OF_DEVICE,
-            f"rewards: device {device} has no backend; move the tensors to one of {', '.join(_BACKEND_OF_DEVICE)}",
+def _kernel(backend: str | None, device: torch.device, tracing: bool) -> Callable[..., None]:
+    """What computes on the device. torch's dispatcher, which finds the same, is asked only to be seen by a tracer: it costs more
+    than the advantages of a small batch."""
+    own = _BACKEND_OF_DEVICE.get(device.type)
+    if own is None:
+        raise ValueError(f"rewards: device {device} has no backend; move the tensors to one of {', '.join(_BACKEND_OF_DEVICE)}")
+    if backend is None:
+        backend = own
+    elif backend not in _BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(_BACKENDS)}")
+    elif backend == "cpp" and own != "cpp":
+        raise ValueError(f"backend='cpp' needs CPU tensors, got {device}")
+    elif backend != own and tracing:
+        raise ValueError(
+            f"backend={backend!r} is not that of {device}, and torch traces no other; leave it out under torch.compile"
         )
-        name = _BACKEND_OF_DEVICE[device.type]
-    _require(name in _BACKENDS, f"backend={name!r} is unknown; choose one of {', '.join(_BACKENDS)}")
-    _require(name != "cpp" or device.type == "cpu", f"backend='cpp' needs CPU tensors, got {device}")
-    return _BACKENDS[name]
+    return torch.ops.v05.fused_advantage if tracing else _BACKENDS[backend]
+
+
+# FRAGMENT: other files of this package may add operators of their own to the namespace.
+_LIBRARY = torch.library.Library("v05", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_LIBRARY.define("group_rows(Tensor ids, SymInt num_groups) -> (Tensor offsets, Tensor order)", tags=_TAGS)
+_LIBRARY.define(
+    "fused_advantage(Tensor rewards, Tensor offsets, Tensor? order, Tensor? prior, Tensor? mask, Tensor? cu_seqlens, "
+    "Tensor? valid, Tensor? trajectory_ids, Tensor(a!) out, Tensor(b!) counts, "
+    "Tensor(c!)? moments, Tensor(d!)? take_more, *, int baseline, int scale, bool leave_one_out, "
+    "bool raw_singleton, bool exclude_nonfinite, float low, float high, float eps, int max_rollouts, float cost) -> ()",
+    tags=_TAGS,
+)
+_LIBRARY.impl("group_rows", _group_rows_cpp, "CPU")
+for _device, _name in _BACKEND_OF_DEVICE.items():
+    _LIBRARY.impl("fused_advantage", _BACKENDS[_name], _device.upper())
+torch.library.register_fake(
+    "v05::group_rows", lambda ids, num_groups: (ids.new_empty(num_groups + 1), torch.empty_like(ids)), lib=_LIBRARY
+)
+# It only writes into what the caller allocated, so that there is no shape to tell.
+torch.library.register_fake("v05::fused_advantage", lambda *tensors, **rule: None, lib=_LIBRARY)

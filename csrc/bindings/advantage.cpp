@@ -4,8 +4,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <functional>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <variant>
 
@@ -87,6 +90,19 @@ std::pair<Array<std::int64_t>, std::int64_t> factorize(const py::sequence& keys)
   return {ids, next};
 }
 
+// Offsets of parts that lie one after another from 0 on; where they end is the caller's to judge.
+void check_offsets(const std::string& name, const Array<std::int64_t>& offsets) {
+  const std::span<const std::int64_t> values = view(offsets);
+  if (values.empty() || values.front() != 0) {
+    throw std::invalid_argument(name + ": starts at " + (values.empty() ? "nothing" : std::to_string(values.front())) +
+                                "; the first offset is 0");
+  }
+  const auto fall = std::adjacent_find(values.begin(), values.end(), std::greater<>());
+  if (fall != values.end()) {
+    throw std::invalid_argument(name + ": falls after position " + std::to_string(fall - values.begin()) + "; sort it");
+  }
+}
+
 std::int64_t fused_advantage(const RealArray& rewards, const Array<std::int64_t>& offsets,
                              const MaybeArray<std::int64_t>& order, const MaybeArray<double>& prior,
                              const std::optional<MaskArray>& mask, const MaybeArray<std::int64_t>& cu_seqlens,
@@ -151,6 +167,7 @@ std::int64_t fused_advantage(const RealArray& rewards, const Array<std::int64_t>
 void register_advantage(py::module_& m) {
   m.def("group_rows", &group_rows, py::arg("ids").noconvert(), py::arg("num_groups"));
   m.def("factorize", &factorize, py::arg("keys"));
+  m.def("check_offsets", &check_offsets, py::arg("name"), py::arg("offsets").noconvert());
   m.def("fused_advantage", &fused_advantage, py::arg("rewards").noconvert(), py::arg("offsets").noconvert(),
         py::arg("order").noconvert(), py::arg("prior").noconvert(), py::arg("mask").noconvert(),
         py::arg("cu_seqlens").noconvert(), py::arg("valid").noconvert(), py::arg("trajectory_ids").noconvert(),

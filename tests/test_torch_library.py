@@ -1,0 +1,270 @@
+"""fused_advantage under torch.compile, torch.export and fake tensors: the graph is whole, and says what the eager call says."""
+
+import math
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+
+from v05.methods import METHODS
+from v05.ops import AdvantageOutput, fused_advantage
+
+# Inductor's and the tracer's own imports and autotuning are not ours to keep free of warnings.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+IDS = torch.tensor([2, 0, 1, 2, 2, 0, 3, 1, 2, 0])
+OFFSETS = torch.tensor([0, 3, 5, 9, 10])
+REWARDS = torch.tensor([1.0, 0.0, 0.5, 1.0, 0.0, 1.0, 1.0, 0.25, 0.0, 1.0])
+PRIOR = torch.tensor([0.2, 0.5, 0.9, math.nan])
+LENGTHS = torch.tensor([3, 1, 0, 5, 2, 4, 1, 0, 5, 2])
+CU_SEQLENS = torch.cat((torch.zeros(1, dtype=torch.int64), LENGTHS.cumsum(0)))
+TOKENS = int(LENGTHS.sum())
+N = len(IDS)
+
+LAYOUTS = {
+    "per-rollout": lambda: {},
+    "padded": lambda: {"response_mask": torch.arange(5) < LENGTHS[:, None]},
+    "padded, out": lambda: {"response_mask": (torch.arange(5) < LENGTHS[:, None]).long(), "out": torch.full((N, 5), math.nan)},
+    "packed": lambda: {"cu_seqlens": CU_SEQLENS.int(), "out": torch.full((TOKENS,), math.nan)},
+}
+GROUPINGS = {"offsets": {"group_offsets": OFFSETS}, "ids": {"group_ids": IDS, "num_groups": 4}}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+
+
+def assert_same(seen: AdvantageOutput, expected: AdvantageOutput) -> None:
+    torch.testing.assert_close(seen.advantages, expected.advantages, rtol=0, atol=0)
+    for name in ("count", "mean", "var", "prior", "baseline", "weight", "statistic", "p_value", "mse", "take_more", "nonfinite"):
+        torch.testing.assert_close(getattr(seen.stats, name), getattr(expected.stats, name), rtol=0, atol=0, equal_nan=True)
+
+
+def operands(layout):
+    """Arguments of the operator itself, in the dtypes that `fused_advantage` hands over."""
+    extra = LAYOUTS[layout]()
+    mask, cu_seqlens = extra.get("response_mask"), extra.get("cu_seqlens")
+    out = torch.zeros(N) if not extra else torch.zeros(TOKENS) if mask is None else torch.zeros(N, 5)
+    tensors = (
+        REWARDS,
+        OFFSETS,
+        None,
+        PRIOR.double(),
+        None if mask is None else mask.to(torch.uint8),
+        None if cu_seqlens is None else cu_seqlens.long(),
+        torch.ones(N, dtype=torch.bool),
+        None,
+        out,
+        torch.zeros(2 + 4, dtype=torch.int64),
+        torch.zeros(7, 4, dtype=torch.float64),
+        torch.zeros(4, dtype=torch.bool),
+    )
+    switches = dict(baseline=2, scale=0, leave_one_out=False, raw_singleton=False, exclude_nonfinite=False)
+    return tensors, switches | dict(low=0.0, high=1.0, eps=1e-6, max_rollouts=16, cost=0.01)
+
+
+@pytest.mark.parametrize("layout", ["per-rollout", "padded", "packed"])
+def test_opcheck_of_the_advantages(layout):
+    opcheck(torch.ops.v05.fused_advantage.default, *operands(layout))
+
+
+def test_opcheck_without_statistics():
+    tensors, rule = operands("padded")
+    opcheck(torch.ops.v05.fused_advantage.default, (*tensors[:9], torch.zeros(2, dtype=torch.int64), None, None), rule)
+
+
+def test_opcheck_of_the_grouping():
+    opcheck(torch.ops.v05.group_rows.default, (IDS, 4))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_whole(layout, grouping, backend):
+    def call(rewards, prior, tensors):
+        return fused_advantage(rewards, prior, **tensors)
+
+    arguments = GROUPINGS[grouping] | LAYOUTS[layout]()
+    seen = torch.compile(call, fullgraph=True, backend=backend)(REWARDS, PRIOR, arguments)
+    if "out" in arguments:
+        assert seen.advantages.data_ptr() == arguments["out"].data_ptr()
+    assert_same(seen, fused_advantage(REWARDS, PRIOR, **GROUPINGS[grouping], **LAYOUTS[layout]()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_with_everything_else(method):
+    options = {
+        "valid": torch.arange(N) != 4,
+        "trajectory_ids": torch.arange(N),
+        "method": method,
+        "scale": "batch",
+        "leave_one_out": True,
+        "nonfinite": "exclude",
+        "dtype": torch.bfloat16,
+    }
+    token_rewards = torch.where(torch.arange(5) == 0, REWARDS[:, None], 0.0)
+    token_rewards[1, 0] = math.nan
+    mask = torch.ones(N, 5, dtype=torch.int32)
+
+    def call(token_rewards, prior, ids, mask):
+        out = fused_advantage(token_rewards, prior, group_ids=ids, num_groups=4, response_mask=mask, **options)
+        return out.advantages * 2, out.stats.mean, out.stats.nonfinite, out.stats.take_more
+
+    arguments = (token_rewards, PRIOR, IDS, mask)
+    seen = torch.compile(call, fullgraph=True, backend="inductor")(*arguments)
+    torch.testing.assert_close(seen, call(*arguments), rtol=0, atol=0, equal_nan=True)
+
+
+def test_without_statistics():
+    def call(rewards):
+        return fused_advantage(rewards, PRIOR, group_offsets=OFFSETS, stats=False)
+
+    seen = torch.compile(call, fullgraph=True, backend="aot_eager")(REWARDS)
+    assert seen.stats is None
+    torch.testing.assert_close(seen.advantages, call(REWARDS).advantages, rtol=0, atol=0)
+
+
+def test_batches_of_any_size_share_one_graph():
+    graphs = 0
+
+    def count_graphs(module, _):
+        nonlocal graphs
+        graphs += 1
+        return module.forward
+
+    def call(rewards, prior, offsets, mask):
+        out = fused_advantage(rewards, prior, group_offsets=offsets, response_mask=mask)
+        return out.advantages.sum(), out.stats.mean, out.stats.take_more
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=count_graphs)
+    for groups, size, tokens in ((4, 3, 7), (5, 2, 9), (30, 6, 50)):
+        draw = torch.Generator().manual_seed(groups)
+        n = groups * size
+        arguments = (
+            torch.rand(n, generator=draw),
+            torch.rand(groups, generator=draw),
+            torch.arange(0, n + 1, size),
+            torch.rand(n, tokens, generator=draw) < 0.5,
+        )
+        torch.testing.assert_close(compiled(*arguments), call(*arguments))
+    assert graphs == 1
+
+
+@pytest.mark.parametrize("compiler", [None, "aot_eager", "inductor"])
+def test_advantages_carry_no_gradient(compiler):
+    weight = torch.tensor(3.0, requires_grad=True)
+    prior = PRIOR.clone().requires_grad_()
+
+    def loss(rewards, prior):
+        out = fused_advantage(rewards, prior, group_offsets=OFFSETS)
+        return (out.advantages * weight).sum(), out.advantages
+
+    run = loss if compiler is None else torch.compile(loss, fullgraph=True, backend=compiler)
+    rewards = REWARDS.clone().requires_grad_()
+    value, advantages = run(rewards, prior)
+    value.backward()
+    assert not advantages.requires_grad
+    assert rewards.grad is None
+    assert prior.grad is None
+    torch.testing.assert_close(weight.grad, advantages.sum())
+
+
+def test_a_backward_through_overwritten_advantages_is_refused():
+    weight, buffer = torch.tensor(3.0, requires_grad=True), torch.empty(N)
+    loss = (fused_advantage(REWARDS, PRIOR, group_offsets=OFFSETS, out=buffer).advantages * weight).sum()
+    fused_advantage(1 - REWARDS, PRIOR, group_offsets=OFFSETS, out=buffer)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+BAD_VALUES = {
+    "offsets start late": ({"group_offsets": torch.tensor([1, 10])}, "group_offsets: starts at 1; the first offset is 0"),
+    "offsets fall": ({"group_offsets": torch.tensor([0, 7, 2, 10])}, "group_offsets: falls after position 1; sort it"),
+    "offsets end early": ({"group_offsets": torch.tensor([0, 9])}, "group_offsets: ends at 9 for 10 rollouts"),
+    "ids beyond num_groups": (
+        {"group_ids": IDS, "num_groups": 3},
+        r"group_ids: outside \[0, num_groups=3\) in rows 6 \(3\)",
+    ),
+    "packed lengths fall": (
+        {"group_offsets": OFFSETS, "cu_seqlens": torch.tensor([0, 2, 1, *range(3, 11)]), "out": torch.empty(10)},
+        "cu_seqlens: falls after position 1",
+    ),
+    "packed into less": (
+        {"group_offsets": OFFSETS, "cu_seqlens": CU_SEQLENS, "out": torch.empty(TOKENS - 1)},
+        rf"out: shape \({TOKENS - 1},\).*give a contiguous \({TOKENS},\) tensor",
+    ),
+    "rewards not finite": (
+        {"rewards": torch.where(torch.arange(N) == 3, math.nan, REWARDS), "group_offsets": OFFSETS},
+        r"rewards: not finite in rows 3 \(nan\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("compiler", [None, "eager", "inductor"])
+@pytest.mark.parametrize(("arguments", "message"), BAD_VALUES.values(), ids=BAD_VALUES.keys())
+def test_values_raise_the_same_error(arguments, message, compiler):
+    arguments = {"rewards": REWARDS, "method": "grpo"} | arguments
+
+    def call(arguments):
+        return fused_advantage(**arguments).advantages
+
+    run = call if compiler is None else torch.compile(call, fullgraph=True, backend=compiler)
+    with pytest.raises(ValueError, match=message):
+        run(arguments)
+
+
+UNTRACEABLE = {
+    "strings": ({"group_ids": [str(i) for i in IDS.tolist()]}, "group_ids: torch traces tensors only"),
+    "ids without num_groups": ({"group_ids": IDS}, "num_groups: needed with integer group_ids"),
+    "packed without out": ({"group_offsets": OFFSETS, "cu_seqlens": CU_SEQLENS}, "out: needed with cu_seqlens"),
+    "another device's backend": ({"group_offsets": OFFSETS, "backend": "triton"}, "backend='triton' is not that of cpu"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), UNTRACEABLE.values(), ids=UNTRACEABLE.keys())
+def test_what_cannot_be_traced_breaks_the_graph(arguments, message):
+    def call(rewards):
+        return fused_advantage(rewards, method="grpo", **arguments).advantages
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
+        torch.compile(call, fullgraph=True, backend="eager")(REWARDS)
+    if arguments.get("backend") != "triton":  # what follows the break would be the tracing of Triton's interpreter
+        torch.testing.assert_close(torch.compile(call, backend="eager")(REWARDS), call(REWARDS))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_export_round_trip(grouping, strict, tmp_path):
+    class Advantage(torch.nn.Module):
+        def forward(self, rewards, prior, groups, mask):
+            named = {"group_offsets": groups} if grouping == "offsets" else {"group_ids": groups, "num_groups": 4}
+            out = fused_advantage(rewards, prior, response_mask=mask, **named)
+            return out.advantages, out.stats  # a plain tuple: torch.export cannot save a named one
+
+    groups = next(iter(GROUPINGS[grouping].values()))
+    arguments = (REWARDS, PRIOR, groups, torch.arange(5) < LENGTHS[:, None])
+    batch, tokens = torch.export.Dim("batch", min=2), torch.export.Dim("tokens", min=2)
+    shapes = ({0: batch}, None, {0: batch} if grouping == "ids" else None, {0: batch, 1: tokens})
+    program = torch.export.export(Advantage(), arguments, dynamic_shapes=shapes, strict=strict)
+    torch.export.save(program, tmp_path / "advantage.pt2")
+    loaded = torch.export.load(tmp_path / "advantage.pt2").module()
+    assert_same(AdvantageOutput(*loaded(*arguments)), AdvantageOutput(*Advantage()(*arguments)))
+    with pytest.raises(ValueError, match=r"rewards: outside reward_range=\(0, 1\) in rows 0 \(7\)"):
+        loaded(torch.where(torch.arange(N) == 0, 7.0, REWARDS), *arguments[1:])
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fake_tensors_give_shapes(layout, grouping):
+    arguments = GROUPINGS[grouping] | LAYOUTS[layout]() | {"rewards": REWARDS, "prior": PRIOR}
+    with FakeTensorMode() as mode:
+        fakes = {name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+        seen = fused_advantage(**fakes)
+    expected = fused_advantage(**arguments)
+    assert seen.advantages.shape == expected.advantages.shape
+    assert seen.advantages.dtype == expected.advantages.dtype
+    for name in ("count", "mean", "take_more"):
+        assert getattr(seen.stats, name).shape == (4,)
+        assert getattr(seen.stats, name).dtype == getattr(expected.stats, name).dtype
