@@ -22,6 +22,7 @@ SCALES: tuple[Scale, ...] = ("none", "group", "batch")  # positions are shared w
 _DIVIDE_BY = {name: position for position, name in enumerate(SCALES)}
 
 Array = torch.Tensor | ArrayLike
+_Kernel = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,8 @@ class AdvantageStats:
         take_more: bool, the one-step look-ahead rule would buy another rollout.
         nonfinite: int64 scalar, NaN or infinite rewards left out.
         clipped: int64 scalar, rewards and priors clipped to `reward_range` (CUDA only; on the CPU they are an error).
-        moments: (7, G): mean, var, baseline, weight, statistic, p_value, mse. Rows that the method does not define hold anything.
-        counts: (2 + G,): nonfinite, clipped, and the count of each group.
+        moments: float64, (7, G): mean, var, baseline, weight, statistic, p_value, mse; (3, G) where the method defines no more.
+        counts: int64, (2 + G,): nonfinite, clipped, and the count of each group.
     """
 
     prior: torch.Tensor | None
@@ -217,7 +218,7 @@ def fused_advantage(
     if eps < 0:
         raise ValueError(f"eps={eps}; give 0 or more")
 
-    rewards = _real(_tensor(rewards).detach())
+    rewards = _real(_tensor(rewards))
     device = rewards.device
     tracing = torch.compiler.is_compiling() or type(rewards) is not torch.Tensor  # a fake tensor has no values either
     response_mask = None if response_mask is None else _tensor(response_mask)
@@ -240,11 +241,8 @@ def fused_advantage(
     groups = offsets.shape[0] - 1
     prior = _prior(prior, rule, groups, device)
     out = _output(out, rewards, shape, dtype, tracing)
-    counts = torch.empty(2 + groups if stats else 2, dtype=torch.int64, device=device)
-    moments = torch.empty(7, groups, dtype=torch.float64, device=device) if stats else None
-    take_more = torch.empty(groups, dtype=torch.bool, device=device) if stats else None
 
-    _kernel(backend, device, tracing)(
+    counts, moments, take_more = _kernel(backend, device, tracing)(
         rewards,
         offsets,
         order,
@@ -254,9 +252,7 @@ def fused_advantage(
         valid,
         trajectory_ids,
         out,
-        counts,
-        moments,
-        take_more,
+        stats=stats,
         baseline=rule.baseline.value,
         scale=_DIVIDE_BY[scale],
         leave_one_out=leave_one_out or rule.leave_one_out,
@@ -268,14 +264,16 @@ def fused_advantage(
         max_rollouts=max_rollouts,
         cost=1.0 / max_rollouts**2 if cost is None else float(cost),
     )
-    if moments is None:
+    if not stats:
         return AdvantageOutput(out, None)
     return AdvantageOutput(out, AdvantageStats(prior, moments, counts, take_more if rule.baseline is Baseline.SHRINKAGE else None))
 
 
 def _tensor(value: Array) -> torch.Tensor:
-    """A tensor as it is; anything else through NumPy, so that Python floats keep their 64 bits."""
-    return value if isinstance(value, torch.Tensor) else torch.from_numpy(np.asarray(value))
+    """A tensor as it is, but without its gradient; anything else through NumPy, so that Python floats keep their 64 bits."""
+    if not isinstance(value, torch.Tensor):
+        return torch.from_numpy(np.asarray(value))
+    return value.detach() if value.requires_grad else value
 
 
 def _placed(value: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -421,7 +419,7 @@ def _prior(prior: Array | None, rule: Method, groups: int, device: torch.device)
         if rule.needs_prior:
             raise ValueError(f"prior: needed by method={rule.name!r}; give (G,) values in reward units")
         return None
-    values = _placed(_tensor(prior).detach(), torch.float64, device)
+    values = _placed(_tensor(prior), torch.float64, device)
     if values.ndim != 1 or values.shape[0] != groups:
         raise ValueError(f"prior: shape {tuple(values.shape)} for {groups} groups; give one value a group")
     return values
@@ -516,7 +514,7 @@ def _across_ranks(
     keys = np.asarray(local.group_ids.cpu() if isinstance(local.group_ids, torch.Tensor) else local.group_ids).tolist()
     if len(keys) != n:
         raise ValueError(f"group_ids: {len(keys)} ids for {n} rollouts; give one id a rollout")
-    prior = None if local.prior is None else _tensor(local.prior).detach().to("cpu", torch.float64)
+    prior = None if local.prior is None else _tensor(local.prior).to("cpu", torch.float64)
     valid = torch.ones(n, dtype=torch.bool) if local.valid is None else local.valid.cpu()
     trajectories = None if local.trajectory_ids is None else local.trajectory_ids.cpu()
     mine = (keys, local.outcomes.to("cpu", torch.float64), prior, valid, trajectories)
@@ -599,22 +597,29 @@ def _run_cpp(
     valid: torch.Tensor | None,
     trajectory_ids: torch.Tensor | None,
     out: torch.Tensor,
-    counts: torch.Tensor,
-    moments: torch.Tensor | None,
-    take_more: torch.Tensor | None,
+    *,
+    stats: bool,
     **rule: Any,
-) -> None:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Write `out` and return (counts, moments, take_more), as in `_empty_statistics`."""
     # The core writes float32 and float64; a half-precision output is rounded from float32.
     target = out if out.dtype in (torch.float32, torch.float64) else torch.empty_like(out, dtype=torch.float32)
-    tensors = (rewards, offsets, order, prior, mask, cu_seqlens, valid, trajectory_ids, target, moments, counts, take_more)
+    tensors = (rewards, offsets, order, prior, mask, cu_seqlens, valid, trajectory_ids, target)
     arrays: list[Any] = [None if tensor is None else tensor.numpy() for tensor in tensors]
     _check_offsets("group_offsets", arrays[1], rewards.shape[0])
     if cu_seqlens is not None:
         _check_offsets("cu_seqlens", arrays[5], out.shape[0])
-    counters, arrays[10] = arrays[10][:2], None if moments is None else arrays[10][2:]
-    counters[:] = _core.fused_advantage(*arrays, **rule), 0
+    groups = arrays[1].size - 1 if stats else 0
+    # NumPy's are the cheaper allocations of what the core takes as NumPy's arrays.
+    counts, moments, take_more = np.empty(2 + groups, np.int64), np.empty((7, groups)), np.empty(groups, np.bool_)
+    statistics = (moments, counts[2:], take_more) if stats else (None, None, None)
+    counts[0] = _core.fused_advantage(*arrays, *statistics, **rule)
+    counts[1] = 0  # clipped: the core raises instead
     if target is not out:
         out.copy_(target)
+    if rule["baseline"] != Baseline.SHRINKAGE:  # the rest was not written
+        moments, take_more = moments[:3], take_more[:0]
+    return torch.from_numpy(counts), torch.from_numpy(moments), torch.from_numpy(take_more)
 
 
 def _run_triton(
@@ -627,27 +632,43 @@ def _run_triton(
     valid: torch.Tensor | None,
     trajectory_ids: torch.Tensor | None,
     out: torch.Tensor,
-    counts: torch.Tensor,
-    moments: torch.Tensor | None,
-    take_more: torch.Tensor | None,
+    *,
+    stats: bool,
     **rule: Any,
-) -> None:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from v05.kernels.advantage import fused_advantage as launch
 
     counted = valid
     if trajectory_ids is not None:
         finite = _outcomes(rewards, mask).isfinite()
         counted = first_of_trajectory(trajectory_ids, offsets, order, finite if valid is None else valid & finite)
-    counters, count = counts[:2].zero_(), None if moments is None else counts[2:]
+    counts, moments, take_more = _empty_statistics(rewards, offsets, stats, rule["baseline"])
+    statistics = (moments, counts[2:], take_more) if stats else (None, None, None)
     del rule["exclude_nonfinite"]  # a kernel cannot raise: it always excludes and counts
-    launch(rewards, offsets, order, prior, mask, cu_seqlens, valid, counted, out, moments, count, take_more, counters, **rule)
+    inputs = (rewards, offsets, order, prior, mask, cu_seqlens, valid, counted)
+    launch(*inputs, out, *statistics, counts[:2].zero_(), **rule)
+    return counts, moments, take_more
 
 
-_BACKENDS: dict[str, Callable[..., None]] = {"cpp": _run_cpp, "triton": _run_triton}
+def _empty_statistics(
+    rewards: torch.Tensor, offsets: torch.Tensor, stats: bool, baseline: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(counts (2 + G,), moments (7, G), take_more (G,)) as in `AdvantageStats`: what the baseline defines, of no group without
+    `stats`."""
+    groups = offsets.shape[0] - 1 if stats else 0
+    shrinkage = baseline == Baseline.SHRINKAGE
+    return (
+        rewards.new_empty(2 + groups, dtype=torch.int64),
+        rewards.new_empty((7 if shrinkage else 3, groups), dtype=torch.float64),
+        rewards.new_empty(groups if shrinkage else 0, dtype=torch.bool),
+    )
+
+
+_BACKENDS: dict[str, _Kernel] = {"cpp": _run_cpp, "triton": _run_triton}
 _BACKEND_OF_DEVICE = {"cpu": "cpp", "cuda": "triton"}
 
 
-def _kernel(backend: str | None, device: torch.device, tracing: bool) -> Callable[..., None]:
+def _kernel(backend: str | None, device: torch.device, tracing: bool) -> _Kernel:
     """What computes on the device. torch's dispatcher, which finds the same, is asked only to be seen by a tracer: it costs more
     than the advantages of a small batch."""
     own = _BACKEND_OF_DEVICE.get(device.type)
@@ -672,9 +693,9 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _LIBRARY.define("group_rows(Tensor ids, SymInt num_groups) -> (Tensor offsets, Tensor order)", tags=_TAGS)
 _LIBRARY.define(
     "fused_advantage(Tensor rewards, Tensor offsets, Tensor? order, Tensor? prior, Tensor? mask, Tensor? cu_seqlens, "
-    "Tensor? valid, Tensor? trajectory_ids, Tensor(a!) out, Tensor(b!) counts, "
-    "Tensor(c!)? moments, Tensor(d!)? take_more, *, int baseline, int scale, bool leave_one_out, "
-    "bool raw_singleton, bool exclude_nonfinite, float low, float high, float eps, int max_rollouts, float cost) -> ()",
+    "Tensor? valid, Tensor? trajectory_ids, Tensor(a!) out, *, bool stats, int baseline, int scale, bool leave_one_out, "
+    "bool raw_singleton, bool exclude_nonfinite, float low, float high, float eps, int max_rollouts, "
+    "float cost) -> (Tensor counts, Tensor moments, Tensor take_more)",
     tags=_TAGS,
 )
 _LIBRARY.impl("group_rows", _group_rows_cpp, "CPU")
@@ -683,5 +704,8 @@ for _device, _name in _BACKEND_OF_DEVICE.items():
 torch.library.register_fake(
     "v05::group_rows", lambda ids, num_groups: (ids.new_empty(num_groups + 1), torch.empty_like(ids)), lib=_LIBRARY
 )
-# It only writes into what the caller allocated, so that there is no shape to tell.
-torch.library.register_fake("v05::fused_advantage", lambda *tensors, **rule: None, lib=_LIBRARY)
+torch.library.register_fake(
+    "v05::fused_advantage",
+    lambda rewards, offsets, *tensors, stats, baseline, **rule: _empty_statistics(rewards, offsets, stats, baseline),
+    lib=_LIBRARY,
+)
