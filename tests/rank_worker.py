@@ -52,6 +52,7 @@ def work(rank, folder):
     results["numeric, packed"] = (out.advantages, out.stats.mean)
     for name, call in {
         "no ids": dict(rewards=REWARDS[rows], group_offsets=[0, len(rows)], method="grpo"),
+        "bad lengths": dict(rewards=REWARDS[:2], group_ids=["x", "x"], cu_seqlens=[0, 3, 2], method="grpo"),
         "bad value": dict(rewards=torch.full((1,), math.nan if rank == 2 else 1.0), group_ids=["x"], method="grpo"),
     }.items():
         try:

@@ -43,4 +43,5 @@ def test_numeric_ids_and_packed_output(ranks):
 def test_errors_reach_every_rank(ranks):
     for results in ranks:
         assert "group_ids: needed with process_group" in results["no ids"]
+        assert "cu_seqlens: falls after position 1" in results["bad lengths"]
         assert "rewards: not finite in rows 2 (nan)" in results["bad value"]

@@ -328,6 +328,7 @@ BAD_INPUT = {
     "mask rows": (dict(group_offsets=[0, 4], response_mask=torch.ones(3, 2)), r"response_mask: shape \(3, 2\) for 4 rollouts"),
     "cu_seqlens length": (dict(group_offsets=[0, 4], cu_seqlens=[0, 1, 2]), "cu_seqlens: 3 offsets for 4 rollouts"),
     "cu_seqlens fall": (dict(group_offsets=[0, 4], cu_seqlens=[0, 2, 1, 3, 4]), "cu_seqlens: falls after position 1"),
+    "cu_seqlens below zero": (dict(group_offsets=[0, 4], cu_seqlens=[0, 1, 2, 3, -1]), "cu_seqlens: falls after position 3"),
     "valid length": (dict(group_offsets=[0, 4], valid=[True]), r"valid: shape \(1,\) for 4 rollouts"),
     "out shape": (dict(group_offsets=[0, 4], out=torch.empty(3)), r"out: shape \(3,\).*give a contiguous \(4,\) tensor"),
     "out dtype": (dict(group_offsets=[0, 4], out=torch.empty(4, dtype=torch.float64)), "out: .*torch.float32"),

@@ -451,7 +451,7 @@ def _layout(
         if cu.shape[0] != n + 1:
             raise ValueError(f"cu_seqlens: {cu.shape[0]} offsets for {n} rollouts; give N + 1 = {n + 1}")
         if given.is_cpu and not tracing:
-            return None, cu, (int(given[-1]),)
+            return None, cu, (max(int(given[-1]), 0),)  # below 0 they fall, which is complained about where they are read
         if out is None:
             raise ValueError(
                 "out: needed with cu_seqlens on CUDA, where finding total_tokens would synchronise, and under torch.compile"
@@ -577,6 +577,8 @@ def _spread(
     if mask is not None:
         return torch.where(mask != 0, values[:, None], torch.zeros((), dtype=out.dtype, device=out.device), out=out)
     if cu_seqlens is not None:
+        if cu_seqlens.is_cpu:
+            _check_offsets("cu_seqlens", cu_seqlens.numpy(), out.shape[0])
         return out.copy_(values.repeat_interleave(cu_seqlens.diff(), output_size=out.numel()))
     return out.copy_(values)
 
