@@ -76,7 +76,7 @@ def test_a_finished_run_is_not_overwritten(environment, tmp_path):
     (tmp_path / "run" / "result.json").write_text("{}")
     result = v05("train", "--preset", "smoke", "--out", "run", environment=environment, directory=tmp_path)
     assert result.returncode == 2
-    assert "--out run holds a finished run; give another directory" in result.stderr
+    assert "run holds a finished run; give another directory" in result.stderr
     assert (tmp_path / "run" / "result.json").read_text() == "{}"
 
 

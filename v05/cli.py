@@ -48,7 +48,7 @@ def train(
     learning_rate: LearningRate = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="Run exactly this config.json instead of --preset, --method, --seed, --rollouts."),
+        typer.Option(help="Run exactly this config.json; leave the other options of a run out."),
     ] = None,
     threads: Threads = 1,
 ) -> None:
@@ -60,20 +60,21 @@ def train(
     Example: v05 train --preset tiny --method v05 --seed 0 --out runs/one
     """
     from v05.train.config import RunConfig, label_of, run_config
-    from v05.train.metrics import RESULT
+    from v05.train.metrics import refuse_to_overwrite
 
     try:
+        if config is not None and (rollouts is not None or learning_rate is not None):
+            raise ValueError("--config is complete; leave --rollouts and --learning-rate out, or edit the file")
         if config is not None:
             run = RunConfig.model_validate_json(config.read_text())
         else:
             run = run_config(preset, method, seed=seed, **_overrides(rollouts, learning_rate))
-        if (out / RESULT).exists():
-            raise ValueError(f"--out {out} holds a finished run; give another directory")
+        refuse_to_overwrite(run, out)
         _set_threads(threads)
         from v05.train.trainer import Trainer
 
-        trainer = Trainer(run, out, console.print)
-    except (ValueError, OSError) as error:
+        trainer = Trainer(run, out, console.out)
+    except (ValueError, OSError, RuntimeError) as error:
         _fail(error)
     try:
         with _progress() as progress:
@@ -82,7 +83,7 @@ def train(
                 progress.update(bar, completed=state.rollouts, note=f"held-out accuracy {state.accuracy:.3f}")
     except KeyboardInterrupt:
         _interrupted(out)
-    console.print(f"held-out accuracy {state.accuracy:.3f} after {state.rollouts} rollouts; written to {out}")
+    console.out(f"held-out accuracy {state.accuracy:.3f} after {state.rollouts} rollouts; written to {out}")
 
 
 @app.command()
@@ -126,13 +127,15 @@ def compare(
     first = next(iter(configs.values()))
     try:
         with console.status("warm start of the policy (kept for later runs)"):
-            policy_folder(first.policy, first.task, make_task(first.task), console.print)
-        failed = _run_watched(configs, out, jobs or os.cpu_count() or 1)
+            policy_folder(first.policy, first.task, make_task(first.task), console.out)
+        failed = _run_watched(configs, out, jobs or usable_cores())
     except KeyboardInterrupt:
         _interrupted(out)
+    except (ValueError, OSError, RuntimeError) as error:
+        _fail(error)
     _report(configs, out, json)
     if failed:
-        console.print(f"[red]failed: {', '.join(failed)}; see log.txt in each run's directory")
+        console.out(f"failed: {', '.join(failed)}; see log.txt in each run's directory", style="red")
         raise typer.Exit(1)
 
 
@@ -153,7 +156,7 @@ def _run_watched(configs: dict[str, RunConfig], out: Path, jobs: int) -> list[st
                     progress.start_task(bars[state.name])
                 progress.update(bars[state.name], completed=state.rollouts, note=note)
                 if state.status in ("done", "failed") and state.name not in reported and not console.is_terminal:
-                    console.print(f"{state.name}: {note}")  # a log has no bars
+                    console.out(f"{state.name}: {note}")  # a log has no bars
                     reported.add(state.name)
 
         return run_all(configs, out, jobs, watch)
@@ -176,29 +179,29 @@ def _report(configs: dict[str, RunConfig], out: Path, json_file: Path | None) ->
         by_label[run.label].append(run)
     plots = draw_all(by_label, out)
     Console(width=None if sys.stdout.isatty() else 180).print(_table([r for r in records if r["record"] == "method"]))
-    console.print(f"{len(plots)} plots, compare.json and the runs are in {out}")
+    console.out(f"{len(plots)} plots, compare.json and the runs are in {out}")
 
 
 def _table(methods: list[dict[str, Any]]) -> Table:
+    from v05.train.compare import BASELINE
+
     start = sum(m["accuracy_before"] for m in methods) / len(methods)
     table = Table(
         title=f"held-out accuracy from {start:.3f} at equal training rollouts; {len(methods[0]['seeds'])} seeds, 95 % intervals"
     )
-    columns = (
-        "method", "accuracy", "gain over GRPO", "rollouts", "to GRPO's final", "baseline MSE",
-        "gradient norm", "entropy", "rollouts a prompt", "seconds",
-    )  # fmt: skip
+    reference = next((m["label"] for m in methods if m["method"] == BASELINE), None)
+    versus = [] if reference is None else [f"gain over {reference}", f"rollouts to {reference}'s final"]
+    columns = ["method", "accuracy", *versus, "rollouts", "baseline MSE", "gradient norm", "entropy", "a prompt", "seconds"]
     for column in columns:
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for m in methods:
         gain = f"{m['gain']:+.3f} [{m['gain_low']:+.3f}, {m['gain_high']:+.3f}]" if "gain" in m else ""
-        reached = m["rollouts_to_baseline"]
+        reached, low, high = (_rollouts(m[f"rollouts_to_baseline{end}"]) for end in ("", "_low", "_high"))
         table.add_row(
             m["label"],
             f"{m['accuracy_after']:.3f} [{m['accuracy_low']:.3f}, {m['accuracy_high']:.3f}]",
-            gain,
+            *([gain, f"{reached} [{low}, {high}]"] if versus else []),
             f"{m['rollouts']:,.0f}",
-            "not reached" if reached is None else f"{reached:,.0f}",
             f"{m['baseline_mse']:.4f}",
             f"{m['grad_norm']:.3f} ± {m['grad_norm_std']:.3f}",
             f"{m['entropy_after']:.3f}",
@@ -206,6 +209,10 @@ def _table(methods: list[dict[str, Any]]) -> Table:
             f"{m['seconds']:.0f}",
         )
     return table
+
+
+def _rollouts(count: float | None) -> str:
+    return "never" if count is None else f"{count:,.0f}"
 
 
 def _overrides(rollouts: int | None, learning_rate: float | None) -> dict[str, Any]:
@@ -228,6 +235,11 @@ def _progress() -> Progress:
     )
 
 
+def usable_cores() -> int:
+    """Cores this process may use, which in a container are fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _set_threads(count: int) -> None:
     import torch
 
@@ -235,12 +247,12 @@ def _set_threads(count: int) -> None:
 
 
 def _fail(error: Exception) -> NoReturn:
-    console.print(f"[red]v05: {error}", highlight=False, soft_wrap=True)
+    console.out(f"v05: {error}", style="red", highlight=False)
     raise typer.Exit(2)
 
 
 def _interrupted(out: Path) -> NoReturn:
-    console.print(f"interrupted; what was measured so far is in {out}")
+    console.out(f"interrupted; what was measured so far is in {out}")
     raise typer.Exit(INTERRUPTED)
 
 

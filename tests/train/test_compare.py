@@ -23,12 +23,11 @@ def made_up_run(label, seed, accuracies, prompt_successes, steps=30):
             "heldout_samples": 2,
             "heldout_successes": prompt_successes,
         },
-        [{"rollouts": p, "seconds": p / 100, "accuracy": a} for p, a in zip(points, accuracies, strict=True)],
+        [{"rollouts": p, "seconds": p / 100, "accuracy": a, "entropy": 0.5} for p, a in zip(points, accuracies, strict=True)],
         [
             {
                 "rollouts": i * 1000 / steps,
                 "grad_norm": 1.0 + i % 2,
-                "entropy": 0.5,
                 "group_size": 4.0,
                 "rounds": 1,
                 "thrown_away": 2,
@@ -55,6 +54,9 @@ def test_summary():
     assert methods["v05@4..16"]["gain"] == pytest.approx(0.125)
     assert methods["v05@4..16"]["rollouts_to_baseline"] == pytest.approx(500, abs=20)  # both seeds are at 0.55 there
     assert methods["grpo@16"]["rollouts_to_baseline"] == pytest.approx(1000, abs=20)
+    interval = [methods["v05@4..16"][f"rollouts_to_baseline_{end}"] for end in ("low", "high")]
+    assert interval[0] == pytest.approx(333, abs=20)  # GRPO's final would be 0.5 ...
+    assert interval[1] == pytest.approx(1000, abs=20)  # ... or 0.6, against v05's seed that ends there
     assert "gain" not in methods["grpo@16"]
     assert methods["grpo@16"]["baseline_mse"] == pytest.approx(0.03)  # the probe before any learning is left out
     assert methods["grpo@16"]["grad_norm"] == pytest.approx(1.5)
@@ -87,16 +89,22 @@ def test_plots_are_drawn(tmp_path):
     assert all(f.read_bytes()[:4] == b"\x89PNG" and f.stat().st_size > 10_000 for f in files)
 
 
-def test_a_finished_run_is_not_run_again_but_a_changed_one_is(tmp_path):
+def test_a_run_is_neither_repeated_nor_overwritten(tmp_path):
     config = run_config("smoke", "grpo", total_rollouts=64)
     failed = run_all({"one": config}, tmp_path, 1, lambda states: None)
     assert failed == []
     assert is_finished(config, tmp_path / "one")
     written = (tmp_path / "one" / "metrics.jsonl").stat().st_mtime_ns
-    seen = []
-    run_all({"one": config}, tmp_path, 1, seen.append)
+    states = []
+    run_all({"one": config}, tmp_path, 1, states.append)
     assert (tmp_path / "one" / "metrics.jsonl").stat().st_mtime_ns == written
-    assert not is_finished(run_config("smoke", "grpo", total_rollouts=128), tmp_path / "one")
+    other = run_config("smoke", "grpo", total_rollouts=128)
+    with pytest.raises(ValueError, match="one holds a finished run; give another directory"):
+        run_all({"one": other}, tmp_path, 1, states.append)
+    (tmp_path / "one" / "result.json").unlink()  # as if interrupted
+    with pytest.raises(ValueError, match="differs in total_rollouts"):
+        run_all({"one": other}, tmp_path, 1, states.append)
+    assert (tmp_path / "one" / "metrics.jsonl").stat().st_mtime_ns == written
 
 
 def test_a_failed_run_is_named_and_leaves_its_log(tmp_path):

@@ -71,7 +71,7 @@ def test_clipping_stops_the_gradient_on_the_far_side_only():
     loss = policy_loss(new, old, advantages, torch.full((4, 1), 0.25), clip_low=0.2, clip_high=0.28)
     loss.total.backward()
     assert (new.grad.flatten() != 0).tolist() == [False, True, True, False]
-    assert loss.clip_fraction.item() == 0.5
+    assert loss.clipped.item() == 2
 
 
 def test_kl_is_the_unbiased_estimator(batch):

@@ -16,7 +16,7 @@ class Request:
 
     Attributes:
         prompt: token ids.
-        seed: non-negative int64; the same request under the same weights gives the same completion, whatever it is batched with.
+        seed: non-negative int64; the same request under the same weights gives the same completion, but for rounding.
     """
 
     prompt: tuple[int, ...]

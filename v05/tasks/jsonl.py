@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from collections.abc import Iterator
 
 from math_verify import parse, verify
 
 from v05.tasks import JsonlConfig, Prompt, Split, split_of
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str | int | float):
+        raise TypeError(f"{value!r} is neither text nor a number")
+    return str(value)
 
 
 class JsonlTask:
@@ -20,16 +27,20 @@ class JsonlTask:
     def __init__(self, config: JsonlConfig) -> None:
         self._seed = config.seed
         self._of_split: dict[Split, list[Prompt]] = {"train": [], "heldout": []}
-        for number, line in enumerate(config.path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(config.path.read_text(encoding="utf-8").split("\n"), start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-                prompt = Prompt(str(row["prompt"]), str(row["answer"]), None)
+                prompt = Prompt(_text(row["prompt"]), _text(row["answer"]), parse(_text(row["answer"])))
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(
                     f'{config.path}, line {number}: {error!r}; give one {{"prompt": ..., "answer": ...}} object a line'
                 ) from None
+            if not verify(prompt.item, parse(prompt.answer)):
+                raise ValueError(
+                    f"{config.path}, line {number}: math-verify cannot read the answer {prompt.answer!r}; give a number or formula"
+                )
             self._of_split[split_of(prompt.text)].append(prompt)
         for split, prompts in self._of_split.items():
             if not prompts:
@@ -46,7 +57,10 @@ class JsonlTask:
                 number += 1
 
     def verify(self, prompt: Prompt, completion: str) -> float:
+        # math-verify limits its time by a signal, which only the main thread can take.
+        limit = {} if threading.current_thread() is threading.main_thread() else {"timeout": None}
         try:
-            return float(verify(parse(prompt.answer), parse(completion)))
+            parsed = parse(completion, **{f"parsing_{name}": value for name, value in limit.items()})
+            return float(verify(prompt.item, parsed, **{f"{name}_seconds": value for name, value in limit.items()}))
         except Exception:  # a completion that cannot be parsed is wrong
             return 0.0

@@ -23,10 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from v05.train.config import RunConfig
-from v05.train.metrics import CONFIG, RESULT, read_metrics
+from v05.train.metrics import CONFIG, RESULT, read_metrics, refuse_to_overwrite
 
 BASELINE = "grpo"  # the first run of this method is what the others are measured against
 BOOTSTRAP_DRAWS = 2000
+POLL_SECONDS = 2.0
 INTERVAL = (2.5, 97.5)  # percentiles
 
 
@@ -44,10 +45,12 @@ class RunState:
 def run_all(configs: Mapping[str, RunConfig], directory: Path, jobs: int, watch: Callable[[list[RunState]], None]) -> list[str]:
     """Run `configs` (name -> run) in `directory`/name, `jobs` at a time; returns the names of those that failed.
 
-    `watch` sees all states about twice a second. An exception, Ctrl-C included, stops the runs under way; what they wrote stays
-    readable.
+    `watch` sees all states every POLL_SECONDS. ValueError if a directory holds a run of another configuration. An exception,
+    Ctrl-C included, stops the runs under way; what they wrote stays readable.
     """
     waiting = [name for name, config in configs.items() if not is_finished(config, directory / name)]
+    for name in waiting:
+        refuse_to_overwrite(configs[name], directory / name)
     running: dict[str, BaseProcess] = {}
     context = multiprocessing.get_context("forkserver")  # one import of torch and transformers for all runs
     context.set_forkserver_preload(["v05.train.trainer", "reasoning_gym"])
@@ -64,7 +67,7 @@ def run_all(configs: Mapping[str, RunConfig], directory: Path, jobs: int, watch:
                     if process.exitcode != 0:
                         failed.append(name)
             watch([_state(n, c, directory / n, n in running, n in failed) for n, c in configs.items()])
-            time.sleep(0.5)
+            time.sleep(POLL_SECONDS)
     finally:
         for process in running.values():
             process.terminate()
@@ -159,8 +162,8 @@ def _means(run: Run) -> dict[str, float]:
         "baseline_mse": mean(of(run.probes, "baseline_mse")[1:]),  # the first probe precedes all learning, the prior's too
         "grad_norm": mean(grad_norms),
         "grad_norm_std": float(grad_norms.std(ddof=1)) if len(grad_norms) > 1 else float("nan"),
-        "entropy": mean(of(run.steps, "entropy")),
-        "entropy_after": mean(of(run.steps, "entropy")[-10:]),
+        "entropy_before": mean(of(run.evaluations, "entropy")[:1]),
+        "entropy_after": mean(of(run.evaluations, "entropy")[-1:]),
         "group_size": mean(of(run.steps, "group_size")),
         "rounds": mean(of(run.steps, "rounds")),
         "thrown_away": float(sum(r["thrown_away"] for r in run.steps)),
@@ -181,13 +184,16 @@ def _method_record(label: str, group: list[Run], baseline: list[Run] | None) -> 
         "accuracy_high": high,
         "rollouts": float(np.mean([run.result["rollouts"] for run in group])),
         "rollouts_to_baseline": None,
+        "rollouts_to_baseline_low": None,
+        "rollouts_to_baseline_high": None,
         "seconds": float(np.mean([run.result["seconds"] for run in group])),
     }
     for key in _means(group[0]):
         record[key] = float(np.mean([_means(run)[key] for run in group]))
     if baseline is not None:
-        target = float(np.mean([run.result["accuracy_after"] for run in baseline]))
-        record["rollouts_to_baseline"] = rollouts_to(target, group)
+        record["rollouts_to_baseline"] = rollouts_to(final_accuracy(baseline), group)
+        interval = rollouts_to_interval(baseline, group)
+        record["rollouts_to_baseline_low"], record["rollouts_to_baseline_high"] = interval
     if baseline is not None and baseline is not group and [run.result["seed"] for run in baseline] == seeds:
         differences = [a.prompt_accuracy - b.prompt_accuracy for a, b in zip(group, baseline, strict=True)]
         record["gain"] = float(np.mean(differences))
@@ -211,16 +217,35 @@ def bootstrap_interval(by_seed: Sequence[NDArray[np.float64]]) -> tuple[float, f
     return float(low), float(high)
 
 
-def mean_curve(group: Sequence[Run], x: str) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Held-out accuracy over `x` ("rollouts" or "seconds"), averaged over seeds: x, mean, standard deviation.
+def mean_curve(
+    group: Sequence[Run], x: str, y: str = "accuracy"
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """An evaluation's `y` ("accuracy", "entropy") over `x` ("rollouts", "seconds") across seeds: x, mean, standard deviation.
 
     Runs are read at common points by linear interpolation, up to where the shortest ends.
     """
-    curves = [(np.array([e[x] for e in run.evaluations]), np.array([e["accuracy"] for e in run.evaluations])) for run in group]
+    curves = [(np.array([e[x] for e in run.evaluations]), np.array([e[y] for e in run.evaluations])) for run in group]
     end = min(xs[-1] for xs, _ in curves)
     points = np.linspace(0.0, end, 65)
     values = np.stack([np.interp(points, xs, ys) for xs, ys in curves])
     return points, values.mean(axis=0), values.std(axis=0, ddof=1) if len(curves) > 1 else np.zeros_like(points)
+
+
+def final_accuracy(group: Sequence[Run]) -> float:
+    """Mean over seeds of the accuracy at the end."""
+    return float(np.mean([run.result["accuracy_after"] for run in group]))
+
+
+def rollouts_to_interval(baseline: Sequence[Run], group: Sequence[Run]) -> tuple[float | None, float | None]:
+    """95 % interval of `rollouts_to` the baseline's final accuracy, resampling the seeds of both; None where it is not reached."""
+    rng = np.random.default_rng(0)
+    draws = []
+    for _ in range(BOOTSTRAP_DRAWS // 4):
+        target = final_accuracy([baseline[i] for i in rng.integers(len(baseline), size=len(baseline))])
+        reached = rollouts_to(target, [group[i] for i in rng.integers(len(group), size=len(group))])
+        draws.append(np.inf if reached is None else reached)
+    low, high = (float(x) if np.isfinite(x) else None for x in np.percentile(draws, INTERVAL, method="nearest"))
+    return low, high
 
 
 def rollouts_to(target: float, group: Sequence[Run]) -> float | None:

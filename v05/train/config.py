@@ -125,6 +125,13 @@ class RunConfig(Settings):
         find_method(self.method)
         if self.budget.maximum < self.budget.initial:
             raise ValueError(f"budget.maximum={self.budget.maximum} is below budget.initial={self.budget.initial}; raise it")
+        if self.budget.rule == "osla" and not find_method(self.method).needs_prior:
+            raise ValueError(f"budget.rule='osla' tests a prior, which method={self.method!r} has not; use rule='uniform'")
+        if self.overlong is not None and self.overlong.buffer >= self.policy.max_new_tokens:
+            raise ValueError(
+                f"overlong.buffer={self.overlong.buffer} leaves no length unpunished under "
+                f"policy.max_new_tokens={self.policy.max_new_tokens}; make it smaller"
+            )
         if self.overlong is not None and find_method(self.method).needs_prior:
             raise ValueError(f"overlong: shaped rewards leave the (0, 1) of method={self.method!r}'s prior; leave overlong out")
         if self.rollouts_per_step < self.budget.initial:

@@ -43,10 +43,10 @@ def token_weights(weights: torch.Tensor, mask: torch.Tensor, aggregation: Aggreg
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """`total` to differentiate; `clip_fraction` of tokens whose ratio was clipped; `kl` to the reference, None without one."""
+    """`total` to differentiate; the number of tokens whose ratio was `clipped`; `kl` to the reference, None without one."""
 
     total: torch.Tensor
-    clip_fraction: torch.Tensor
+    clipped: torch.Tensor
     kl: torch.Tensor | None
 
 
@@ -76,4 +76,4 @@ def policy_loss(
         difference = torch.where(inside, reference_logprobs - logprobs, 0.0)
         kl = (weights * (difference.exp() - difference - 1)).sum()
         total = total + kl_coefficient * kl
-    return PolicyLoss(total, limited.sum() / inside.sum().clamp(min=1), kl)
+    return PolicyLoss(total, limited.sum(), kl)

@@ -11,7 +11,22 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 METRICS, CONFIG, RESULT = "metrics.jsonl", "config.json", "result.json"
+
+
+def refuse_to_overwrite(config: BaseModel, directory: Path) -> None:
+    """ValueError if the directory holds a finished run, or the records of one with another configuration."""
+    if (directory / RESULT).exists():
+        raise ValueError(f"{directory} holds a finished run; give another directory")
+    if not (directory / METRICS).exists():
+        return
+    theirs = json.loads((directory / CONFIG).read_text())
+    mine = config.model_dump(mode="json")
+    changed = [name for name in mine if mine[name] != theirs.get(name)]
+    if changed:
+        raise ValueError(f"{directory} holds a run that differs in {', '.join(changed)}; give another directory")
 
 
 class MetricsLog:
@@ -23,9 +38,8 @@ class MetricsLog:
 
     def write(self, kind: str, **values: Any) -> None:
         """Append one record; NaN and infinity become null, so that every line is plain JSON."""
-        record = {"kind": kind, **{name: _plain(value) for name, value in values.items()}}
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(_plain({"kind": kind, **values}), allow_nan=False) + "\n")
 
 
 def read_metrics(directory: Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -39,11 +53,16 @@ def read_metrics(directory: Path, kind: str | None = None) -> list[dict[str, Any
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` whole or not at all."""
+    """Write `value` whole or not at all, NaN and infinity as null."""
     scratch = path.with_suffix(".partial")
-    scratch.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    scratch.write_text(json.dumps(_plain(value), indent=1, default=str, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(scratch, path)
 
 
 def _plain(value: Any) -> Any:
+    """`value` with null for every NaN and infinity in it."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

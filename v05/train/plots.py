@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 
 STEP_PLOTS = {
     "grad_norm": "gradient norm before clipping",
-    "entropy": "entropy of the policy (nats a token)",
     "group_size": "rollouts a prompt",
 }
 SMOOTHED_STEPS = 10
@@ -28,18 +27,21 @@ def draw_all(runs: Mapping[str, Sequence[Run]], directory: Path) -> list[Path]:
     files = [
         _learning_curves(runs, "rollouts", "training rollouts", directory / "accuracy_by_rollouts.png"),
         _learning_curves(runs, "seconds", "training time (s, wall clock)", directory / "accuracy_by_time.png"),
+        _learning_curves(runs, "rollouts", "training rollouts", directory / "entropy.png", "entropy", "entropy (nats a token)"),
         _baseline_error(runs, directory / "baseline_mse.png"),
     ]
     return files + [_steps(runs, key, label, directory / f"{key}.png") for key, label in STEP_PLOTS.items()]
 
 
-def _learning_curves(runs: Mapping[str, Sequence[Run]], x: str, x_label: str, file: Path) -> Path:
+def _learning_curves(
+    runs: Mapping[str, Sequence[Run]], x: str, x_label: str, file: Path, y: str = "accuracy", y_label: str = "held-out accuracy"
+) -> Path:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for label, group in runs.items():
-        points, mean, spread = mean_curve(group, x)
+        points, mean, spread = mean_curve(group, x, y)
         (line,) = axes.plot(points, mean, label=label)
         axes.fill_between(points, mean - spread, mean + spread, alpha=0.15, color=line.get_color())
-    axes.set(xlabel=x_label, ylabel="held-out accuracy", title="mean over seeds, band: one standard deviation")
+    axes.set(xlabel=x_label, ylabel=y_label, title="mean over seeds, band: one standard deviation")
     return _save(figure, axes, file)
 
 
@@ -51,7 +53,7 @@ def _baseline_error(runs: Mapping[str, Sequence[Run]], file: Path) -> Path:
             rollouts = np.mean([[p["rollouts"] for p in run.probes[:count]] for run in group], axis=0)
             errors = np.mean([[p["baseline_mse"] for p in run.probes[:count]] for run in group], axis=0)
             axes.plot(rollouts, errors, marker="o", label=label)
-    axes.set(xlabel="training rollouts", ylabel="squared error of the baseline (reward units)", ylim=(0, None))
+    axes.set(xlabel="training rollouts", ylabel="squared error of the baseline (reward units squared)")
     return _save(figure, axes, file)
 
 
@@ -60,12 +62,10 @@ def _steps(runs: Mapping[str, Sequence[Run]], key: str, y_label: str, file: Path
     for label, group in runs.items():
         steps = [s for s in group[0].steps if s[key] is not None]  # one seed: averaging would hide the spread
         values = np.array([s[key] for s in steps])
-        if len(values) >= SMOOTHED_STEPS:
-            smooth = np.convolve(values, np.ones(SMOOTHED_STEPS) / SMOOTHED_STEPS, mode="valid")
-            axes.plot([s["rollouts"] for s in steps[SMOOTHED_STEPS - 1 :]], smooth, label=label)
-        else:
-            axes.plot([s["rollouts"] for s in steps], values, label=label)
-    axes.set(xlabel="training rollouts", ylabel=y_label, title=f"first seed, mean of {SMOOTHED_STEPS} steps")
+        window = min(SMOOTHED_STEPS, max(len(values), 1))
+        smooth = np.convolve(values, np.ones(window) / window, mode="valid") if len(values) else values
+        axes.plot([s["rollouts"] for s in steps[window - 1 :]], smooth, label=label)
+    axes.set(xlabel="training rollouts", ylabel=y_label, title=f"first seed, mean of up to {SMOOTHED_STEPS} steps")
     return _save(figure, axes, file)
 
 

@@ -38,6 +38,8 @@ from v05.train.config import PolicyConfig
 
 disable_progress_bar()  # a bar per weight file would cut through the run's own
 
+VERSION = 1  # of the warm start; a new number makes all policies anew
+VALIDATION_START = 1_000_000  # held-out prompts that evaluations, which start at 0, do not use
 IGNORED = -100  # a label that cross-entropy skips
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
@@ -93,7 +95,8 @@ def policy_folder(config: PolicyConfig, task_config: BaseModel, task: Task, repo
     """The folder of the policy to start from; warm-starts and caches the character-level one the first time."""
     if config.path is not None:
         return config.path
-    made_of = json.dumps([config.model_dump(mode="json"), task_config.model_dump(mode="json")], sort_keys=True)
+    sources = [path.read_text() for path in vars(task_config).values() if isinstance(path, Path)]
+    made_of = json.dumps([VERSION, config.model_dump(mode="json"), task_config.model_dump(mode="json"), sources], sort_keys=True)
     key = hashlib.blake2b(made_of.encode(), digest_size=8).hexdigest()
     folder = cache_root() / f"warm-start-{key}"
     if not folder.is_dir():
@@ -105,8 +108,10 @@ def policy_folder(config: PolicyConfig, task_config: BaseModel, task: Task, repo
         (scratch / "made_of.json").write_text(made_of)
         try:
             scratch.rename(folder)  # atomic: another process never sees half a folder
-        except OSError:  # another process was first
+        except OSError:
             shutil.rmtree(scratch)
+            if not folder.is_dir():  # else another process was first
+                raise
     return folder
 
 
@@ -126,7 +131,7 @@ def warm_start(config: PolicyConfig, task: Task, report: Callable[[str], None]) 
     model = character_decoder(config, len(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     train = (prompt for _, prompt in task.prompts("train"))
-    validation = heldout_set(task, settings.validation_prompts)
+    validation = heldout_set(task, settings.validation_prompts, start=VALIDATION_START)
     engine = TransformersEngine(model, tokenizer, max_new_tokens=config.max_new_tokens)
 
     steps_left = None

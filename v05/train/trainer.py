@@ -4,7 +4,8 @@
 
 A step is: draw prompts -> predict priors -> sample until the allocator has stopped every group -> fused advantages ->
 clipped policy gradient -> let the prior observe -> log. Evaluations and probes are paid for apart: they count neither as training
-rollouts nor as training time.
+rollouts nor as training time. Entropy is measured at evaluations, on the same prompts for every method; a step's own figures are
+of the rollouts that the method chose to take and keep.
 
 Departures from the published algorithms:
 - A step holds about `rollouts_per_step` rollouts whatever the group size: a method with smaller groups sees more prompts a step,
@@ -40,13 +41,13 @@ from v05.rollout.transformers_engine import TransformersEngine, completion_logpr
 from v05.tasks import Prompt, heldout_set, make_task
 from v05.train.config import OverlongConfig, RunConfig
 from v05.train.loss import policy_loss, rollout_weights, token_weights
-from v05.train.metrics import CONFIG, RESULT, MetricsLog, write_json
+from v05.train.metrics import CONFIG, RESULT, MetricsLog, refuse_to_overwrite, write_json
 from v05.train.policy import load_policy, policy_folder
 
 PROMPTS_BETWEEN_SEEDS = 10_000_000  # runs of different seeds read different stretches of the task's prompts
 EVALUATION_SEED = 1 << 40  # apart from the seeds of training rollouts, and the same for every method
 MICRO_BATCH = 512  # rollouts a backward pass
-GROUP_SIZE_MEMORY = 0.9  # of the running mean that turns rollouts_per_step into prompts
+GROUP_SIZE_MEMORY = 0.5  # of the running mean that turns rollouts_per_step into prompts
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.config = config
         self.directory = directory
+        refuse_to_overwrite(config, directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / RESULT).unlink(missing_ok=True)
         write_json(directory / CONFIG, config.model_dump(mode="json"))
         self.log = MetricsLog(directory)
 
@@ -101,7 +102,7 @@ class Trainer:
 
         self.rollouts = 0  # spent on training, thrown away ones included
         self.groups = 0  # opened so far
-        self.group_size = float(budget.initial)  # running mean
+        self.group_size = float(budget.maximum if budget.rule == "osla" else budget.initial)  # running mean
         self.seconds = 0.0  # of training
 
     def run(self) -> Iterator[Progress]:
@@ -186,9 +187,8 @@ class Trainer:
             seconds=self.seconds,
             accuracy=float(np.mean(batch.rewards)) if len(batch.rewards) else float("nan"),
             group_size=float(np.mean(np.diff(batch.offsets))) if batch.prompts else float("nan"),
-            entropy=-float(np.mean(np.concatenate([c.logprobs for c in batch.completions]))) if batch.completions else float("nan"),
             prior_mean=float(np.mean(batch.priors)) if self.method.needs_prior else float("nan"),
-            prior_squared_error=float(torch.mean((stats.mean - stats.prior) ** 2)) if stats.prior is not None else float("nan"),
+            prior_gap=float(torch.mean((stats.mean - stats.prior) ** 2)) if stats.prior is not None else float("nan"),
             weight=float(weight.mean()) if weight is not None else float("nan"),
             prior_rejected=float((weight > 0).double().mean()) if weight is not None else float("nan"),
             rounds=batch.rounds,
@@ -257,12 +257,13 @@ class Trainer:
                 totals += self._backward(batch, rows[chunk], advantages[rows[chunk]], weights[chunk])
             grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.max_grad_norm)
             self.optimizer.step()
-            records.append([float(grad_norm), *totals.tolist()])
+            loss, clipped, kl = totals.tolist()
+            records.append([float(grad_norm), loss, clipped / int(mask[rows].sum()), kl])
         means = np.mean(records, axis=0) if records else np.full(4, np.nan)
         return dict(zip(("grad_norm", "loss", "clip_fraction", "kl"), map(float, means), strict=True))
 
     def _backward(self, batch: RolloutBatch, rows: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Accumulate gradients of some rollouts; returns (loss, clipped share of their tokens weighted by rows, KL)."""
+        """Accumulate gradients of some rollouts; returns their part of (loss, number of clipped tokens, KL)."""
         device = self.model.device
         group_of = np.repeat(np.arange(len(batch.prompts)), np.diff(batch.offsets))
         prompts = [batch.prompt_tokens[g] for g in group_of[rows.numpy()]]
@@ -287,16 +288,16 @@ class Trainer:
             kl_coefficient=self.config.loss.kl_coefficient,
         )
         loss.total.backward()
-        share = len(completions) / len(batch.completions)
-        kl = torch.zeros(()) if loss.kl is None else loss.kl.detach().cpu()
-        return torch.stack((loss.total.detach().cpu(), loss.clip_fraction.cpu() * share, kl))
+        kl = torch.tensor(torch.nan) if loss.kl is None else loss.kl.detach().cpu()
+        return torch.stack((loss.total.detach().cpu(), loss.clipped.cpu(), kl))
 
     def evaluate(self) -> tuple[float, list[int]]:
         """Held-out accuracy by sampling, and the successes of each held-out prompt. Logged; the seeds never change."""
         samples = self.config.evaluation.samples
-        rewards = self.true_rewards(self.heldout, samples, EVALUATION_SEED)[0]
+        rewards, completions = self.true_rewards(self.heldout, samples, EVALUATION_SEED)
         accuracy = float(rewards.mean())
-        self.log.write("evaluation", rollouts=self.rollouts, seconds=self.seconds, accuracy=accuracy)
+        entropy = -float(np.mean(np.concatenate([c.logprobs for c in completions])))
+        self.log.write("evaluation", rollouts=self.rollouts, seconds=self.seconds, accuracy=accuracy, entropy=entropy)
         return accuracy, rewards.sum(-1).astype(int).tolist()
 
     def probe(self, batch: RolloutBatch, out: AdvantageOutput) -> float:
