@@ -50,7 +50,16 @@ def work(rank, folder):
         process_group=dist.group.WORLD,
     )
     results["numeric, packed"] = (out.advantages, out.stats.mean)
+    out = fused_advantage(
+        [1.0, 0.0],
+        [0.2, math.nan] if rank == 0 else [math.nan, 0.9],
+        group_ids=[min(rank, 1)] * 2,
+        num_groups=2,
+        process_group=dist.group.WORLD,
+    )
+    results["priors of their own"] = out.stats.prior
     for name, call in {
+        "two priors": dict(rewards=[1.0], prior=[0.1 * rank], group_ids=["x"], method="v05"),
         "no ids": dict(rewards=REWARDS[rows], group_offsets=[0, len(rows)], method="grpo"),
         "bad lengths": dict(rewards=REWARDS[:2], group_ids=["x", "x"], cu_seqlens=[0, 3, 2], method="grpo"),
         "bad value": dict(rewards=torch.full((1,), math.nan if rank == 2 else 1.0), group_ids=["x"], method="grpo"),

@@ -40,6 +40,12 @@ def test_numeric_ids_and_packed_output(ranks):
         torch.testing.assert_close(mean, whole.stats.mean, rtol=0, atol=0)
 
 
+def test_a_prior_known_to_one_rank_is_known_to_all(ranks):
+    for results in ranks:
+        assert results["priors of their own"].tolist() == [0.2, 0.9]
+        assert "prior: rank 1 gave 0.1 for a group that an earlier rank gave 0.0" in results["two priors"]
+
+
 def test_errors_reach_every_rank(ranks):
     for results in ranks:
         assert "group_ids: needed with process_group" in results["no ids"]

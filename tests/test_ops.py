@@ -192,6 +192,26 @@ def test_token_rewards_are_summed_over_the_mask(mask_dtype):
     torch.testing.assert_close(out.advantages, expected)
 
 
+def test_ids_are_told_apart_to_the_last_character():
+    out = fused_advantage([1.0, 0.0, 1.0], group_ids=["a", "a\0", "a"], method="dr_grpo")
+    assert out.stats.count.tolist() == [2, 1]
+
+
+def test_arrays_that_torch_cannot_wrap():
+    rewards = np.array([1.0, 0.0, 0.0, 1.0])
+    expected = fused_advantage(rewards, group_offsets=[0, 4], method="dr_grpo").advantages
+    frozen = rewards.copy()
+    frozen.flags.writeable = False
+    for form in (frozen, rewards[::-1], rewards.astype(">f8")):
+        assert torch.equal(fused_advantage(form, group_offsets=[0, 4], method="dr_grpo").advantages, expected)
+
+
+def test_a_mask_that_requires_grad_is_detached(ragged):
+    rewards, ids, prior, lengths = ragged
+    mask = (torch.arange(5) < lengths[:, None]).float().requires_grad_()
+    assert not fused_advantage(rewards, prior, group_ids=ids, num_groups=4, response_mask=mask).advantages.requires_grad
+
+
 def test_valid_rows_only():
     out = fused_advantage([1.0, 0.0, math.nan, 1.0], group_ids=[0, 0, 0, 0], valid=[True, True, False, False], method="dr_grpo")
     assert out.advantages.tolist() == [0.5, -0.5, 0.0, 0.0]
@@ -308,7 +328,19 @@ BAD_INPUT = {
         dict(group_offsets=[0, 4], prior=[0.5], method="v05", reward_range=(0.0, 0.5)),
         r"rewards: outside reward_range=\(0, 0.5\) in rows 0 \(1\), 3 \(1\)",
     ),
-    "empty range": (dict(group_offsets=[0, 4], reward_range=(1.0, 0.0)), "reward_range=.* is empty"),
+    "empty range": (dict(group_offsets=[0, 4], reward_range=(1.0, 0.0)), "reward_range=.* is not a finite range"),
+    "infinite range": (dict(group_offsets=[0, 4], reward_range=(-math.inf, math.inf)), "reward_range=.* is not a finite range"),
+    "three bounds": (dict(group_offsets=[0, 4], reward_range=(0, 1, 2)), r"reward_range=\(0, 1, 2\); give \(lo, hi\)"),
+    "one string": (dict(group_ids="abcd"), "group_ids='abcd' is one string"),
+    "mixed ids": (dict(group_ids=["1", 1, "1", 1]), "group_ids: mix strings and other types"),
+    "negative num_groups": (dict(group_ids=[0] * 4, num_groups=-5), "num_groups=-5; give an integer"),
+    "float num_groups": (dict(group_ids=[0] * 4, num_groups=3.0), "num_groups=3.0; give an integer"),
+    "float trajectories": (dict(group_ids=[0] * 4, trajectory_ids=[0.2, 0.7, 1.5, 2.0]), "trajectory_ids: dtype .* give integers"),
+    "float valid": (dict(group_ids=[0] * 4, valid=[1.0, math.nan, 0.0, 1.0]), "valid: dtype .* give bool"),
+    "rewards of strings": (dict(group_ids=[0] * 4, rewards=["a", "b", "c", "d"]), "rewards: dtype <U1; give numbers"),
+    "ragged rewards": (dict(group_ids=[0] * 4, rewards=[[1.0], [1.0, 2.0]]), "rewards: .* give a tensor or a rectangular"),
+    "prior of None": (dict(group_ids=[0] * 4, prior=[None]), "prior: dtype object; give numbers"),
+    "dtype by name": (dict(group_ids=[0] * 4, dtype="float32"), "dtype=float32 cannot hold advantages"),
     "offsets end early": (dict(group_offsets=[0, 3]), "group_offsets: ends at 3 for 4 rollouts"),
     "offsets start late": (dict(group_offsets=[1, 4]), "group_offsets: starts at 1"),
     "offsets fall": (dict(group_offsets=[0, 3, 2, 4]), "group_offsets: falls after position 1"),

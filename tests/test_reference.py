@@ -32,13 +32,13 @@ def test_shrinkage_is_the_positive_part_james_stein_estimator():
         assert fused.mse == pytest.approx(bias * noise / (bias + noise))
 
 
-def test_the_test_statistic_is_chi_square_under_the_null():
-    # erfc(sqrt(T/2)) is the tail of a squared standard normal.
+def test_the_p_value_is_that_of_a_right_prior():
+    # A mean whose noise has the assumed variance 1/k around the prior: T is a squared standard normal.
     rng = np.random.default_rng(1)
-    squares = rng.standard_normal(400_000) ** 2
-    for statistic in (0.5, 1.0, 4.0):
-        p = math.erfc(math.sqrt(statistic / 2))
-        assert np.mean(squares > statistic) == pytest.approx(p, abs=4e-3)
+    means = 0.2 + rng.standard_normal(4000) / math.sqrt(4)
+    p_values = [reference.shrinkage(4, float(m), 0.2).p_value for m in means]
+    for level in (0.05, 0.5, 0.9):
+        assert np.mean(np.array(p_values) < level) == pytest.approx(level, abs=0.025)
 
 
 def test_default_cost_crosses_between_15_and_16_rollouts():

@@ -6,6 +6,7 @@ lives in `csrc/include/v05/fusion.hpp` and `kernels/fusion.py`; `v05/reference.p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -172,9 +173,9 @@ def fused_advantage(
         out: a contiguous buffer of the output's shape, dtype and device to write into; required with cu_seqlens on CUDA,
             where finding total_tokens would synchronise, and under torch.compile.
         process_group: groups may be split over its ranks: every rank passes its own rollouts, with `group_ids` that mean the same
-            on all ranks and the `prior` of its own groups, and gets its own rows and groups back. The result is that of one
-            process on the ranks' rollouts in rank order, rows in error messages are counted so. Gathers a few bytes a rollout
-            through the host.
+            on all ranks and the `prior` of its own groups (with `num_groups`: of all groups, NaN where it knows none), and gets
+            its own rows and groups back. The result is that of one process on the ranks' rollouts in rank order, rows in error
+            messages are counted so. Gathers a few bytes a rollout through the host.
         backend: "cpp" or "triton"; None goes by device. "triton" on CPU tensors needs TRITON_INTERPRET=1.
 
     Returns:
@@ -200,6 +201,8 @@ def fused_advantage(
     """
     rule = find_method(method)
     scale = rule.scale if scale is None else scale
+    if len(reward_range) != 2:
+        raise ValueError(f"reward_range={reward_range}; give (lo, hi)")
     low, high = reward_range
     if scale not in _DIVIDE_BY:
         raise ValueError(f"scale={scale!r} is unknown; choose one of {', '.join(SCALES)}")
@@ -207,21 +210,23 @@ def fused_advantage(
         raise ValueError(f"singleton={singleton!r} is unknown; choose 'zero' or 'raw'")
     if nonfinite not in ("raise", "exclude"):
         raise ValueError(f"nonfinite={nonfinite!r} is unknown; choose 'raise' or 'exclude'")
-    if not low < high:
-        raise ValueError(f"reward_range={reward_range} is empty; give (lo, hi) with lo < hi")
-    if not dtype.is_floating_point:
+    if not low < high or high - low == math.inf:
+        raise ValueError(f"reward_range={reward_range} is not a finite range; give (lo, hi) with lo < hi")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} cannot hold advantages; choose a floating dtype")
-    if max_rollouts < 1:
-        raise ValueError(f"max_rollouts={max_rollouts}; give at least 1")
+    if not isinstance(max_rollouts, int) or max_rollouts < 1:
+        raise ValueError(f"max_rollouts={max_rollouts}; give an integer of at least 1")
+    if num_groups is not None and not (isinstance(num_groups, int | torch.SymInt) and num_groups >= 0):
+        raise ValueError(f"num_groups={num_groups}; give an integer of at least 0, or leave it out")
     if cost is not None and cost < 0:
         raise ValueError(f"cost={cost}; give 0 or more, or None for 1 / max_rollouts^2")
     if eps < 0:
         raise ValueError(f"eps={eps}; give 0 or more")
 
-    rewards = _real(_tensor(rewards))
+    rewards = _real(_tensor("rewards", rewards))
     device = rewards.device
     tracing = torch.compiler.is_compiling() or type(rewards) is not torch.Tensor  # a fake tensor has no values either
-    response_mask = None if response_mask is None else _tensor(response_mask)
+    response_mask = None if response_mask is None else _tensor("response_mask", response_mask)
     n = _rollouts(rewards, response_mask)
     valid = None if valid is None else _row_vector("valid", valid, n, torch.bool, device)
     trajectory_ids = None if trajectory_ids is None else _row_vector("trajectory_ids", trajectory_ids, n, torch.int64, device)
@@ -231,6 +236,8 @@ def fused_advantage(
             raise ValueError("process_group: gathers through the host, which torch cannot trace; call outside torch.compile")
         options = dict(method=method, scale=scale, leave_one_out=leave_one_out, reward_range=reward_range, eps=eps)
         options |= dict(singleton=singleton, max_rollouts=max_rollouts, cost=cost, nonfinite=nonfinite, backend=backend)
+        if group_ids is None or group_offsets is not None:
+            raise ValueError("group_ids: needed with process_group, and alone, to tell which groups of two ranks are one")
         local = _LocalRollouts(_outcomes(rewards, mask), prior, group_ids, valid, trajectory_ids)
         advantages, statistics = _across_ranks(process_group, local, num_groups, **options)
         out = _output(out, rewards, shape, dtype, tracing)
@@ -269,11 +276,19 @@ def fused_advantage(
     return AdvantageOutput(out, AdvantageStats(prior, moments, counts, take_more if rule.baseline is Baseline.SHRINKAGE else None))
 
 
-def _tensor(value: Array) -> torch.Tensor:
+def _tensor(name: str, value: Array) -> torch.Tensor:
     """A tensor as it is, but without its gradient; anything else through NumPy, so that Python floats keep their 64 bits."""
-    if not isinstance(value, torch.Tensor):
-        return torch.from_numpy(np.asarray(value))
-    return value.detach() if value.requires_grad else value
+    if isinstance(value, torch.Tensor):
+        return value.detach() if value.requires_grad else value
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # ragged
+        raise ValueError(f"{name}: {error}; give a tensor or a rectangular array of numbers") from None
+    if array.dtype.kind not in "biufc":
+        raise ValueError(f"{name}: dtype {array.dtype}; give numbers")
+    if not (array.flags.writeable and array.dtype.isnative and array.flags.c_contiguous):  # what torch cannot wrap
+        array = array.astype(array.dtype.newbyteorder("="), order="C")
+    return torch.from_numpy(array)
 
 
 def _placed(value: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -373,6 +388,19 @@ def first_of_trajectory(
     return first
 
 
+def _names(group_ids: ArrayLike | Sequence[str]) -> list[str] | None:
+    """The ids as a list if they are strings. A list of them must not pass through NumPy, which strips trailing NULs."""
+    if isinstance(group_ids, np.ndarray):
+        if group_ids.dtype.kind not in "OUST":
+            return None
+        group_ids = group_ids.tolist()
+    if not isinstance(group_ids, Sequence) or not any(isinstance(key, str) for key in group_ids):
+        return None
+    if not all(isinstance(key, str) for key in group_ids):
+        raise ValueError("group_ids: mix strings and other types; give one kind")
+    return list(group_ids)
+
+
 def _integer_ids(group_ids: Array | Sequence[str], tracing: bool) -> tuple[torch.Tensor, int | None]:
     """Integer ids, and the number of groups when they stand for strings (numbered by first appearance)."""
     if isinstance(group_ids, torch.Tensor):
@@ -382,11 +410,13 @@ def _integer_ids(group_ids: Array | Sequence[str], tracing: bool) -> tuple[torch
             "group_ids: torch traces tensors only; give an integer tensor and num_groups, or call outside torch.compile"
         )
     else:
-        array = group_ids if isinstance(group_ids, np.ndarray) else np.asarray(group_ids)
-        if array.dtype.kind in "OUST":
-            dense, named = _core.factorize(array.tolist())
+        if isinstance(group_ids, str):
+            raise ValueError(f"group_ids={group_ids!r} is one string; give a sequence of ids")
+        names = _names(group_ids)
+        if names is not None:
+            dense, named = _core.factorize(names)
             return torch.from_numpy(dense), named
-        ids = torch.from_numpy(array)
+        ids = _tensor("group_ids", group_ids)
     if ids.numel() > 0 and (ids.is_floating_point() or ids.is_complex()):
         raise ValueError(f"group_ids: dtype {ids.dtype}; give integers or strings")
     return ids.to(torch.int64), None
@@ -394,7 +424,7 @@ def _integer_ids(group_ids: Array | Sequence[str], tracing: bool) -> tuple[torch
 
 def _offsets(name: str, value: Array, end: int | None, device: torch.device, tracing: bool) -> torch.Tensor:
     """int64 offsets on the device. The CPU kernel checks what it reads; values on their way to another device are checked here."""
-    offsets = _tensor(value)
+    offsets = _tensor(name, value)
     if offsets.ndim != 1 or offsets.shape[0] < 1 or offsets.is_floating_point():
         raise ValueError(
             f"{name}: shape {tuple(offsets.shape)}, dtype {offsets.dtype}; give integers (number of parts + 1,) that start at 0"
@@ -419,7 +449,10 @@ def _prior(prior: Array | None, rule: Method, groups: int, device: torch.device)
         if rule.needs_prior:
             raise ValueError(f"prior: needed by method={rule.name!r}; give (G,) values in reward units")
         return None
-    values = _placed(_tensor(prior), torch.float64, device)
+    given = _tensor("prior", prior)
+    if given.is_complex():
+        raise ValueError(f"prior: dtype {given.dtype} is not real")
+    values = _placed(given, torch.float64, device)
     if values.ndim != 1 or values.shape[0] != groups:
         raise ValueError(f"prior: shape {tuple(values.shape)} for {groups} groups; give one value a group")
     return values
@@ -446,7 +479,7 @@ def _layout(
             mask = (mask != 0).view(torch.uint8)
         return mask.contiguous(), None, (n, mask.shape[1])
     if cu_seqlens is not None:
-        given = _tensor(cu_seqlens)
+        given = _tensor("cu_seqlens", cu_seqlens)
         cu = _offsets("cu_seqlens", given, None, device, tracing)
         if cu.shape[0] != n + 1:
             raise ValueError(f"cu_seqlens: {cu.shape[0]} offsets for {n} rollouts; give N + 1 = {n + 1}")
@@ -477,7 +510,9 @@ def _output(
 
 
 def _row_vector(name: str, value: Array, n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    vector = _tensor(value)
+    vector = _tensor(name, value)
+    if vector.is_floating_point() or vector.is_complex():
+        raise ValueError(f"{name}: dtype {vector.dtype}; give {'bool' if dtype == torch.bool else 'integers'}")
     if vector.ndim != 1 or vector.shape[0] != n:
         raise ValueError(f"{name}: shape {tuple(vector.shape)} for {n} rollouts; give one value a rollout")
     return _placed(vector, dtype, device)
@@ -495,7 +530,7 @@ class _LocalRollouts(NamedTuple):
 
     outcomes: torch.Tensor
     prior: Array | None
-    group_ids: Array | Sequence[str] | None
+    group_ids: Array | Sequence[str]
     valid: torch.Tensor | None
     trajectory_ids: torch.Tensor | None
 
@@ -507,19 +542,20 @@ def _across_ranks(
 
     The rollouts' rewards are gathered, not their groups' moments: a few bytes each, and no digit depends on the split.
     """
-    device = local.outcomes.device
-    if local.group_ids is None:
-        raise ValueError("group_ids: needed with process_group, to tell which groups of two ranks are one")
     n = local.outcomes.numel()
-    keys = np.asarray(local.group_ids.cpu() if isinstance(local.group_ids, torch.Tensor) else local.group_ids).tolist()
+    ids = local.group_ids.cpu() if isinstance(local.group_ids, torch.Tensor) else local.group_ids
+    keys = (None if isinstance(ids, torch.Tensor) else _names(ids)) or _integer_ids(ids, tracing=False)[0].tolist()
     if len(keys) != n:
         raise ValueError(f"group_ids: {len(keys)} ids for {n} rollouts; give one id a rollout")
-    prior = None if local.prior is None else _tensor(local.prior).to("cpu", torch.float64)
+    if num_groups is not None and any(isinstance(key, str) for key in keys):
+        raise ValueError(f"num_groups={num_groups}: names groups of integer ids; leave it out with strings")
+    prior = None if local.prior is None else _tensor("prior", local.prior).to("cpu", torch.float64)
     valid = torch.ones(n, dtype=torch.bool) if local.valid is None else local.valid.cpu()
     trajectories = None if local.trajectory_ids is None else local.trajectory_ids.cpu()
     mine = (keys, local.outcomes.to("cpu", torch.float64), prior, valid, trajectories)
     ranks: list[Any] = [None] * dist.get_world_size(process_group)
     dist.all_gather_object(ranks, mine, group=process_group)
+    device = local.outcomes.device
 
     all_keys = [key for rank in ranks for key in rank[0]]
     ids, found = _core.factorize(all_keys) if num_groups is None else (np.array(all_keys, dtype=np.int64), num_groups)
@@ -543,7 +579,15 @@ def _across_ranks(
                     + ("no prior" if rank_prior is None else f"shape {tuple(rank_prior.shape)}")
                     + "; every rank gives one value for each of its groups"
                 )
-            shared_prior[torch.from_numpy(groups)] = rank_prior
+            known = shared_prior[torch.from_numpy(groups)]
+            contradicted = (known != rank_prior) & ~known.isnan() & ~rank_prior.isnan()
+            if contradicted.any():
+                g = int(contradicted.nonzero()[0])
+                raise ValueError(
+                    f"prior: rank {rank} gave {rank_prior[g].item()} for a group that an earlier rank gave {known[g].item()}; "
+                    "give a group's prior alike on all its ranks, or NaN on all but one"
+                )
+            shared_prior[torch.from_numpy(groups)] = torch.where(rank_prior.isnan(), known, rank_prior)
     if len({rank[4] is None for rank in ranks}) > 1:
         raise ValueError("trajectory_ids: given on some ranks only; give them on all or on none")
     union = fused_advantage(
