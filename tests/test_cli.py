@@ -80,6 +80,21 @@ def test_a_finished_run_is_not_overwritten(environment, tmp_path):
     assert (tmp_path / "run" / "result.json").read_text() == "{}"
 
 
+def test_own_prompts_and_policy(environment, tmp_path):
+    lines = [json.dumps({"prompt": f"{i}+1=", "answer": i + 1}) for i in range(200)]
+    (tmp_path / "tasks.jsonl").write_text("\n".join(lines) + "\n")
+    smoke = v05("train", "--preset", "smoke", "--rollouts", 64, "--out", "one", environment=environment, directory=tmp_path)
+    assert smoke.returncode == 0, smoke.stderr
+    options = ("--jsonl", "tasks.jsonl", "--policy", "one/policy", "--max-new-tokens", 4, "--rollouts", 64)
+    own = v05("train", "--preset", "smoke", *options, "--out", "two", environment=environment, directory=tmp_path)
+    assert own.returncode == 0, own.stderr
+    again = v05("train", "--config", "two/config.json", "--out", "three", environment=environment, directory=tmp_path)
+    assert again.returncode == 0, again.stderr
+    both = v05("train", "--config", "two/config.json", *options, "--out", "x", environment=environment, directory=tmp_path)
+    assert both.returncode == 2
+    assert "--config is complete, so total_rollouts, task, policy cannot be set beside it" in both.stderr
+
+
 def test_interrupt_leaves_a_readable_run(environment, tmp_path):
     command = [sys.executable, "-m", "v05", "train", "--preset", "smoke", "--rollouts", "10000000", "--out", "run"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as process:

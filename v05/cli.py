@@ -46,6 +46,11 @@ def train(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     rollouts: Rollouts = None,
     learning_rate: LearningRate = None,
+    jsonl: Annotated[
+        Path | None, typer.Option(help='Prompts instead of the preset\'s: a {"prompt": ..., "answer": ...} object a line.')
+    ] = None,
+    policy: Annotated[Path | None, typer.Option(help="Policy instead of the preset's: a Hugging Face model folder.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of a completion; with --policy.", min=1)] = 256,
     config: Annotated[
         Path | None,
         typer.Option(help="Run exactly this config.json; leave the other options of a run out."),
@@ -63,12 +68,17 @@ def train(
     from v05.train.metrics import refuse_to_overwrite
 
     try:
-        if config is not None and (rollouts is not None or learning_rate is not None):
-            raise ValueError("--config is complete; leave --rollouts and --learning-rate out, or edit the file")
+        overrides = _overrides(rollouts, learning_rate)
+        if jsonl is not None:
+            overrides["task"] = {"kind": "jsonl", "path": jsonl}
+        if policy is not None:
+            overrides["policy"] = {"path": policy, "max_new_tokens": max_new_tokens}
+        if config is not None and overrides:
+            raise ValueError(f"--config is complete, so {', '.join(overrides)} cannot be set beside it; edit the file instead")
         if config is not None:
             run = RunConfig.model_validate_json(config.read_text())
         else:
-            run = run_config(preset, method, seed=seed, **_overrides(rollouts, learning_rate))
+            run = run_config(preset, method, seed=seed, **overrides)
         refuse_to_overwrite(run, out)
         _set_threads(threads)
         from v05.train.trainer import Trainer
