@@ -1,5 +1,6 @@
 """The command line as a user meets it, in processes of their own."""
 
+import functools
 import json
 import os
 import signal
@@ -97,12 +98,17 @@ def test_own_prompts_and_policy(environment, tmp_path):
 
 def test_interrupt_leaves_a_readable_run(environment, tmp_path):
     command = [sys.executable, "-m", "v05", "train", "--preset", "smoke", "--rollouts", "10000000", "--out", "run"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as process:
-        deadline = time.monotonic() + 240
-        while len(read_metrics(tmp_path / "run", "step")) < 3 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
+    # A shell that runs the tests in the background has them, and their children, ignore the signal.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path, preexec_fn=heed) as process:
+        try:
+            deadline = time.monotonic() + 240
+            while len(read_metrics(tmp_path / "run", "step")) < 3 and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            _, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130, stderr
     assert "interrupted; what was measured so far is in run" in stderr
     assert "Traceback" not in stderr
