@@ -1,53 +1,22 @@
 #include "v05/advantage.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
-#include <numeric>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
 
+#include "v05/multiversion.hpp"
+#include "v05/offenders.hpp"
+#include "v05/parallel.hpp"
 #include "v05/stopping.hpp"
 
 namespace v05 {
 namespace {
 
 std::size_t at(std::int64_t i) { return static_cast<std::size_t>(i); }
-
-// Collects offending positions and turns them into one readable complaint.
-class Offenders {
- public:
-  void add(std::size_t position, double value) {
-    if (positions_.size() < kShown) {
-      positions_.push_back(position);
-      values_.push_back(value);
-    }
-    ++count_;
-  }
-
-  void raise_if_any(const std::string& what, const std::string& remedy) const {
-    if (count_ == 0) {
-      return;
-    }
-    std::ostringstream message;
-    message << what << ' ';
-    for (std::size_t i = 0; i < positions_.size(); ++i) {
-      message << (i > 0 ? ", " : "") << positions_[i] << " (" << values_[i] << ')';
-    }
-    if (count_ > positions_.size()) {
-      message << " and " << count_ - positions_.size() << " more";
-    }
-    message << ". " << remedy;
-    throw std::invalid_argument(message.str());
-  }
-
- private:
-  static constexpr std::size_t kShown = 8;
-  std::vector<std::size_t> positions_;
-  std::vector<double> values_;
-  std::size_t count_ = 0;
-};
 
 std::string range_text(const AdvantageRule& rule) {
   std::ostringstream text;
@@ -67,21 +36,38 @@ void check_prior(std::span<const double> prior, const AdvantageRule& rule) {
                        "Give priors in reward units, NaN for no prior, or pass the reward_range that holds them.");
 }
 
-// Which rows take part: valid and finite. Complains about the rest as the rule says.
-std::vector<std::uint8_t> usable_rows(const Rollouts& rollouts, const AdvantageRule& rule, std::int64_t* nonfinite) {
-  std::vector<std::uint8_t> usable(rollouts.rewards.size(), 1);
-  const double slack = rule.rounding_slack();
+// True if every reward lies in [low, high]: then nobody has to look for the ones that do not. NaN lies nowhere.
+template <class Real>
+V05_MULTIVERSION bool all_within(const Real* rewards, std::size_t rows, double low, double high) {
+  int outside = 0;
+  for (std::size_t i = 0; i < rows; ++i) {
+    const auto reward = static_cast<double>(rewards[i]);
+    outside |= static_cast<int>(!(reward >= low)) | static_cast<int>(!(reward <= high));
+  }
+  return outside == 0;
+}
+
+// Complains about rewards as the rule says, and returns how many valid ones are not finite.
+template <class Real>
+std::int64_t check_rewards(const Rollouts<Real>& rollouts, const AdvantageRule& rule) {
+  constexpr double kFinite = std::numeric_limits<double>::max();
+  const double low = rule.bounded() ? rule.low - rule.rounding_slack() : -kFinite;
+  const double high = rule.bounded() ? rule.high + rule.rounding_slack() : kFinite;
+  if (all_within(rollouts.rewards.data(), rollouts.rewards.size(), low, high)) {
+    return 0;
+  }
+  std::int64_t nonfinite = 0;
   Offenders broken;
   Offenders outside;
-  for (std::size_t i = 0; i < usable.size(); ++i) {
-    const double reward = rollouts.rewards[i];
-    if (!rollouts.valid.empty() && rollouts.valid[i] == 0) {
-      usable[i] = 0;
-    } else if (!std::isfinite(reward)) {
-      usable[i] = 0;
-      ++*nonfinite;
+  for (std::size_t i = 0; i < rollouts.rewards.size(); ++i) {
+    const auto reward = static_cast<double>(rollouts.rewards[i]);
+    if (!rollouts.is_valid(i)) {
+      continue;
+    }
+    if (!std::isfinite(reward)) {
+      ++nonfinite;
       broken.add(i, reward);
-    } else if (rule.bounded() && (reward < rule.low - slack || reward > rule.high + slack)) {
+    } else if (reward < low || reward > high) {
       outside.add(i, reward);
     }
   }
@@ -90,25 +76,25 @@ std::vector<std::uint8_t> usable_rows(const Rollouts& rollouts, const AdvantageR
                         "Mark them in valid=, or pass nonfinite='exclude' to leave them out and count them.");
   }
   outside.raise_if_any("rewards: outside " + range_text(rule) + " in rows", "Pass the reward_range that holds them.");
-  return usable;
+  return nonfinite;
 }
 
-// The rewards that count in a group's statistics: those of its usable rows, each trajectory once.
-class GroupRewards {
+// The moments of groups: of the rewards of their usable rows, each trajectory once. Keeps its scratch between groups.
+template <class Real>
+class GroupMoments {
  public:
-  GroupRewards(const Rollouts& rollouts, const Groups& groups, std::span<const std::uint8_t> usable)
-      : rollouts_(rollouts), groups_(groups), usable_(usable) {}
+  GroupMoments(const Rollouts<Real>& rollouts, const Groups& groups) : rollouts_(rollouts), groups_(groups) {}
 
-  std::span<const double> of(std::int64_t group) {
+  Moments of(std::int64_t group) {
     rewards_.clear();
     seen_.clear();
     for (std::int64_t p = groups_.offsets[at(group)]; p < groups_.offsets[at(group) + 1]; ++p) {
       const std::size_t row = at(groups_.row(p));
-      if (usable_[row] != 0 && is_new_trajectory(row)) {
-        rewards_.push_back(rollouts_.rewards[row]);
+      if (rollouts_.is_usable(row) && is_new_trajectory(row)) {
+        rewards_.push_back(static_cast<double>(rollouts_.rewards[row]));
       }
     }
-    return rewards_;
+    return moments(rewards_);
   }
 
  private:
@@ -127,9 +113,8 @@ class GroupRewards {
     return inserted;
   }
 
-  const Rollouts& rollouts_;
+  const Rollouts<Real>& rollouts_;
   const Groups& groups_;
-  std::span<const std::uint8_t> usable_;
   std::vector<double> rewards_;
   std::unordered_map<std::int64_t, std::size_t> seen_;
 };
@@ -190,115 +175,151 @@ void write_statistics(const StatisticsOut& out, std::size_t g, const Moments& m,
   }
 }
 
-}  // namespace
+// Groups a thread takes at a time. Moments of the batch are pooled by such blocks, so that their order is fixed.
+constexpr std::int64_t kGroupBlock = 256;
+constexpr std::int64_t kRowBlock = 16;
 
-Grouping group_rows(std::span<const std::int64_t> ids, std::int64_t num_groups) {
-  std::vector<std::int64_t> dense(ids.begin(), ids.end());
-  std::int64_t groups = num_groups;
-  if (num_groups < 0) {
-    std::unordered_map<std::int64_t, std::int64_t> slots;
-    for (std::int64_t& id : dense) {
-      id = slots.try_emplace(id, static_cast<std::int64_t>(slots.size())).first->second;
+// The moments of all rollouts, pooled in group order within blocks, then in block order.
+template <class Real>
+Moments batch_moments(const Rollouts<Real>& rollouts, const Groups& groups, int threads) {
+  std::vector<Moments> blocks(at((groups.size() + kGroupBlock - 1) / kGroupBlock));
+  const auto pool = [&](std::int64_t block, std::int64_t begin, std::int64_t end) {
+    GroupMoments<Real> group_moments(rollouts, groups);
+    for (std::int64_t g = begin; g < end; ++g) {
+      blocks[at(block)] = merge(blocks[at(block)], group_moments.of(g));
     }
-    groups = static_cast<std::int64_t>(slots.size());
-  } else {
-    Offenders outside;
-    for (std::size_t i = 0; i < dense.size(); ++i) {
-      if (dense[i] < 0 || dense[i] >= num_groups) {
-        outside.add(i, static_cast<double>(dense[i]));
-      }
-    }
-    outside.raise_if_any("group_ids: outside [0, num_groups=" + std::to_string(num_groups) + ") in rows",
-                         "With num_groups an id is its group's position; leave num_groups out for ids of any value.");
-  }
-
-  Grouping grouping{
-      .order = std::vector<std::int64_t>(dense.size()),
-      .offsets = std::vector<std::int64_t>(at(groups) + 1),
   };
-  for (const std::int64_t id : dense) {
-    ++grouping.offsets[at(id) + 1];
-  }
-  std::partial_sum(grouping.offsets.begin(), grouping.offsets.end(), grouping.offsets.begin());
-  std::vector<std::int64_t> next(grouping.offsets.begin(), grouping.offsets.end() - 1);
-  for (std::size_t i = 0; i < dense.size(); ++i) {
-    grouping.order[at(next[at(dense[i])]++)] = static_cast<std::int64_t>(i);
-  }
-  return grouping;
-}
-
-std::int64_t compute_advantages(const Rollouts& rollouts, const Groups& groups, std::span<const double> prior,
-                                const AdvantageRule& rule, std::span<double> advantages,
-                                const StatisticsOut& statistics) {
-  if (rule.bounded()) {
-    check_prior(prior, rule);
-  }
-  std::int64_t nonfinite = 0;
-  const std::vector<std::uint8_t> usable = usable_rows(rollouts, rule, &nonfinite);
-
-  std::vector<Moments> group_moments(at(groups.size()));
-  GroupRewards rewards(rollouts, groups, usable);
+  for_blocks(groups.size(), kGroupBlock, rollouts.size(), threads, pool);
   Moments batch;
-  for (std::int64_t g = 0; g < groups.size(); ++g) {
-    group_moments[at(g)] = moments(rewards.of(g));
-    batch = rule.scale == Scale::kBatch ? merge(batch, group_moments[at(g)]) : batch;
+  for (const Moments& block : blocks) {
+    batch = merge(batch, block);
   }
-
-  for (std::int64_t g = 0; g < groups.size(); ++g) {
-    const Moments& m = group_moments[at(g)];
-    const double v = prior.empty() ? std::numeric_limits<double>::quiet_NaN() : prior[at(g)];
-    write_statistics(statistics, at(g), m, v, rule);
-    const GroupAdvantage judge(m, v, rule, rule.scale == Scale::kBatch ? batch : m);
-    for (std::int64_t p = groups.offsets[at(g)]; p < groups.offsets[at(g) + 1]; ++p) {
-      const std::size_t row = at(groups.row(p));
-      advantages[row] = usable[row] != 0 ? judge(rollouts.rewards[row]) : 0.0;
-    }
-  }
-  return nonfinite;
+  return batch;
 }
+
+// As many sums side by side as two 512-bit registers hold. The lanes are added in a fixed order, whatever the
+// registers.
+constexpr std::size_t kLanes = 16;
 
 template <class Reward, class Mask>
-void sum_token_rewards(std::span<const Reward> token_rewards, std::span<const Mask> mask, std::span<double> rewards) {
-  const std::size_t tokens = rewards.empty() ? 0 : token_rewards.size() / rewards.size();
-  for (std::size_t i = 0; i < rewards.size(); ++i) {
-    double sum = 0.0;
-    for (std::size_t t = i * tokens; t < (i + 1) * tokens; ++t) {
-      sum += mask[t] != Mask{0} ? static_cast<double>(token_rewards[t]) : 0.0;
+V05_MULTIVERSION double sum_row(const Reward* rewards, const Mask* mask, std::size_t tokens) {
+  std::array<double, kLanes> lanes{};
+  const std::size_t whole = tokens - tokens % kLanes;
+  for (std::size_t t = 0; t < whole; t += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      lanes[lane] += mask[t + lane] != Mask{0} ? static_cast<double>(rewards[t + lane]) : 0.0;
     }
-    rewards[i] = sum;
   }
+  for (std::size_t t = whole; t < tokens; ++t) {
+    lanes[t - whole] += mask[t] != Mask{0} ? static_cast<double>(rewards[t]) : 0.0;
+  }
+  double sum = 0.0;
+  for (const double lane : lanes) {
+    sum += lane;
+  }
+  return sum;
 }
 
 template <class Out, class Mask>
-void spread_padded(std::span<const double> advantages, std::span<const Mask> mask, std::span<Out> out) {
-  const std::size_t tokens = advantages.empty() ? 0 : out.size() / advantages.size();
-  for (std::size_t i = 0; i < advantages.size(); ++i) {
-    const auto advantage = static_cast<Out>(advantages[i]);
-    for (std::size_t t = i * tokens; t < (i + 1) * tokens; ++t) {
-      out[t] = mask[t] != Mask{0} ? advantage : Out{0};
-    }
+V05_MULTIVERSION void spread_row(Out advantage, const Mask* mask, std::size_t tokens, Out* out) {
+  for (std::size_t t = 0; t < tokens; ++t) {
+    out[t] = mask[t] != Mask{0} ? advantage : Out{0};
   }
 }
 
 template <class Out>
-void spread_packed(std::span<const double> advantages, std::span<const std::int64_t> cu_seqlens, std::span<Out> out) {
-  for (std::size_t i = 0; i < advantages.size(); ++i) {
-    std::fill(out.begin() + cu_seqlens[i], out.begin() + cu_seqlens[i + 1], static_cast<Out>(advantages[i]));
+V05_MULTIVERSION void fill_row(Out advantage, std::size_t tokens, Out* out) {
+  for (std::size_t t = 0; t < tokens; ++t) {
+    out[t] = advantage;
   }
 }
 
+}  // namespace
+
+template <class Real, class Out>
+std::int64_t compute_advantages(const Rollouts<Real>& rollouts, const Groups& groups, std::span<const double> prior,
+                                const AdvantageRule& rule, std::span<Out> advantages, const StatisticsOut& statistics,
+                                int threads) {
+  if (rule.bounded()) {
+    check_prior(prior, rule);
+  }
+  const std::int64_t nonfinite = check_rewards(rollouts, rule);
+  const Moments batch = rule.scale == Scale::kBatch ? batch_moments(rollouts, groups, threads) : Moments{};
+  const auto judge_groups = [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
+    GroupMoments<Real> group_moments(rollouts, groups);
+    for (std::int64_t g = begin; g < end; ++g) {
+      const Moments m = group_moments.of(g);
+      const double v = prior.empty() ? std::numeric_limits<double>::quiet_NaN() : prior[at(g)];
+      write_statistics(statistics, at(g), m, v, rule);
+      const GroupAdvantage judge(m, v, rule, rule.scale == Scale::kBatch ? batch : m);
+      for (std::int64_t p = groups.offsets[at(g)]; p < groups.offsets[at(g) + 1]; ++p) {
+        const std::size_t row = at(groups.row(p));
+        const double advantage = rollouts.is_usable(row) ? judge(static_cast<double>(rollouts.rewards[row])) : 0.0;
+        advantages[row] = static_cast<Out>(advantage);
+      }
+    }
+  };
+  for_blocks(groups.size(), kGroupBlock, rollouts.size(), threads, judge_groups);
+  return nonfinite;
+}
+
+template <class Reward, class Mask>
+void sum_token_rewards(std::span<const Reward> token_rewards, std::span<const Mask> mask, std::span<double> rewards,
+                       int threads) {
+  const auto rows = static_cast<std::int64_t>(rewards.size());
+  const std::size_t tokens = rewards.empty() ? 0 : token_rewards.size() / rewards.size();
+  const auto sum_rows = [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
+    for (std::size_t i = at(begin); i < at(end); ++i) {
+      rewards[i] = sum_row(&token_rewards[i * tokens], &mask[i * tokens], tokens);
+    }
+  };
+  for_blocks(rows, kRowBlock, static_cast<std::int64_t>(token_rewards.size()), threads, sum_rows);
+}
+
+template <class Out, class Mask>
+void spread_padded(std::span<const double> advantages, std::span<const Mask> mask, std::span<Out> out, int threads) {
+  const auto rows = static_cast<std::int64_t>(advantages.size());
+  const std::size_t tokens = advantages.empty() ? 0 : out.size() / advantages.size();
+  const auto spread_rows = [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
+    for (std::size_t i = at(begin); i < at(end); ++i) {
+      spread_row(static_cast<Out>(advantages[i]), &mask[i * tokens], tokens, &out[i * tokens]);
+    }
+  };
+  for_blocks(rows, kRowBlock, static_cast<std::int64_t>(out.size()), threads, spread_rows);
+}
+
+template <class Out>
+void spread_packed(std::span<const double> advantages, std::span<const std::int64_t> cu_seqlens, std::span<Out> out,
+                   int threads) {
+  const auto rows = static_cast<std::int64_t>(advantages.size());
+  const auto fill_rows = [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
+    for (std::size_t i = at(begin); i < at(end); ++i) {
+      fill_row(static_cast<Out>(advantages[i]), at(cu_seqlens[i + 1] - cu_seqlens[i]), &out[at(cu_seqlens[i])]);
+    }
+  };
+  for_blocks(rows, kRowBlock, static_cast<std::int64_t>(out.size()), threads, fill_rows);
+}
+
 // clang-format off
+#define V05_FOR_REWARDS(Real, Out)                                                                                      \
+  template std::int64_t compute_advantages<Real, Out>(const Rollouts<Real>&, const Groups&, std::span<const double>,    \
+                                                      const AdvantageRule&, std::span<Out>, const StatisticsOut&, int);
+V05_FOR_REWARDS(float, float)
+V05_FOR_REWARDS(float, double)
+V05_FOR_REWARDS(double, float)
+V05_FOR_REWARDS(double, double)
+#undef V05_FOR_REWARDS
 #define V05_FOR_MASK(Mask)                                                                                              \
-  template void sum_token_rewards<float, Mask>(std::span<const float>, std::span<const Mask>, std::span<double>);       \
-  template void sum_token_rewards<double, Mask>(std::span<const double>, std::span<const Mask>, std::span<double>);     \
-  template void spread_padded<float, Mask>(std::span<const double>, std::span<const Mask>, std::span<float>);           \
-  template void spread_padded<double, Mask>(std::span<const double>, std::span<const Mask>, std::span<double>);
+  template void sum_token_rewards<float, Mask>(std::span<const float>, std::span<const Mask>, std::span<double>, int);  \
+  template void sum_token_rewards<double, Mask>(std::span<const double>, std::span<const Mask>, std::span<double>, int);\
+  template void spread_padded<float, Mask>(std::span<const double>, std::span<const Mask>, std::span<float>, int);      \
+  template void spread_padded<double, Mask>(std::span<const double>, std::span<const Mask>, std::span<double>, int);
 V05_FOR_MASK(std::uint8_t)
 V05_FOR_MASK(std::int64_t)
 V05_FOR_MASK(float)
 #undef V05_FOR_MASK
-template void spread_packed<float>(std::span<const double>, std::span<const std::int64_t>, std::span<float>);
-template void spread_packed<double>(std::span<const double>, std::span<const std::int64_t>, std::span<double>);
+template void spread_packed<float>(std::span<const double>, std::span<const std::int64_t>, std::span<float>, int);
+template void spread_packed<double>(std::span<const double>, std::span<const std::int64_t>, std::span<double>, int);
 // clang-format on
 
 }  // namespace v05

@@ -9,7 +9,7 @@ Real = NDArray[np.float32] | NDArray[np.float64]
 Mask = NDArray[np.uint8] | NDArray[np.int64] | NDArray[np.float32]
 
 def group_rows(ids: NDArray[np.int64], num_groups: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
-def factorize(keys: Sequence[object]) -> tuple[NDArray[np.int64], int]: ...
+def factorize(keys: Sequence[object] | NDArray[np.object_]) -> tuple[NDArray[np.int64], int]: ...
 def check_offsets(name: str, offsets: NDArray[np.int64]) -> None: ...
 def fused_advantage(
     rewards: Real,
@@ -35,6 +35,7 @@ def fused_advantage(
     eps: float,
     max_rollouts: int,
     cost: float,
+    threads: int,
 ) -> int: ...
 
 class RolloutAllocator:

@@ -659,7 +659,7 @@ def _run_cpp(
     # NumPy's are the cheaper allocations of what the core takes as NumPy's arrays.
     counts, moments, take_more = np.empty(2 + groups, np.int64), np.empty((7, groups)), np.empty(groups, np.bool_)
     statistics = (moments, counts[2:], take_more) if stats else (None, None, None)
-    counts[0] = _core.fused_advantage(*arrays, *statistics, **rule)
+    counts[0] = _core.fused_advantage(*arrays, *statistics, threads=torch.get_num_threads(), **rule)
     counts[1] = 0  # clipped: the core raises instead
     if target is not out:
         out.copy_(target)

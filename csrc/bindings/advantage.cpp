@@ -9,8 +9,8 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <variant>
+#include <vector>
 
 namespace py = pybind11;
 
@@ -62,34 +62,6 @@ v05::StatisticsOut statistics_out(MaybeArray<double>& moments, MaybeArray<std::i
           .take_more = mutable_view(*take_more)};
 }
 
-std::pair<Array<std::int64_t>, Array<std::int64_t>> group_rows(const Array<std::int64_t>& ids,
-                                                               std::int64_t num_groups) {
-  const v05::Grouping grouping = v05::group_rows(view(ids), num_groups);
-  return {Array<std::int64_t>(static_cast<py::ssize_t>(grouping.order.size()), grouping.order.data()),
-          Array<std::int64_t>(static_cast<py::ssize_t>(grouping.offsets.size()), grouping.offsets.data())};
-}
-
-// Dense ids of string (or any hashable) keys, numbered by first appearance.
-std::pair<Array<std::int64_t>, std::int64_t> factorize(const py::sequence& keys) {
-  Array<std::int64_t> ids(static_cast<py::ssize_t>(keys.size()));
-  py::dict slots;
-  std::int64_t next = 0;
-  for (std::size_t i = 0; i < keys.size(); ++i) {
-    const py::object key = keys[i];
-    PyObject* slot = PyDict_GetItemWithError(slots.ptr(), key.ptr());
-    if (slot == nullptr) {
-      if (PyErr_Occurred() != nullptr) {
-        throw py::error_already_set();
-      }
-      slots[key] = next;
-      ids.mutable_at(static_cast<py::ssize_t>(i)) = next++;
-    } else {
-      ids.mutable_at(static_cast<py::ssize_t>(i)) = PyLong_AsLongLong(slot);
-    }
-  }
-  return {ids, next};
-}
-
 // Offsets of parts that lie one after another from 0 on; where they end is the caller's to judge.
 void check_offsets(const std::string& name, const Array<std::int64_t>& offsets) {
   const std::span<const std::int64_t> values = view(offsets);
@@ -110,7 +82,7 @@ std::int64_t fused_advantage(const RealArray& rewards, const Array<std::int64_t>
                              RealArray& out, MaybeArray<double> moments, MaybeArray<std::int64_t> count,
                              MaybeArray<bool> take_more, int baseline, int scale, bool leave_one_out,
                              bool raw_singleton, bool exclude_nonfinite, double low, double high, double eps,
-                             std::int64_t max_rollouts, double cost) {
+                             std::int64_t max_rollouts, double cost, int threads) {
   const v05::AdvantageRule rule{.baseline = static_cast<v05::Baseline>(baseline),
                                 .scale = static_cast<v05::Scale>(scale),
                                 .leave_one_out = leave_one_out,
@@ -122,51 +94,54 @@ std::int64_t fused_advantage(const RealArray& rewards, const Array<std::int64_t>
                                 .max_rollouts = max_rollouts,
                                 .cost = cost};
   const v05::StatisticsOut statistics = statistics_out(moments, count, take_more);
-  const auto rollouts = static_cast<std::size_t>(std::visit([](const auto& array) { return array.shape(0); }, rewards));
-
-  const py::gil_scoped_release release;
-  std::vector<double> outcome(rollouts);
-  std::vector<double> advantages(rollouts);
-  std::visit(
-      [&](const auto& array) {
-        if (array.ndim() == 1) {
-          std::copy_n(array.data(), rollouts, outcome.begin());
-        } else {
-          std::visit([&](const auto& m) { v05::sum_token_rewards(view(array), view(m), std::span<double>(outcome)); },
-                     mask.value());
-        }
-      },
-      rewards);
-
-  const v05::Rollouts rows{.rewards = outcome,
-                           .valid = {reinterpret_cast<const std::uint8_t*>(view(valid).data()), view(valid).size()},
-                           .trajectory_ids = view(trajectory_ids)};
   const v05::Groups groups{.offsets = view(offsets), .order = view(order)};
-  const std::int64_t nonfinite = v05::compute_advantages(rows, groups, view(prior), rule, advantages, statistics);
-
-  std::visit(
-      [&](auto& array) {
-        if (mask) {
+  const auto compute = [&]<class Real, class Out>(std::span<const Real> outcomes, std::span<Out> advantages) {
+    const v05::Rollouts<Real> rollouts{
+        .rewards = outcomes,
+        .valid = {reinterpret_cast<const std::uint8_t*>(view(valid).data()), view(valid).size()},
+        .trajectory_ids = view(trajectory_ids)};
+    return v05::compute_advantages(rollouts, groups, view(prior), rule, advantages, statistics, threads);
+  };
+  const auto compute_rows = [&]<class Out>(std::span<Out> advantages) {
+    return std::visit(
+        [&](const auto& array) {
+          if (array.ndim() == 1) {
+            return compute(view(array), advantages);
+          }
+          std::vector<double> outcomes(static_cast<std::size_t>(array.shape(0)));
           std::visit(
               [&](const auto& m) {
-                v05::spread_padded(std::span<const double>(advantages), view(m), mutable_view(array));
+                v05::sum_token_rewards(view(array), view(m), std::span<double>(outcomes), threads);
               },
-              *mask);
-        } else if (cu_seqlens) {
-          v05::spread_packed(std::span<const double>(advantages), view(cu_seqlens), mutable_view(array));
-        } else {
-          std::copy(advantages.begin(), advantages.end(), mutable_view(array).begin());
+              mask.value());
+          return compute(std::span<const double>(outcomes), advantages);
+        },
+        rewards);
+  };
+
+  const py::gil_scoped_release release;
+  return std::visit(
+      [&](auto& array) {
+        if (!mask && !cu_seqlens) {
+          return compute_rows(mutable_view(array));
         }
+        const py::ssize_t rows = std::visit([](const auto& r) { return r.shape(0); }, rewards);
+        std::vector<double> advantages(static_cast<std::size_t>(rows));
+        const std::int64_t nonfinite = compute_rows(std::span<double>(advantages));
+        const std::span<const double> values = advantages;
+        if (mask) {
+          std::visit([&](const auto& m) { v05::spread_padded(values, view(m), mutable_view(array), threads); }, *mask);
+        } else {
+          v05::spread_packed(values, view(cu_seqlens), mutable_view(array), threads);
+        }
+        return nonfinite;
       },
       out);
-  return nonfinite;
 }
 
 }  // namespace
 
 void register_advantage(py::module_& m) {
-  m.def("group_rows", &group_rows, py::arg("ids").noconvert(), py::arg("num_groups"));
-  m.def("factorize", &factorize, py::arg("keys"));
   m.def("check_offsets", &check_offsets, py::arg("name"), py::arg("offsets").noconvert());
   m.def("fused_advantage", &fused_advantage, py::arg("rewards").noconvert(), py::arg("offsets").noconvert(),
         py::arg("order").noconvert(), py::arg("prior").noconvert(), py::arg("mask").noconvert(),
@@ -174,5 +149,5 @@ void register_advantage(py::module_& m) {
         py::arg("out").noconvert(), py::arg("moments").noconvert(), py::arg("count").noconvert(),
         py::arg("take_more").noconvert(), py::kw_only(), py::arg("baseline"), py::arg("scale"),
         py::arg("leave_one_out"), py::arg("raw_singleton"), py::arg("exclude_nonfinite"), py::arg("low"),
-        py::arg("high"), py::arg("eps"), py::arg("max_rollouts"), py::arg("cost"));
+        py::arg("high"), py::arg("eps"), py::arg("max_rollouts"), py::arg("cost"), py::arg("threads"));
 }

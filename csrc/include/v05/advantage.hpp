@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <limits>
 #include <span>
-#include <vector>
 
 #include "v05/fusion.hpp"
 #include "v05/statistics.hpp"
@@ -47,10 +46,15 @@ struct Groups {
   }
 };
 
+template <class Real>
 struct Rollouts {
-  std::span<const double> rewards;
+  std::span<const Real> rewards;
   std::span<const std::uint8_t> valid;           // empty: all
   std::span<const std::int64_t> trajectory_ids;  // empty: every row is a trajectory of its own
+
+  [[nodiscard]] std::int64_t size() const { return static_cast<std::int64_t>(rewards.size()); }
+  [[nodiscard]] bool is_valid(std::size_t row) const { return valid.empty() || valid[row] != 0; }
+  [[nodiscard]] bool is_usable(std::size_t row) const { return is_valid(row) && std::isfinite(rewards[row]); }
 };
 
 // Where statistics go, one element a group; all empty if nobody asked.
@@ -60,32 +64,27 @@ struct StatisticsOut {
   std::span<bool> take_more;
 };
 
-// A stable grouping of rows by id, in Groups' form.
-struct Grouping {
-  std::vector<std::int64_t> order;
-  std::vector<std::int64_t> offsets;
-};
-
-// ids in any order. num_groups < 0: group g is the g-th distinct id in order of first appearance; else the id is the
-// group and must lie in [0, num_groups). Throws std::invalid_argument.
-Grouping group_rows(std::span<const std::int64_t> ids, std::int64_t num_groups);
+// Everything below runs on at most `threads` threads and gives the same bits on any number of them.
 
 // Writes one advantage a row (0 for a row left out) and the statistics; returns how many non-finite rewards were left
 // out. Throws std::invalid_argument that names the argument, the rows and the remedy.
-std::int64_t compute_advantages(const Rollouts& rollouts, const Groups& groups, std::span<const double> prior,
-                                const AdvantageRule& rule, std::span<double> advantages,
-                                const StatisticsOut& statistics);
+template <class Real, class Out>
+std::int64_t compute_advantages(const Rollouts<Real>& rollouts, const Groups& groups, std::span<const double> prior,
+                                const AdvantageRule& rule, std::span<Out> advantages, const StatisticsOut& statistics,
+                                int threads);
 
 // rewards[i] = sum of token_rewards[i, t] over the tokens where mask[i, t] is not zero.
 template <class Reward, class Mask>
-void sum_token_rewards(std::span<const Reward> token_rewards, std::span<const Mask> mask, std::span<double> rewards);
+void sum_token_rewards(std::span<const Reward> token_rewards, std::span<const Mask> mask, std::span<double> rewards,
+                       int threads);
 
 // out[i, t] = advantages[i] where mask[i, t] is not zero, else 0.
 template <class Out, class Mask>
-void spread_padded(std::span<const double> advantages, std::span<const Mask> mask, std::span<Out> out);
+void spread_padded(std::span<const double> advantages, std::span<const Mask> mask, std::span<Out> out, int threads);
 
 // out[cu_seqlens[i] .. cu_seqlens[i + 1]] = advantages[i].
 template <class Out>
-void spread_packed(std::span<const double> advantages, std::span<const std::int64_t> cu_seqlens, std::span<Out> out);
+void spread_packed(std::span<const double> advantages, std::span<const std::int64_t> cu_seqlens, std::span<Out> out,
+                   int threads);
 
 }  // namespace v05

@@ -1,0 +1,108 @@
+#include "v05/grouping.hpp"
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <span>
+#include <utility>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace {
+
+using Ids = py::array_t<std::int64_t, py::array::c_style>;
+
+std::pair<Ids, Ids> group_rows(const Ids& ids, std::int64_t num_groups) {
+  Ids order(ids.size());
+  const std::span<const std::int64_t> id_view(ids.data(), static_cast<std::size_t>(ids.size()));
+  const std::span<std::int64_t> order_view(order.mutable_data(), id_view.size());
+  std::vector<std::int64_t> offsets;
+  {
+    const py::gil_scoped_release release;
+    offsets = v05::group_rows(id_view, num_groups, order_view);
+  }
+  return {std::move(order), Ids(static_cast<py::ssize_t>(offsets.size()), offsets.data())};
+}
+
+using Keys = std::span<PyObject* const>;
+
+// Exact str only: hashing and comparing them runs no Python code, so the borrowed keys stay alive.
+bool all_strings(Keys keys) {
+  constexpr std::size_t kAhead = 16;
+  for (std::size_t i = 0; i < keys.size(); ++i) {
+    __builtin_prefetch(keys[std::min(i + kAhead, keys.size() - 1)]);
+    if (keys[i] == nullptr || !PyUnicode_CheckExact(keys[i])) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool equal_strings(PyObject* a, PyObject* b) {
+  return a == b || (PyUnicode_GET_LENGTH(a) == PyUnicode_GET_LENGTH(b) && PyUnicode_KIND(a) == PyUnicode_KIND(b) &&
+                    std::memcmp(PyUnicode_DATA(a), PyUnicode_DATA(b),
+                                static_cast<std::size_t>(PyUnicode_GET_LENGTH(a) * PyUnicode_KIND(a))) == 0);
+}
+
+std::int64_t number_strings(Keys keys, std::span<std::int64_t> ids) {
+  constexpr std::size_t kAhead = 48;  // beyond the batch whose table lines are being fetched
+  const auto hash_of = [&](std::size_t row) {
+    __builtin_prefetch(keys[std::min(row + kAhead, keys.size() - 1)]);
+    return static_cast<std::uint64_t>(PyObject_Hash(keys[row]));  // cached in the string after the first time
+  };
+  return v05::number_by_appearance(ids, hash_of,
+                                   [&](std::size_t a, std::size_t b) { return equal_strings(keys[a], keys[b]); });
+}
+
+// Any hashable keys, by a dict. A tuple of its own holds them, because their __hash__ and __eq__ are Python code.
+std::int64_t number_hashables(const py::tuple& keys, std::span<std::int64_t> ids) {
+  py::dict slots;
+  std::int64_t next = 0;
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    const py::object key = keys[i];
+    PyObject* slot = PyDict_GetItemWithError(slots.ptr(), key.ptr());
+    if (slot == nullptr) {
+      if (PyErr_Occurred() != nullptr) {
+        throw py::error_already_set();
+      }
+      slots[key] = next;
+      ids[i] = next++;
+    } else {
+      ids[i] = PyLong_AsLongLong(slot);
+    }
+  }
+  return next;
+}
+
+// Dense ids of string (or any hashable) keys, numbered by first appearance. `keys` is a sequence or an object array.
+std::pair<Ids, std::int64_t> factorize(py::object keys) {
+  py::object owner;
+  Keys items;
+  if (py::isinstance<py::array>(keys) && py::cast<py::array>(keys).dtype().kind() == 'O') {
+    const auto array = py::array::ensure(keys, py::array::c_style);
+    items = {static_cast<PyObject* const*>(array.data()), static_cast<std::size_t>(array.size())};
+    owner = array;
+  } else {
+    owner = py::reinterpret_steal<py::object>(PySequence_Fast(keys.ptr(), "keys: give a sequence or an object array"));
+    if (!owner) {
+      throw py::error_already_set();
+    }
+    items = {PySequence_Fast_ITEMS(owner.ptr()), static_cast<std::size_t>(PySequence_Fast_GET_SIZE(owner.ptr()))};
+  }
+  Ids ids(static_cast<py::ssize_t>(items.size()));
+  const std::span<std::int64_t> id_view(ids.mutable_data(), items.size());
+  const std::int64_t found =
+      all_strings(items) ? number_strings(items, id_view) : number_hashables(py::tuple(keys), id_view);
+  return {std::move(ids), found};
+}
+
+}  // namespace
+
+void register_grouping(py::module_& m) {
+  m.def("group_rows", &group_rows, py::arg("ids").noconvert(), py::arg("num_groups"));
+  m.def("factorize", &factorize, py::arg("keys"));
+}

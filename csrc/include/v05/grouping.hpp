@@ -1,0 +1,81 @@
+// Which rows belong together: numbering keys by first appearance, and a stable grouping of rows. No Python.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <stdexcept>
+#include <vector>
+
+namespace v05 {
+
+// Rows and groups are counted in 32 bits where tables of them should fit the cache.
+inline constexpr std::size_t kMostRows = std::numeric_limits<std::int32_t>::max();
+
+// Numbers the keys of rows by first appearance into `slots` and returns how many there are. hash_of(row) is 64 well
+// mixed bits; same(a, b) tells whether two rows of equal hash hold the same key. A flat table (linear probing, at most
+// half full) whose lines are fetched a batch ahead: a table of a million keys is far larger than a cache.
+template <class Slot, class HashOf, class Same>
+std::int64_t number_by_appearance(std::span<Slot> slots, const HashOf& hash_of, const Same& same) {
+  if (slots.size() > kMostRows) {
+    throw std::invalid_argument("group_ids: more than 2^31 - 1 rows. Split the batch.");
+  }
+  struct Entry {
+    std::uint64_t hash = 0;
+    std::int32_t first_row = 0;
+    std::int32_t slot = -1;  // negative: no key
+  };
+  constexpr std::size_t kBatch = 32;
+  std::vector<Entry> table(1024);
+  const auto grow = [&table] {
+    std::vector<Entry> larger(4 * table.size());
+    for (const Entry& entry : table) {
+      if (entry.slot >= 0) {
+        std::size_t place = entry.hash & (larger.size() - 1);
+        while (larger[place].slot >= 0) {
+          place = (place + 1) & (larger.size() - 1);
+        }
+        larger[place] = entry;
+      }
+    }
+    table.swap(larger);
+  };
+
+  std::array<std::uint64_t, kBatch> hashes{};
+  std::int32_t found = 0;
+  for (std::size_t begin = 0; begin < slots.size(); begin += kBatch) {
+    const std::size_t end = std::min(slots.size(), begin + kBatch);
+    if (2 * (static_cast<std::size_t>(found) + kBatch) > table.size()) {
+      grow();
+    }
+    const std::size_t mask = table.size() - 1;
+    for (std::size_t row = begin; row < end; ++row) {
+      hashes[row - begin] = hash_of(row);
+      __builtin_prefetch(&table[hashes[row - begin] & mask]);
+    }
+    for (std::size_t row = begin; row < end; ++row) {
+      const std::uint64_t hash = hashes[row - begin];
+      std::size_t place = hash & mask;
+      while (table[place].slot >= 0 &&
+             !(table[place].hash == hash && same(static_cast<std::size_t>(table[place].first_row), row))) {
+        place = (place + 1) & mask;
+      }
+      if (table[place].slot < 0) {
+        table[place] = {.hash = hash, .first_row = static_cast<std::int32_t>(row), .slot = found++};
+      }
+      slots[row] = table[place].slot;
+    }
+  }
+  return found;
+}
+
+// Group g owns the rows order[offsets[g]] .. order[offsets[g + 1] - 1], in rising order. ids in any order;
+// num_groups < 0: group g is the g-th distinct id in order of first appearance; else the id is the group and must lie
+// in [0, num_groups) (std::invalid_argument). `order` is written, one element an id; the offsets are returned.
+std::vector<std::int64_t> group_rows(std::span<const std::int64_t> ids, std::int64_t num_groups,
+                                     std::span<std::int64_t> order);
+
+}  // namespace v05

@@ -1,0 +1,46 @@
+// Error messages that show which values are at fault.
+#pragma once
+
+#include <cstddef>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace v05 {
+
+// Collects offending positions and turns them into one readable complaint.
+class Offenders {
+ public:
+  void add(std::size_t position, double value) {
+    if (positions_.size() < kShown) {
+      positions_.push_back(position);
+      values_.push_back(value);
+    }
+    ++count_;
+  }
+
+  void raise_if_any(const std::string& what, const std::string& remedy) const {
+    if (count_ == 0) {
+      return;
+    }
+    std::ostringstream message;
+    message << what << ' ';
+    for (std::size_t i = 0; i < positions_.size(); ++i) {
+      message << (i > 0 ? ", " : "") << positions_[i] << " (" << values_[i] << ')';
+    }
+    if (count_ > positions_.size()) {
+      message << " and " << count_ - positions_.size() << " more";
+    }
+    message << ". " << remedy;
+    throw std::invalid_argument(message.str());
+  }
+
+ private:
+  static constexpr std::size_t kShown = 8;
+  std::vector<std::size_t> positions_;
+  std::vector<double> values_;
+  std::size_t count_ = 0;
+};
+
+}  // namespace v05
