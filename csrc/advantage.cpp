@@ -86,22 +86,26 @@ class GroupMoments {
   GroupMoments(const Rollouts<Real>& rollouts, const Groups& groups) : rollouts_(rollouts), groups_(groups) {}
 
   Moments of(std::int64_t group) {
-    rewards_.clear();
-    seen_.clear();
-    for (std::int64_t p = groups_.offsets[at(group)]; p < groups_.offsets[at(group) + 1]; ++p) {
-      const std::size_t row = at(groups_.row(p));
-      if (rollouts_.is_usable(row) && is_new_trajectory(row)) {
-        rewards_.push_back(static_cast<double>(rollouts_.rewards[row]));
-      }
+    const std::int64_t begin = groups_.offsets[at(group)];
+    const std::int64_t end = groups_.offsets[at(group) + 1];
+    if (rewards_.size() < at(end - begin)) {
+      rewards_.resize(2 * at(end - begin));
     }
-    return moments(rewards_);
+    const bool has_trajectories = !rollouts_.trajectory_ids.empty();
+    if (has_trajectories) {
+      seen_.clear();
+    }
+    std::size_t count = 0;
+    for (std::int64_t p = begin; p < end; ++p) {
+      const std::size_t row = at(groups_.row(p));
+      rewards_[count] = static_cast<double>(rollouts_.rewards[row]);
+      count += static_cast<std::size_t>(rollouts_.is_usable(row) && (!has_trajectories || is_new_trajectory(row)));
+    }
+    return moments(std::span<const double>(rewards_).first(count));
   }
 
  private:
   bool is_new_trajectory(std::size_t row) {
-    if (rollouts_.trajectory_ids.empty()) {
-      return true;
-    }
     const auto [entry, inserted] = seen_.try_emplace(rollouts_.trajectory_ids[row], row);
     if (!inserted && rollouts_.rewards[entry->second] != rollouts_.rewards[row]) {
       std::ostringstream message;
@@ -178,6 +182,7 @@ void write_statistics(const StatisticsOut& out, std::size_t g, const Moments& m,
 // Groups a thread takes at a time. Moments of the batch are pooled by such blocks, so that their order is fixed.
 constexpr std::int64_t kGroupBlock = 256;
 constexpr std::int64_t kRowBlock = 16;
+constexpr std::int64_t kPrefetchAhead = 32;
 
 // The moments of all rollouts, pooled in group order within blocks, then in block order.
 template <class Real>
@@ -253,6 +258,11 @@ std::int64_t compute_advantages(const Rollouts<Real>& rollouts, const Groups& gr
       write_statistics(statistics, at(g), m, v, rule);
       const GroupAdvantage judge(m, v, rule, rule.scale == Scale::kBatch ? batch : m);
       for (std::int64_t p = groups.offsets[at(g)]; p < groups.offsets[at(g) + 1]; ++p) {
+        if (!groups.order.empty()) {  // rows in any order: fetched ahead, as the hardware cannot guess them
+          const std::size_t ahead = at(groups.row(std::min(p + kPrefetchAhead, rollouts.size() - 1)));
+          __builtin_prefetch(&rollouts.rewards[ahead]);
+          __builtin_prefetch(&advantages[ahead], 1);
+        }
         const std::size_t row = at(groups.row(p));
         const double advantage = rollouts.is_usable(row) ? judge(static_cast<double>(rollouts.rewards[row])) : 0.0;
         advantages[row] = static_cast<Out>(advantage);
