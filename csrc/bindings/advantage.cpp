@@ -12,6 +12,8 @@
 #include <variant>
 #include <vector>
 
+#include "v05/pages.hpp"
+
 namespace py = pybind11;
 
 namespace {
@@ -122,6 +124,7 @@ std::int64_t fused_advantage(const RealArray& rewards, const Array<std::int64_t>
   const py::gil_scoped_release release;
   return std::visit(
       [&](auto& array) {
+        v05::prefer_huge_pages(mutable_view(array));
         if (!mask && !cu_seqlens) {
           return compute_rows(mutable_view(array));
         }
