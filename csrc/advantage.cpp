@@ -39,10 +39,10 @@ void check_prior(std::span<const double> prior, const AdvantageRule& rule) {
 // True if every reward lies in [low, high]: then nobody has to look for the ones that do not. NaN lies nowhere.
 template <class Real>
 V05_MULTIVERSION bool all_within(const Real* rewards, std::size_t rows, double low, double high) {
-  int outside = 0;
+  unsigned outside = 0;
   for (std::size_t i = 0; i < rows; ++i) {
     const auto reward = static_cast<double>(rewards[i]);
-    outside |= static_cast<int>(!(reward >= low)) | static_cast<int>(!(reward <= high));
+    outside |= static_cast<unsigned>(!(reward >= low)) | static_cast<unsigned>(!(reward <= high));
   }
   return outside == 0;
 }

@@ -8,7 +8,7 @@
 namespace v05 {
 
 // Below this much work, in elements touched, waking threads costs more than they save.
-inline constexpr std::int64_t kSerialWork = 1 << 16;
+inline constexpr std::int64_t kSerialWork = 65536;
 
 // Calls body(block, begin, end) for the blocks of `block_size` that cover [0, count). How the range is cut does not
 // depend on `threads`, so neither does what a block computes. If bodies throw, the exception of the first block wins.
