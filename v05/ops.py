@@ -147,6 +147,8 @@ def fused_advantage(
 
     Args:
         rewards: (N,) outcome rewards of any real dtype, or (N, T) token rewards, which are summed over `response_mask`.
+            All arithmetic is float64 (half precision widens exactly): on the CPU an advantage is the exact one of these rewards,
+            rounded to `dtype`, up to 1e-15 max |reward| (over the divisor, under a scale); the same bits on any thread count.
         prior: (G,) predicted mean reward of each group, in reward units; NaN where there is none, and the group mean then
             stands in. Needed by the methods "v05" and "prior".
         group_ids: (N,) integers in any order, or a sequence of N strings. Exactly one of `group_ids` and `group_offsets`.

@@ -1,0 +1,67 @@
+// Prints the bits that the op computes for fixed input. Built for one instruction set at a time by test_core.py.
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <span>
+#include <vector>
+
+#include "v05/advantage.hpp"
+
+namespace {
+
+std::uint64_t hash = 0xcbf29ce484222325U;
+
+template <class T>
+void add(const std::vector<T>& values) {
+  std::vector<unsigned char> bytes(values.size() * sizeof(T));
+  std::memcpy(bytes.data(), values.data(), bytes.size());
+  for (const unsigned char byte : bytes) {
+    hash = (hash ^ byte) * 0x100000001b3U;
+  }
+}
+
+template <class Real, class Mask>
+void run(v05::Scale scale) {
+  constexpr std::size_t kRows = 211;
+  constexpr std::size_t kTokens = 75;  // no multiple of any vector
+  constexpr std::int64_t kGroups = 50;
+  std::mt19937_64 random(0);
+  std::vector<Real> tokens(kRows * kTokens);
+  std::vector<Mask> mask(tokens.size());
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    tokens[i] = static_cast<Real>(static_cast<double>(random()) * 0x1p-64 / kTokens);
+    mask[i] = static_cast<Mask>(random() % 3 != 0);
+  }
+  std::vector<std::int64_t> offsets(kGroups + 1, kRows);
+  for (std::int64_t g = 0; g < kGroups; ++g) {
+    offsets[static_cast<std::size_t>(g)] = g * 4;
+  }
+  const std::vector<double> prior(kGroups, 0.4);
+  const v05::AdvantageRule rule{.baseline = v05::Baseline::kShrinkage, .scale = scale};
+  std::vector<double> outcomes(kRows);
+  std::vector<double> advantages(kRows);
+  std::vector<Real> spread(tokens.size());
+  v05::sum_token_rewards(std::span<const Real>(tokens), std::span<const Mask>(mask), std::span<double>(outcomes), 1);
+  v05::compute_advantages(v05::Rollouts<double>{.rewards = outcomes, .valid = {}, .trajectory_ids = {}},
+                          v05::Groups{.offsets = offsets, .order = {}}, std::span<const double>(prior), rule,
+                          std::span<double>(advantages), v05::StatisticsOut{}, 1);
+  v05::spread_padded(std::span<const double>(advantages), std::span<const Mask>(mask), std::span<Real>(spread), 1);
+  add(outcomes);
+  add(advantages);
+  add(spread);
+}
+
+}  // namespace
+
+int main() {
+  for (const v05::Scale scale : {v05::Scale::kNone, v05::Scale::kGroup, v05::Scale::kBatch}) {
+    run<float, std::uint8_t>(scale);
+    run<float, std::int64_t>(scale);
+    run<float, float>(scale);
+    run<double, std::uint8_t>(scale);
+    run<double, std::int64_t>(scale);
+    run<double, float>(scale);
+  }
+  std::printf("%016llx\n", static_cast<unsigned long long>(hash));
+}

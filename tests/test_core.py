@@ -1,0 +1,193 @@
+"""The compiled core: the same bits on any thread count and instruction set, grouping of awkward ids, digits that survive."""
+
+import hashlib
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from v05 import _core, reference
+from v05.ops import fused_advantage
+
+ROOT = Path(__file__).parents[1]
+INT64 = np.iinfo(np.int64)
+
+
+def digest() -> str:
+    """Of everything the op writes, for uneven groups in random order and enough work to be shared among threads."""
+    rng = np.random.default_rng(0)
+    n, t, groups = 3001, 75, 700
+    ids, prior = torch.from_numpy(rng.integers(0, groups, n)), torch.from_numpy(rng.random(groups))
+    tokens = torch.from_numpy(rng.random((n, t), dtype=np.float32)) / t
+    lengths = torch.from_numpy(rng.integers(0, t + 1, n))
+    mask = torch.arange(t) < lengths[:, None]
+    cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+    seen = hashlib.sha256()
+    for scale in ("none", "group", "batch"):
+        options = dict(group_ids=ids, num_groups=groups, scale=scale, method="v05")
+        for mask_dtype in (torch.bool, torch.int64, torch.float32):
+            for rewards in (tokens, tokens.double(), tokens[:, 0]):
+                out = fused_advantage(rewards, prior, response_mask=mask.to(mask_dtype), **options)
+                for tensor in (out.advantages, out.stats.moments, out.stats.counts, out.stats.take_more):
+                    seen.update(tensor.numpy().tobytes())
+        for dtype in (torch.float32, torch.float64):
+            out = fused_advantage(tokens[:, 0], prior, dtype=dtype, cu_seqlens=cu_seqlens, **options)
+            seen.update(out.advantages.numpy().tobytes())
+        many = torch.from_numpy(rng.random(200_000))
+        out = fused_advantage(many, group_offsets=torch.arange(0, 200_001, 4), scale=scale, method="grpo")
+        seen.update(out.advantages.numpy().tobytes())
+    return seen.hexdigest()
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_thread_count_does_not_change_a_bit(request):
+    one = digest()
+    request.getfixturevalue("two_threads")
+    assert digest() == one
+
+
+def test_errors_leave_a_parallel_region(two_threads):
+    n = 400_000
+    rewards, trajectories = torch.zeros(n), torch.arange(n)
+    for row in (399_998, 1000):
+        rewards[row], trajectories[row + 1] = 1.0, row
+    with pytest.raises(ValueError, match="trajectory_ids: rows 1000 and 1001 are one trajectory"):  # the first of the two
+        fused_advantage(rewards, group_offsets=torch.arange(0, n + 1, 4), trajectory_ids=trajectories, method="grpo")
+
+
+def test_instruction_set_does_not_change_a_bit(tmp_path):
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    levels = {"x86-64": "sse2", "x86-64-v3": "avx2", "x86-64-v4": "avx512vl"}
+    levels = [level for level, flag in levels.items() if flag in flags]
+    if shutil.which("g++") is None or len(levels) < 2:
+        pytest.skip("needs g++ and a processor with two levels of x86-64")
+    printed = set()
+    for level in levels:
+        program = tmp_path / level
+        options = ["-std=c++20", "-O3", "-ffp-contract=off", "-DV05_MULTIVERSION=", f"-march={level}"]
+        sources = [ROOT / "tests" / "instruction_sets.cpp", ROOT / "csrc" / "advantage.cpp"]
+        subprocess.run(["g++", *options, f"-I{ROOT / 'csrc' / 'include'}", "-o", program, *sources], check=True)
+        printed.add(subprocess.run([program], capture_output=True, text=True, check=True).stdout)
+    assert len(printed) == 1
+
+
+def numbered(keys):
+    """Keys by first appearance, as a dict does it."""
+    slots = {}
+    return [slots.setdefault(key, len(slots)) for key in keys]
+
+
+IDS = {
+    "empty": [],
+    "one row": [7],
+    "one group": [5] * 1000,
+    "all distinct": list(range(5000, 0, -1)),
+    "negative": [-3, -1, -3, -2, 0, -1],
+    "all of int64": [INT64.max, INT64.min, 0, INT64.max, -1, INT64.min],
+    "huge": [2**62 + i % 7 for i in range(100)],
+    "multiples of the table": [i % 700 * 2**40 for i in range(3000)],
+    "a table that grows": [i * 1_000_003 % 9973 * 2**32 for i in range(30_000)],
+    "just dense enough": [0, 11, 0],
+    "just too sparse": [0, 12, 0],
+}
+
+
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
+def test_grouping_of_awkward_ids(ids):
+    slots = np.array(numbered(ids), dtype=np.int64)
+    order, offsets = _core.group_rows(np.array(ids, dtype=np.int64), -1)
+    assert order.tolist() == np.argsort(slots, kind="stable").tolist()
+    assert offsets.tolist() == [0, *np.cumsum(np.bincount(slots, minlength=slots.max(initial=-1) + 1))]
+    assert np.array_equal(order, _core.group_rows(slots, len(offsets) - 1)[0])
+
+
+@settings(max_examples=200, deadline=None)
+@given(hnp.arrays(np.int64, st.integers(0, 200), elements=st.one_of(st.integers(-3, 3), st.integers(INT64.min, INT64.max))))
+def test_grouping_of_any_ids(ids):
+    order, offsets = _core.group_rows(ids, -1)
+    assert order.tolist() == np.argsort(numbered(ids.tolist()), kind="stable").tolist()
+    assert len(offsets) == len(set(ids.tolist())) + 1
+
+
+class Sticky:
+    """All of them collide; equality is Python code."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __hash__(self):
+        return 1
+
+    def __eq__(self, other):
+        return self.name == other.name
+
+
+KEYS = {
+    "empty": [],
+    "copies": ["".join(["a", str(i % 3)]) for i in range(100)],
+    "every width of character": ["é", "e", "日本", "🦊", "é", "日本", "🦊x", "", ""],
+    "long": ["x" * 5000, "x" * 4999 + "y", "x" * 5000],
+    "a table that grows": [f"prompt-{i * 7919 % 3001}" for i in range(10_000)],
+    "not strings": [(1, 2), "a", None, (1, 2), 3, 3.0, "a"],
+    "colliding": [Sticky(i % 5) for i in range(50)],
+    "numpy strings": list(np.array(["b", "a", "b"])),
+}
+
+
+@pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS.keys())
+def test_factorize(keys):
+    array = np.empty(len(keys), dtype=object)
+    array[:] = keys
+    wide = np.repeat(array, 2)[::2]  # strided
+    for form in (keys, tuple(keys), array, wide):
+        ids, found = _core.factorize(form)
+        assert ids.tolist() == numbered(keys)
+        assert found == len(set(keys))
+
+
+def test_factorize_refuses_what_cannot_be_hashed():
+    with pytest.raises(TypeError, match="unhashable"):
+        _core.factorize(["a", []])
+    with pytest.raises(TypeError, match="give a sequence"):
+        _core.factorize(3)
+
+
+NUMERICS = {
+    "1e4, spread 1e-3": (1e4, 1e-3),
+    "1e6, spread 1": (1e6, 1.0),
+    "denormal": (0.0, 1e-310),
+    "units": (0.5, 0.5),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("centre", "spread"), NUMERICS.values(), ids=NUMERICS.keys())
+@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+def test_digits_survive(centre, spread, dtype, scale):
+    """The bounds of the docstring, with the rewards as their dtype holds them."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 20, 400)
+    rewards = torch.from_numpy(centre + spread * rng.random(400)).to(dtype)
+    if not rewards.isfinite().all():
+        pytest.skip("beyond the range of the dtype")
+    exact, _ = reference.fused_advantage(rewards.double().numpy(), ids, method="grpo", scale=scale)
+    bounds = {torch.float64: 1e-12, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+    for out_dtype, bound in bounds.items():
+        out = fused_advantage(rewards, group_ids=ids, num_groups=20, method="grpo", scale=scale, dtype=out_dtype)
+        # A mean near `centre` holds 2^-53 of it, whatever is done next; in units of the divisor where there is one.
+        divisor = 1.0 if scale == "none" else rewards.double().std().item() + 1e-6
+        floor = 8 * 2.0**-53 * centre / divisor + 2 * torch.finfo(out_dtype).smallest_normal
+        np.testing.assert_allclose(out.advantages.double().numpy(), exact, rtol=1.01 * bound + 1e-12, atol=floor)
