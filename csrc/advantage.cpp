@@ -202,6 +202,75 @@ Moments batch_moments(const Rollouts<Real>& rollouts, const Groups& groups, int 
   return batch;
 }
 
+template <class Step>
+void for_rows(const Step& step, std::int64_t rows, std::int64_t tokens, int threads) {
+  if (step) {
+    const auto take = [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
+      for (std::int64_t row = begin; row < end; ++row) {
+        step(at(row));
+      }
+    };
+    for_blocks(rows, kRowBlock, tokens, threads, take);
+  }
+}
+
+}  // namespace
+
+template <class Real, class Out>
+std::int64_t compute_advantages(const Rollouts<Real>& rollouts, const Groups& groups, std::span<const double> prior,
+                                const AdvantageRule& rule, std::span<Out> advantages, const StatisticsOut& statistics,
+                                const TokenSteps& steps, int threads) {
+  if (rule.bounded()) {
+    check_prior(prior, rule);
+  }
+  // A group's tokens are summed and spread while they are in the cache, unless its statistics need other groups' sums
+  // or there are too few groups to share among the threads.
+  const bool by_group = rule.scale != Scale::kBatch && groups.size() >= threads;
+  const bool sums_by_group = by_group && steps.sum;
+  if (!by_group) {
+    for_rows(steps.sum, rollouts.size(), steps.tokens, threads);
+  }
+  std::int64_t nonfinite = sums_by_group ? 0 : check_rewards(rollouts, rule);
+  const Moments batch = rule.scale == Scale::kBatch ? batch_moments(rollouts, groups, threads) : Moments{};
+
+  const auto judge_groups = [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
+    GroupMoments<Real> group_moments(rollouts, groups);
+    for (std::int64_t g = begin; g < end; ++g) {
+      const std::int64_t first = groups.offsets[at(g)];
+      const std::int64_t last = groups.offsets[at(g) + 1];
+      for (std::int64_t p = first; sums_by_group && p < last; ++p) {
+        steps.sum(at(groups.row(p)));
+      }
+      const Moments m = group_moments.of(g);
+      const double v = prior.empty() ? std::numeric_limits<double>::quiet_NaN() : prior[at(g)];
+      write_statistics(statistics, at(g), m, v, rule);
+      const GroupAdvantage judge(m, v, rule, rule.scale == Scale::kBatch ? batch : m);
+      for (std::int64_t p = first; p < last; ++p) {
+        if (!groups.order.empty()) {  // rows in any order: fetched ahead, as the hardware cannot guess them
+          const std::size_t ahead = at(groups.row(std::min(p + kPrefetchAhead, rollouts.size() - 1)));
+          __builtin_prefetch(&rollouts.rewards[ahead]);
+          __builtin_prefetch(&advantages[ahead], 1);
+        }
+        const std::size_t row = at(groups.row(p));
+        const double advantage = rollouts.is_usable(row) ? judge(static_cast<double>(rollouts.rewards[row])) : 0.0;
+        advantages[row] = static_cast<Out>(advantage);
+      }
+      for (std::int64_t p = first; by_group && steps.spread && p < last; ++p) {
+        steps.spread(at(groups.row(p)));
+      }
+    }
+  };
+  const std::int64_t block = by_group && steps.tokens > 0 ? 1 : kGroupBlock;
+  for_blocks(groups.size(), block, std::max(rollouts.size(), by_group ? steps.tokens : 0), threads, judge_groups);
+  if (sums_by_group) {
+    nonfinite = check_rewards(rollouts, rule);
+  }
+  if (!by_group) {
+    for_rows(steps.spread, rollouts.size(), steps.tokens, threads);
+  }
+  return nonfinite;
+}
+
 // As many sums side by side as two 512-bit registers hold. The lanes are added in a fixed order, whatever the
 // registers.
 constexpr std::size_t kLanes = 16;
@@ -212,7 +281,8 @@ V05_MULTIVERSION double sum_row(const Reward* rewards, const Mask* mask, std::si
   const std::size_t whole = tokens - tokens % kLanes;
   for (std::size_t t = 0; t < whole; t += kLanes) {
     for (std::size_t lane = 0; lane < kLanes; ++lane) {
-      lanes[lane] += mask[t + lane] != Mask{0} ? static_cast<double>(rewards[t + lane]) : 0.0;
+      const auto reward = static_cast<double>(rewards[t + lane]);  // read in any case: see above
+      lanes[lane] += mask[t + lane] != Mask{0} ? reward : 0.0;
     }
   }
   for (std::size_t t = whole; t < tokens; ++t) {
@@ -239,97 +309,27 @@ V05_MULTIVERSION void fill_row(Out advantage, std::size_t tokens, Out* out) {
   }
 }
 
-}  // namespace
-
-template <class Real, class Out>
-std::int64_t compute_advantages(const Rollouts<Real>& rollouts, const Groups& groups, std::span<const double> prior,
-                                const AdvantageRule& rule, std::span<Out> advantages, const StatisticsOut& statistics,
-                                int threads) {
-  if (rule.bounded()) {
-    check_prior(prior, rule);
-  }
-  const std::int64_t nonfinite = check_rewards(rollouts, rule);
-  const Moments batch = rule.scale == Scale::kBatch ? batch_moments(rollouts, groups, threads) : Moments{};
-  const auto judge_groups = [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
-    GroupMoments<Real> group_moments(rollouts, groups);
-    for (std::int64_t g = begin; g < end; ++g) {
-      const Moments m = group_moments.of(g);
-      const double v = prior.empty() ? std::numeric_limits<double>::quiet_NaN() : prior[at(g)];
-      write_statistics(statistics, at(g), m, v, rule);
-      const GroupAdvantage judge(m, v, rule, rule.scale == Scale::kBatch ? batch : m);
-      for (std::int64_t p = groups.offsets[at(g)]; p < groups.offsets[at(g) + 1]; ++p) {
-        if (!groups.order.empty()) {  // rows in any order: fetched ahead, as the hardware cannot guess them
-          const std::size_t ahead = at(groups.row(std::min(p + kPrefetchAhead, rollouts.size() - 1)));
-          __builtin_prefetch(&rollouts.rewards[ahead]);
-          __builtin_prefetch(&advantages[ahead], 1);
-        }
-        const std::size_t row = at(groups.row(p));
-        const double advantage = rollouts.is_usable(row) ? judge(static_cast<double>(rollouts.rewards[row])) : 0.0;
-        advantages[row] = static_cast<Out>(advantage);
-      }
-    }
-  };
-  for_blocks(groups.size(), kGroupBlock, rollouts.size(), threads, judge_groups);
-  return nonfinite;
-}
-
-template <class Reward, class Mask>
-void sum_token_rewards(std::span<const Reward> token_rewards, std::span<const Mask> mask, std::span<double> rewards,
-                       int threads) {
-  const auto rows = static_cast<std::int64_t>(rewards.size());
-  const std::size_t tokens = rewards.empty() ? 0 : token_rewards.size() / rewards.size();
-  const auto sum_rows = [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
-    for (std::size_t i = at(begin); i < at(end); ++i) {
-      rewards[i] = sum_row(&token_rewards[i * tokens], &mask[i * tokens], tokens);
-    }
-  };
-  for_blocks(rows, kRowBlock, static_cast<std::int64_t>(token_rewards.size()), threads, sum_rows);
-}
-
-template <class Out, class Mask>
-void spread_padded(std::span<const double> advantages, std::span<const Mask> mask, std::span<Out> out, int threads) {
-  const auto rows = static_cast<std::int64_t>(advantages.size());
-  const std::size_t tokens = advantages.empty() ? 0 : out.size() / advantages.size();
-  const auto spread_rows = [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
-    for (std::size_t i = at(begin); i < at(end); ++i) {
-      spread_row(static_cast<Out>(advantages[i]), &mask[i * tokens], tokens, &out[i * tokens]);
-    }
-  };
-  for_blocks(rows, kRowBlock, static_cast<std::int64_t>(out.size()), threads, spread_rows);
-}
-
-template <class Out>
-void spread_packed(std::span<const double> advantages, std::span<const std::int64_t> cu_seqlens, std::span<Out> out,
-                   int threads) {
-  const auto rows = static_cast<std::int64_t>(advantages.size());
-  const auto fill_rows = [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
-    for (std::size_t i = at(begin); i < at(end); ++i) {
-      fill_row(static_cast<Out>(advantages[i]), at(cu_seqlens[i + 1] - cu_seqlens[i]), &out[at(cu_seqlens[i])]);
-    }
-  };
-  for_blocks(rows, kRowBlock, static_cast<std::int64_t>(out.size()), threads, fill_rows);
-}
-
 // clang-format off
 #define V05_FOR_REWARDS(Real, Out)                                                                                      \
   template std::int64_t compute_advantages<Real, Out>(const Rollouts<Real>&, const Groups&, std::span<const double>,    \
-                                                      const AdvantageRule&, std::span<Out>, const StatisticsOut&, int);
+                                                      const AdvantageRule&, std::span<Out>, const StatisticsOut&, \
+                                                      const TokenSteps&, int);
 V05_FOR_REWARDS(float, float)
 V05_FOR_REWARDS(float, double)
 V05_FOR_REWARDS(double, float)
 V05_FOR_REWARDS(double, double)
 #undef V05_FOR_REWARDS
-#define V05_FOR_MASK(Mask)                                                                                              \
-  template void sum_token_rewards<float, Mask>(std::span<const float>, std::span<const Mask>, std::span<double>, int);  \
-  template void sum_token_rewards<double, Mask>(std::span<const double>, std::span<const Mask>, std::span<double>, int);\
-  template void spread_padded<float, Mask>(std::span<const double>, std::span<const Mask>, std::span<float>, int);      \
-  template void spread_padded<double, Mask>(std::span<const double>, std::span<const Mask>, std::span<double>, int);
+#define V05_FOR_MASK(Mask)                                                             \
+  template double sum_row<float, Mask>(const float*, const Mask*, std::size_t);        \
+  template double sum_row<double, Mask>(const double*, const Mask*, std::size_t);      \
+  template void spread_row<float, Mask>(float, const Mask*, std::size_t, float*);      \
+  template void spread_row<double, Mask>(double, const Mask*, std::size_t, double*);
 V05_FOR_MASK(std::uint8_t)
 V05_FOR_MASK(std::int64_t)
 V05_FOR_MASK(float)
 #undef V05_FOR_MASK
-template void spread_packed<float>(std::span<const double>, std::span<const std::int64_t>, std::span<float>, int);
-template void spread_packed<double>(std::span<const double>, std::span<const std::int64_t>, std::span<double>, int);
+template void fill_row<float>(float, std::size_t, float*);
+template void fill_row<double>(double, std::size_t, double*);
 // clang-format on
 
 }  // namespace v05

@@ -42,11 +42,17 @@ void run(v05::Scale scale) {
   std::vector<double> outcomes(kRows);
   std::vector<double> advantages(kRows);
   std::vector<Real> spread(tokens.size());
-  v05::sum_token_rewards(std::span<const Real>(tokens), std::span<const Mask>(mask), std::span<double>(outcomes), 1);
+  const v05::TokenSteps steps{
+      .sum =
+          [&](std::size_t row) { outcomes[row] = v05::sum_row(&tokens[row * kTokens], &mask[row * kTokens], kTokens); },
+      .spread =
+          [&](std::size_t row) {
+            v05::spread_row(static_cast<Real>(advantages[row]), &mask[row * kTokens], kTokens, &spread[row * kTokens]);
+          },
+      .tokens = kRows * kTokens};
   v05::compute_advantages(v05::Rollouts<double>{.rewards = outcomes, .valid = {}, .trajectory_ids = {}},
                           v05::Groups{.offsets = offsets, .order = {}}, std::span<const double>(prior), rule,
-                          std::span<double>(advantages), v05::StatisticsOut{}, 1);
-  v05::spread_padded(std::span<const double>(advantages), std::span<const Mask>(mask), std::span<Real>(spread), 1);
+                          std::span<double>(advantages), v05::StatisticsOut{}, steps, 1);
   add(outcomes);
   add(advantages);
   add(spread);

@@ -84,6 +84,21 @@ def test_instruction_set_does_not_change_a_bit(tmp_path):
     assert len(printed) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32], ids=str)
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 31, 32, 33, 64, 75, 200])
+@pytest.mark.parametrize("scale", ["none", "batch"])  # sums group by group, and all before the statistics
+def test_token_sums_are_exact(dtype, mask_dtype, tokens, scale):
+    rng = np.random.default_rng(tokens)
+    rewards = torch.from_numpy(rng.integers(-64, 64, (24, tokens)) / 8).to(dtype)  # every partial sum is exact
+    mask = torch.from_numpy(rng.random((24, tokens)) < 0.6)
+    options = dict(group_offsets=torch.arange(0, 25, 4), method="dr_grpo", scale=scale, dtype=torch.float64)
+    sums = torch.where(mask, rewards.double(), 0.0).sum(-1)
+    out = fused_advantage(torch.where(mask, rewards, torch.nan), response_mask=mask.to(mask_dtype), **options)
+    assert torch.equal(out.advantages, fused_advantage(sums, response_mask=mask, **options).advantages)
+    torch.testing.assert_close(out.stats.mean, sums.view(6, 4).mean(1), rtol=0, atol=1e-15)
+
+
 def numbered(keys):
     """Keys by first appearance, as a dict does it."""
     slots = {}

@@ -97,25 +97,33 @@ std::int64_t fused_advantage(const RealArray& rewards, const Array<std::int64_t>
                                 .cost = cost};
   const v05::StatisticsOut statistics = statistics_out(moments, count, take_more);
   const v05::Groups groups{.offsets = view(offsets), .order = view(order)};
+  const auto rows = static_cast<std::size_t>(std::visit([](const auto& array) { return array.shape(0); }, rewards));
+  v05::TokenSteps steps;
+
   const auto compute = [&]<class Real, class Out>(std::span<const Real> outcomes, std::span<Out> advantages) {
     const v05::Rollouts<Real> rollouts{
         .rewards = outcomes,
         .valid = {reinterpret_cast<const std::uint8_t*>(view(valid).data()), view(valid).size()},
         .trajectory_ids = view(trajectory_ids)};
-    return v05::compute_advantages(rollouts, groups, view(prior), rule, advantages, statistics, threads);
+    return v05::compute_advantages(rollouts, groups, view(prior), rule, advantages, statistics, steps, threads);
   };
-  const auto compute_rows = [&]<class Out>(std::span<Out> advantages) {
+  // From rewards of either kind to an advantage a rollout.
+  const auto compute_rollouts = [&]<class Out>(std::span<Out> advantages) {
     return std::visit(
         [&](const auto& array) {
           if (array.ndim() == 1) {
             return compute(view(array), advantages);
           }
-          std::vector<double> outcomes(static_cast<std::size_t>(array.shape(0)));
+          std::vector<double> outcomes(rows);
+          const auto tokens = static_cast<std::size_t>(array.shape(1));
           std::visit(
               [&](const auto& m) {
-                v05::sum_token_rewards(view(array), view(m), std::span<double>(outcomes), threads);
+                steps.sum = [&outcomes, tokens, from = array.data(), mask_data = m.data()](std::size_t row) {
+                  outcomes[row] = v05::sum_row(from + row * tokens, mask_data + row * tokens, tokens);
+                };
               },
               mask.value());
+          steps.tokens = static_cast<std::int64_t>(rows * tokens);
           return compute(std::span<const double>(outcomes), advantages);
         },
         rewards);
@@ -123,21 +131,31 @@ std::int64_t fused_advantage(const RealArray& rewards, const Array<std::int64_t>
 
   const py::gil_scoped_release release;
   return std::visit(
-      [&](auto& array) {
+      [&]<class Out>(Array<Out>& array) {
         v05::prefer_huge_pages(mutable_view(array));
         if (!mask && !cu_seqlens) {
-          return compute_rows(mutable_view(array));
+          return compute_rollouts(mutable_view(array));
         }
-        const py::ssize_t rows = std::visit([](const auto& r) { return r.shape(0); }, rewards);
-        std::vector<double> advantages(static_cast<std::size_t>(rows));
-        const std::int64_t nonfinite = compute_rows(std::span<double>(advantages));
-        const std::span<const double> values = advantages;
+        std::vector<double> advantages(rows);
+        Out* const to = array.mutable_data();
         if (mask) {
-          std::visit([&](const auto& m) { v05::spread_padded(values, view(m), mutable_view(array), threads); }, *mask);
+          const auto tokens = rows == 0 ? 0 : static_cast<std::size_t>(array.size()) / rows;
+          std::visit(
+              [&](const auto& m) {
+                steps.spread = [&advantages, tokens, to, mask_data = m.data()](std::size_t row) {
+                  v05::spread_row(static_cast<Out>(advantages[row]), mask_data + row * tokens, tokens,
+                                  to + row * tokens);
+                };
+              },
+              *mask);
         } else {
-          v05::spread_packed(values, view(cu_seqlens), mutable_view(array), threads);
+          steps.spread = [&advantages, to, starts = cu_seqlens->data()](std::size_t row) {
+            const auto tokens = static_cast<std::size_t>(starts[row + 1] - starts[row]);
+            v05::fill_row(static_cast<Out>(advantages[row]), tokens, to + starts[row]);
+          };
         }
-        return nonfinite;
+        steps.tokens = array.size();
+        return compute_rollouts(std::span<double>(advantages));
       },
       out);
 }

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <span>
 
@@ -64,27 +66,31 @@ struct StatisticsOut {
   std::span<bool> take_more;
 };
 
-// Everything below runs on at most `threads` threads and gives the same bits on any number of them.
+// The tokens of a row, around its group's statistics. Both empty where rewards and advantages are one a rollout.
+struct TokenSteps {
+  std::function<void(std::size_t row)> sum;     // writes rewards[row]; empty: rewards are there
+  std::function<void(std::size_t row)> spread;  // reads advantages[row]
+  std::int64_t tokens = 0;                      // of all rows
+};
 
-// Writes one advantage a row (0 for a row left out) and the statistics; returns how many non-finite rewards were left
-// out. Throws std::invalid_argument that names the argument, the rows and the remedy.
+// Writes one advantage a row (0 for a row left out) and the statistics, and takes the steps; returns how many
+// non-finite rewards were left out. At most `threads` threads, the same bits on any number of them. Throws
+// std::invalid_argument that names the argument, the rows and the remedy; what was written by then is unspecified.
 template <class Real, class Out>
 std::int64_t compute_advantages(const Rollouts<Real>& rollouts, const Groups& groups, std::span<const double> prior,
                                 const AdvantageRule& rule, std::span<Out> advantages, const StatisticsOut& statistics,
-                                int threads);
+                                const TokenSteps& steps, int threads);
 
-// rewards[i] = sum of token_rewards[i, t] over the tokens where mask[i, t] is not zero.
+// The sum of rewards[t] over the tokens where mask[t] is not zero.
 template <class Reward, class Mask>
-void sum_token_rewards(std::span<const Reward> token_rewards, std::span<const Mask> mask, std::span<double> rewards,
-                       int threads);
+double sum_row(const Reward* rewards, const Mask* mask, std::size_t tokens);
 
-// out[i, t] = advantages[i] where mask[i, t] is not zero, else 0.
+// out[t] = advantage where mask[t] is not zero, else 0.
 template <class Out, class Mask>
-void spread_padded(std::span<const double> advantages, std::span<const Mask> mask, std::span<Out> out, int threads);
+void spread_row(Out advantage, const Mask* mask, std::size_t tokens, Out* out);
 
-// out[cu_seqlens[i] .. cu_seqlens[i + 1]] = advantages[i].
+// out[t] = advantage.
 template <class Out>
-void spread_packed(std::span<const double> advantages, std::span<const std::int64_t> cu_seqlens, std::span<Out> out,
-                   int threads);
+void fill_row(Out advantage, std::size_t tokens, Out* out);
 
 }  // namespace v05
