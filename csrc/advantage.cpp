@@ -202,8 +202,32 @@ Moments batch_moments(const Rollouts<Real>& rollouts, const Groups& groups, int 
   return batch;
 }
 
-template <class Step>
-void for_rows(const Step& step, std::int64_t rows, std::int64_t tokens, int threads) {
+template <class Real, class Out>
+void judge_group(const Rollouts<Real>& rollouts, const Groups& groups, std::int64_t g, const GroupAdvantage& judge,
+                 std::span<Out> advantages) {
+  for (std::int64_t p = groups.offsets[at(g)]; p < groups.offsets[at(g) + 1]; ++p) {
+    if (!groups.order.empty()) {  // rows in any order: fetched ahead, as the hardware cannot guess them
+      const std::size_t ahead = at(groups.row(std::min(p + kPrefetchAhead, rollouts.size() - 1)));
+      __builtin_prefetch(&rollouts.rewards[ahead]);
+      __builtin_prefetch(&advantages[ahead], 1);
+    }
+    const std::size_t row = at(groups.row(p));
+    const double advantage = rollouts.is_usable(row) ? judge(static_cast<double>(rollouts.rewards[row])) : 0.0;
+    advantages[row] = static_cast<Out>(advantage);
+  }
+}
+
+using Step = std::function<void(std::size_t row)>;
+
+void for_rows_of(const Groups& groups, std::int64_t g, const Step& step) {
+  if (step) {
+    for (std::int64_t p = groups.offsets[at(g)]; p < groups.offsets[at(g) + 1]; ++p) {
+      step(at(groups.row(p)));
+    }
+  }
+}
+
+void for_all_rows(const Step& step, std::int64_t rows, std::int64_t tokens, int threads) {
   if (step) {
     const auto take = [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
       for (std::int64_t row = begin; row < end; ++row) {
@@ -228,7 +252,7 @@ std::int64_t compute_advantages(const Rollouts<Real>& rollouts, const Groups& gr
   const bool by_group = rule.scale != Scale::kBatch && groups.size() >= threads;
   const bool sums_by_group = by_group && steps.sum;
   if (!by_group) {
-    for_rows(steps.sum, rollouts.size(), steps.tokens, threads);
+    for_all_rows(steps.sum, rollouts.size(), steps.tokens, threads);
   }
   std::int64_t nonfinite = sums_by_group ? 0 : check_rewards(rollouts, rule);
   const Moments batch = rule.scale == Scale::kBatch ? batch_moments(rollouts, groups, threads) : Moments{};
@@ -236,27 +260,15 @@ std::int64_t compute_advantages(const Rollouts<Real>& rollouts, const Groups& gr
   const auto judge_groups = [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
     GroupMoments<Real> group_moments(rollouts, groups);
     for (std::int64_t g = begin; g < end; ++g) {
-      const std::int64_t first = groups.offsets[at(g)];
-      const std::int64_t last = groups.offsets[at(g) + 1];
-      for (std::int64_t p = first; sums_by_group && p < last; ++p) {
-        steps.sum(at(groups.row(p)));
+      if (by_group) {
+        for_rows_of(groups, g, steps.sum);
       }
       const Moments m = group_moments.of(g);
       const double v = prior.empty() ? std::numeric_limits<double>::quiet_NaN() : prior[at(g)];
       write_statistics(statistics, at(g), m, v, rule);
-      const GroupAdvantage judge(m, v, rule, rule.scale == Scale::kBatch ? batch : m);
-      for (std::int64_t p = first; p < last; ++p) {
-        if (!groups.order.empty()) {  // rows in any order: fetched ahead, as the hardware cannot guess them
-          const std::size_t ahead = at(groups.row(std::min(p + kPrefetchAhead, rollouts.size() - 1)));
-          __builtin_prefetch(&rollouts.rewards[ahead]);
-          __builtin_prefetch(&advantages[ahead], 1);
-        }
-        const std::size_t row = at(groups.row(p));
-        const double advantage = rollouts.is_usable(row) ? judge(static_cast<double>(rollouts.rewards[row])) : 0.0;
-        advantages[row] = static_cast<Out>(advantage);
-      }
-      for (std::int64_t p = first; by_group && steps.spread && p < last; ++p) {
-        steps.spread(at(groups.row(p)));
+      judge_group(rollouts, groups, g, GroupAdvantage(m, v, rule, rule.scale == Scale::kBatch ? batch : m), advantages);
+      if (by_group) {
+        for_rows_of(groups, g, steps.spread);
       }
     }
   };
@@ -266,7 +278,7 @@ std::int64_t compute_advantages(const Rollouts<Real>& rollouts, const Groups& gr
     nonfinite = check_rewards(rollouts, rule);
   }
   if (!by_group) {
-    for_rows(steps.spread, rollouts.size(), steps.tokens, threads);
+    for_all_rows(steps.spread, rollouts.size(), steps.tokens, threads);
   }
   return nonfinite;
 }
