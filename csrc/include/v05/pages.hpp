@@ -12,7 +12,7 @@
 namespace v05 {
 
 // Asks for 2 MiB pages where `out` is not mapped yet and about to be written in full; a hint that may be refused, and
-// costs two microseconds on memory that is mapped.
+// that changes nothing for memory mapped already.
 template <class Out>
 void prefer_huge_pages([[maybe_unused]] std::span<Out> out) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
