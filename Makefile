@@ -1,9 +1,9 @@
 # make demo | make test: from a clean clone, with only Python >= 3.10, a C++20 compiler, make and a package index.
 PYTHON ?= python3
 VENV ?= .venv
-# Installed first and alone, so that nothing else picks another build of it. On a machine with a GPU, or where the package index
-# serves CUDA builds that are not wanted: make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" ...
-TORCH ?= torch==2.13.0
+# Installed first and alone, so that nothing else picks another build of it, with the Triton that belongs to it. Where the package
+# index serves CUDA builds that are not wanted: make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" ...
+TORCH ?= torch==2.13.0 'triton==3.7.1; platform_system == "Linux"'
 BIN := $(VENV)/bin
 CPP := $(wildcard csrc/*.cpp)
 CPP_ALL := $(CPP) $(wildcard csrc/bindings/*.cpp csrc/include/v05/*.hpp)
