@@ -47,7 +47,7 @@ sanitize: setup  ## the core's tests under AddressSanitizer and UndefinedBehavio
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(BIN)/python -m pytest -q tests/test_ops.py tests/test_budget.py
 
-bench: setup  ## time the op on this machine; appends to bench/results/
+bench: setup  ## time the op on this machine; writes bench/results/
 	$(BIN)/python bench/advantage.py
 	$(BIN)/python bench/gpu_advantage.py
 	cd bench/results && ../../$(BIN)/python -m v05.kernels.aot --csv aot.csv
