@@ -2,14 +2,22 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
+#include <numeric>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <unordered_map>
+#include <utility>
+#include <vector>
 
+#include "v05/group_ids.hpp"
+#include "v05/grouping.hpp"
 #include "v05/multiversion.hpp"
 #include "v05/offenders.hpp"
+#include "v05/pages.hpp"
 #include "v05/parallel.hpp"
 #include "v05/stopping.hpp"
 
@@ -79,85 +87,58 @@ std::int64_t check_rewards(const Rollouts<Real>& rollouts, const AdvantageRule& 
   return nonfinite;
 }
 
-// The moments of groups: of the rewards of their usable rows, each trajectory once. Keeps its scratch between groups.
-template <class Real>
-class GroupMoments {
- public:
-  GroupMoments(const Rollouts<Real>& rollouts, const Groups& groups) : rollouts_(rollouts), groups_(groups) {}
-
-  Moments of(std::int64_t group) {
-    const std::int64_t begin = groups_.offsets[at(group)];
-    const std::int64_t end = groups_.offsets[at(group) + 1];
-    if (rewards_.size() < at(end - begin)) {
-      rewards_.resize(2 * at(end - begin));
-    }
-    const bool has_trajectories = !rollouts_.trajectory_ids.empty();
-    if (has_trajectories) {
-      seen_.clear();
-    }
-    std::size_t count = 0;
-    for (std::int64_t p = begin; p < end; ++p) {
-      const std::size_t row = at(groups_.row(p));
-      rewards_[count] = static_cast<double>(rollouts_.rewards[row]);
-      count += static_cast<std::size_t>(rollouts_.is_usable(row) && (!has_trajectories || is_new_trajectory(row)));
-    }
-    return moments(std::span<const double>(rewards_).first(count));
-  }
-
- private:
-  bool is_new_trajectory(std::size_t row) {
-    const auto [entry, inserted] = seen_.try_emplace(rollouts_.trajectory_ids[row], row);
-    if (!inserted && rollouts_.rewards[entry->second] != rollouts_.rewards[row]) {
-      std::ostringstream message;
-      message << "trajectory_ids: rows " << entry->second << " and " << row << " are one trajectory ("
-              << rollouts_.trajectory_ids[row] << ") with two rewards (" << rollouts_.rewards[entry->second] << ", "
-              << rollouts_.rewards[row] << "). Give every row of a trajectory the trajectory's reward.";
-      throw std::invalid_argument(message.str());
-    }
-    return inserted;
-  }
-
-  const Rollouts<Real>& rollouts_;
-  const Groups& groups_;
-  std::vector<double> rewards_;
-  std::unordered_map<std::int64_t, std::size_t> seen_;
-};
-
 // Rewards that are all equal are left as they are: nothing may explode through eps.
-double divisor(const Moments& population, double eps) {
-  return population.all_equal ? 1.0 : std::sqrt(population.variance()) + eps;
+double divisor_of(const Moments& population, const AdvantageRule& rule) {
+  const bool unscaled = rule.scale == Scale::kNone || population.all_equal;
+  return unscaled ? 1.0 : std::sqrt(population.variance()) + rule.eps;
 }
 
-// The advantage of a reward within one group.
-class GroupAdvantage {
- public:
-  GroupAdvantage(const Moments& group, double prior, const AdvantageRule& rule, const Moments& population)
-      : group_(group),
-        prior_(prior),
-        rule_(rule),
-        alone_(group.count == 1 && (!rule.bounded() || std::isnan(prior))),
-        baseline_(baseline_of(rule.baseline, group.count, group.mean, prior, rule.half_range())),
-        divisor_(rule.scale == Scale::kNone ? 1.0 : divisor(population, rule.eps)) {}
+// A group's only rollout, with nothing but itself to be compared with.
+bool is_alone(const Moments& group, double prior, const AdvantageRule& rule) {
+  return group.count == 1 && (!rule.bounded() || std::isnan(prior));
+}
 
-  double operator()(double reward) const {
-    if (alone_) {  // nothing to be compared with
-      return rule_.raw_singleton ? reward : 0.0;
+// The advantage of a reward within its group.
+class Judge {
+ public:
+  Judge(const Moments& group, double prior, const AdvantageRule& rule, double divisor)
+      : baseline_(baseline_of(rule.baseline, group.count, group.mean, prior, rule.half_range())), divisor_(divisor) {
+    if (rule.raw_singleton && is_alone(group, prior, rule)) {
+      baseline_ = 0.0;
+      divisor_ = 1.0;
     }
-    if (!rule_.leave_one_out) {
-      return (reward - baseline_) / divisor_;
+  }
+
+  double operator()(double reward, const AdvantageRule& /*rule*/) const { return (reward - baseline_) / divisor_; }
+
+ private:
+  double baseline_;
+  double divisor_;
+};
+
+// The same with a baseline from the group's other rollouts.
+class LeaveOneOutJudge {
+ public:
+  LeaveOneOutJudge(const Moments& group, double prior, const AdvantageRule& rule, double divisor)
+      : mean_(group.mean),
+        prior_(prior),
+        divisor_(divisor),
+        others_(is_alone(group, prior, rule) ? kAlone : group.count - 1) {}
+
+  double operator()(double reward, const AdvantageRule& rule) const {
+    if (others_ == kAlone) {
+      return rule.raw_singleton ? reward : 0.0;
     }
-    const std::int64_t others = group_.count - 1;
-    const double mean = group_.mean + (group_.mean - reward) / static_cast<double>(others);
-    return (reward - baseline_of(rule_.baseline, others, mean, prior_, rule_.half_range())) / divisor_;
+    const double mean = mean_ + (mean_ - reward) / static_cast<double>(others_);
+    return (reward - baseline_of(rule.baseline, others_, mean, prior_, rule.half_range())) / divisor_;
   }
 
  private:
-  const Moments& group_;
+  static constexpr std::int64_t kAlone = -1;
+  double mean_;
   double prior_;
-  const AdvantageRule& rule_;
-  bool alone_;
-  double baseline_;
   double divisor_;
+  std::int64_t others_;
 };
 
 void write_statistics(const StatisticsOut& out, std::size_t g, const Moments& m, double prior,
@@ -179,22 +160,99 @@ void write_statistics(const StatisticsOut& out, std::size_t g, const Moments& m,
   }
 }
 
-// Groups a thread takes at a time. Moments of the batch are pooled by such blocks, so that their order is fixed.
+// What a thread takes at a time. Moments of the batch are pooled by blocks of groups, so that their order is fixed.
 constexpr std::int64_t kGroupBlock = 256;
-constexpr std::int64_t kRowBlock = 16;
+constexpr std::int64_t kRowBlock = 4096;
+constexpr std::int64_t kTokenRowBlock = 16;  // rows of many tokens
 constexpr std::int64_t kPrefetchAhead = 32;
 
-// The moments of all rollouts, pooled in group order within blocks, then in block order.
-template <class Real>
-Moments batch_moments(const Rollouts<Real>& rollouts, const Groups& groups, int threads) {
-  std::vector<Moments> blocks(at((groups.size() + kGroupBlock - 1) / kGroupBlock));
-  const auto pool = [&](std::int64_t block, std::int64_t begin, std::int64_t end) {
-    GroupMoments<Real> group_moments(rollouts, groups);
-    for (std::int64_t g = begin; g < end; ++g) {
-      blocks[at(block)] = merge(blocks[at(block)], group_moments.of(g));
+// Calls body(row, table[group of the row]) for the rows begin .. end - 1.
+template <class Table, class Body>
+void for_rows(const Groups& groups, std::int64_t begin, std::int64_t end, Table* table, const Body& body) {
+  if (begin >= end) {
+    return;
+  }
+  if (groups.offsets.empty()) {
+    const std::int64_t* const ids = groups.ids.data();
+    for (std::int64_t row = begin; row < end;
+         ++row) {  // groups in any order: fetched ahead, as the hardware cannot guess
+      __builtin_prefetch(&table[ids[std::min(row + kPrefetchAhead, end - 1)]], 1);
+      body(at(row), table[ids[row]]);
     }
+    return;
+  }
+  const auto after = std::ranges::upper_bound(groups.offsets, begin);
+  auto group = std::distance(groups.offsets.begin(), after) - 1;
+  for (std::int64_t row = begin; row < end; ++row) {
+    while (groups.offsets[at(group) + 1] <= row) {
+      ++group;
+    }
+    body(at(row), table[group]);
+  }
+}
+
+// Trajectories are told apart within a group.
+struct TrajectoryHash {
+  std::size_t operator()(const std::pair<std::int64_t, std::int64_t>& key) const {
+    return mix(mix(static_cast<std::uint64_t>(key.first)) ^ static_cast<std::uint64_t>(key.second));
+  }
+};
+
+// Which rows count in the statistics: the first usable one of each trajectory. Empty without trajectories: all usable
+// ones.
+template <class Real>
+std::vector<std::uint8_t> first_of_trajectories(const Rollouts<Real>& rollouts, const Groups& groups) {
+  std::vector<std::uint8_t> is_first(rollouts.trajectory_ids.size());
+  std::unordered_map<std::pair<std::int64_t, std::int64_t>, std::size_t, TrajectoryHash> first_rows;
+  std::vector<std::int64_t> numbers(at(groups.count));
+  std::iota(numbers.begin(), numbers.end(), 0);
+  for_rows(groups, 0, std::ssize(is_first), numbers.data(), [&](std::size_t row, std::int64_t group) {
+    if (!rollouts.is_usable(row)) {
+      return;
+    }
+    const auto [entry, is_new] = first_rows.try_emplace({group, rollouts.trajectory_ids[row]}, row);
+    const std::size_t first = entry->second;
+    is_first[row] = static_cast<std::uint8_t>(is_new);
+    if (rollouts.rewards[first] != rollouts.rewards[row]) {
+      std::ostringstream message;
+      message << "trajectory_ids: rows " << first << " and " << row << " are one trajectory ("
+              << rollouts.trajectory_ids[row] << ") with two rewards (" << rollouts.rewards[first] << ", "
+              << rollouts.rewards[row] << "). Give every row of a trajectory the trajectory's reward.";
+      throw std::invalid_argument(message.str());
+    }
+  });
+  return is_first;
+}
+
+template <class Real>
+void collect_moments(const Rollouts<Real>& rollouts, const Groups& groups, MomentsAccumulator* collected, int threads) {
+  const auto is_first = first_of_trajectories(rollouts, groups);
+  const auto collect = [&](std::int64_t begin, std::int64_t end) {
+    for_rows(groups, begin, end, collected, [&](std::size_t row, MomentsAccumulator& group) {
+      if (is_first.empty() ? rollouts.is_usable(row) : is_first[row] != 0) {
+        group.add(static_cast<double>(rollouts.rewards[row]));
+      }
+    });
   };
-  for_blocks(groups.size(), kGroupBlock, rollouts.size(), threads, pool);
+  if (groups.offsets.empty()) {  // on one thread, so that a group's rows are added in their order
+    collect(0, rollouts.size());
+    return;
+  }
+  for_blocks(groups.count, kGroupBlock, rollouts.size(), threads,
+             [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
+               collect(groups.offsets[at(begin)], groups.offsets[at(end)]);
+             });
+}
+
+// The moments of all rollouts, pooled in group order within blocks, then in block order.
+Moments batch_moments(std::span<const MomentsAccumulator> groups, int threads) {
+  const auto count = std::ssize(groups);
+  std::vector<Moments> blocks(at((count + kGroupBlock - 1) / kGroupBlock));
+  for_blocks(count, kGroupBlock, count, threads, [&](std::int64_t block, std::int64_t begin, std::int64_t end) {
+    for (std::int64_t g = begin; g < end; ++g) {
+      blocks[at(block)] = merge(blocks[at(block)], groups[at(g)].moments());
+    }
+  });
   Moments batch;
   for (const Moments& block : blocks) {
     batch = merge(batch, block);
@@ -202,39 +260,36 @@ Moments batch_moments(const Rollouts<Real>& rollouts, const Groups& groups, int 
   return batch;
 }
 
-template <class Real, class Out>
-void judge_group(const Rollouts<Real>& rollouts, const Groups& groups, std::int64_t g, const GroupAdvantage& judge,
-                 std::span<Out> advantages) {
-  for (std::int64_t p = groups.offsets[at(g)]; p < groups.offsets[at(g) + 1]; ++p) {
-    if (!groups.order.empty()) {  // rows in any order: fetched ahead, as the hardware cannot guess them
-      const std::size_t ahead = at(groups.row(std::min(p + kPrefetchAhead, rollouts.size() - 1)));
-      __builtin_prefetch(&rollouts.rewards[ahead]);
-      __builtin_prefetch(&advantages[ahead], 1);
-    }
-    const std::size_t row = at(groups.row(p));
-    const double advantage = rollouts.is_usable(row) ? judge(static_cast<double>(rollouts.rewards[row])) : 0.0;
-    advantages[row] = static_cast<Out>(advantage);
-  }
-}
-
-using Step = std::function<void(std::size_t row)>;
-
-void for_rows_of(const Groups& groups, std::int64_t g, const Step& step) {
-  if (step) {
-    for (std::int64_t p = groups.offsets[at(g)]; p < groups.offsets[at(g) + 1]; ++p) {
-      step(at(groups.row(p)));
-    }
-  }
-}
-
-void for_all_rows(const Step& step, std::int64_t rows, std::int64_t tokens, int threads) {
-  if (step) {
-    const auto take = [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
-      for (std::int64_t row = begin; row < end; ++row) {
-        step(at(row));
-      }
-    };
-    for_blocks(rows, kRowBlock, tokens, threads, take);
+template <class GroupJudge, class Real, class Out>
+void judge_rows(const Rollouts<Real>& rollouts, const Groups& groups, std::span<const MomentsAccumulator> collected,
+                std::span<const double> prior, const AdvantageRule& rule, std::span<Out> advantages,
+                const StatisticsOut& statistics, const TokenSteps& steps, int threads) {
+  const Moments batch = rule.scale == Scale::kBatch ? batch_moments(collected, threads) : Moments{};
+  Scratch<GroupJudge> judges(at(groups.count));
+  for_blocks(groups.count, kGroupBlock, groups.count, threads,
+             [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
+               for (std::int64_t g = begin; g < end; ++g) {
+                 const Moments m = collected[at(g)].moments();
+                 const double v = prior.empty() ? std::numeric_limits<double>::quiet_NaN() : prior[at(g)];
+                 write_statistics(statistics, at(g), m, v, rule);
+                 const double divisor = divisor_of(rule.scale == Scale::kBatch ? batch : m, rule);
+                 judges.data()[g] = GroupJudge(m, v, rule, divisor);
+               }
+             });
+  const auto for_advantages = [&](std::int64_t block_size, std::int64_t work, const auto& write) {
+    for_blocks(rollouts.size(), block_size, work, threads,
+               [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
+                 for_rows(groups, begin, end, judges.data(), [&](std::size_t row, const GroupJudge& judge) {
+                   const bool usable = rollouts.is_usable(row);
+                   write(row, usable ? judge(static_cast<double>(rollouts.rewards[row]), rule) : 0.0);
+                 });
+               });
+  };
+  if (steps.spread) {
+    for_advantages(kTokenRowBlock, steps.tokens, steps.spread);
+  } else {
+    for_advantages(kRowBlock, rollouts.size(),
+                   [advantages](std::size_t row, double advantage) { advantages[row] = static_cast<Out>(advantage); });
   }
 }
 
@@ -244,61 +299,61 @@ template <class Real, class Out>
 std::int64_t compute_advantages(const Rollouts<Real>& rollouts, const Groups& groups, std::span<const double> prior,
                                 const AdvantageRule& rule, std::span<Out> advantages, const StatisticsOut& statistics,
                                 const TokenSteps& steps, int threads) {
+  if (groups.offsets.empty()) {
+    check_ids(groups.ids, groups.count);
+  }
   if (rule.bounded()) {
     check_prior(prior, rule);
   }
-  // A group's tokens are summed and spread while they are in the cache, unless its statistics need other groups' sums
-  // or there are too few groups to share among the threads.
-  const bool by_group = rule.scale != Scale::kBatch && groups.size() >= threads;
-  const bool sums_by_group = by_group && steps.sum;
-  if (!by_group) {
-    for_all_rows(steps.sum, rollouts.size(), steps.tokens, threads);
+  if (steps.sum) {
+    for_blocks(rollouts.size(), kTokenRowBlock, steps.tokens, threads,
+               [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
+                 for (std::int64_t row = begin; row < end; ++row) {
+                   steps.sum(at(row));
+                 }
+               });
   }
-  std::int64_t nonfinite = sums_by_group ? 0 : check_rewards(rollouts, rule);
-  const Moments batch = rule.scale == Scale::kBatch ? batch_moments(rollouts, groups, threads) : Moments{};
-
-  const auto judge_groups = [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
-    GroupMoments<Real> group_moments(rollouts, groups);
-    for (std::int64_t g = begin; g < end; ++g) {
-      if (by_group) {
-        for_rows_of(groups, g, steps.sum);
-      }
-      const Moments m = group_moments.of(g);
-      const double v = prior.empty() ? std::numeric_limits<double>::quiet_NaN() : prior[at(g)];
-      write_statistics(statistics, at(g), m, v, rule);
-      judge_group(rollouts, groups, g, GroupAdvantage(m, v, rule, rule.scale == Scale::kBatch ? batch : m), advantages);
-      if (by_group) {
-        for_rows_of(groups, g, steps.spread);
-      }
-    }
-  };
-  const std::int64_t block = by_group && steps.tokens > 0 ? 1 : kGroupBlock;
-  for_blocks(groups.size(), block, std::max(rollouts.size(), by_group ? steps.tokens : 0), threads, judge_groups);
-  if (sums_by_group) {
-    nonfinite = check_rewards(rollouts, rule);
-  }
-  if (!by_group) {
-    for_all_rows(steps.spread, rollouts.size(), steps.tokens, threads);
-  }
+  const std::int64_t nonfinite = check_rewards(rollouts, rule);
+  Scratch<MomentsAccumulator> collected(at(groups.count));
+  collect_moments(rollouts, groups, collected.data(), threads);
+  const std::span<const MomentsAccumulator> of_groups(collected.data(), at(groups.count));
+  const auto judge = rule.leave_one_out ? judge_rows<LeaveOneOutJudge, Real, Out> : judge_rows<Judge, Real, Out>;
+  judge(rollouts, groups, of_groups, prior, rule, advantages, statistics, steps, threads);
   return nonfinite;
 }
 
 // As many sums side by side as two 512-bit registers hold. The lanes are added in a fixed order, whatever the
-// registers.
+// registers. A whole block of zeros, which is what most token rewards are, changes no lane and is passed over without
+// a look at its mask.
 constexpr std::size_t kLanes = 16;
+constexpr std::size_t kZeroBlock = 64;
 
 template <class Reward, class Mask>
 V05_MULTIVERSION double sum_row(const Reward* rewards, const Mask* mask, std::size_t tokens) {
+  // Rewards are kept or cleared as bits: `mask ? reward : 0` becomes a masked load that g++ 12 gets wrong here.
+  using Bits = std::conditional_t<sizeof(Reward) == sizeof(std::uint32_t), std::uint32_t, std::uint64_t>;
+  const auto kept = [&](std::size_t t) {
+    return std::bit_cast<Reward>(std::bit_cast<Bits>(rewards[t]) & (mask[t] != Mask{0} ? ~Bits{0} : Bits{0}));
+  };
   std::array<double, kLanes> lanes{};
-  const std::size_t whole = tokens - tokens % kLanes;
-  for (std::size_t t = 0; t < whole; t += kLanes) {
-    for (std::size_t lane = 0; lane < kLanes; ++lane) {
-      const auto reward = static_cast<double>(rewards[t + lane]);  // read in any case: see above
-      lanes[lane] += mask[t + lane] != Mask{0} ? reward : 0.0;
+  std::size_t t = 0;
+  for (; t + kZeroBlock <= tokens; t += kZeroBlock) {
+    Bits any = 0;
+    for (std::size_t i = 0; i < kZeroBlock; ++i) {
+      any |= std::bit_cast<Bits>(rewards[t + i]);
+    }
+    for (std::size_t part = 0; any != 0 && part < kZeroBlock; part += kLanes) {
+      std::array<Reward, kLanes> values{};
+      for (std::size_t lane = 0; lane < kLanes; ++lane) {
+        values[lane] = kept(t + part + lane);
+      }
+      for (std::size_t lane = 0; lane < kLanes; ++lane) {
+        lanes[lane] += static_cast<double>(values[lane]);
+      }
     }
   }
-  for (std::size_t t = whole; t < tokens; ++t) {
-    lanes[t - whole] += mask[t] != Mask{0} ? static_cast<double>(rewards[t]) : 0.0;
+  for (; t < tokens; ++t) {
+    lanes[t % kLanes] += static_cast<double>(kept(t));
   }
   double sum = 0.0;
   for (const double lane : lanes) {

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <limits>
 #include <string>
-#include <utility>
 
 #include "v05/group_ids.hpp"
 #include "v05/multiversion.hpp"
@@ -34,7 +33,7 @@ V05_MULTIVERSION Range range_of(const std::int64_t* ids, std::size_t rows) {
 }
 
 // Ids of a small range are numbered through a table of the range: no hash, no comparison, no branch on what is new.
-std::int64_t number_within(const Range& range, std::span<const std::int64_t> ids, std::span<std::int32_t> slots) {
+std::int64_t number_within(const Range& range, std::span<const std::int64_t> ids, std::span<std::int64_t> slots) {
   std::vector<std::int32_t> slot_of(range.last_index() + 1, -1);
   std::int32_t found = 0;
   for (std::size_t i = 0; i < ids.size(); ++i) {
@@ -47,32 +46,19 @@ std::int64_t number_within(const Range& range, std::span<const std::int64_t> ids
   return found;
 }
 
-std::int64_t number_any(std::span<const std::int64_t> ids, std::span<std::int32_t> slots) {
+std::int64_t number_any(std::span<const std::int64_t> ids, std::span<std::int64_t> slots) {
   const auto hash_of = [&](std::size_t row) { return mix(static_cast<std::uint64_t>(ids[row])); };
   // mix is a bijection: equal hashes are equal ids.
   return number_by_appearance(slots, hash_of, [](std::size_t /*a*/, std::size_t /*b*/) { return true; });
 }
 
-// A stable counting sort. The offsets serve as cursors, one position early, so that they need no copy.
-template <class Slot>
-std::vector<std::int64_t> sort_by_slot(std::span<const Slot> slots, std::int64_t groups,
-                                       std::span<std::int64_t> order) {
-  std::vector<std::int64_t> offsets(at(groups) + 1);
-  std::int64_t* const cursor = offsets.data() + 1;
-  for (const Slot slot : slots) {
-    ++cursor[slot];
-  }
-  std::int64_t start = 0;
-  for (std::int64_t g = 0; g < groups; ++g) {
-    start += std::exchange(cursor[g], start);
-  }
-  for (std::size_t i = 0; i < slots.size(); ++i) {
-    order[at(cursor[slots[i]]++)] = static_cast<std::int64_t>(i);
-  }
-  return offsets;
-}
+}  // namespace
 
-void check_positions(std::span<const std::int64_t> ids, std::int64_t num_groups) {
+void check_ids(std::span<const std::int64_t> ids, std::int64_t num_groups) {
+  const Range range = range_of(ids.data(), ids.size());
+  if (ids.empty() || (range.lowest >= 0 && range.highest < num_groups)) {
+    return;
+  }
   Offenders outside;
   for (std::size_t i = 0; i < ids.size(); ++i) {
     if (ids[i] < 0 || ids[i] >= num_groups) {
@@ -83,21 +69,10 @@ void check_positions(std::span<const std::int64_t> ids, std::int64_t num_groups)
                        "With num_groups an id is its group's position; leave num_groups out for ids of any value.");
 }
 
-}  // namespace
-
-std::vector<std::int64_t> group_rows(std::span<const std::int64_t> ids, std::int64_t num_groups,
-                                     std::span<std::int64_t> order) {
+std::int64_t number_ids(std::span<const std::int64_t> ids, std::span<std::int64_t> numbers) {
   const Range range = range_of(ids.data(), ids.size());
-  if (num_groups >= 0) {
-    if (!ids.empty() && (range.lowest < 0 || range.highest >= num_groups)) {
-      check_positions(ids, num_groups);
-    }
-    return sort_by_slot(ids, num_groups, order);
-  }
-  std::vector<std::int32_t> slots(ids.size());
   const bool dense = !ids.empty() && range.last_index() < 4 * ids.size() && ids.size() <= kMostRows;
-  const std::int64_t groups = dense ? number_within(range, ids, slots) : number_any(ids, slots);
-  return sort_by_slot(std::span<const std::int32_t>(slots), groups, order);
+  return dense ? number_within(range, ids, numbers) : number_any(ids, numbers);
 }
 
 }  // namespace v05

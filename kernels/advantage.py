@@ -297,7 +297,6 @@ def fused_advantage(
     count: torch.Tensor | None,
     take_more: torch.Tensor | None,
     counters: torch.Tensor,
-    *,
     baseline: int,
     scale: int,
     leave_one_out: bool,

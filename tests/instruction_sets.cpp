@@ -46,13 +46,14 @@ void run(v05::Scale scale) {
       .sum =
           [&](std::size_t row) { outcomes[row] = v05::sum_row(&tokens[row * kTokens], &mask[row * kTokens], kTokens); },
       .spread =
-          [&](std::size_t row) {
-            v05::spread_row(static_cast<Real>(advantages[row]), &mask[row * kTokens], kTokens, &spread[row * kTokens]);
+          [&](std::size_t row, double advantage) {
+            advantages[row] = advantage;
+            v05::spread_row(static_cast<Real>(advantage), &mask[row * kTokens], kTokens, &spread[row * kTokens]);
           },
       .tokens = kRows * kTokens};
   v05::compute_advantages(v05::Rollouts<double>{.rewards = outcomes, .valid = {}, .trajectory_ids = {}},
-                          v05::Groups{.offsets = offsets, .order = {}}, std::span<const double>(prior), rule,
-                          std::span<double>(advantages), v05::StatisticsOut{}, steps, 1);
+                          v05::Groups{.offsets = offsets, .ids = {}, .count = kGroups}, std::span<const double>(prior),
+                          rule, std::span<double>(), v05::StatisticsOut{}, steps, 1);
   add(outcomes);
   add(advantages);
   add(spread);

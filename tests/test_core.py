@@ -1,4 +1,4 @@
-"""The compiled core: the same bits on any thread count and instruction set, grouping of awkward ids, digits that survive."""
+"""The compiled core: the same bits on any thread count and instruction set, numbering of awkward ids, digits that survive."""
 
 import hashlib
 import shutil
@@ -59,13 +59,17 @@ def test_thread_count_does_not_change_a_bit(request):
     assert digest() == one
 
 
-def test_errors_leave_a_parallel_region(two_threads):
-    n = 400_000
-    rewards, trajectories = torch.zeros(n), torch.arange(n)
-    for row in (399_998, 1000):
-        rewards[row], trajectories[row + 1] = 1.0, row
-    with pytest.raises(ValueError, match="trajectory_ids: rows 1000 and 1001 are one trajectory"):  # the first of the two
-        fused_advantage(rewards, group_offsets=torch.arange(0, n + 1, 4), trajectory_ids=trajectories, method="grpo")
+@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+def test_the_form_of_the_groups_does_not_change_a_bit(scale):
+    rng = np.random.default_rng(1)
+    ids = np.sort(rng.integers(0, 300, 2000))
+    offsets = np.searchsorted(ids, np.arange(301))
+    rewards, prior = torch.from_numpy(rng.random(2000)), rng.random(300)
+    by_offset = fused_advantage(rewards, prior, group_offsets=offsets, scale=scale)
+    by_id = fused_advantage(rewards, prior, group_ids=ids, num_groups=300, scale=scale)
+    assert torch.equal(by_offset.advantages, by_id.advantages)
+    for name in ("moments", "counts", "take_more"):
+        torch.testing.assert_close(getattr(by_offset.stats, name), getattr(by_id.stats, name), rtol=0, atol=0, equal_nan=True)
 
 
 def test_instruction_set_does_not_change_a_bit(tmp_path):
@@ -78,7 +82,7 @@ def test_instruction_set_does_not_change_a_bit(tmp_path):
     for level in levels:
         program = tmp_path / level
         options = ["-std=c++20", "-O3", "-ffp-contract=off", "-DV05_MULTIVERSION=", f"-march={level}"]
-        sources = [ROOT / "tests" / "instruction_sets.cpp", ROOT / "csrc" / "advantage.cpp"]
+        sources = [ROOT / path for path in ("tests/instruction_sets.cpp", "csrc/advantage.cpp", "csrc/grouping.cpp")]
         subprocess.run(["g++", *options, f"-I{ROOT / 'csrc' / 'include'}", "-o", program, *sources], check=True)
         printed.add(subprocess.run([program], capture_output=True, text=True, check=True).stdout)
     assert len(printed) == 1
@@ -86,15 +90,17 @@ def test_instruction_set_does_not_change_a_bit(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32], ids=str)
-@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 31, 32, 33, 64, 75, 200])
-@pytest.mark.parametrize("scale", ["none", "batch"])  # sums group by group, and all before the statistics
-def test_token_sums_are_exact(dtype, mask_dtype, tokens, scale):
+@pytest.mark.parametrize("tokens", [1, 15, 17, 63, 64, 65, 128, 200])
+@pytest.mark.parametrize("share", [1.0, 0.02], ids=["dense", "sparse"])  # blocks of zeros are passed over
+def test_token_sums_are_exact(dtype, mask_dtype, tokens, share):
     rng = np.random.default_rng(tokens)
     rewards = torch.from_numpy(rng.integers(-64, 64, (24, tokens)) / 8).to(dtype)  # every partial sum is exact
+    rewards = torch.where(torch.from_numpy(rng.random((24, tokens)) < share), rewards, 0.0)
     mask = torch.from_numpy(rng.random((24, tokens)) < 0.6)
-    options = dict(group_offsets=torch.arange(0, 25, 4), method="dr_grpo", scale=scale, dtype=torch.float64)
+    options = dict(group_offsets=torch.arange(0, 25, 4), method="dr_grpo", dtype=torch.float64)
     sums = torch.where(mask, rewards.double(), 0.0).sum(-1)
-    out = fused_advantage(torch.where(mask, rewards, torch.nan), response_mask=mask.to(mask_dtype), **options)
+    unseen = torch.where(rewards == 0, 0.0, torch.nan).to(dtype)
+    out = fused_advantage(torch.where(mask, rewards, unseen), response_mask=mask.to(mask_dtype), **options)
     assert torch.equal(out.advantages, fused_advantage(sums, response_mask=mask, **options).advantages)
     torch.testing.assert_close(out.stats.mean, sums.view(6, 4).mean(1), rtol=0, atol=1e-15)
 
@@ -121,20 +127,18 @@ IDS = {
 
 
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
-def test_grouping_of_awkward_ids(ids):
-    slots = np.array(numbered(ids), dtype=np.int64)
-    order, offsets = _core.group_rows(np.array(ids, dtype=np.int64), -1)
-    assert order.tolist() == np.argsort(slots, kind="stable").tolist()
-    assert offsets.tolist() == [0, *np.cumsum(np.bincount(slots, minlength=slots.max(initial=-1) + 1))]
-    assert np.array_equal(order, _core.group_rows(slots, len(offsets) - 1)[0])
+def test_awkward_ids_are_numbered_by_appearance(ids):
+    numbers, found = _core.number_ids(np.array(ids, dtype=np.int64))
+    assert numbers.tolist() == numbered(ids)
+    assert found == len(set(ids))
 
 
 @settings(max_examples=200, deadline=None)
 @given(hnp.arrays(np.int64, st.integers(0, 200), elements=st.one_of(st.integers(-3, 3), st.integers(INT64.min, INT64.max))))
-def test_grouping_of_any_ids(ids):
-    order, offsets = _core.group_rows(ids, -1)
-    assert order.tolist() == np.argsort(numbered(ids.tolist()), kind="stable").tolist()
-    assert len(offsets) == len(set(ids.tolist())) + 1
+def test_any_ids_are_numbered_by_appearance(ids):
+    numbers, found = _core.number_ids(ids)
+    assert numbers.tolist() == numbered(ids.tolist())
+    assert found == len(set(ids.tolist()))
 
 
 class Sticky:

@@ -50,15 +50,15 @@ def assert_same(seen: AdvantageOutput, expected: AdvantageOutput) -> None:
         torch.testing.assert_close(getattr(seen.stats, name), getattr(expected.stats, name), rtol=0, atol=0, equal_nan=True)
 
 
-def operands(layout):
+def operands(layout, grouping="offsets", *, stats=True, baseline=2):
     """Arguments of the operator itself, in the dtypes that `fused_advantage` hands over."""
     extra = LAYOUTS[layout]()
     mask, cu_seqlens = extra.get("response_mask"), extra.get("cu_seqlens")
     out = torch.zeros(N) if not extra else torch.zeros(TOKENS) if mask is None else torch.zeros(N, 5)
     tensors = (
         REWARDS,
-        OFFSETS,
-        None,
+        *((OFFSETS, None) if grouping == "offsets" else (None, IDS)),
+        4,
         PRIOR.nan_to_num(0.5).double(),  # opcheck holds NaN for unequal to itself
         None if mask is None else mask.to(torch.uint8),
         None if cu_seqlens is None else cu_seqlens.long(),
@@ -66,24 +66,21 @@ def operands(layout):
         None,
         out,
     )
-    switches = dict(stats=True, baseline=2, scale=0, leave_one_out=False, raw_singleton=False, exclude_nonfinite=False)
-    return tensors, switches | dict(low=0.0, high=1.0, eps=1e-6, max_rollouts=16, cost=0.01)
+    scale, leave_one_out, raw_singleton, exclude_nonfinite = 0, False, False, False
+    switches = (stats, baseline, scale, leave_one_out, raw_singleton, exclude_nonfinite)
+    low, high, eps, max_rollouts, cost = 0.0, 1.0, 1e-6, 16, 0.01
+    return (*tensors, *switches, low, high, eps, max_rollouts, cost)
 
 
-@pytest.mark.parametrize("baseline", Baseline)
+@pytest.mark.parametrize("baseline", [int(baseline) for baseline in Baseline])
+@pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("layout", ["per-rollout", "padded", "packed"])
-def test_opcheck_of_the_advantages(layout, baseline):
-    tensors, rule = operands(layout)
-    opcheck(torch.ops.v05.fused_advantage.default, tensors, rule | {"baseline": baseline.value})
+def test_opcheck(layout, grouping, baseline):
+    opcheck(torch.ops.v05.fused_advantage.default, operands(layout, grouping, baseline=baseline))
 
 
 def test_opcheck_without_statistics():
-    tensors, rule = operands("padded")
-    opcheck(torch.ops.v05.fused_advantage.default, tensors, rule | {"stats": False})
-
-
-def test_opcheck_of_the_grouping():
-    opcheck(torch.ops.v05.group_rows.default, (IDS, 4))
+    opcheck(torch.ops.v05.fused_advantage.default, operands("padded", stats=False))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])

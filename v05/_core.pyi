@@ -6,25 +6,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 Real = NDArray[np.float32] | NDArray[np.float64]
-Mask = NDArray[np.uint8] | NDArray[np.int64] | NDArray[np.float32]
+Mask = NDArray[np.bool_] | NDArray[np.uint8] | NDArray[np.int64] | NDArray[np.float32]
 
-def group_rows(ids: NDArray[np.int64], num_groups: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
+def number_ids(ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]: ...
+def check_ids(ids: NDArray[np.int64], num_groups: int) -> None: ...
 def factorize(keys: Sequence[object] | NDArray[np.object_]) -> tuple[NDArray[np.int64], int]: ...
-def check_offsets(name: str, offsets: NDArray[np.int64]) -> None: ...
+def check_offsets(name: str, offsets: NDArray[np.int64], end: int | None) -> None: ...
 def fused_advantage(
     rewards: Real,
-    offsets: NDArray[np.int64],
-    order: NDArray[np.int64] | None,
+    offsets: NDArray[np.int64] | None,
+    ids: NDArray[np.int64] | None,
+    num_groups: int,
     prior: NDArray[np.float64] | None,
     mask: Mask | None,
     cu_seqlens: NDArray[np.int64] | None,
     valid: NDArray[np.bool_] | None,
     trajectory_ids: NDArray[np.int64] | None,
     out: Real,
-    moments: NDArray[np.float64] | None,
-    count: NDArray[np.int64] | None,
-    take_more: NDArray[np.bool_] | None,
-    *,
+    threads: int,
+    stats: bool,
     baseline: int,
     scale: int,
     leave_one_out: bool,
@@ -35,8 +35,8 @@ def fused_advantage(
     eps: float,
     max_rollouts: int,
     cost: float,
-    threads: int,
-) -> int: ...
+    /,
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_]]: ...
 
 class RolloutAllocator:
     def __init__(

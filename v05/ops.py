@@ -141,8 +141,8 @@ def fused_advantage(
 
     Advantages and statistics carry no gradient: inputs that require one are detached.
 
-    torch.compile(fullgraph=True) and torch.export take the call whole, as the registered operators `v05::fused_advantage` and
-    `v05::group_rows`, with `out` as a declared mutation; values are then checked when the graph runs. Strings as `group_ids`,
+    torch.compile(fullgraph=True) and torch.export take the call whole, as the registered operator
+    `v05::fused_advantage`, with `out` as a declared mutation; values are then checked when the graph runs. Strings as `group_ids`,
     `process_group` and a `backend` that is not the device's own stay eager: under torch.compile they break the graph.
 
     Args:
@@ -244,34 +244,32 @@ def fused_advantage(
         advantages, statistics = _across_ranks(process_group, local, num_groups, **options)
         out = _output(out, rewards, shape, dtype, tracing)
         return AdvantageOutput(_spread(advantages, mask, cu, out), statistics if stats else None)
-    offsets, order, placed = _group(group_ids, group_offsets, num_groups, n, device, tracing)
-    if placed is not None:
-        valid = placed if valid is None else valid & placed
-    groups = offsets.shape[0] - 1
+    offsets, ids, groups = _group(group_ids, group_offsets, num_groups, n, device, tracing)
     prior = _prior(prior, rule, groups, device)
     out = _output(out, rewards, shape, dtype, tracing)
 
     counts, moments, take_more = _kernel(backend, device, tracing)(
         rewards,
         offsets,
-        order,
+        ids,
+        groups,
         prior,
         mask,
         cu,
         valid,
         trajectory_ids,
         out,
-        stats=stats,
-        baseline=rule.baseline.value,
-        scale=_DIVIDE_BY[scale],
-        leave_one_out=leave_one_out or rule.leave_one_out,
-        raw_singleton=singleton == "raw",
-        exclude_nonfinite=nonfinite == "exclude",
-        low=float(low),
-        high=float(high),
-        eps=float(eps),
-        max_rollouts=max_rollouts,
-        cost=1.0 / max_rollouts**2 if cost is None else float(cost),
+        stats,
+        int(rule.baseline),
+        _DIVIDE_BY[scale],
+        leave_one_out or rule.leave_one_out,
+        singleton == "raw",
+        nonfinite == "exclude",
+        float(low),
+        float(high),
+        float(eps),
+        max_rollouts,
+        1.0 / max_rollouts**2 if cost is None else float(cost),
     )
     if not stats:
         return AdvantageOutput(out, None)
@@ -327,21 +325,17 @@ def _group(
     n: int,
     device: torch.device,
     tracing: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """(offsets (G+1,), order (N,) or None, placed (N,) bool or None): group g owns the rows order[offsets[g] : offsets[g+1]].
-
-    `placed` is False where an id names no group, which only CUDA cannot complain about; those rows stand in group 0.
-    """
+) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
+    """(offsets (G+1,), None, G) of contiguous groups, or (None, ids (N,) that are positions of groups, G)."""
     if (group_ids is None) == (group_offsets is None):
         given = "neither" if group_ids is None else "both"
         raise ValueError(f"group_ids and group_offsets: {given} given; give exactly one")
     if group_offsets is not None:
         offsets = _offsets("group_offsets", group_offsets, n, device, tracing)
-        if num_groups is not None and num_groups != offsets.shape[0] - 1:
-            raise ValueError(
-                f"num_groups={num_groups} contradicts group_offsets, which has {offsets.shape[0] - 1} groups; leave it out"
-            )
-        return offsets, None, None
+        groups = offsets.shape[0] - 1
+        if num_groups is not None and num_groups != groups:
+            raise ValueError(f"num_groups={num_groups} contradicts group_offsets, which has {groups} groups; leave it out")
+        return offsets, None, groups
     assert group_ids is not None
     ids, named = _integer_ids(group_ids, tracing)
     if ids.ndim != 1 or ids.shape[0] != n:
@@ -350,17 +344,16 @@ def _group(
         if num_groups is not None and num_groups != named:
             raise ValueError(f"num_groups={num_groups}, but group_ids holds {named} distinct strings; leave it out")
         num_groups = named
-    if num_groups is None and (tracing or not ids.is_cpu):
-        raise ValueError(
-            "num_groups: needed with integer group_ids on CUDA, where finding it would synchronise, and under torch.compile"
-        )
-    if ids.is_cpu:
-        group_rows = torch.ops.v05.group_rows if tracing else _group_rows_cpp
-        offsets, order = group_rows(ids.contiguous(), -1 if num_groups is None else num_groups)
-        return offsets.to(device), order.to(device), None
-    assert num_groups is not None
-    placed = (ids >= 0) & (ids < num_groups)
-    return *group_rows_on_device(torch.where(placed, ids, 0), num_groups), placed
+    if num_groups is None:
+        if tracing or not ids.is_cpu:
+            raise ValueError(
+                "num_groups: needed with integer group_ids on CUDA, where finding it would synchronise, and under torch.compile"
+            )
+        numbers, num_groups = _core.number_ids(ids.contiguous().numpy())
+        ids = torch.from_numpy(numbers)
+    elif ids.is_cpu and device.type != "cpu" and not tracing:
+        _core.check_ids(ids.contiguous().numpy(), num_groups)
+    return None, _placed(ids, torch.int64, device), num_groups
 
 
 def group_rows_on_device(ids: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -419,6 +412,8 @@ def _integer_ids(group_ids: Array | Sequence[str], tracing: bool) -> tuple[torch
             dense, named = _core.factorize(names)
             return torch.from_numpy(dense), named
         ids = _tensor("group_ids", group_ids)
+    if ids.dtype == torch.int64:
+        return ids, None
     if ids.numel() > 0 and (ids.is_floating_point() or ids.is_complex()):
         raise ValueError(f"group_ids: dtype {ids.dtype}; give integers or strings")
     return ids.to(torch.int64), None
@@ -432,18 +427,8 @@ def _offsets(name: str, value: Array, end: int | None, device: torch.device, tra
             f"{name}: shape {tuple(offsets.shape)}, dtype {offsets.dtype}; give integers (number of parts + 1,) that start at 0"
         )
     if offsets.is_cpu and device.type != "cpu" and not tracing:
-        _check_offsets(name, offsets.to(torch.int64).contiguous().numpy(), end)
+        _core.check_offsets(name, offsets.to(torch.int64).contiguous().numpy(), end)
     return _placed(offsets, torch.int64, device)
-
-
-def _check_offsets(name: str, offsets: NDArray[np.int64], end: int | None) -> None:
-    _core.check_offsets(name, offsets)
-    if end is not None and offsets[-1] != end:
-        raise ValueError(
-            f"group_offsets: ends at {offsets[-1]} for {end} rollouts; the last offset is N"
-            if name == "group_offsets"
-            else f"out: shape ({end},) for cu_seqlens that end at {offsets[-1]}; give a contiguous ({offsets[-1]},) tensor"
-        )
 
 
 def _prior(prior: Array | None, rule: Method, groups: int, device: torch.device) -> torch.Tensor | None:
@@ -472,14 +457,12 @@ def _layout(
     if response_mask is not None:
         if cu_seqlens is not None:
             raise ValueError("response_mask and cu_seqlens: both given; give at most one of the two")
-        mask = response_mask.to(device)
+        mask = response_mask
         if mask.ndim != 2 or mask.shape[0] != n:
             raise ValueError(f"response_mask: shape {tuple(mask.shape)} for {n} rollouts; give (N, T)")
-        if mask.dtype in (torch.bool, torch.int8):
-            mask = mask.contiguous().view(torch.uint8)
-        elif mask.dtype not in (torch.uint8, torch.int64, torch.float32):
-            mask = (mask != 0).view(torch.uint8)
-        return mask.contiguous(), None, (n, mask.shape[1])
+        if mask.dtype not in (torch.bool, torch.uint8, torch.int64, torch.float32):
+            mask = mask != 0
+        return _placed(mask, mask.dtype, device), None, (n, mask.shape[1])
     if cu_seqlens is not None:
         given = _tensor("cu_seqlens", cu_seqlens)
         cu = _offsets("cu_seqlens", given, None, device, tracing)
@@ -624,86 +607,92 @@ def _spread(
         return torch.where(mask != 0, values[:, None], torch.zeros((), dtype=out.dtype, device=out.device), out=out)
     if cu_seqlens is not None:
         if cu_seqlens.is_cpu:
-            _check_offsets("cu_seqlens", cu_seqlens.numpy(), out.shape[0])
+            _core.check_offsets("cu_seqlens", cu_seqlens.numpy(), out.shape[0])
         return out.copy_(values.repeat_interleave(cu_seqlens.diff(), output_size=out.numel()))
     return out.copy_(values)
 
 
-def _group_rows_cpp(ids: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(offsets (G+1,), order (N,)) of int64 CPU ids; num_groups -1: groups are numbered by first appearance."""
-    order, offsets = _core.group_rows(ids.numpy(), num_groups)
-    return torch.from_numpy(offsets), torch.from_numpy(order)
-
-
 def _run_cpp(
     rewards: torch.Tensor,
-    offsets: torch.Tensor,
-    order: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+    ids: torch.Tensor | None,
+    num_groups: int,
     prior: torch.Tensor | None,
     mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     valid: torch.Tensor | None,
     trajectory_ids: torch.Tensor | None,
     out: torch.Tensor,
-    *,
-    stats: bool,
-    **rule: Any,
+    *rule: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Write `out` and return (counts, moments, take_more), as in `_empty_statistics`."""
+    """Write `out` and return (counts, moments, take_more), as in `_empty_statistics`; `rule` is what the schema has after out."""
     # The core writes float32 and float64; a half-precision output is rounded from float32.
     target = out if out.dtype in (torch.float32, torch.float64) else torch.empty_like(out, dtype=torch.float32)
-    tensors = (rewards, offsets, order, prior, mask, cu_seqlens, valid, trajectory_ids, target)
-    arrays: list[Any] = [None if tensor is None else tensor.numpy() for tensor in tensors]
-    _check_offsets("group_offsets", arrays[1], rewards.shape[0])
-    if cu_seqlens is not None:
-        _check_offsets("cu_seqlens", arrays[5], out.shape[0])
-    groups = arrays[1].size - 1 if stats else 0
-    # NumPy's are the cheaper allocations of what the core takes as NumPy's arrays.
-    counts, moments, take_more = np.empty(2 + groups, np.int64), np.empty((7, groups)), np.empty(groups, np.bool_)
-    statistics = (moments, counts[2:], take_more) if stats else (None, None, None)
-    counts[0] = _core.fused_advantage(*arrays, *statistics, threads=torch.get_num_threads(), **rule)
-    counts[1] = 0  # clipped: the core raises instead
+    counts, moments, take_more = _core.fused_advantage(
+        rewards.numpy(),
+        None if offsets is None else offsets.numpy(),
+        None if ids is None else ids.numpy(),
+        num_groups,
+        None if prior is None else prior.numpy(),
+        None if mask is None else mask.numpy(),
+        None if cu_seqlens is None else cu_seqlens.numpy(),
+        None if valid is None else valid.numpy(),
+        None if trajectory_ids is None else trajectory_ids.numpy(),
+        target.numpy(),
+        torch.get_num_threads(),
+        *rule,
+    )
     if target is not out:
         out.copy_(target)
-    if rule["baseline"] != Baseline.SHRINKAGE:  # the rest was not written
-        moments, take_more = moments[:3], take_more[:0]
     return torch.from_numpy(counts), torch.from_numpy(moments), torch.from_numpy(take_more)
 
 
 def _run_triton(
     rewards: torch.Tensor,
-    offsets: torch.Tensor,
-    order: torch.Tensor | None,
+    offsets: torch.Tensor | None,
+    ids: torch.Tensor | None,
+    num_groups: int,
     prior: torch.Tensor | None,
     mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     valid: torch.Tensor | None,
     trajectory_ids: torch.Tensor | None,
     out: torch.Tensor,
-    *,
     stats: bool,
-    **rule: Any,
+    baseline: int,
+    scale: int,
+    leave_one_out: bool,
+    raw_singleton: bool,
+    exclude_nonfinite: bool,  # a kernel cannot raise: it always excludes and counts
+    *rule: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from v05.kernels.advantage import fused_advantage as launch
 
+    order = None
+    if ids is not None:
+        placed = (ids >= 0) & (ids < num_groups)  # nor complain of ids: rows of no group stand in group 0, left out
+        offsets, order = group_rows_on_device(torch.where(placed, ids, 0), num_groups)
+        valid = placed if valid is None else valid & placed
+    assert offsets is not None
+    if mask is not None and mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
     counted = valid
     if trajectory_ids is not None:
         finite = _outcomes(rewards, mask).isfinite()
         counted = first_of_trajectory(trajectory_ids, offsets, order, finite if valid is None else valid & finite)
-    counts, moments, take_more = _empty_statistics(rewards, offsets, stats, rule["baseline"])
+    counts, moments, take_more = _empty_statistics(rewards, num_groups, stats, baseline)
     statistics = (moments, counts[2:], take_more) if stats else (None, None, None)
-    del rule["exclude_nonfinite"]  # a kernel cannot raise: it always excludes and counts
     inputs = (rewards, offsets, order, prior, mask, cu_seqlens, valid, counted)
-    launch(*inputs, out, *statistics, counts[:2].zero_(), **rule)
+    launch(*inputs, out, *statistics, counts[:2].zero_(), baseline, scale, leave_one_out, raw_singleton, *rule)
     return counts, moments, take_more
 
 
 def _empty_statistics(
-    rewards: torch.Tensor, offsets: torch.Tensor, stats: bool, baseline: int
+    rewards: torch.Tensor, num_groups: int, stats: bool, baseline: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(counts (2 + G,), moments (7, G), take_more (G,)) as in `AdvantageStats`: what the baseline defines, of no group without
     `stats`."""
-    groups = offsets.shape[0] - 1 if stats else 0
+    groups = num_groups if stats else 0
     shrinkage = baseline == Baseline.SHRINKAGE
     return (
         rewards.new_empty(2 + groups, dtype=torch.int64),
@@ -712,6 +701,7 @@ def _empty_statistics(
     )
 
 
+_STATS_AND_BASELINE = slice(6, 8)  # of the operator's arguments after num_groups
 _BACKENDS: dict[str, _Kernel] = {"cpp": _run_cpp, "triton": _run_triton}
 _BACKEND_OF_DEVICE = {"cpu": "cpp", "cuda": "triton"}
 
@@ -738,22 +728,17 @@ def _kernel(backend: str | None, device: torch.device, tracing: bool) -> _Kernel
 # FRAGMENT: other files of this package may add operators of their own to the namespace.
 _LIBRARY = torch.library.Library("v05", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-_LIBRARY.define("group_rows(Tensor ids, SymInt num_groups) -> (Tensor offsets, Tensor order)", tags=_TAGS)
 _LIBRARY.define(
-    "fused_advantage(Tensor rewards, Tensor offsets, Tensor? order, Tensor? prior, Tensor? mask, Tensor? cu_seqlens, "
-    "Tensor? valid, Tensor? trajectory_ids, Tensor(a!) out, *, bool stats, int baseline, int scale, bool leave_one_out, "
-    "bool raw_singleton, bool exclude_nonfinite, float low, float high, float eps, int max_rollouts, "
+    "fused_advantage(Tensor rewards, Tensor? offsets, Tensor? ids, SymInt num_groups, Tensor? prior, Tensor? mask, "
+    "Tensor? cu_seqlens, Tensor? valid, Tensor? trajectory_ids, Tensor(a!) out, bool stats, int baseline, int scale, "
+    "bool leave_one_out, bool raw_singleton, bool exclude_nonfinite, float low, float high, float eps, int max_rollouts, "
     "float cost) -> (Tensor counts, Tensor moments, Tensor take_more)",
     tags=_TAGS,
 )
-_LIBRARY.impl("group_rows", _group_rows_cpp, "CPU")
 for _device, _name in _BACKEND_OF_DEVICE.items():
     _LIBRARY.impl("fused_advantage", _BACKENDS[_name], _device.upper())
 torch.library.register_fake(
-    "v05::group_rows", lambda ids, num_groups: (ids.new_empty(num_groups + 1), torch.empty_like(ids)), lib=_LIBRARY
-)
-torch.library.register_fake(
     "v05::fused_advantage",
-    lambda rewards, offsets, *tensors, stats, baseline, **rule: _empty_statistics(rewards, offsets, stats, baseline),
+    lambda rewards, offsets, ids, num_groups, *rest: _empty_statistics(rewards, num_groups, *rest[_STATS_AND_BASELINE]),
     lib=_LIBRARY,
 )

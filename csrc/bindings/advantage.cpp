@@ -24,7 +24,7 @@ using Array = py::array_t<T, py::array::c_style>;
 template <class T>
 using MaybeArray = std::optional<Array<T>>;
 using RealArray = std::variant<Array<float>, Array<double>>;
-using MaskArray = std::variant<Array<std::uint8_t>, Array<std::int64_t>, Array<float>>;
+using MaskArray = std::variant<Array<bool>, Array<std::uint8_t>, Array<std::int64_t>, Array<float>>;
 
 template <class T>
 std::span<const T> view(const Array<T>& array) {
@@ -41,31 +41,50 @@ std::span<T> mutable_view(Array<T>& array) {
   return {array.mutable_data(), static_cast<std::size_t>(array.size())};
 }
 
-v05::StatisticsOut statistics_out(MaybeArray<double>& moments, MaybeArray<std::int64_t>& count,
-                                  MaybeArray<bool>& take_more) {
-  if (!moments || !count || !take_more) {
-    return {};
-  }
-  const auto groups = static_cast<std::size_t>(count->size());
-  if (static_cast<std::size_t>(moments->size()) != 7 * groups ||
-      static_cast<std::size_t>(take_more->size()) != groups) {
-    throw std::invalid_argument("statistics buffers: expected (7, G) float64, (G,) int64 and (G,) bool");
-  }
-  const std::span<double> all = mutable_view(*moments);
-  const auto part = [&](std::size_t i) { return all.subspan(i * groups, groups); };
-  return {.count = mutable_view(*count),
-          .mean = part(0),
-          .variance = part(1),
-          .baseline = part(2),
-          .weight = part(3),
-          .statistic = part(4),
-          .p_value = part(5),
-          .mse = part(6),
-          .take_more = mutable_view(*take_more)};
+template <class T>
+const T* mask_data(const Array<T>& mask) {
+  return mask.data();
 }
 
-// Offsets of parts that lie one after another from 0 on; where they end is the caller's to judge.
-void check_offsets(const std::string& name, const Array<std::int64_t>& offsets) {
+const std::uint8_t* mask_data(const Array<bool>& mask) { return reinterpret_cast<const std::uint8_t*>(mask.data()); }
+
+// What v05.ops.AdvantageStats is made of: counts (2 + G,) of non-finite rewards, clipped ones (never: they are refused)
+// and each group's rollouts; moments (7, G), or (3, G) where the baseline defines no more; take_more (G,) or (0,). Of
+// no group where statistics are not wanted.
+struct Statistics {
+  py::ssize_t groups;
+  Array<std::int64_t> counts;
+  Array<double> moments;
+  Array<bool> take_more;
+
+  Statistics(py::ssize_t wanted, v05::Baseline baseline)
+      : groups(wanted),
+        counts(2 + wanted),
+        moments({baseline == v05::Baseline::kShrinkage ? py::ssize_t{7} : py::ssize_t{3}, wanted}),
+        take_more(baseline == v05::Baseline::kShrinkage ? wanted : 0) {
+    std::fill_n(counts.mutable_data(), 2, 0);
+  }
+
+  v05::StatisticsOut out() {
+    const std::span<double> all = mutable_view(moments);
+    const auto size = static_cast<std::size_t>(groups);
+    const auto row = [&](std::size_t i) {
+      return size * i < all.size() ? all.subspan(size * i, size) : std::span<double>{};
+    };
+    return {.count = mutable_view(counts).subspan(2),
+            .mean = row(0),
+            .variance = row(1),
+            .baseline = row(2),
+            .weight = row(3),
+            .statistic = row(4),
+            .p_value = row(5),
+            .mse = row(6),
+            .take_more = mutable_view(take_more)};
+  }
+};
+
+// Offsets of parts that lie one after another from 0 on, to `end` where it is known.
+void check_offsets(const std::string& name, const Array<std::int64_t>& offsets, std::optional<std::int64_t> end) {
   const std::span<const std::int64_t> values = view(offsets);
   if (values.empty() || values.front() != 0) {
     throw std::invalid_argument(name + ": starts at " + (values.empty() ? "nothing" : std::to_string(values.front())) +
@@ -75,16 +94,23 @@ void check_offsets(const std::string& name, const Array<std::int64_t>& offsets) 
   if (fall != values.end()) {
     throw std::invalid_argument(name + ": falls after position " + std::to_string(fall - values.begin()) + "; sort it");
   }
+  if (end && values.back() != *end) {
+    const std::string last = std::to_string(values.back());
+    throw std::invalid_argument(name == "group_offsets"
+                                    ? name + ": ends at " + last + " for " + std::to_string(*end) +
+                                          " rollouts; the last offset is N"
+                                    : "out: shape (" + std::to_string(*end) + ",) for " + name + " that end at " +
+                                          last + "; give a contiguous (" + last + ",) tensor");
+  }
 }
 
-std::int64_t fused_advantage(const RealArray& rewards, const Array<std::int64_t>& offsets,
-                             const MaybeArray<std::int64_t>& order, const MaybeArray<double>& prior,
-                             const std::optional<MaskArray>& mask, const MaybeArray<std::int64_t>& cu_seqlens,
-                             const MaybeArray<bool>& valid, const MaybeArray<std::int64_t>& trajectory_ids,
-                             RealArray& out, MaybeArray<double> moments, MaybeArray<std::int64_t> count,
-                             MaybeArray<bool> take_more, int baseline, int scale, bool leave_one_out,
-                             bool raw_singleton, bool exclude_nonfinite, double low, double high, double eps,
-                             std::int64_t max_rollouts, double cost, int threads) {
+py::tuple fused_advantage(const RealArray& rewards, const MaybeArray<std::int64_t>& offsets,
+                          const MaybeArray<std::int64_t>& ids, std::int64_t num_groups, const MaybeArray<double>& prior,
+                          const std::optional<MaskArray>& mask, const MaybeArray<std::int64_t>& cu_seqlens,
+                          const MaybeArray<bool>& valid, const MaybeArray<std::int64_t>& trajectory_ids, RealArray& out,
+                          int threads, bool stats, int baseline, int scale, bool leave_one_out, bool raw_singleton,
+                          bool exclude_nonfinite, double low, double high, double eps, std::int64_t max_rollouts,
+                          double cost) {
   const v05::AdvantageRule rule{.baseline = static_cast<v05::Baseline>(baseline),
                                 .scale = static_cast<v05::Scale>(scale),
                                 .leave_one_out = leave_one_out,
@@ -95,9 +121,16 @@ std::int64_t fused_advantage(const RealArray& rewards, const Array<std::int64_t>
                                 .eps = eps,
                                 .max_rollouts = max_rollouts,
                                 .cost = cost};
-  const v05::StatisticsOut statistics = statistics_out(moments, count, take_more);
-  const v05::Groups groups{.offsets = view(offsets), .order = view(order)};
   const auto rows = static_cast<std::size_t>(std::visit([](const auto& array) { return array.shape(0); }, rewards));
+  if (offsets) {
+    check_offsets("group_offsets", *offsets, static_cast<std::int64_t>(rows));
+  }
+  if (cu_seqlens) {
+    check_offsets("cu_seqlens", *cu_seqlens, std::visit([](const auto& array) { return array.size(); }, out));
+  }
+  Statistics statistics(stats ? num_groups : 0, rule.baseline);
+  const v05::StatisticsOut statistics_out = statistics.out();
+  const v05::Groups groups{.offsets = view(offsets), .ids = view(ids), .count = num_groups};
   v05::TokenSteps steps;
 
   const auto compute = [&]<class Real, class Out>(std::span<const Real> outcomes, std::span<Out> advantages) {
@@ -105,9 +138,9 @@ std::int64_t fused_advantage(const RealArray& rewards, const Array<std::int64_t>
         .rewards = outcomes,
         .valid = {reinterpret_cast<const std::uint8_t*>(view(valid).data()), view(valid).size()},
         .trajectory_ids = view(trajectory_ids)};
-    return v05::compute_advantages(rollouts, groups, view(prior), rule, advantages, statistics, steps, threads);
+    return v05::compute_advantages(rollouts, groups, view(prior), rule, advantages, statistics_out, steps, threads);
   };
-  // From rewards of either kind to an advantage a rollout.
+  // From rewards of either kind.
   const auto compute_rollouts = [&]<class Out>(std::span<Out> advantages) {
     return std::visit(
         [&](const auto& array) {
@@ -118,57 +151,56 @@ std::int64_t fused_advantage(const RealArray& rewards, const Array<std::int64_t>
           const auto tokens = static_cast<std::size_t>(array.shape(1));
           std::visit(
               [&](const auto& m) {
-                steps.sum = [&outcomes, tokens, from = array.data(), mask_data = m.data()](std::size_t row) {
-                  outcomes[row] = v05::sum_row(from + row * tokens, mask_data + row * tokens, tokens);
+                steps.sum = [&outcomes, tokens, from = array.data(), kept = mask_data(m)](std::size_t row) {
+                  outcomes[row] = v05::sum_row(from + row * tokens, kept + row * tokens, tokens);
                 };
               },
               mask.value());
-          steps.tokens = static_cast<std::int64_t>(rows * tokens);
           return compute(std::span<const double>(outcomes), advantages);
         },
         rewards);
   };
+  // To any layout.
+  const auto compute_into = [&]<class Out>(Array<Out>& array) {
+    v05::prefer_huge_pages(mutable_view(array));
+    Out* const to = array.mutable_data();
+    if (!mask && !cu_seqlens) {
+      return compute_rollouts(mutable_view(array));
+    }
+    if (mask) {
+      const auto tokens = rows == 0 ? 0 : static_cast<std::size_t>(array.size()) / rows;
+      std::visit(
+          [&](const auto& m) {
+            steps.spread = [tokens, to, kept = mask_data(m)](std::size_t row, double advantage) {
+              v05::spread_row(static_cast<Out>(advantage), kept + row * tokens, tokens, to + row * tokens);
+            };
+          },
+          *mask);
+    } else {
+      steps.spread = [to, starts = cu_seqlens->data()](std::size_t row, double advantage) {
+        const auto tokens = static_cast<std::size_t>(starts[row + 1] - starts[row]);
+        v05::fill_row(static_cast<Out>(advantage), tokens, to + starts[row]);
+      };
+    }
+    steps.tokens = array.size();
+    return compute_rollouts(std::span<Out>());
+  };
 
-  const py::gil_scoped_release release;
-  return std::visit(
-      [&]<class Out>(Array<Out>& array) {
-        v05::prefer_huge_pages(mutable_view(array));
-        if (!mask && !cu_seqlens) {
-          return compute_rollouts(mutable_view(array));
-        }
-        std::vector<double> advantages(rows);
-        Out* const to = array.mutable_data();
-        if (mask) {
-          const auto tokens = rows == 0 ? 0 : static_cast<std::size_t>(array.size()) / rows;
-          std::visit(
-              [&](const auto& m) {
-                steps.spread = [&advantages, tokens, to, mask_data = m.data()](std::size_t row) {
-                  v05::spread_row(static_cast<Out>(advantages[row]), mask_data + row * tokens, tokens,
-                                  to + row * tokens);
-                };
-              },
-              *mask);
-        } else {
-          steps.spread = [&advantages, to, starts = cu_seqlens->data()](std::size_t row) {
-            const auto tokens = static_cast<std::size_t>(starts[row + 1] - starts[row]);
-            v05::fill_row(static_cast<Out>(advantages[row]), tokens, to + starts[row]);
-          };
-        }
-        steps.tokens = array.size();
-        return compute_rollouts(std::span<double>(advantages));
-      },
-      out);
+  std::int64_t* const nonfinite = statistics.counts.mutable_data();
+  {
+    const py::gil_scoped_release release;
+    *nonfinite = std::visit(compute_into, out);
+  }
+  return py::make_tuple(statistics.counts, statistics.moments, statistics.take_more);
 }
 
 }  // namespace
 
 void register_advantage(py::module_& m) {
-  m.def("check_offsets", &check_offsets, py::arg("name"), py::arg("offsets").noconvert());
-  m.def("fused_advantage", &fused_advantage, py::arg("rewards").noconvert(), py::arg("offsets").noconvert(),
-        py::arg("order").noconvert(), py::arg("prior").noconvert(), py::arg("mask").noconvert(),
-        py::arg("cu_seqlens").noconvert(), py::arg("valid").noconvert(), py::arg("trajectory_ids").noconvert(),
-        py::arg("out").noconvert(), py::arg("moments").noconvert(), py::arg("count").noconvert(),
-        py::arg("take_more").noconvert(), py::kw_only(), py::arg("baseline"), py::arg("scale"),
-        py::arg("leave_one_out"), py::arg("raw_singleton"), py::arg("exclude_nonfinite"), py::arg("low"),
-        py::arg("high"), py::arg("eps"), py::arg("max_rollouts"), py::arg("cost"), py::arg("threads"));
+  m.def("check_offsets", &check_offsets, py::arg("name"), py::arg("offsets").noconvert(), py::arg("end"));
+  // By position only: names would cost more than the advantages of a small batch.
+  m.def("fused_advantage", &fused_advantage, py::arg().noconvert(), py::arg().noconvert(), py::arg().noconvert(),
+        py::arg(), py::arg().noconvert(), py::arg().noconvert(), py::arg().noconvert(), py::arg().noconvert(),
+        py::arg().noconvert(), py::arg().noconvert(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+        py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg());
 }

@@ -8,7 +8,8 @@
 #include <cstring>
 #include <span>
 #include <utility>
-#include <vector>
+
+#include "v05/pages.hpp"
 
 namespace py = pybind11;
 
@@ -16,16 +17,21 @@ namespace {
 
 using Ids = py::array_t<std::int64_t, py::array::c_style>;
 
-std::pair<Ids, Ids> group_rows(const Ids& ids, std::int64_t num_groups) {
-  Ids order(ids.size());
+std::pair<Ids, std::int64_t> number_ids(const Ids& ids) {
+  Ids numbers(ids.size());
   const std::span<const std::int64_t> id_view(ids.data(), static_cast<std::size_t>(ids.size()));
-  const std::span<std::int64_t> order_view(order.mutable_data(), id_view.size());
-  std::vector<std::int64_t> offsets;
+  const std::span<std::int64_t> number_view(numbers.mutable_data(), id_view.size());
+  std::int64_t found = 0;
   {
     const py::gil_scoped_release release;
-    offsets = v05::group_rows(id_view, num_groups, order_view);
+    v05::prefer_huge_pages(number_view);
+    found = v05::number_ids(id_view, number_view);
   }
-  return {std::move(order), Ids(static_cast<py::ssize_t>(offsets.size()), offsets.data())};
+  return {std::move(numbers), found};
+}
+
+void check_ids(const Ids& ids, std::int64_t num_groups) {
+  v05::check_ids({ids.data(), static_cast<std::size_t>(ids.size())}, num_groups);
 }
 
 using Keys = std::span<PyObject* const>;
@@ -103,6 +109,7 @@ std::pair<Ids, std::int64_t> factorize(py::object keys) {
 }  // namespace
 
 void register_grouping(py::module_& m) {
-  m.def("group_rows", &group_rows, py::arg("ids").noconvert(), py::arg("num_groups"));
+  m.def("check_ids", &check_ids, py::arg("ids").noconvert(), py::arg("num_groups"));
+  m.def("number_ids", &number_ids, py::arg("ids").noconvert());
   m.def("factorize", &factorize, py::arg("keys"));
 }

@@ -10,10 +10,10 @@ from golden_cases import golden_options, golden_parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from v05 import _core, reference
+from v05 import reference
 from v05.kernels import advantage
 from v05.methods import METHODS, Baseline
-from v05.ops import SCALES, AdvantageOutput, fused_advantage, group_rows_on_device
+from v05.ops import SCALES, AdvantageOutput, fused_advantage
 
 # Four groups of 1 to 7 rollouts in shuffled rows; a prior that is right, one that is wrong, one that is missing.
 IDS = torch.tensor([2, 0, 1, 1, 0, 2, 1, 0, 2, 1, 3, 1, 0, 1, 1])
@@ -286,14 +286,6 @@ def test_without_statistics():
 def test_budget_rule_arguments():
     for options in ({"max_rollouts": 4}, {"max_rollouts": 64, "cost": 0.001}, {"cost": 0.5}):
         assert run(**options).stats.take_more.tolist() == [group.take_more for group in expect(**options)[1]]
-
-
-def test_grouping_on_the_device_is_the_core_s_grouping():
-    for groups in (4, 9):
-        offsets, order = group_rows_on_device(IDS, groups)
-        wanted_order, wanted_offsets = _core.group_rows(IDS.numpy(), groups)
-        assert offsets.tolist() == wanted_offsets.tolist()
-        assert order.tolist() == wanted_order.tolist()
 
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch):

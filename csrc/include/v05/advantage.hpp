@@ -37,15 +37,11 @@ struct AdvantageRule {
   }
 };
 
-// Group g owns the rows order[offsets[g]] .. order[offsets[g + 1] - 1]; an empty order is the identity.
+// Group g owns the rows offsets[g] .. offsets[g + 1] - 1 or, where there are no offsets, the rows whose id is g.
 struct Groups {
-  std::span<const std::int64_t> offsets;
-  std::span<const std::int64_t> order;
-
-  [[nodiscard]] std::int64_t size() const { return static_cast<std::int64_t>(offsets.size()) - 1; }
-  [[nodiscard]] std::int64_t row(std::int64_t position) const {
-    return order.empty() ? position : order[static_cast<std::size_t>(position)];
-  }
+  std::span<const std::int64_t> offsets;  // (count + 1,), or empty
+  std::span<const std::int64_t> ids;      // (N,) where offsets is empty, in [0, count)
+  std::int64_t count = 0;
 };
 
 template <class Real>
@@ -59,23 +55,25 @@ struct Rollouts {
   [[nodiscard]] bool is_usable(std::size_t row) const { return is_valid(row) && std::isfinite(rewards[row]); }
 };
 
-// Where statistics go, one element a group; all empty if nobody asked.
+// Where statistics go, one element a group; all empty if nobody asked. What comes after baseline is kShrinkage's.
 struct StatisticsOut {
   std::span<std::int64_t> count;
   std::span<double> mean, variance, baseline, weight, statistic, p_value, mse;
   std::span<bool> take_more;
 };
 
-// The tokens of a row, around its group's statistics. Both empty where rewards and advantages are one a rollout.
+// The tokens of a row, before and after its group's statistics. Both empty where rewards and advantages are one a
+// rollout.
 struct TokenSteps {
-  std::function<void(std::size_t row)> sum;     // writes rewards[row]; empty: rewards are there
-  std::function<void(std::size_t row)> spread;  // reads advantages[row]
-  std::int64_t tokens = 0;                      // of all rows
+  std::function<void(std::size_t row)> sum;                       // writes rewards[row]; empty: rewards are there
+  std::function<void(std::size_t row, double advantage)> spread;  // empty: advantages go to `advantages`
+  std::int64_t tokens = 0;                                        // of all rows
 };
 
 // Writes one advantage a row (0 for a row left out) and the statistics, and takes the steps; returns how many
-// non-finite rewards were left out. At most `threads` threads, the same bits on any number of them. Throws
-// std::invalid_argument that names the argument, the rows and the remedy; what was written by then is unspecified.
+// non-finite rewards were left out. At most `threads` threads, the same bits on any number of them. Scratch is a few
+// numbers a group. Throws std::invalid_argument that names the argument, the rows and the remedy; what was written by
+// then is unspecified. Offsets are trusted, ids are not.
 template <class Real, class Out>
 std::int64_t compute_advantages(const Rollouts<Real>& rollouts, const Groups& groups, std::span<const double> prior,
                                 const AdvantageRule& rule, std::span<Out> advantages, const StatisticsOut& statistics,

@@ -1,4 +1,4 @@
-// Which rows belong together: numbering keys by first appearance, and a stable grouping of rows. No Python.
+// Which rows belong together: keys of any kind, numbered by first appearance. No Python.
 #pragma once
 
 #include <algorithm>
@@ -72,10 +72,10 @@ std::int64_t number_by_appearance(std::span<Slot> slots, const HashOf& hash_of, 
   return found;
 }
 
-// Group g owns the rows order[offsets[g]] .. order[offsets[g + 1] - 1], in rising order. ids in any order;
-// num_groups < 0: group g is the g-th distinct id in order of first appearance; else the id is the group and must lie
-// in [0, num_groups) (std::invalid_argument). `order` is written, one element an id; the offsets are returned.
-std::vector<std::int64_t> group_rows(std::span<const std::int64_t> ids, std::int64_t num_groups,
-                                     std::span<std::int64_t> order);
+// Numbers ids of any value by first appearance and returns how many there are.
+std::int64_t number_ids(std::span<const std::int64_t> ids, std::span<std::int64_t> numbers);
+
+// std::invalid_argument that names the rows whose id is not in [0, num_groups).
+void check_ids(std::span<const std::int64_t> ids, std::int64_t num_groups);
 
 }  // namespace v05

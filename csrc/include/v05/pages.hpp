@@ -1,11 +1,15 @@
-// Fresh pages of an output cost more than writing it: a fault for every 4 KiB. No Python.
+// Fresh pages cost more than writing them: a fault for every 4 KiB. No Python.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
 #include <span>
+#include <type_traits>
 
-#if defined(__linux__)
+#ifdef __linux__
 #include <sys/mman.h>
 #endif
 
@@ -21,9 +25,31 @@ void prefer_huge_pages([[maybe_unused]] std::span<Out> out) {
   const std::uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
   const std::uintptr_t last = (begin + out.size_bytes()) / kHugePage * kHugePage;
   if (first < last) {  // whole huge pages only: neighbours are somebody else's
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+    madvise(reinterpret_cast<char*>(out.data()) + (first - begin), last - first, MADV_HUGEPAGE);
   }
 #endif
 }
+
+// `size` elements of zero bytes, which must be a state of T.
+template <class T>
+class Scratch {
+  static_assert(std::is_trivially_copyable_v<T>);
+
+ public:
+  explicit Scratch(std::size_t size) : data_(static_cast<T*>(std::calloc(size, sizeof(T)))) {
+    if (size > 0 && data_ == nullptr) {
+      throw std::bad_alloc();
+    }
+    prefer_huge_pages(std::span<T>(data_.get(), size));
+  }
+
+  [[nodiscard]] T* data() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* data) const { std::free(data); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
 
 }  // namespace v05

@@ -1,7 +1,7 @@
 // One group's reward statistics. No Python, no tensors: a range of doubles in, moments out.
 #pragma once
 
-#include <cmath>
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <span>
@@ -19,25 +19,47 @@ struct Moments {
   [[nodiscard]] double variance() const { return count > 1 ? m2 / static_cast<double>(count - 1) : 0.0; }
 };
 
-// Two passes: rewards near 1e4 with a spread of 1e-3 keep their digits, which sum(x^2) - n mean^2 would lose.
+// Collects rewards one by one; all-zero bytes are an empty one. Sums run over the deviations from the first reward, so
+// that rewards near 1e4 with a spread of 1e-3 keep their digits, which sum(x^2) - n mean^2 would lose: what cancels is
+// at most a factor of the number of rewards (Chan, Golub & LeVeque 1983).
+class MomentsAccumulator {
+ public:
+  void add(double reward) {
+    first_ = count_ == 0 ? reward : first_;
+    const double deviation = reward - first_;
+    sum_ += deviation;
+    sum_squares_ += deviation * deviation;
+    differs_ |= static_cast<std::uint32_t>(deviation != 0.0);
+    ++count_;
+  }
+
+  [[nodiscard]] Moments moments() const {
+    if (count_ == 0) {
+      return {};
+    }
+    const auto count = static_cast<double>(count_);
+    return {
+        .count = count_,
+        .mean = differs_ == 0 ? first_ : (count * first_ + sum_) / count,  // exact sums, as of 0 and 1, stay exact
+        .m2 = std::max(0.0, sum_squares_ - sum_ * (sum_ / count)),
+        .all_equal = differs_ == 0,
+    };
+  }
+
+ private:
+  double first_ = 0.0;
+  double sum_ = 0.0;
+  double sum_squares_ = 0.0;
+  std::int32_t count_ = 0;
+  std::uint32_t differs_ = 0;
+};
+
 inline Moments moments(std::span<const double> rewards) {
-  Moments result;
-  if (rewards.empty()) {
-    return result;
-  }
-  const auto count = static_cast<double>(rewards.size());
-  double sum = 0.0;
+  MomentsAccumulator collected;
   for (const double reward : rewards) {
-    sum += reward;
-    result.all_equal &= reward == rewards.front();
+    collected.add(reward);
   }
-  result.count = static_cast<std::int64_t>(rewards.size());
-  result.mean = result.all_equal ? rewards.front() : sum / count;
-  for (const double reward : rewards) {
-    const double deviation = reward - result.mean;
-    result.m2 += deviation * deviation;
-  }
-  return result;
+  return collected.moments();
 }
 
 // Pools two disjoint samples (Chan, Golub & LeVeque 1979).
