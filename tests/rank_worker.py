@@ -8,9 +8,11 @@ import torch.distributed as dist
 
 from v05.ops import fused_advantage
 
-RANKS = 3
 IDS = np.array(["a", "b", "a", "c", "b", "a", "d", "c", "a", "b", "d", "e"])
-RANK_OF_ROW = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2])  # every group but "e" is split
+SPLITS = {  # the rank of each row, by the number of ranks; every group but "e" is split over the three
+    2: np.array([0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1]),
+    3: np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2]),
+}
 PRIOR = {"a": 0.2, "b": 0.9, "c": math.nan, "d": 0.5, "e": 0.4}
 REWARDS = torch.tensor([1, 0, 0, 1, 1, 1, 0, 0, 1, 1, 1, 0], dtype=torch.float64)
 LENGTHS = torch.tensor([2, 1, 0, 3, 3, 2, 1, 1, 2, 3, 1, 2])
@@ -33,9 +35,10 @@ def arguments(rows, method):
     )
 
 
-def work(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
-    rows = np.flatnonzero(rank == RANK_OF_ROW)
+def work(rank, folder, ranks):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    last = rank == ranks - 1
+    rows = np.flatnonzero(rank == SPLITS[ranks])
     results = {}
     for method in ("v05", "grpo"):
         out = fused_advantage(**arguments(rows, method), process_group=dist.group.WORLD)
@@ -62,11 +65,14 @@ def work(rank, folder):
         "two priors": dict(rewards=[1.0], prior=[0.1 * rank], group_ids=["x"], method="v05"),
         "no ids": dict(rewards=REWARDS[rows], group_offsets=[0, len(rows)], method="grpo"),
         "bad lengths": dict(rewards=REWARDS[:2], group_ids=["x", "x"], cu_seqlens=[0, 3, 2], method="grpo"),
-        "bad value": dict(rewards=torch.full((1,), math.nan if rank == 2 else 1.0), group_ids=["x"], method="grpo"),
+        "bad value": dict(rewards=torch.full((1,), math.nan if last else 1.0), group_ids=["x"], method="grpo"),
+        "one rank's shape": dict(rewards=[1.0, 0.0], group_ids=["x"] * (1 if last else 2), method="grpo"),
+        "one rank's lengths": dict(rewards=[1.0], group_ids=["x"], cu_seqlens=[0, -1 if last else 2], method="grpo"),
     }.items():
         try:
             fused_advantage(**call, process_group=dist.group.WORLD)
         except ValueError as error:
             results[name] = str(error)
     torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()  # a rank that leaves early takes the others' connections down
     dist.destroy_process_group()

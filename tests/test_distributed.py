@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from rank_worker import IDS, LENGTHS, PRIOR, RANK_OF_ROW, RANKS, REWARDS, arguments, work
+from rank_worker import IDS, LENGTHS, PRIOR, REWARDS, SPLITS, arguments, work
 
 from v05.ops import fused_advantage
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+@pytest.fixture(scope="module", params=SPLITS, ids="{} ranks".format)
+def ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, (str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    mp.spawn(work, (str(folder), request.param), nprocs=request.param)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
 @pytest.mark.parametrize("method", ["v05", "grpo"])
@@ -21,7 +21,7 @@ def test_split_groups_are_judged_whole(ranks, method):
     whole = fused_advantage(**arguments(np.arange(len(IDS)), method))
     order = list(dict.fromkeys(IDS))
     for rank, results in enumerate(ranks):
-        rows = np.flatnonzero(rank == RANK_OF_ROW)
+        rows = np.flatnonzero(rank == SPLITS[len(ranks)])
         advantages, count, baseline, prior = results[method]
         torch.testing.assert_close(advantages, whole.advantages[rows], rtol=0, atol=0)
         groups = [order.index(i) for i in dict.fromkeys(IDS[rows])]
@@ -34,7 +34,7 @@ def test_numeric_ids_and_packed_output(ranks):
     numeric = torch.tensor([list(PRIOR).index(i) for i in IDS])
     whole = fused_advantage(REWARDS.float(), torch.tensor(list(PRIOR.values())), group_ids=numeric, num_groups=len(PRIOR))
     for rank, results in enumerate(ranks):
-        rows = np.flatnonzero(rank == RANK_OF_ROW)
+        rows = np.flatnonzero(rank == SPLITS[len(ranks)])
         advantages, mean = results["numeric, packed"]
         torch.testing.assert_close(advantages, whole.advantages[rows].repeat_interleave(LENGTHS[rows]), rtol=0, atol=0)
         torch.testing.assert_close(mean, whole.stats.mean, rtol=0, atol=0)
@@ -50,4 +50,8 @@ def test_errors_reach_every_rank(ranks):
     for results in ranks:
         assert "group_ids: needed with process_group" in results["no ids"]
         assert "cu_seqlens: falls after position 1" in results["bad lengths"]
-        assert "rewards: not finite in rows 2 (nan)" in results["bad value"]
+        assert f"rewards: not finite in rows {len(ranks) - 1} (nan)" in results["bad value"]
+        last = f"(on rank {len(ranks) - 1} of the process group)"
+        assert results["one rank's shape"] == f"group_ids: 1 ids for 2 rollouts; give one id a rollout {last}"
+        assert "cu_seqlens: falls after position 0" in results["one rank's lengths"]
+        assert last in results["one rank's lengths"]

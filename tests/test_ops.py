@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from v05 import reference
 from v05.methods import METHODS
-from v05.ops import first_of_trajectory, fused_advantage, group_rows_on_device
+from v05.ops import factorize, first_of_trajectory, fused_advantage, group_rows_on_device
 
 FLOAT32 = 1e-6
 STATISTICS = ("count", "mean", "var", "prior", "baseline", "weight", "statistic", "p_value", "mse", "take_more")
@@ -152,6 +152,10 @@ def test_group_forms_agree(ragged):
     # Without num_groups, groups stand in order of first appearance: 2, 0, 1, 3.
     appearance = torch.tensor([2, 0, 1, 3])
     names = [f"prompt-{i}" for i in ids.tolist()]
+    dense, groups = factorize(names)
+    by_index = fused_advantage(rewards, prior[appearance], group_ids=dense, num_groups=groups)
+    assert torch.equal(by_index.advantages, by_id.advantages)
+    assert factorize(ids * 1000 - 7)[0].tolist() == dense.tolist()
     for form in (
         ids * 1000 - 7,
         names,

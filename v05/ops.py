@@ -225,14 +225,9 @@ def fused_advantage(
     if eps < 0:
         raise ValueError(f"eps={eps}; give 0 or more")
 
-    rewards = _real(_tensor("rewards", rewards))
-    device = rewards.device
-    tracing = torch.compiler.is_compiling() or type(rewards) is not torch.Tensor  # a fake tensor has no values either
-    response_mask = None if response_mask is None else _tensor("response_mask", response_mask)
-    n = _rollouts(rewards, response_mask)
-    valid = None if valid is None else _row_vector("valid", valid, n, torch.bool, device)
-    trajectory_ids = None if trajectory_ids is None else _row_vector("trajectory_ids", trajectory_ids, n, torch.int64, device)
-    mask, cu, shape = _layout(response_mask, cu_seqlens, out, n, device, tracing)
+    # A fake tensor has no values either.
+    tracing = torch.compiler.is_compiling() or (isinstance(rewards, torch.Tensor) and type(rewards) is not torch.Tensor)
+    given = (rewards, response_mask, cu_seqlens, valid, trajectory_ids, dtype, out, tracing)
     if process_group is not None:
         if tracing:
             raise ValueError("process_group: gathers through the host, which torch cannot trace; call outside torch.compile")
@@ -240,13 +235,12 @@ def fused_advantage(
         options |= dict(singleton=singleton, max_rollouts=max_rollouts, cost=cost, nonfinite=nonfinite, backend=backend)
         if group_ids is None or group_offsets is not None:
             raise ValueError("group_ids: needed with process_group, and alone, to tell which groups of two ranks are one")
-        local = _LocalRollouts(_outcomes(rewards, mask), prior, group_ids, valid, trajectory_ids)
-        advantages, statistics = _across_ranks(process_group, local, num_groups, **options)
-        out = _output(out, rewards, shape, dtype, tracing)
-        return AdvantageOutput(_spread(advantages, mask, cu, out), statistics if stats else None)
-    offsets, ids, groups = _group(group_ids, group_offsets, num_groups, n, device, tracing)
+        out, statistics = _across_ranks(process_group, given, prior, group_ids, num_groups, **options)
+        return AdvantageOutput(out, statistics if stats else None)
+    rewards, mask, cu, valid, trajectory_ids, out = _rollouts(*given)
+    device = rewards.device
+    offsets, ids, groups = _group(group_ids, group_offsets, num_groups, rewards.shape[0], device, tracing)
     prior = _prior(prior, rule, groups, device)
-    out = _output(out, rewards, shape, dtype, tracing)
 
     counts, moments, take_more = _kernel(backend, device, tracing)(
         rewards,
@@ -307,7 +301,30 @@ def _real(rewards: torch.Tensor) -> torch.Tensor:
     return rewards.to(torch.float32 if rewards.is_floating_point() else torch.float64).contiguous()
 
 
-def _rollouts(rewards: torch.Tensor, response_mask: torch.Tensor | None) -> int:
+class _Rollouts(NamedTuple):
+    """The tensors of N rollouts as the operator takes them."""
+
+    rewards: torch.Tensor
+    mask: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    valid: torch.Tensor | None
+    trajectory_ids: torch.Tensor | None
+    out: torch.Tensor
+
+
+def _rollouts(
+    rewards: Array,
+    response_mask: Array | None,
+    cu_seqlens: Array | None,
+    valid: Array | None,
+    trajectory_ids: Array | None,
+    dtype: torch.dtype,
+    out: torch.Tensor | None,
+    tracing: bool,
+) -> _Rollouts:
+    rewards = _real(_tensor("rewards", rewards))
+    device = rewards.device
+    response_mask = None if response_mask is None else _tensor("response_mask", response_mask)
     if rewards.ndim not in (1, 2):
         raise ValueError(f"rewards: shape {tuple(rewards.shape)}; give (N,) outcome rewards or (N, T) token rewards")
     if rewards.ndim == 2 and (response_mask is None or response_mask.shape != rewards.shape):
@@ -315,7 +332,11 @@ def _rollouts(rewards: torch.Tensor, response_mask: torch.Tensor | None) -> int:
             f"rewards: token rewards of shape {tuple(rewards.shape)} need response_mask of the same shape"
             + ("" if response_mask is None else f", got {tuple(response_mask.shape)}")
         )
-    return rewards.shape[0]
+    n = rewards.shape[0]
+    valid = None if valid is None else _row_vector("valid", valid, n, torch.bool, device)
+    trajectory_ids = None if trajectory_ids is None else _row_vector("trajectory_ids", trajectory_ids, n, torch.int64, device)
+    mask, cu, shape = _layout(response_mask, cu_seqlens, out, n, device, tracing)
+    return _Rollouts(rewards, mask, cu, valid, trajectory_ids, _output(out, rewards, shape, dtype, tracing))
 
 
 def _group(
@@ -349,11 +370,29 @@ def _group(
             raise ValueError(
                 "num_groups: needed with integer group_ids on CUDA, where finding it would synchronise, and under torch.compile"
             )
-        numbers, num_groups = _core.number_ids(ids.contiguous().numpy())
-        ids = torch.from_numpy(numbers)
+        ids, num_groups = factorize(ids)
     elif ids.is_cpu and device.type != "cpu" and not tracing:
         _core.check_ids(ids.contiguous().numpy(), num_groups)
     return None, _placed(ids, torch.int64, device), num_groups
+
+
+def factorize(group_ids: Array | Sequence[str]) -> tuple[torch.Tensor, int]:
+    """Number group ids by first appearance, once for several calls on the same rollouts.
+
+    Args:
+        group_ids: (N,) integers of any value, or a sequence of N strings; on the CPU.
+
+    Returns:
+        ids: (N,) int64 in [0, G), and G: what `fused_advantage` takes as `group_ids` and `num_groups`.
+
+    Raises:
+        ValueError: neither integers nor strings.
+    """
+    ids, named = _integer_ids(group_ids, tracing=False)
+    if named is not None:
+        return ids, named
+    numbers, groups = _core.number_ids(ids.contiguous().numpy())
+    return torch.from_numpy(numbers), groups
 
 
 def group_rows_on_device(ids: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -510,41 +549,63 @@ def _outcomes(rewards: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return torch.where(mask != 0, rewards, 0.0).sum(-1, dtype=torch.float64)
 
 
-class _LocalRollouts(NamedTuple):
-    """What a rank contributes to statistics across ranks."""
+class _RankRollouts(NamedTuple):
+    """What a rank tells the others, on the host: its rollouts' rewards and not their groups' moments, which takes a few bytes
+    each, and no digit depends on the split."""
 
+    keys: list[Any]
     outcomes: torch.Tensor
-    prior: Array | None
-    group_ids: Array | Sequence[str]
-    valid: torch.Tensor | None
+    prior: torch.Tensor | None
+    valid: torch.Tensor
     trajectory_ids: torch.Tensor | None
 
 
-def _across_ranks(
-    process_group: dist.ProcessGroup, local: _LocalRollouts, num_groups: int | None, **options: Any
-) -> tuple[torch.Tensor, AdvantageStats]:
-    """(N,) float64 advantages of this rank's rollouts and the statistics of its groups.
-
-    The rollouts' rewards are gathered, not their groups' moments: a few bytes each, and no digit depends on the split.
-    """
-    n = local.outcomes.numel()
-    ids = local.group_ids.cpu() if isinstance(local.group_ids, torch.Tensor) else local.group_ids
+def _of_this_rank(local: _Rollouts, prior: Array | None, group_ids: Array | Sequence[str], num_groups: int | None) -> _RankRollouts:
+    n = local.rewards.shape[0]
+    ids = group_ids.cpu() if isinstance(group_ids, torch.Tensor) else group_ids
     keys = (None if isinstance(ids, torch.Tensor) else _names(ids)) or _integer_ids(ids, tracing=False)[0].tolist()
     if len(keys) != n:
         raise ValueError(f"group_ids: {len(keys)} ids for {n} rollouts; give one id a rollout")
     if num_groups is not None and any(isinstance(key, str) for key in keys):
         raise ValueError(f"num_groups={num_groups}: names groups of integer ids; leave it out with strings")
-    prior = None if local.prior is None else _tensor("prior", local.prior).to("cpu", torch.float64)
-    valid = torch.ones(n, dtype=torch.bool) if local.valid is None else local.valid.cpu()
-    trajectories = None if local.trajectory_ids is None else local.trajectory_ids.cpu()
-    mine = (keys, local.outcomes.to("cpu", torch.float64), prior, valid, trajectories)
+    if local.cu_seqlens is not None and local.cu_seqlens.is_cpu:
+        _core.check_offsets("cu_seqlens", local.cu_seqlens.numpy(), local.out.shape[0])
+    return _RankRollouts(
+        keys,
+        _outcomes(local.rewards, local.mask).to("cpu", torch.float64),
+        None if prior is None else _tensor("prior", prior).to("cpu", torch.float64),
+        torch.ones(n, dtype=torch.bool) if local.valid is None else local.valid.cpu(),
+        None if local.trajectory_ids is None else local.trajectory_ids.cpu(),
+    )
+
+
+def _across_ranks(
+    process_group: dist.ProcessGroup,
+    given: tuple[Any, ...],
+    prior: Array | None,
+    group_ids: Array | Sequence[str],
+    num_groups: int | None,
+    **options: Any,
+) -> tuple[torch.Tensor, AdvantageStats]:
+    """The advantages of this rank's rollouts, in its own layout, and the statistics of its groups."""
+    local: _Rollouts | None = None
+    mine: _RankRollouts | ValueError
+    try:
+        local = _rollouts(*given)
+        mine = _of_this_rank(local, prior, group_ids, num_groups)
+    except ValueError as error:  # told to the others, who wait for this rank
+        mine = error
     ranks: list[Any] = [None] * dist.get_world_size(process_group)
     dist.all_gather_object(ranks, mine, group=process_group)
-    device = local.outcomes.device
+    for rank, theirs in enumerate(ranks):
+        if isinstance(theirs, ValueError):
+            raise ValueError(f"{theirs} (on rank {rank} of the process group)")
+    assert local is not None
+    device = local.rewards.device
 
-    all_keys = [key for rank in ranks for key in rank[0]]
+    all_keys = [key for rank in ranks for key in rank.keys]
     ids, found = _core.factorize(all_keys) if num_groups is None else (np.array(all_keys, dtype=np.int64), num_groups)
-    starts = np.cumsum([0, *(len(rank[0]) for rank in ranks)])
+    starts = np.cumsum([0, *(len(rank.keys) for rank in ranks)])
 
     def groups_of(rank: int) -> NDArray[np.int64]:
         """The groups of a rank's own prior and statistics, in their order."""
@@ -554,10 +615,10 @@ def _across_ranks(
         return groups[np.argsort(first)]
 
     shared_prior = None
-    if any(rank[2] is not None for rank in ranks):
+    if any(rank.prior is not None for rank in ranks):
         shared_prior = torch.full((found,), torch.nan, dtype=torch.float64)
-        for rank, (_, _, rank_prior, _, _) in enumerate(ranks):
-            groups = groups_of(rank)
+        for rank, theirs in enumerate(ranks):
+            groups, rank_prior = groups_of(rank), theirs.prior
             if rank_prior is None or tuple(rank_prior.shape) != groups.shape:
                 raise ValueError(
                     f"prior: rank {rank} has {len(groups)} groups and gave "
@@ -573,15 +634,15 @@ def _across_ranks(
                     "give a group's prior alike on all its ranks, or NaN on all but one"
                 )
             shared_prior[torch.from_numpy(groups)] = torch.where(rank_prior.isnan(), known, rank_prior)
-    if len({rank[4] is None for rank in ranks}) > 1:
+    if len({rank.trajectory_ids is None for rank in ranks}) > 1:
         raise ValueError("trajectory_ids: given on some ranks only; give them on all or on none")
     union = fused_advantage(
-        torch.cat([rank[1] for rank in ranks]).to(device),
+        torch.cat([rank.outcomes for rank in ranks]).to(device),
         shared_prior,
         group_ids=torch.from_numpy(ids).to(device),
         num_groups=found,
-        valid=torch.cat([rank[3] for rank in ranks]),
-        trajectory_ids=None if trajectories is None else torch.cat([rank[4] for rank in ranks]),
+        valid=torch.cat([rank.valid for rank in ranks]),
+        trajectory_ids=None if local.trajectory_ids is None else torch.cat([rank.trajectory_ids for rank in ranks]),
         dtype=torch.float64,
         **options,
     )
@@ -595,20 +656,17 @@ def _across_ranks(
         counts=torch.cat((whole.counts[:2], whole.count[own_groups])),
         take_more=None if whole.take_more is None else whole.take_more[own_groups],
     )
-    return union.advantages[starts[me] : starts[me + 1]], stats
+    return _spread(union.advantages[starts[me] : starts[me + 1]], local), stats
 
 
-def _spread(
-    advantages: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None, out: torch.Tensor
-) -> torch.Tensor:
+def _spread(advantages: torch.Tensor, rollouts: _Rollouts) -> torch.Tensor:
     """Write (N,) advantages into the padded, packed or per-rollout `out`."""
+    out = rollouts.out
     values = advantages.to(out.dtype)
-    if mask is not None:
-        return torch.where(mask != 0, values[:, None], torch.zeros((), dtype=out.dtype, device=out.device), out=out)
-    if cu_seqlens is not None:
-        if cu_seqlens.is_cpu:
-            _core.check_offsets("cu_seqlens", cu_seqlens.numpy(), out.shape[0])
-        return out.copy_(values.repeat_interleave(cu_seqlens.diff(), output_size=out.numel()))
+    if rollouts.mask is not None:
+        return torch.where(rollouts.mask != 0, values[:, None], torch.zeros((), dtype=out.dtype, device=out.device), out=out)
+    if rollouts.cu_seqlens is not None:
+        values = values.repeat_interleave(rollouts.cu_seqlens.diff(), output_size=out.numel())
     return out.copy_(values)
 
 
