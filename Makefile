@@ -45,12 +45,22 @@ sanitize: setup  ## the core's tests under AddressSanitizer and UndefinedBehavio
 	rm $(VENV)/.ready  # so that the next make builds without them
 	$(BIN)/pip install --quiet --no-deps --editable . -C cmake.define.V05_SANITIZE=address,undefined
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-		$(BIN)/python -m pytest -q tests/test_ops.py tests/test_budget.py
+		$(BIN)/python -m pytest -q tests/test_ops.py tests/test_core.py tests/test_budget.py
 
-bench: setup  ## time the op on this machine; writes bench/results/
-	$(BIN)/python bench/advantage.py
-	$(BIN)/python bench/gpu_advantage.py
-	cd bench/results && ../../$(BIN)/python -m v05.kernels.aot --csv aot.csv
+# verl and SkyRL pin what contradicts each other: they come without their requirements, into an environment of their own.
+# SkyRL imports under Python 3.12 and later only: make bench PYTHON=python3.12.
+BENCH := .venv-bench
+$(VENV)/.peers: $(VENV)/.ready bench/requirements.txt
+	$(BIN)/pip install --quiet -r bench/requirements.txt
+	$(BIN)/pip install --quiet --no-deps verl==0.9.1 skyrl==0.3.0 skyrl-gym==0.4.0
+	touch $@
+
+bench:  ## time the op on this machine against its peers; writes bench/results/ and README's table
+	$(MAKE) VENV=$(BENCH) $(BENCH)/.peers
+	$(BENCH)/bin/python -m pytest -q bench/advantage.py -o pythonpath=bench -W default -rs --benchmark-columns=median,stddev,rounds
+	$(BENCH)/bin/python bench/table.py --write README.md
+	$(BENCH)/bin/python bench/gpu_advantage.py
+	cd bench/results && ../../$(BENCH)/bin/python -m v05.kernels.aot --csv aot.csv
 
 format:  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix --select I .
@@ -58,4 +68,4 @@ format:  ## rewrite the sources in the project's format
 	$(BIN)/clang-format -i $(CPP_ALL)
 
 clean:  ## remove the virtual environment and build folders
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(BENCH) build dist

@@ -1,78 +1,34 @@
-"""Time `fused_advantage` on the CPU against what it replaces and against the floor its memory traffic sets.
+"""Time `fused_advantage` on the CPU against what it replaces and against the floor its memory traffic sets: `make bench`.
 
-    python bench/advantage.py            # one thread; prints a table and writes bench/results/advantage.csv
-
-Gate, then time: a provider whose result differs from the reference is not timed. The providers of a case get the same tensors
-and run in alternating rounds in one process. A case's floor is timed in the same rounds: writing the output once by `fill_` and
-reading the mask (or the token rewards too) once. verl and pandas join where they are installed, called as shipped.
+The providers of a case get the same tensors, one after another in one process, on one thread. A case's floor is writing the
+output once by `fill_` and reading its inputs once. A peer that is not installed is skipped and says so.
 """
 
 from __future__ import annotations
 
-import csv
-import platform
-import subprocess
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
+import functools
+import importlib
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
+from peers import inline
 
+from conftest import FLOOR, Measure
 from v05 import _core, reference
-from v05.ops import fused_advantage
+from v05.ops import factorize, fused_advantage
 
-RESULTS = Path(__file__).parent / "results" / "advantage.csv"
-FIELDS = ("provider", "case", "N", "T", "groups", "median", "p20", "p80", "bytes", "floor", "device", "commit", "versions")
-FLOOR = "floor"
-ROUNDS = 21
 GROUP_SIZE = 16
 SHAPES = ((512, 1024), (4096, 2048), (1024, 8192))
-PACKED_TOKENS = 4_000_000
+PACKED_ROLLOUTS, PACKED_TOKENS = 4096, 4_000_000
 ROLLOUTS, ROLLOUT_GROUPS = 1_000_000, 250_000
-
-Provider = Callable[[], object]
-
-
-@dataclass
-class Case:
-    """Providers of one result: `expected` is what each but the floor must return. Milliseconds, bytes the result needs moved."""
-
-    name: str
-    n: int
-    t: int
-    groups: int
-    bytes: int
-    providers: dict[str, Provider]
-    expected: torch.Tensor
-
-    def gate(self) -> None:
-        for name, provider in self.providers.items():
-            if name != FLOOR:
-                result = torch.as_tensor(provider()).double()
-                torch.testing.assert_close(
-                    result, self.expected, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{self.name}, {name}: {text}"
-                )
-
-    def measure(self) -> dict[str, list[float]]:
-        times: dict[str, list[float]] = {name: [] for name in self.providers}
-        for _ in range(ROUNDS):
-            for name, provider in self.providers.items():
-                started = time.perf_counter()
-                provider()
-                times[name].append(1e3 * (time.perf_counter() - started))
-        return times
+SMALL = 64
 
 
-def plain_torch(rewards: torch.Tensor, ids: torch.Tensor, groups: int) -> torch.Tensor:
-    """GRPO as one would write it: index_add_ for the moments, gather."""
-    count = torch.zeros(groups).index_add_(0, ids, torch.ones_like(rewards))
-    mean = torch.zeros(groups).index_add_(0, ids, rewards) / count
-    deviation = rewards - mean[ids]
-    std = (torch.zeros(groups).index_add_(0, ids, deviation**2) / (count - 1)).sqrt()
-    return deviation / (std[ids] + 1e-6)
+def peer(name: str) -> ModuleType:
+    return pytest.importorskip(f"peers.{name}", exc_type=Exception)
 
 
 def read(tensor: torch.Tensor) -> torch.Tensor:
@@ -80,160 +36,199 @@ def read(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.int64).sum()
 
 
-def grpo(rewards: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(reference.fused_advantage(rewards.double().numpy(), ids.numpy(), method="grpo")[0])
+def grpo(rewards: torch.Tensor, ids: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    return torch.from_numpy(reference.fused_advantage(rewards.double().numpy(), ids.numpy(), method="grpo", eps=eps)[0])
 
 
-def padded(n: int, t: int) -> Iterator[Case]:
-    """Padded output from outcome rewards and a bool mask, then from the tensors verl keeps."""
+@functools.lru_cache(maxsize=1)
+def padded(n: int, t: int) -> SimpleNamespace:
+    """Outcome rewards and a bool mask, and the tensors that verl keeps of the same batch."""
     generator = torch.Generator().manual_seed(0)
-    groups = n // GROUP_SIZE
-    ids = torch.arange(n) // GROUP_SIZE
-    offsets = torch.arange(0, n + 1, GROUP_SIZE)
     rewards = torch.rand(n, generator=generator)
     lengths = torch.randint(1, t + 1, (n, 1), generator=generator)
+    ids = torch.arange(n) // GROUP_SIZE
     mask = torch.arange(t) < lengths
-    expected = grpo(rewards, ids)[:, None] * mask
-    buffer = torch.empty(n, t)
-    options = dict(group_offsets=offsets, response_mask=mask, method="grpo")
-    providers: dict[str, Provider] = {
-        "v05": lambda: fused_advantage(rewards, **options).advantages,
-        "plain torch": lambda: plain_torch(rewards, ids, groups)[:, None] * mask,
-        FLOOR: lambda: (torch.empty(n, t).fill_(0), read(mask)),
-    }
-    yield Case("padded, fresh output", n, t, groups, 5 * n * t, providers, expected)
-    providers = {
-        "v05": lambda: fused_advantage(rewards, **options, out=buffer).advantages,
-        FLOOR: lambda: (buffer.fill_(0), read(mask)),
-    }
-    yield Case("padded, out=", n, t, groups, 5 * n * t, providers, expected)
-
-    token_rewards = torch.zeros(n, t).scatter_(1, lengths - 1, rewards[:, None])
-    mask64 = mask.long()
-    uid = np.array([f"{g:08x}-5f3a-4c1e-9d2b-7a6e5c4d3b2a" for g in range(groups)], dtype=object).repeat(GROUP_SIZE)
-    providers = {
-        "v05": lambda: fused_advantage(token_rewards, group_ids=uid, response_mask=mask64, method="grpo").advantages,
-        FLOOR: lambda: (torch.empty(n, t).fill_(0), read(mask64), read(token_rewards)),
-    }
-    try:
-        from verl.trainer.ppo import core_algos
-    except ImportError as missing:
-        print(f"verl is not timed: {missing}")
-    else:
-        vectorized, loop = core_algos.compute_grpo_vectorized_outcome_advantage, core_algos.compute_grpo_outcome_advantage
-        providers["verl vectorized"] = lambda: vectorized(token_rewards, mask64, uid)[0]
-        providers["verl loop"] = lambda: loop(token_rewards, mask64, uid)[0]
-    yield Case("verl's tensors", n, t, groups, 16 * n * t, providers, expected)
+    uid = [f"{g:08x}-5f3a-4c1e-9d2b-7a6e5c4d3b2a" for g in range(n // GROUP_SIZE)]
+    return SimpleNamespace(
+        rewards=rewards,
+        ids=ids,
+        offsets=torch.arange(0, n + 1, GROUP_SIZE),
+        mask=mask,
+        token_rewards=torch.zeros(n, t).scatter_(1, lengths - 1, rewards[:, None]),
+        mask64=mask.long(),
+        uid=np.array(uid, dtype=object).repeat(GROUP_SIZE),
+        buffer=torch.empty(n, t),
+        expected=grpo(rewards, ids)[:, None] * mask,
+        shape=(n, t, n // GROUP_SIZE),
+    )
 
 
-def packed() -> Iterator[Case]:
-    n = 4096
-    groups = n // GROUP_SIZE
+@pytest.mark.parametrize("provider", ["v05", "plain torch", FLOOR])
+@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "out="])
+@pytest.mark.parametrize(("n", "t"), SHAPES)
+def test_padded(measure: Measure, n: int, t: int, fresh: bool, provider: str) -> None:
+    b = padded(n, t)
+    out = None if fresh else b.buffer
+    calls = {
+        "v05": lambda: fused_advantage(b.rewards, group_offsets=b.offsets, response_mask=b.mask, method="grpo", out=out).advantages,
+        "plain torch": lambda: torch.mul(inline.plain_torch(b.rewards, b.ids, n // GROUP_SIZE)[:, None], b.mask, out=out),
+        FLOOR: lambda: ((torch.empty(n, t) if fresh else b.buffer).fill_(0), read(b.mask)),
+    }
+    case = "padded, fresh output" if fresh else "padded, out="
+    measure(provider, case, b.shape, calls[provider], None if provider == FLOOR else b.expected, 5 * n * t)
+
+
+@pytest.mark.parametrize("provider", ["v05", "verl vectorized", "verl loop", "SkyRL", FLOOR])
+@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "out="])
+@pytest.mark.parametrize(("n", "t"), SHAPES)
+def test_tensors_of_verl(measure: Measure, n: int, t: int, fresh: bool, provider: str) -> None:
+    b = padded(n, t)
+    out = None if fresh else b.buffer
+    if not fresh and provider not in ("v05", FLOOR):
+        pytest.skip("allocates its output itself")
+    calls: dict[str, Callable[[], object]] = {
+        "v05": lambda: fused_advantage(b.token_rewards, group_ids=b.uid, response_mask=b.mask64, method="grpo", out=out).advantages,
+        "verl vectorized": lambda: peer("verl").vectorized(b.token_rewards, b.mask64, b.uid),
+        "verl loop": lambda: peer("verl").loop(b.token_rewards, b.mask64, b.uid),
+        "SkyRL": lambda: peer("skyrl").loop(b.token_rewards, b.mask64, b.uid),
+        FLOOR: lambda: ((torch.empty(n, t) if fresh else b.buffer).fill_(0), read(b.mask64), read(b.token_rewards)),
+    }
+    case = "verl's tensors, fresh output" if fresh else "verl's tensors, out="
+    measure(provider, case, b.shape, calls[provider], None if provider == FLOOR else b.expected, 16 * n * t)
+
+
+@functools.lru_cache(maxsize=1)
+def packed() -> SimpleNamespace:
+    n = PACKED_ROLLOUTS
     generator = torch.Generator().manual_seed(0)
     cuts = torch.randint(0, PACKED_TOKENS + 1, (n - 1,), generator=generator).sort().values
     cu_seqlens = torch.cat((torch.tensor([0]), cuts, torch.tensor([PACKED_TOKENS])))
     rewards = torch.rand(n, generator=generator)
     ids = torch.arange(n) // GROUP_SIZE
-    expected = grpo(rewards, ids).repeat_interleave(cu_seqlens.diff())
-    buffer = torch.empty(PACKED_TOKENS)
-    options = dict(group_offsets=torch.arange(0, n + 1, GROUP_SIZE), cu_seqlens=cu_seqlens, method="grpo")
-    providers: dict[str, Provider] = {
-        "v05": lambda: fused_advantage(rewards, **options).advantages,
-        "plain torch": lambda: plain_torch(rewards, ids, groups).repeat_interleave(cu_seqlens.diff()),
-        FLOOR: lambda: torch.empty(PACKED_TOKENS).fill_(0),
-    }
-    yield Case("packed, fresh output", n, PACKED_TOKENS, groups, 4 * PACKED_TOKENS, providers, expected)
-    providers = {
-        "v05": lambda: fused_advantage(rewards, **options, out=buffer).advantages,
-        FLOOR: lambda: buffer.fill_(0),
-    }
-    yield Case("packed, out=", n, PACKED_TOKENS, groups, 4 * PACKED_TOKENS, providers, expected)
+    return SimpleNamespace(
+        rewards=rewards,
+        ids=ids,
+        offsets=torch.arange(0, n + 1, GROUP_SIZE),
+        cu_seqlens=cu_seqlens,
+        buffer=torch.empty(PACKED_TOKENS),
+        expected=grpo(rewards, ids).repeat_interleave(cu_seqlens.diff()),
+        shape=(n, PACKED_TOKENS, n // GROUP_SIZE),
+    )
 
 
-def rollouts() -> Iterator[Case]:
-    """Per-rollout output, ids in random order: once ids that are positions, once ids of any value, once strings."""
+@pytest.mark.parametrize("provider", ["v05", "plain torch", FLOOR])
+@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "out="])
+def test_packed(measure: Measure, fresh: bool, provider: str) -> None:
+    b = packed()
+    if not fresh and provider == "plain torch":
+        pytest.skip("repeat_interleave allocates its output itself")
+    out = None if fresh else b.buffer
+    groups = b.shape[2]
+    calls = {
+        "v05": lambda: (
+            fused_advantage(b.rewards, group_offsets=b.offsets, cu_seqlens=b.cu_seqlens, method="grpo", out=out).advantages
+        ),
+        "plain torch": lambda: inline.plain_torch(b.rewards, b.ids, groups).repeat_interleave(b.cu_seqlens.diff()),
+        FLOOR: lambda: (torch.empty(PACKED_TOKENS) if fresh else b.buffer).fill_(0),
+    }
+    case = "packed, fresh output" if fresh else "packed, out="
+    measure(provider, case, b.shape, calls[provider], None if provider == FLOOR else b.expected, 4 * PACKED_TOKENS)
+
+
+@pytest.mark.parametrize("provider", ["v05", "TRL's arithmetic", "OpenRLHF's arithmetic", "plain torch", FLOOR])
+@pytest.mark.parametrize("n", [4096, 262_144])
+def test_equal_groups(measure: Measure, n: int, provider: str) -> None:
+    """Per-rollout output of equal groups in contiguous rows, which is all that a reshape can do."""
+    groups = n // GROUP_SIZE
+    rewards = torch.rand(n, generator=torch.Generator().manual_seed(0))
+    ids, offsets = torch.arange(n) // GROUP_SIZE, torch.arange(0, n + 1, GROUP_SIZE)
+    calls = {
+        "v05": lambda: fused_advantage(rewards, group_offsets=offsets, method="grpo", stats=False).advantages,
+        "TRL's arithmetic": lambda: inline.trl(rewards, GROUP_SIZE),
+        "OpenRLHF's arithmetic": lambda: inline.openrlhf(rewards, GROUP_SIZE),
+        "plain torch": lambda: inline.plain_torch(rewards, ids, groups),
+        FLOOR: lambda: (torch.empty(n).fill_(0), read(rewards)),
+    }
+    eps = {"TRL's arithmetic": inline.TRL_EPS, "OpenRLHF's arithmetic": inline.OPENRLHF_EPS}.get(provider, 1e-6)
+    expected = None if provider == FLOOR else exact_grpo(rewards, ids, eps)
+    measure(provider, "rollouts, equal groups", (n, 1, groups), calls[provider], expected, 8 * n, calls=4)
+
+
+def exact_grpo(rewards: torch.Tensor, ids: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """The formula of the reference, whose loop over groups would take minutes for so many; in float64."""
+    index, values = ids.numpy(), rewards.double().numpy()
+    count = np.bincount(index)
+    deviation = values - (np.bincount(index, weights=values) / count)[index]
+    variance = np.bincount(index, weights=deviation**2) / (count - 1)
+    return torch.from_numpy(deviation / (np.sqrt(variance) + eps)[index])
+
+
+@functools.lru_cache(maxsize=1)
+def rollouts() -> SimpleNamespace:
+    """Groups of 4 in random order."""
     generator = torch.Generator().manual_seed(0)
-    n, groups = ROLLOUTS, ROLLOUT_GROUPS
-    ids = torch.randperm(n, generator=generator) // (n // groups)
+    n = ROLLOUTS
+    ids = torch.randperm(n, generator=generator) // (n // ROLLOUT_GROUPS)
     rewards = torch.rand(n, generator=generator)
-    # The same formula as the reference, whose loop over groups would take minutes here.
-    count, total = np.bincount(ids), np.bincount(ids, weights=rewards)
-    deviation = rewards.double().numpy() - (total / count)[ids]
-    variance = np.bincount(ids, weights=deviation**2) / (count - 1)
-    expected = torch.from_numpy(deviation / (np.sqrt(variance) + 1e-6)[ids])
-    options = dict(method="grpo", stats=False)
-    providers: dict[str, Provider] = {
-        "v05": lambda: fused_advantage(rewards, group_ids=ids, num_groups=groups, **options).advantages,
-        "plain torch": lambda: plain_torch(rewards, ids, groups),
-        FLOOR: lambda: (torch.empty(n).fill_(0), read(ids), read(rewards)),
-    }
-    yield Case("rollouts, ids are positions", n, 1, groups, 16 * n, providers, expected)
-
-    scattered = ids * 1_000_003_000_017 - 2**60
-    providers = {
-        "v05": lambda: fused_advantage(rewards, group_ids=scattered, **options).advantages,
-        "plain torch": lambda: plain_torch(rewards, torch.unique(scattered, return_inverse=True)[1], groups),
-        FLOOR: lambda: (torch.empty(n).fill_(0), read(scattered), read(rewards)),
-    }
-    yield Case("rollouts, ids of any value", n, 1, groups, 16 * n, providers, expected)
-
     names = [f"prompt-{i}" for i in ids.tolist()]
-    array = np.array(names, dtype=object)
-    numbers = torch.from_numpy(np.unique(ids.numpy(), return_index=True)[1]).argsort().argsort()[ids].double()
-    providers = {"v05": lambda: _core.factorize(array)[0], "v05, list": lambda: _core.factorize(names)[0]}
-    try:
-        import pandas as pd
-    except ImportError as missing:
-        print(f"pandas is not timed: {missing}")
-    else:
-        providers["pandas"] = lambda: pd.factorize(array)[0]
-    yield Case("string ids to numbers", n, 1, groups, 16 * n, providers, numbers)
+    return SimpleNamespace(
+        ids=ids,
+        scattered=ids * 1_000_003_000_017 - 2**60,
+        names=names,
+        name_array=np.array(names, dtype=object),
+        rewards=rewards,
+        expected=exact_grpo(rewards, ids),
+        shape=(n, 1, ROLLOUT_GROUPS),
+    )
 
 
-def versions() -> str:
-    found = {"python": platform.python_version()}
-    for name in ("torch", "numpy", "pandas", "verl"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return " ".join(f"{name}={version}" for name, version in found.items())
+@pytest.mark.parametrize("provider", ["v05", "plain torch float64", "plain torch float32", FLOOR])
+@pytest.mark.parametrize("any_value", [False, True], ids=["positions", "any value"])
+def test_rollouts(measure: Measure, any_value: bool, provider: str) -> None:
+    """Per-rollout output, ids in random order. The op computes in float64; torch is timed in that and in float32."""
+    b = rollouts()
+    ids = b.scattered if any_value else b.ids
+    groups = None if any_value else ROLLOUT_GROUPS
+
+    def plain(dtype: torch.dtype) -> torch.Tensor:
+        positions = torch.unique(ids, return_inverse=True)[1] if any_value else ids
+        return inline.plain_torch(b.rewards.to(dtype), positions, ROLLOUT_GROUPS)
+
+    calls = {
+        "v05": lambda: fused_advantage(b.rewards, group_ids=ids, num_groups=groups, method="grpo", stats=False).advantages,
+        "plain torch float64": lambda: plain(torch.float64),
+        "plain torch float32": lambda: plain(torch.float32),
+        FLOOR: lambda: (torch.empty(ROLLOUTS).fill_(0), read(ids), read(b.rewards)),
+    }
+    case = "rollouts, ids of any value" if any_value else "rollouts, ids are positions"
+    measure(provider, case, b.shape, calls[provider], None if provider == FLOOR else b.expected, 16 * ROLLOUTS)
 
 
-def device() -> str:
-    """The processor's own name, and the widest instruction set torch sees."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.machine()
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread"
+@pytest.mark.parametrize("provider", ["v05", "v05, list", "pandas"])
+def test_string_ids(measure: Measure, provider: str) -> None:
+    b = rollouts()
+    calls = {
+        "v05": lambda: factorize(b.name_array)[0],
+        "v05, list": lambda: factorize(b.names)[0],
+        "pandas": lambda: importlib.import_module("pandas").factorize(b.name_array)[0],
+    }
+    if provider == "pandas":
+        pytest.importorskip("pandas")
+    by_appearance = torch.from_numpy(np.unique(b.ids.numpy(), return_index=True)[1]).argsort().argsort()[b.ids].double()
+    measure(provider, "string ids to numbers", b.shape, calls[provider], by_appearance, 16 * ROLLOUTS)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(FIELDS)
-        for cases in (*(padded(n, t) for n, t in SHAPES), packed(), rollouts()):
-            for case in cases:
-                case.gate()
-                times = case.measure()
-                floor = float(np.median(times[FLOOR])) if FLOOR in times else float("nan")
-                ours = float(np.median(times["v05"]))
-                for provider, samples in times.items():
-                    median, p20, p80 = np.median(samples), *np.percentile(samples, (20, 80))
-                    sizes = (case.n, case.t, case.groups)
-                    figures = (f"{x:.4f}" for x in (median, p20, p80))
-                    about = (case.bytes, f"{floor:.4f}", device(), commit, versions())
-                    writer.writerow((provider, case.name, *sizes, *figures, *about))
-                    shape = f"{case.n} x {case.t}"
-                    print(
-                        f"{case.name:<28} {shape:<16} {provider:<16} {median:9.3f} ms"
-                        f" {median / floor:6.2f} x floor {median / ours:7.2f} x v05"
-                    )
-
-
-if __name__ == "__main__":
-    main()
+@pytest.mark.parametrize("provider", ["v05", FLOOR])
+def test_small(measure: Measure, provider: str) -> None:
+    """What Python adds to the call of the core, for so few rollouts that nothing else counts: the floor is the call itself."""
+    rewards, prior = torch.rand(SMALL, generator=torch.Generator().manual_seed(0)), torch.full((4,), 0.5, dtype=torch.float64)
+    offsets, out = torch.arange(0, SMALL + 1, GROUP_SIZE), torch.empty(SMALL)
+    arrays = (rewards.numpy(), offsets.numpy(), None, 4, prior.numpy(), None, None, None, None, out.numpy())
+    rule = (True, 2, 0, False, False, False, 0.0, 1.0, 1e-6, 16, 1 / 256)
+    calls = {
+        "v05": lambda: fused_advantage(rewards, prior, group_offsets=offsets).advantages,
+        FLOOR: lambda: (_core.fused_advantage(*arrays, 1, *rule), out)[1],
+    }
+    ids = torch.arange(SMALL) // GROUP_SIZE
+    expected = torch.from_numpy(reference.fused_advantage(rewards.double().numpy(), ids.numpy(), prior.numpy())[0])
+    measure(provider, "64 rollouts", (SMALL, 1, 4), calls[provider], expected, 8 * SMALL, calls=200)

@@ -381,6 +381,15 @@ def test_errors_name_the_argument_and_the_remedy(arguments, message):
         fused_advantage(arguments.pop("rewards", R4), arguments.pop("prior", None), **arguments)
 
 
+@pytest.mark.parametrize("tokens", [False, True], ids=["outcomes", "token rewards"])
+def test_a_refused_call_writes_nothing(tokens):
+    rewards, mask, out = torch.tensor([1.0, 0.0, math.nan]), torch.ones(3, 4, dtype=torch.bool), torch.full((3, 4), 7.0)
+    rewards = rewards[:, None].expand(3, 4) / 4 if tokens else rewards
+    with pytest.raises(ValueError, match="rewards: not finite in rows 2"):
+        fused_advantage(rewards, group_offsets=[0, 3], response_mask=mask, method="grpo", out=out)
+    assert (out == 7.0).all()
+
+
 def test_token_rewards_need_their_mask():
     with pytest.raises(ValueError, match=r"rewards: token rewards of shape \(2, 3\) need response_mask"):
         fused_advantage(torch.zeros(2, 3), group_offsets=[0, 2], method="grpo")

@@ -1,11 +1,13 @@
 """README's code runs, and what README says of it is so."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +45,7 @@ def test_the_commands_exist():
         text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).stdout
         for option in re.findall(r"--\w+", options):
             assert option in text, (command, option)
+
+
+def test_the_table_is_that_of_the_results():
+    assert runpy.run_path(str(ROOT / "bench" / "table.py"))["replaced"](README) == README

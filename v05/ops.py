@@ -185,11 +185,11 @@ def fused_advantage(
         appearance of the id.
 
     Raises:
-        ValueError: names the argument, the shape or value seen (rows, for values) and the remedy. On CUDA values are not
-            inspected: non-finite rewards are left out, rewards and priors outside `reward_range` clipped, both counted; rows
-            whose id names no group are left out; offsets are trusted. Nothing synchronises there as long as every tensor
-            given is already on the device. While torch traces, what would raise here breaks the graph, and is raised by the
-            eager call that follows unless fullgraph=True forbids it.
+        ValueError: names the argument, the shape or value seen (rows, for values) and the remedy; `out` is then untouched.
+            On CUDA values are not inspected: non-finite rewards are left out, rewards and priors outside `reward_range`
+            clipped, both counted; rows whose id names no group are left out; offsets are trusted. Nothing synchronises
+            there as long as every tensor given is already on the device. While torch traces, what would raise here breaks
+            the graph, and is raised by the eager call that follows unless fullgraph=True forbids it.
 
     Example:
         >>> rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0])

@@ -1,0 +1,67 @@
+"""The table of bench/results/advantage.csv: `python bench/table.py` prints it, `--write README.md` puts it between its marks.
+
+v05 in milliseconds, against the floor of its case in the same run, and how many times longer each peer took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results" / "advantage.csv"
+BEGIN, END = "<!-- bench/table.py begins -->\n", "<!-- bench/table.py ends -->\n"
+OURS, FLOOR = "v05", "floor"
+
+Shape = tuple[str, str]
+
+
+def table(results: Path = RESULTS) -> str:
+    """The Markdown table and the conditions under it."""
+    with results.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    cases: dict[tuple[str, Shape], dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        cases[row["case"], (row["N"], row["T"])][row["provider"]] = float(row["median"])
+    lines = ["| case | rollouts x tokens | v05, ms | times its floor | peers, times v05 |", "|---|---|---|---|---|"]
+    for (case, shape), times in cases.items():
+        peers = {name: time for name, time in times.items() if name not in (OURS, FLOOR) and not name.startswith(OURS)}
+        if case.endswith(", out="):  # peers that allocate their output stand in the case with a fresh one
+            fresh = cases.get((case.replace("out=", "fresh output"), shape), {})
+            peers |= {name: fresh[name] for name in fresh if name not in (OURS, FLOOR, *peers)}
+        size = shape[0] if shape[1] == "1" else f"{shape[0]}, {shape[1]} in all" if "packed" in case else " x ".join(shape)
+        ours = times[OURS]
+        versus = ", ".join(f"{name} {time / ours:.1f}" for name, time in peers.items())
+        floor = f"{ours / times[FLOOR]:.2f}" if FLOOR in times else ""
+        lines.append(f"| {case} | {size} | {_milliseconds(ours)} | {floor} | {versus} |")
+    about = rows[0]
+    conditions = f"`make bench` at commit {about['commit']}; medians on {about['device']}; {about['versions']}."
+    return "\n".join(lines) + f"\n\n{conditions}\n"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.3f}" if value < 1 else f"{value:.2f}"
+
+
+def replaced(page: str) -> str:
+    """`page` with the table between the marks."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    if not after:
+        raise ValueError(f"the page has no {BEGIN.strip()!r} followed by {END.strip()!r}")
+    return f"{before}{BEGIN}{table()}{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
+    page = parser.parse_args().write
+    if page is None:
+        print(table())
+    else:
+        page.write_text(replaced(page.read_text()))
+
+
+if __name__ == "__main__":
+    main()
