@@ -422,17 +422,15 @@ def first_of_trajectory(
     return first
 
 
-def _names(group_ids: ArrayLike | Sequence[str]) -> list[str] | None:
-    """The ids as a list if they are strings. A list of them must not pass through NumPy, which strips trailing NULs."""
+def _names(group_ids: ArrayLike | Sequence[str]) -> Sequence[str] | NDArray[np.object_] | None:
+    """The ids if they are strings. A list of them must not pass through NumPy's own strings, which strip trailing NULs."""
     if isinstance(group_ids, np.ndarray):
         if group_ids.dtype.kind not in "OUST":
             return None
-        group_ids = group_ids.tolist()
-    if not isinstance(group_ids, Sequence) or not any(isinstance(key, str) for key in group_ids):
+        group_ids = group_ids if group_ids.dtype.kind == "O" else group_ids.tolist()
+    elif not isinstance(group_ids, Sequence):
         return None
-    if not all(isinstance(key, str) for key in group_ids):
-        raise ValueError("group_ids: mix strings and other types; give one kind")
-    return list(group_ids)
+    return group_ids if _core.are_strings(group_ids) else None  # type: ignore[return-value]  # it has just been checked
 
 
 def _integer_ids(group_ids: Array | Sequence[str], tracing: bool) -> tuple[torch.Tensor, int | None]:
@@ -563,7 +561,8 @@ class _RankRollouts(NamedTuple):
 def _of_this_rank(local: _Rollouts, prior: Array | None, group_ids: Array | Sequence[str], num_groups: int | None) -> _RankRollouts:
     n = local.rewards.shape[0]
     ids = group_ids.cpu() if isinstance(group_ids, torch.Tensor) else group_ids
-    keys = (None if isinstance(ids, torch.Tensor) else _names(ids)) or _integer_ids(ids, tracing=False)[0].tolist()
+    names = None if isinstance(ids, torch.Tensor) else _names(ids)
+    keys = list(names) if names is not None else _integer_ids(ids, tracing=False)[0].tolist()
     if len(keys) != n:
         raise ValueError(f"group_ids: {len(keys)} ids for {n} rollouts; give one id a rollout")
     if num_groups is not None and any(isinstance(key, str) for key in keys):

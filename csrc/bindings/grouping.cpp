@@ -36,16 +36,46 @@ void check_ids(const Ids& ids, std::int64_t num_groups) {
 
 using Keys = std::span<PyObject* const>;
 
-// Exact str only: hashing and comparing them runs no Python code, so the borrowed keys stay alive.
-bool all_strings(Keys keys) {
+// The items of a sequence or an object array, and what keeps them.
+std::pair<Keys, py::object> items_of(const py::object& keys) {
+  if (py::isinstance<py::array>(keys) && py::cast<py::array>(keys).dtype().kind() == 'O') {
+    auto array = py::array::ensure(keys, py::array::c_style);
+    const Keys items(static_cast<PyObject* const*>(array.data()), static_cast<std::size_t>(array.size()));
+    return {items, std::move(array)};
+  }
+  auto fast =
+      py::reinterpret_steal<py::object>(PySequence_Fast(keys.ptr(), "keys: give a sequence or an object array"));
+  if (!fast) {
+    throw py::error_already_set();
+  }
+  const Keys items(PySequence_Fast_ITEMS(fast.ptr()), static_cast<std::size_t>(PySequence_Fast_GET_SIZE(fast.ptr())));
+  return {items, std::move(fast)};
+}
+
+template <class Is>
+std::size_t count_if_ahead(Keys keys, const Is& is) {
   constexpr std::size_t kAhead = 16;
+  std::size_t count = 0;
   for (std::size_t i = 0; i < keys.size(); ++i) {
     __builtin_prefetch(keys[std::min(i + kAhead, keys.size() - 1)]);
-    if (keys[i] == nullptr || !PyUnicode_CheckExact(keys[i])) {
-      return false;
-    }
+    count += static_cast<std::size_t>(keys[i] != nullptr && is(keys[i]));
   }
-  return true;
+  return count;
+}
+
+// Whether the keys are strings: all of them or none.
+bool are_strings(const py::object& keys) {
+  const auto [items, owner] = items_of(keys);
+  const std::size_t strings = count_if_ahead(items, [](PyObject* key) { return PyUnicode_Check(key) != 0; });
+  if (strings != 0 && strings != items.size()) {
+    throw std::invalid_argument("group_ids: mix strings and other types; give one kind");
+  }
+  return strings != 0;
+}
+
+// Exact str only: hashing and comparing them runs no Python code, so the borrowed keys stay alive.
+bool all_exact_strings(Keys keys) {
+  return count_if_ahead(keys, [](PyObject* key) { return PyUnicode_CheckExact(key) != 0; }) == keys.size();
 }
 
 bool equal_strings(PyObject* a, PyObject* b) {
@@ -85,24 +115,12 @@ std::int64_t number_hashables(const py::tuple& keys, std::span<std::int64_t> ids
 }
 
 // Dense ids of string (or any hashable) keys, numbered by first appearance. `keys` is a sequence or an object array.
-std::pair<Ids, std::int64_t> factorize(py::object keys) {
-  py::object owner;
-  Keys items;
-  if (py::isinstance<py::array>(keys) && py::cast<py::array>(keys).dtype().kind() == 'O') {
-    const auto array = py::array::ensure(keys, py::array::c_style);
-    items = {static_cast<PyObject* const*>(array.data()), static_cast<std::size_t>(array.size())};
-    owner = array;
-  } else {
-    owner = py::reinterpret_steal<py::object>(PySequence_Fast(keys.ptr(), "keys: give a sequence or an object array"));
-    if (!owner) {
-      throw py::error_already_set();
-    }
-    items = {PySequence_Fast_ITEMS(owner.ptr()), static_cast<std::size_t>(PySequence_Fast_GET_SIZE(owner.ptr()))};
-  }
+std::pair<Ids, std::int64_t> factorize(const py::object& keys) {
+  const auto [items, owner] = items_of(keys);
   Ids ids(static_cast<py::ssize_t>(items.size()));
   const std::span<std::int64_t> id_view(ids.mutable_data(), items.size());
   const std::int64_t found =
-      all_strings(items) ? number_strings(items, id_view) : number_hashables(py::tuple(keys), id_view);
+      all_exact_strings(items) ? number_strings(items, id_view) : number_hashables(py::tuple(keys), id_view);
   return {std::move(ids), found};
 }
 
@@ -111,5 +129,6 @@ std::pair<Ids, std::int64_t> factorize(py::object keys) {
 void register_grouping(py::module_& m) {
   m.def("check_ids", &check_ids, py::arg("ids").noconvert(), py::arg("num_groups"));
   m.def("number_ids", &number_ids, py::arg("ids").noconvert());
+  m.def("are_strings", &are_strings, py::arg("keys"));
   m.def("factorize", &factorize, py::arg("keys"));
 }
