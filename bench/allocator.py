@@ -3,8 +3,8 @@
     python bench/allocator.py            # one thread; prints a table and writes bench/results/allocator.csv
 
 Gate, then time: both must allocate alike before either is timed. A pass opens all groups, leases all initial rollouts in batches,
-then reports and leases in rounds until every group has closed; only the calls themselves are timed. "shuffled" reports the rollouts
-of a round in random order, "in order" as they were leased. The plain Python allocator is tests/allocator_model.py; it gets fewer
+then reports and leases in rounds until every group has closed; only the calls themselves are timed. Reports come in the order of the
+leases, shuffled among 16,384 rollouts in flight, or shuffled among all of a round: millions, in random order over all memory. The plain Python allocator is tests/allocator_model.py; it gets fewer
 groups, because a million would not fit its memory and the reader's patience. Times are processor time of the one thread, so that
 whatever else runs changes them little.
 """
@@ -35,6 +35,7 @@ FIELDS = ("provider", "case", "groups", "value", "unit", "device", "commit", "ve
 GROUPS, PLAIN_GROUPS, GATE_GROUPS = 1_000_000, 50_000, 2_000
 BATCH = 1024
 LEASE = 256
+ORDERS = {"in order": 1, "16,384 in flight": 16_384, "all in flight": 16 * GROUPS}  # rollouts whose reports are shuffled
 CALIBRATION = Calibration(alpha=0.0, beta=1.0, kappa=4.5, eps=0.12)
 RULES: dict[str, dict[str, object]] = {
     "osla": {"rule": "osla"},
@@ -67,7 +68,7 @@ class Timed:
 
 
 def rounds(
-    allocator: RolloutAllocator | PlainAllocator, rewards: NDArray[np.float64], shuffle: bool, lease: Timed, report: Timed
+    allocator: RolloutAllocator | PlainAllocator, rewards: NDArray[np.float64], window: int, lease: Timed, report: Timed
 ) -> None:
     """Lease all that is queued, report all that is out, until every group has closed."""
     rng = np.random.default_rng(1)
@@ -81,7 +82,7 @@ def rounds(
             columns = map(np.array, zip(*leases, strict=True)) if plain else (leases.lease_id, leases.group, leases.index)
             batches.append(tuple(columns))
         lease_ids, groups, indices = (np.concatenate(column) for column in zip(*batches, strict=True))
-        order = rng.permutation(len(lease_ids)) if shuffle else np.arange(len(lease_ids))
+        order = np.argsort(np.arange(len(lease_ids)) // window + rng.random(len(lease_ids)))
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
             values: tuple[Sequence[int], Sequence[float]] = lease_ids[rows], rewards[groups[rows], indices[rows]]
@@ -104,7 +105,7 @@ def gate() -> None:
         for kind in (RolloutAllocator, PlainAllocator):
             allocator = kind(**options)
             allocator.open(range(GATE_GROUPS), priors.tolist())
-            rounds(allocator, rewards, True, Timed(), Timed())
+            rounds(allocator, rewards, BATCH, Timed(), Timed())
             closed = allocator.drain()
             sizes.append(
                 [len(rewards) for _, _, rewards in closed] if isinstance(closed, list) else np.diff(closed.offsets).tolist()
@@ -120,17 +121,16 @@ def measure(provider: str, groups: int) -> Iterator[Row]:
     if kind is PlainAllocator:
         ids, priors = ids.tolist(), priors.tolist()
     for name, options in RULES.items():
-        for shuffle in (True, False):
+        for order, window in ORDERS.items():
             before = resident()
             allocator = kind(**options)
             opened, lease, report = Timed(), Timed(), Timed()
             opened(allocator.open, ids, priors)
             memory = (resident() - before) / groups - 8 * 4  # less 4 rewards
-            rounds(allocator, rewards, shuffle, lease, report)
+            rounds(allocator, rewards, window, lease, report)
             reports = allocator.counts()["reported"]
-            order = "shuffled" if shuffle else "in order"
             yield provider, f"{name}: reports, {order}", groups, reports / sum(report.seconds), "1/s"
-            if name == "osla" and shuffle:
+            if (name, order) == ("osla", "in order"):
                 yield provider, "reports in the pass", groups, reports, ""
                 yield provider, "an open group, less its rewards", groups, memory, "bytes"
                 yield provider, "open all", groups, sum(opened.seconds), "s"
