@@ -10,10 +10,10 @@ CPP_ALL := $(CPP) $(wildcard csrc/bindings/*.cpp csrc/include/v05/*.hpp)
 export OMP_NUM_THREADS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test lint sanitize bench format clean
+.PHONY: help setup demo test lint sanitize sanitize-threads bench format clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
 
 setup: $(VENV)/.ready  ## virtual environment with everything the demo and the tests need
 
@@ -45,7 +45,10 @@ sanitize: setup  ## the core's tests under AddressSanitizer and UndefinedBehavio
 	rm $(VENV)/.ready  # so that the next make builds without them
 	$(BIN)/pip install --quiet --no-deps --editable . -C cmake.define.V05_SANITIZE=address,undefined
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-		$(BIN)/python -m pytest -q tests/test_ops.py tests/test_core.py tests/test_budget.py -k "not instruction_set"
+		$(BIN)/python -m pytest -q tests/test_ops.py tests/test_core.py tests/budget -k "not instruction_set and not threads"
+
+sanitize-threads: setup  ## the allocator under ThreadSanitizer
+	$(BIN)/python -m pytest -q tests/budget/test_threads.py
 
 # verl and SkyRL pin what contradicts each other: they come without their requirements, into an environment of their own.
 # SkyRL imports under Python 3.12 and later only: make bench PYTHON=python3.12.
@@ -55,10 +58,11 @@ $(VENV)/.peers: $(VENV)/.ready bench/requirements.txt
 	$(BIN)/pip install --quiet --no-deps verl==0.9.1 skyrl==0.3.0 skyrl-gym==0.4.0
 	touch $@
 
-bench:  ## time the op on this machine against its peers; writes bench/results/ and README's table
+bench:  ## time the op and the allocator on this machine against their peers; writes bench/results/ and README's table
 	$(MAKE) VENV=$(BENCH) $(BENCH)/.peers
 	$(BENCH)/bin/python -m pytest -q bench/advantage.py -o pythonpath=bench -W default -rs --benchmark-columns=median,stddev,rounds
 	$(BENCH)/bin/python bench/table.py --write README.md
+	$(BENCH)/bin/python bench/allocator.py
 	$(BENCH)/bin/python bench/gpu_advantage.py
 	cd bench/results && ../../$(BENCH)/bin/python -m v05.kernels.aot --csv aot.csv
 
