@@ -46,7 +46,7 @@ def test_logprobs_are_those_of_the_model_read_naively(policy):
     model, tokenizer = policy
     wanted = requests(tokenizer)
     completions = engine(policy).generate(wanted)
-    shared = completion_logprobs(model, [r.prompt for r in wanted], completions, tokenizer.pad_token_id)
+    shared = completion_logprobs(model, [r.prompt for r in wanted], completions, tokenizer.pad_token_id, width=6)
     for request, completion, row in zip(wanted, completions, shared, strict=True):
         ids = torch.tensor([[*request.prompt, *completion.tokens]])
         naive = torch.log_softmax(model(input_ids=ids).logits[0], dim=-1)[len(request.prompt) - 1 : -1]
@@ -65,7 +65,7 @@ def test_gradients_through_shared_prompts_are_those_of_the_naive_pass(policy):
         loss.backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
-    shared = completion_logprobs(model, [r.prompt for r in wanted], completions, tokenizer.pad_token_id)
+    shared = completion_logprobs(model, [r.prompt for r in wanted], completions, tokenizer.pad_token_id, width=6)
     mine = gradient(sum(row[: len(c.tokens)].sum() for row, c in zip(shared, completions, strict=True)))
     naive = torch.zeros(())
     for request, completion in zip(wanted, completions, strict=True):

@@ -65,8 +65,8 @@ def test_dynamic_sampling_throws_away_and_counts(tmp_path):
     trainer = Trainer(run_config("smoke", "dapo"), tmp_path, lambda line: None)
     batch, thrown_away = trainer.sample()
     assert has_signal(batch).all()
-    assert trainer.rollouts == len(batch.rewards) + thrown_away
-    assert trainer.groups >= len(batch.prompts)
+    assert trainer.state.rollouts == len(batch.rewards) + thrown_away
+    assert trainer.state.groups >= len(batch.prompts)
 
 
 def test_nothing_but_equal_groups_is_survived(tmp_path):

@@ -128,10 +128,12 @@ def read_prompts(
 
 
 def completion_logprobs(
-    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], completions: Sequence[Completion], pad: int
+    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], completions: Sequence[Completion], pad: int, width: int
 ) -> torch.Tensor:
-    """(N, T) log-probabilities of completion tokens under `model`, T the longest; meaningless beyond a completion's end."""
-    width = max(len(c.tokens) for c in completions)
+    """(N, width) log-probabilities of completion tokens under `model`; meaningless beyond a completion's end.
+
+    `width` is the longest completion's length or more.
+    """
     tokens = torch.full((len(prompts), width), pad)
     for row, completion in enumerate(completions):
         tokens[row, : len(completion.tokens)] = torch.from_numpy(completion.tokens)

@@ -3,7 +3,8 @@
     v05 compare --preset tiny
 
 All runs start from the same warm-started policy, read the same prompts in the same order for a seed, and spend the same number
-of rollouts. Each is a process of its own with one thread, so a crash costs one run, and a run that has finished is not run again.
+of rollouts. Each is a process of its own with one thread, so a crash costs one run; a run that has finished is not run again,
+and one that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def run_all(configs: Mapping[str, RunConfig], directory: Path, jobs: int, watch:
         while waiting or running:
             while waiting and len(running) < jobs:
                 name = waiting.pop(0)
-                running[name] = context.Process(target=_run_one, args=(configs[name], directory / name), name=name)
+                running[name] = context.Process(target=run_one, args=(configs[name], directory / name), name=name)
                 running[name].start()
             for name, process in list(running.items()):
                 if process.exitcode is not None:
@@ -85,14 +86,14 @@ def is_finished(config: RunConfig, directory: Path) -> bool:
     return same and (directory / RESULT).is_file()
 
 
-def _run_one(config: RunConfig, directory: Path) -> None:
+def run_one(config: RunConfig, directory: Path) -> None:
     """A run's own process: one thread, its output in log.txt."""
     import torch
 
     from v05.train.trainer import train
 
     directory.mkdir(parents=True, exist_ok=True)
-    log = os.open(directory / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    log = os.open(directory / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(1)

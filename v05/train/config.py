@@ -6,6 +6,7 @@ prescribes beside its advantage; a preset is a task and policy of some size.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from v05.tasks import ReasoningGymConfig, Source, TaskConfig
 
 Aggregation = Literal["token", "sequence"]
 GroupWeighting = Literal["prompt", "rollout"]
+Distributed = Literal["ddp", "fsdp2"]
 
 
 class Settings(BaseModel):
@@ -119,6 +121,10 @@ class RunConfig(Settings):
     rollouts_per_step: int = Field(default=512, ge=1, description="prompts of a step are chosen so that about this many are used")
     total_rollouts: int = Field(default=100_000, ge=1, description="training stops at the step that reaches this many")
     sampling_batch: int = Field(default=512, ge=1)
+    checkpoint_seconds: float = Field(
+        default=10.0, ge=0, description="between checkpoints, more where they would cost over 1 % of the time; 0: after every step"
+    )
+    distributed: Distributed = Field(default="ddp", description="how several processes share the policy (v05.train.distributed)")
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -217,6 +223,11 @@ def run_config(preset: str, spec: str, **overrides: Any) -> RunConfig:
         rule = "osla" if parts["maximum"] else "uniform"
         fields["budget"] = {"rule": rule, "initial": initial, "maximum": maximum}
     return RunConfig.model_validate(fields)
+
+
+def digest(config: RunConfig) -> str:
+    """A hash of all settings of a run, to recognise its checkpoints by."""
+    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()
 
 
 def label_of(config: RunConfig) -> str:

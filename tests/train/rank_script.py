@@ -1,0 +1,53 @@
+"""What test_ranks.py has torchrun start: runs of two ranks, the last of which one rank does not survive.
+
+torchrun --nproc-per-node 2 rank_script.py FOLDER    # FOLDER/NAME.json: a run's configuration, its directory FOLDER/NAME
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from v05.train import trainer as module
+from v05.train.config import RunConfig
+from v05.train.trainer import Trainer
+
+NAMES = ("ddp", "fsdp2", "refills")
+TORN = "torn"  # the run in which rank 1 raises
+# Rollouts a pass and rank: so few that a step takes several passes, and "refills" often leaves a rank without one in the last.
+MICRO_BATCHES = {"ddp": 16, "fsdp2": 16, "refills": 2, TORN: 16}
+LIVES = 250  # rewards that rank 1 verifies before it raises
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    for name in NAMES:
+        module.MICRO_BATCH = MICRO_BATCHES[name]
+        for _ in Trainer(read(folder, name), folder / name, print).run():
+            pass
+    module.MICRO_BATCH = MICRO_BATCHES[TORN]
+    trainer = Trainer(read(folder, TORN), folder / TORN, print)
+    if os.environ["RANK"] == "1":
+        trainer.task.verify = raise_after(LIVES, trainer.task.verify)
+    for _ in trainer.run():
+        pass
+
+
+def read(folder, name):
+    return RunConfig.model_validate_json((folder / f"{name}.json").read_text())
+
+
+def raise_after(count, verify):
+    left = iter(range(count))
+
+    def verify_or_raise(prompt, completion):
+        if next(left, None) is None:
+            raise RuntimeError("rank 1 has had enough")
+        return verify(prompt, completion)
+
+    return verify_or_raise
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
