@@ -13,20 +13,18 @@ from v05.train import trainer as module
 from v05.train.config import RunConfig
 from v05.train.trainer import Trainer
 
-NAMES = ("ddp", "fsdp2", "refills")
+NAMES = ("ddp", "fsdp2", "refills", "idle")
 TORN = "torn"  # the run in which rank 1 raises
-# Rollouts a pass and rank: so few that a step takes several passes, and "refills" often leaves a rank without one in the last.
-MICRO_BATCHES = {"ddp": 16, "fsdp2": 16, "refills": 2, TORN: 16}
+MICRO_BATCH = 12  # rollouts a pass and rank: so few that a step takes several passes
 LIVES = 250  # rewards that rank 1 verifies before it raises
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    module.MICRO_BATCH = MICRO_BATCH
     for name in NAMES:
-        module.MICRO_BATCH = MICRO_BATCHES[name]
         for _ in Trainer(read(folder, name), folder / name, print).run():
             pass
-    module.MICRO_BATCH = MICRO_BATCHES[TORN]
     trainer = Trainer(read(folder, TORN), folder / TORN, print)
     if os.environ["RANK"] == "1":
         trainer.task.verify = raise_after(LIVES, trainer.task.verify)

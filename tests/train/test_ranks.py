@@ -28,6 +28,7 @@ CONFIGS = {
     "refills": run_config(  # two prompts a step, and often one to replace
         "smoke", "dapo", rollouts_per_step=32, optimizer={"updates_per_step": 2}, loss={"kl_coefficient": 0.1}
     ),
+    "idle": run_config("smoke", "prior@1", distributed="fsdp2", rollouts_per_step=1, total_rollouts=6),  # one rollout for two ranks
     "torn": run_config("smoke", "v05", distributed="fsdp2", total_rollouts=512, checkpoint_seconds=0),
 }
 ROUNDED = {"grad_norm": 1e-4, "loss": 1e-4, "kl": 1e-3, "entropy": 1e-4}  # relative; all else is equal
@@ -45,7 +46,7 @@ def folder(tmp_path_factory):
     for name, config in CONFIGS.items():
         (folder / f"{name}.json").write_text(config.model_dump_json())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("v05.train.trainer.MICRO_BATCH", 2 * rank_script.MICRO_BATCHES[name])
+            patch.setattr("v05.train.trainer.MICRO_BATCH", 2 * rank_script.MICRO_BATCH)
             list(Trainer(config, folder / f"{name}-alone", lambda line: None).run())
     result = torchrun(Path(rank_script.__file__), folder)
     (folder / "output").write_text(result.stdout + result.stderr)

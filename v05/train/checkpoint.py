@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from v05 import __version__
+from v05.train.files import explained, flush
 
 FORMAT = 1  # of the files; a new number refuses nothing old but is refused by what is older
 KEPT = 2  # checkpoints in a run directory
@@ -75,26 +75,33 @@ def write_checkpoint(directory: Path, step: int, checkpoint: Checkpoint) -> None
     """
     target = directory / f"checkpoint-{step:08d}"
     scratch = target.with_suffix(PARTIAL)
-    try:
-        scratch.mkdir()
-        for name, tensors in checkpoint.tensors.items():
-            save_file(tensors, scratch / (name + TENSORS))
-        (scratch / STATE).write_text(json.dumps(checkpoint.state, indent=1, allow_nan=False), encoding="utf-8")
-        (scratch / ALLOCATOR).write_bytes(checkpoint.allocator)
-        files = {path.name: _seal(path) for path in sorted(scratch.iterdir())}
-        manifest = {"format": FORMAT, "v05": __version__, "files": files}
-        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _flush(scratch / MANIFEST)
-        _flush(scratch)
-        os.replace(scratch, target)
-        _flush(directory)
-    except (OSError, SafetensorError) as error:  # safetensors wraps what the system said
-        shutil.rmtree(scratch, ignore_errors=True)
-        earlier = find_checkpoints(directory)
-        kept = f"{earlier[-1].name} is intact and the run goes on from it" if earlier else "the run starts over"
-        raise OSError(f"{target} cannot be written ({error}); make room or give write access, then call again: {kept}") from error
+    earlier = find_checkpoints(directory)
+    outlook = f"{earlier[-1].name} is intact and the run goes on from it" if earlier else "the run starts over"
+    with explained(target, outlook):
+        try:
+            _write_files(scratch, checkpoint)
+            os.replace(scratch, target)
+        except Exception:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        flush(directory)
     for path in find_checkpoints(directory)[:-KEPT]:
         _delete(path)
+
+
+def _write_files(directory: Path, checkpoint: Checkpoint) -> None:
+    directory.mkdir()
+    for name, tensors in checkpoint.tensors.items():
+        save_file(tensors, directory / (name + TENSORS))
+    (directory / STATE).write_text(json.dumps(checkpoint.state, indent=1, allow_nan=False), encoding="utf-8")
+    (directory / ALLOCATOR).write_bytes(checkpoint.allocator)
+    files = sorted(directory.iterdir())
+    for path in files:
+        flush(path)
+    manifest = {"format": FORMAT, "v05": __version__, "files": {path.name: _fingerprint(path) for path in files}}
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    flush(directory / MANIFEST)
+    flush(directory)
 
 
 def newest_checkpoint(directory: Path, report: Callable[[str], None]) -> Path | None:
@@ -172,23 +179,9 @@ def _delete(path: Path) -> None:
     shutil.rmtree(partial)
 
 
-def _seal(path: Path) -> dict[str, Any]:
-    _flush(path)
-    return _fingerprint(path)
-
-
 def _fingerprint(path: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold a file's contents, or a directory's names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,6 +15,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from v05.train.files import explained, flush
+
 METRICS, CONFIG, RESULT = "metrics.jsonl", "config.json", "result.json"
 
 
@@ -60,11 +62,8 @@ class MetricsLog:
 
     def write(self, kind: str, **values: Any) -> None:
         """Append one record; NaN and infinity become null, so that every line is plain JSON."""
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_plain({"kind": kind, **values}), allow_nan=False) + "\n")
-        except OSError as error:
-            raise OSError(f"{self._path} cannot be written ({error}); make room and call again: the run goes on") from error
+        with explained(self._path, "the run goes on from its checkpoint"), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_plain({"kind": kind, **values}), allow_nan=False) + "\n")
 
 
 def read_metrics(directory: Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -81,6 +80,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` whole or not at all, NaN and infinity as null."""
     scratch = path.with_suffix(".partial")
     scratch.write_text(json.dumps(_plain(value), indent=1, default=str, allow_nan=False) + "\n", encoding="utf-8")
+    flush(scratch)
     os.replace(scratch, path)
 
 

@@ -63,6 +63,7 @@ from v05.train.distributed import (
     whole_optimizer_state,
     whole_parameters,
 )
+from v05.train.files import explained, flush
 from v05.train.loss import policy_loss, rollout_weights, token_weights
 from v05.train.metrics import CONFIG, RESULT, MetricsLog, refuse_to_overwrite, write_json
 from v05.train.policy import load_policy, policy_folder
@@ -225,23 +226,34 @@ class Trainer:
                 self.save()
             yield self.progress()
 
+        self.finish()
+
+    def finish(self) -> None:
+        """Write the policy and the result, then let go of the checkpoints."""
+        config, state = self.config, self.state
         policy = self.kept(whole_parameters(self.model))
-        if self.world.writes:
-            self.model.save_pretrained(self.directory / "policy", state_dict=policy)
-            self.tokenizer.save_pretrained(self.directory / "policy")
-            result = {
-                "method": config.method,
-                "seed": config.seed,
-                "accuracy_before": state.accuracy_before,
-                "accuracy_after": state.accuracy,
-                "rollouts": state.rollouts,
-                "steps": state.steps,
-                "seconds": state.seconds,
-                "heldout_samples": config.evaluation.samples,
-                "heldout_successes": state.successes,
-            }
-            write_json(self.directory / RESULT, result)
-            delete_checkpoints(self.directory)
+        if not self.world.writes:
+            return
+        folder = self.directory / "policy"
+        with explained(folder, "the run goes on from its checkpoint"):
+            self.model.save_pretrained(folder, state_dict=policy)
+            self.tokenizer.save_pretrained(folder)
+            for path in (*folder.iterdir(), folder):
+                flush(path)
+        result = {
+            "method": config.method,
+            "seed": config.seed,
+            "accuracy_before": state.accuracy_before,
+            "accuracy_after": state.accuracy,
+            "rollouts": state.rollouts,
+            "steps": state.steps,
+            "seconds": state.seconds,
+            "heldout_samples": config.evaluation.samples,
+            "heldout_successes": state.successes,
+        }
+        write_json(self.directory / RESULT, result)
+        flush(self.directory)
+        delete_checkpoints(self.directory)
 
     def progress(self) -> Progress:
         assert self.state.accuracy is not None
