@@ -10,10 +10,10 @@ CPP_ALL := $(CPP) $(wildcard csrc/bindings/*.cpp csrc/include/v05/*.hpp)
 export OMP_NUM_THREADS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test lint sanitize bench format clean
+.PHONY: help setup demo test lint sanitize sanitize-threads bench format clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
 
 setup: $(VENV)/.ready  ## virtual environment with everything the demo and the tests need
 
@@ -45,10 +45,14 @@ sanitize: setup  ## the core's tests under AddressSanitizer and UndefinedBehavio
 	rm $(VENV)/.ready  # so that the next make builds without them
 	$(BIN)/pip install --quiet --no-deps --editable . -C cmake.define.V05_SANITIZE=address,undefined
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-		$(BIN)/python -m pytest -q tests/test_ops.py tests/test_budget.py
+		$(BIN)/python -m pytest -q tests/test_ops.py tests/budget
 
-bench: setup  ## time the op on this machine; writes bench/results/
+sanitize-threads: setup  ## the allocator under ThreadSanitizer
+	$(BIN)/python -m pytest -q tests/budget/test_threads.py
+
+bench: setup  ## time the op and the allocator on this machine; writes bench/results/
 	$(BIN)/python bench/advantage.py
+	$(BIN)/python bench/allocator.py
 	$(BIN)/python bench/gpu_advantage.py
 	cd bench/results && ../../$(BIN)/python -m v05.kernels.aot --csv aot.csv
 

@@ -2,8 +2,9 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
-#include <iterator>
+#include <functional>
 #include <limits>
 #include <sstream>
 #include <stdexcept>
@@ -16,17 +17,18 @@
 namespace v05 {
 namespace {
 
-// A rollout without a reward yet holds an infinity, which no reward range admits: its state costs no memory of its own.
-constexpr double kQueued = std::numeric_limits<double>::infinity();
-constexpr double kLeased = -kQueued;
-constexpr double kInvalid = std::numeric_limits<double>::quiet_NaN();
-
 // Keeps lease numbers within 63 bits for the first two billion groups.
 constexpr std::int64_t kLargestCount = 65535;
+
+// Rows of a batch between a prefetch and its use; states are found through their group, so it comes first.
+constexpr std::size_t kStatesAhead = 24;
+constexpr std::size_t kGroupsAhead = 2 * kStatesAhead;
 
 constexpr auto kRules = std::to_array<std::pair<std::string_view, BudgetRule>>({
     {"osla", BudgetRule::kOsla},
     {"uniform", BudgetRule::kUniform},
+    {"calibrated", BudgetRule::kCalibrated},
+    {"total", BudgetRule::kTotal},
 });
 
 template <class... Parts>
@@ -91,6 +93,48 @@ void append(GroupIds<Id>& ids, const std::vector<Id>& added) {
          "); an id can be used again once its group was drained");
 }
 
+void require_counts(const AllocatorOptions& options) {
+  if (options.initial < 1) {
+    refuse("initial=", options.initial, " is not positive; a group needs at least 1 rollout");
+  }
+  if (options.maximum < options.initial || options.maximum > kLargestCount) {
+    refuse("maximum=", options.maximum, " is not between initial=", options.initial, " and ", kLargestCount,
+           "; change maximum or initial");
+  }
+  if (options.chunk < 1) {
+    refuse("chunk=", options.chunk, " is not positive; use 1 to add rollouts one by one");
+  }
+  if (options.max_attempts < 1 || options.max_attempts > kLargestCount) {
+    refuse("max_attempts=", options.max_attempts, " is not between 1 and ", kLargestCount,
+           "; use 1 to give a rollout up at its first failure");
+  }
+}
+
+// An input that the rule does not read is a mistake of the caller's.
+void require_rule_inputs(const AllocatorOptions& options) {
+  const bool reads_cost = options.rule == BudgetRule::kOsla || options.rule == BudgetRule::kCalibrated;
+  const bool reads_calibration = options.rule == BudgetRule::kCalibrated || options.rule == BudgetRule::kTotal;
+  if (options.cost && !reads_cost) {
+    refuse("cost=", *options.cost, " has no meaning for rules 'uniform' and 'total'; leave it out");
+  }
+  if (options.total.has_value() != (options.rule == BudgetRule::kTotal)) {
+    refuse(options.total ? "total is given; only rule='total' takes it, leave it out"
+                         : "total=None; rule='total' needs the number of rollouts to share out");
+  }
+  if (options.total && *options.total < options.initial) {
+    refuse("total=", *options.total, " does not hold the initial=", options.initial, " rollouts of a group; raise it");
+  }
+  if (options.rule == BudgetRule::kCalibrated && !options.calibration) {
+    refuse("calibration=None; rule='calibrated' needs a Calibration fitted on past groups");
+  }
+  if (options.calibration && !reads_calibration) {
+    refuse("calibration is given; only rules 'calibrated' and 'total' read it, leave it out");
+  }
+  if (options.calibration && !options.calibration->within_bounds()) {
+    refuse("calibration is out of bounds; see v05.methods.Calibration");
+  }
+}
+
 }  // namespace
 
 BudgetRule find_budget_rule(std::string_view name) {
@@ -108,16 +152,8 @@ RolloutAllocator::RolloutAllocator(const AllocatorOptions& options)
     : options_(options),
       cost_(
           options.cost.value_or(1.0 / (static_cast<double>(options.maximum) * static_cast<double>(options.maximum)))) {
-  if (options.initial < 1) {
-    refuse("initial=", options.initial, " is not positive; a group needs at least 1 rollout");
-  }
-  if (options.maximum < options.initial || options.maximum > kLargestCount) {
-    refuse("maximum=", options.maximum, " is not between initial=", options.initial, " and ", kLargestCount,
-           "; change maximum or initial");
-  }
-  if (options.chunk < 1) {
-    refuse("chunk=", options.chunk, " is not positive; use 1 to add rollouts one by one");
-  }
+  require_counts(options);
+  require_rule_inputs(options);
   if (!(cost_ >= 0.0) || std::isinf(cost_)) {
     refuse("cost=", cost_, " is not a finite number >= 0; use None for 1 / maximum^2");
   }
@@ -126,10 +162,8 @@ RolloutAllocator::RolloutAllocator(const AllocatorOptions& options)
     refuse("reward_range=(", options.lowest_reward, ", ", options.highest_reward,
            ") is not a finite range; give (lowest, highest) with lowest < highest");
   }
-  if (options.max_attempts < 1 || options.max_attempts > kLargestCount) {
-    refuse("max_attempts=", options.max_attempts, " is not between 1 and ", kLargestCount,
-           "; use 1 to give a rollout up at its first failure");
-  }
+  index_bits_ = static_cast<unsigned>(std::bit_width(static_cast<std::uint64_t>(options.maximum - 1)));
+  attempt_bits_ = static_cast<unsigned>(std::bit_width(static_cast<std::uint64_t>(options.max_attempts - 1)));
 }
 
 void RolloutAllocator::open(const GroupIdList& ids, std::span<const double> priors) {
@@ -143,6 +177,12 @@ void RolloutAllocator::open(const GroupIdList& ids, std::span<const double> prio
   require_in_range("priors", priors, options_);
 
   const std::scoped_lock lock(mutex_);
+  const std::int64_t asked = static_cast<std::int64_t>(groups) * options_.initial;
+  const std::int64_t spent = counts_.open_groups == 0 ? 0 : spent_;
+  if (const auto& total = options_.total; total && asked > *total - spent) {
+    refuse("group_ids has ", groups, " rows, which take ", asked, " initial rollouts, and ", *total - spent,
+           " of total=", *total, " are left; open fewer groups, or raise total");
+  }
   std::visit(
       [this]<class Id>(const std::vector<Id>& rows) {
         if (opened_ == 0) {
@@ -155,50 +195,42 @@ void RolloutAllocator::open(const GroupIdList& ids, std::span<const double> prio
         append(*kept, rows);
       },
       ids);
-  const auto initial = static_cast<std::size_t>(options_.initial);
   for (const double prior : priors) {
-    groups_.push_back({
-        .rewards = std::vector<double>(initial, kQueued),
-        .prior = prior,
-        .settled = 0,
-    });
+    Group& group = groups_.emplace_back();
+    group.prior = prior;
+    group.ask(options_.initial);
   }
   opened_ += static_cast<std::int64_t>(groups);
   counts_.open_groups += static_cast<std::int64_t>(groups);
+  if (options_.total) {
+    spent_ = spent + asked;
+    close_candidates_if_spent();
+  }
 }
 
-Leases RolloutAllocator::lease(std::int64_t limit) {
+Leases RolloutAllocator::lease(std::int64_t limit, std::int64_t now) {
   if (limit < 0) {
     refuse("n=", limit, " is negative; ask for 0 or more rollouts");
   }
   const std::scoped_lock lock(mutex_);
-  const std::int64_t count = std::min(limit, queued());
-  const auto size = static_cast<std::size_t>(count);
   Leases leases;
-  leases.lease_ids.reserve(size);
-  leases.indices.reserve(size);
   std::vector<std::int64_t> serials;
-  serials.reserve(size);
-  for (std::int64_t i = 0; i < count; ++i) {
-    std::int64_t rollout = 0;
-    if (!extra_.empty()) {
-      rollout = extra_.front();
-      extra_.pop_front();
-    } else {
-      rollout = (initial_leased_ / options_.initial * options_.maximum) + (initial_leased_ % options_.initial);
-      ++initial_leased_;
+  while (std::cmp_less(serials.size(), limit)) {
+    const auto rollout = next_rollout();
+    if (!rollout) {
+      break;
     }
-    reward_of(rollout) = kLeased;
-    leases.lease_ids.push_back((rollout * options_.max_attempts) + failures_of(rollout));
-    leases.indices.push_back(rollout % options_.maximum);
-    serials.push_back(rollout / options_.maximum);
+    state_of(*rollout) = RolloutState::leased(now);
+    leases.lease_ids.push_back(join_bits(*rollout, failures_of(*rollout), attempt_bits_));
+    leases.indices.push_back(index_of(*rollout));
+    serials.push_back(serial_of(*rollout));
   }
-  counts_.leased += count;
+  counts_.leased += static_cast<std::int64_t>(serials.size());
   leases.groups = ids_of(serials);
-  leases.seeds.reserve(size);
+  leases.seeds.reserve(serials.size());
   std::visit(
       [&](const auto& ids) {
-        for (std::size_t i = 0; i < size; ++i) {
+        for (std::size_t i = 0; i < ids.size(); ++i) {
           leases.seeds.push_back(rollout_seed(options_.seed, key_of(ids[i]), leases.indices[i]));
         }
       },
@@ -213,6 +245,13 @@ void RolloutAllocator::report(std::span<const std::int64_t> lease_ids, std::span
   require_in_range("rewards", rewards, options_);
   const std::scoped_lock lock(mutex_);
   for (std::size_t i = 0; i < lease_ids.size(); ++i) {
+    // The groups of a batch lie all over memory: ask for those of later rows while this one is applied.
+    if (i + kGroupsAhead < lease_ids.size()) {
+      prefetch_group(lease_ids[i + kGroupsAhead]);
+    }
+    if (i + kStatesAhead < lease_ids.size()) {
+      prefetch_states(lease_ids[i + kStatesAhead]);
+    }
     if (const auto rollout = find_leased(lease_ids[i])) {
       ++counts_.reported;
       settle(*rollout, rewards[i]);
@@ -223,19 +262,33 @@ void RolloutAllocator::report(std::span<const std::int64_t> lease_ids, std::span
 void RolloutAllocator::fail(std::span<const std::int64_t> lease_ids) {
   const std::scoped_lock lock(mutex_);
   for (const std::int64_t lease_id : lease_ids) {
-    const auto rollout = find_leased(lease_id);
-    if (!rollout) {
-      continue;
-    }
-    ++counts_.failed;
-    if (++failures_[*rollout] == options_.max_attempts) {
-      settle(*rollout, kInvalid);
-    } else {
-      --counts_.leased;
-      reward_of(*rollout) = kQueued;
-      extra_.push_back(*rollout);
+    if (const auto rollout = find_leased(lease_id)) {
+      ++counts_.failed;
+      give_up(*rollout);
     }
   }
+}
+
+// Leases hold their time themselves, so this looks at every group that has been leased from and is not drained.
+std::int64_t RolloutAllocator::expire(double older_than, std::int64_t now) {
+  if (!(older_than >= 0.0)) {
+    refuse("older_than=", older_than, " is not a number of seconds >= 0; use 0 to take every lease back");
+  }
+  const std::scoped_lock lock(mutex_);
+  const double latest = static_cast<double>(now) - (older_than * 1e6);
+  const std::int64_t before = counts_.expired;
+  for (std::int64_t serial = first_serial_; serial * options_.initial < initial_leased_ && counts_.leased > 0;
+       ++serial) {
+    const Group& group = group_of(serial);
+    for (std::size_t index = 0; group.settled < group.asked && index < group.asked; ++index) {
+      const RolloutState state = group.states[index];
+      if (state.is_leased() && static_cast<double>(state.since()) <= latest) {
+        ++counts_.expired;
+        give_up(rollout_of(serial, static_cast<std::int64_t>(index)));
+      }
+    }
+  }
+  return counts_.expired - before;
 }
 
 bool RolloutAllocator::done() const {
@@ -246,7 +299,7 @@ bool RolloutAllocator::done() const {
 AllocatorCounts RolloutAllocator::counts() const {
   const std::scoped_lock lock(mutex_);
   AllocatorCounts counts = counts_;
-  counts.queued = queued();
+  counts.queued = static_cast<std::int64_t>(extra_.size()) + fresh();
   return counts;
 }
 
@@ -259,8 +312,10 @@ ClosedGroups RolloutAllocator::drain() {
   drained.offsets.push_back(0);
   drained.priors.reserve(closed_.size());
   for (const std::int64_t serial : closed_) {
-    const Group& group = groups_[slot_of(serial)];
-    drained.rewards.insert(drained.rewards.end(), group.rewards.begin(), group.rewards.end());
+    const Group& group = group_of(serial);
+    for (const RolloutState state : group.rollouts()) {
+      drained.rewards.push_back(state.reward());
+    }
     drained.offsets.push_back(static_cast<std::int64_t>(drained.rewards.size()));
     drained.priors.push_back(group.prior);
     forget(serial);
@@ -269,8 +324,9 @@ ClosedGroups RolloutAllocator::drain() {
   counts_.closed_groups = 0;
   std::visit(
       [this](auto& ids) {
-        while (!groups_.empty() && groups_.front().rewards.empty()) {
+        while (!groups_.empty() && groups_.front().asked == 0) {
           groups_.pop_front();
+          ++first_serial_;
           ids.pop_front();
         }
       },
@@ -278,21 +334,12 @@ ClosedGroups RolloutAllocator::drain() {
   return drained;
 }
 
-std::size_t RolloutAllocator::slot_of(std::int64_t serial) const {
-  return groups_.size() - static_cast<std::size_t>(opened_ - serial);
-}
-
-double& RolloutAllocator::reward_of(std::int64_t rollout) {
-  return groups_[slot_of(rollout / options_.maximum)].rewards[static_cast<std::size_t>(rollout % options_.maximum)];
-}
-
 std::int64_t RolloutAllocator::failures_of(std::int64_t rollout) const {
+  if (failures_.empty()) {
+    return 0;
+  }
   const auto found = failures_.find(rollout);
   return found == failures_.end() ? 0 : found->second;
-}
-
-std::int64_t RolloutAllocator::queued() const {
-  return static_cast<std::int64_t>(extra_.size()) + (opened_ * options_.initial) - initial_leased_;
 }
 
 GroupIdList RolloutAllocator::ids_of(std::span<const std::int64_t> serials) const {
@@ -308,85 +355,178 @@ GroupIdList RolloutAllocator::ids_of(std::span<const std::int64_t> serials) cons
       ids_);
 }
 
+void RolloutAllocator::prefetch_group(std::int64_t lease_id) const {
+  const std::int64_t serial = serial_of(high_bits(lease_id, attempt_bits_));
+  if (in_window(serial)) {
+    __builtin_prefetch(&groups_[slot_of(serial)]);
+  }
+}
+
+void RolloutAllocator::prefetch_states(std::int64_t lease_id) const {
+  const std::int64_t rollout = high_bits(lease_id, attempt_bits_);
+  if (holds(rollout)) {
+    __builtin_prefetch(&groups_[slot_of(serial_of(rollout))].states[static_cast<std::size_t>(index_of(rollout))]);
+  }
+}
+
 // The rollout of a lease that is out. Any other id is counted under what it is.
 std::optional<std::int64_t> RolloutAllocator::find_leased(std::int64_t lease_id) {
-  const std::int64_t rollout = lease_id / options_.max_attempts;
-  const std::int64_t attempt = lease_id % options_.max_attempts;
-  const std::int64_t serial = rollout / options_.maximum;
+  const std::int64_t rollout = high_bits(lease_id, attempt_bits_);
+  const std::int64_t attempt = low_bits(lease_id, attempt_bits_);
+  const std::int64_t serial = serial_of(rollout);
   const auto count_as = [](std::int64_t& counter) {
     ++counter;
     return std::nullopt;
   };
-  if (lease_id < 0 || serial >= opened_) {
+  if (lease_id < 0 || serial >= opened_ || attempt >= options_.max_attempts) {
     return count_as(counts_.unknown);
   }
-  const bool left_the_window = opened_ - serial > static_cast<std::int64_t>(groups_.size());
-  if (left_the_window || groups_[slot_of(serial)].rewards.empty()) {
+  if (serial < first_serial_ || group_of(serial).asked == 0) {
     return count_as(counts_.late);
   }
-  if (std::cmp_greater_equal(rollout % options_.maximum, groups_[slot_of(serial)].rewards.size())) {
+  if (index_of(rollout) >= group_of(serial).asked) {
     return count_as(counts_.unknown);
   }
   const std::int64_t failures = failures_of(rollout);
   if (attempt < failures) {
     return count_as(counts_.late);
   }
-  const double reward = reward_of(rollout);
-  if (attempt > failures || reward == kQueued) {
+  const RolloutState state = state_of(rollout);
+  if (attempt > failures || state.is_queued()) {
     return count_as(counts_.unknown);
   }
-  if (reward != kLeased) {
+  if (state.is_settled()) {
     return count_as(counts_.duplicate);
   }
   return rollout;
 }
 
+std::optional<std::int64_t> RolloutAllocator::next_rollout() {
+  if (extra_.empty() && fresh() > 0) {
+    const std::int64_t serial = initial_leased_ / options_.initial;
+    const std::int64_t index = initial_leased_ % options_.initial;
+    ++initial_leased_;
+    return rollout_of(serial, index);
+  }
+  if (extra_.empty() && !candidates_.empty()) {
+    const std::int64_t serial = candidates_.front().serial;
+    std::ranges::pop_heap(candidates_, std::less{});
+    candidates_.pop_back();
+    Group& group = group_of(serial);
+    const std::int64_t more = std::min({options_.chunk, options_.maximum - group.asked, total_left()});
+    spent_ += more;
+    ask_more(serial, group, more);
+    close_candidates_if_spent();
+  }
+  if (extra_.empty()) {
+    return std::nullopt;
+  }
+  const std::int64_t rollout = extra_.front();
+  extra_.pop_front();
+  return rollout;
+}
+
 void RolloutAllocator::settle(std::int64_t rollout, double reward) {
-  const std::int64_t serial = rollout / options_.maximum;
-  Group& group = groups_[slot_of(serial)];
-  group.rewards[static_cast<std::size_t>(rollout % options_.maximum)] = reward;
+  const std::int64_t serial = serial_of(rollout);
+  Group& group = group_of(serial);
+  group.states[static_cast<std::size_t>(index_of(rollout))] = RolloutState::settled(reward);
   --counts_.leased;
   counts_.invalid += std::isnan(reward) ? 1 : 0;
-  if (std::cmp_less(++group.settled, group.rewards.size())) {
+  if (++group.settled == group.asked) {
+    decide(serial, group);
+  }
+}
+
+void RolloutAllocator::give_up(std::int64_t rollout) {
+  if (++failures_[rollout] == options_.max_attempts) {
+    settle(rollout, std::numeric_limits<double>::quiet_NaN());
     return;
   }
-  if (takes_more(group)) {
-    ask_more(serial, group);
+  --counts_.leased;
+  state_of(rollout) = RolloutState();
+  extra_.push_back(rollout);
+}
+
+// All rollouts of the group that were asked for have settled.
+void RolloutAllocator::decide(std::int64_t serial, Group& group) {
+  const std::int64_t room = options_.maximum - group.asked;
+  const bool shares = options_.rule == BudgetRule::kTotal;
+  if (room == 0 || options_.rule == BudgetRule::kUniform || (shares && total_left() == 0)) {
+    close(serial);
     return;
   }
+  const double gain = gain_of(group);
+  if (shares) {
+    candidates_.push_back({.gain = gain, .serial = serial});
+    std::ranges::push_heap(candidates_, std::less{});
+  } else if (gain > cost_) {
+    ask_more(serial, group, std::min(options_.chunk, room));
+  } else {
+    close(serial);
+  }
+}
+
+// By how much one more rollout would shrink the error of the group's baseline, centred units.
+double RolloutAllocator::gain_of(const Group& group) {
+  valid_.clear();
+  for (const RolloutState state : group.rollouts()) {
+    if (!std::isnan(state.reward())) {
+      valid_.push_back(state.reward());
+    }
+  }
+  const double width = options_.highest_reward - options_.lowest_reward;
+  if (options_.calibration) {
+    const auto scaled = [&](double reward) { return (reward - options_.lowest_reward) / width; };
+    double successes = 0.0;
+    for (const double reward : valid_) {
+      successes += scaled(reward);
+    }
+    return calibrated_gain(
+        calibrated(static_cast<std::int64_t>(valid_.size()), successes, scaled(group.prior), *options_.calibration));
+  }
+  const Moments sample = moments(valid_);
+  return osla_gain(sample.count, shrinkage(sample.count, sample.mean, group.prior, width / 2.0).squared_bias);
+}
+
+void RolloutAllocator::ask_more(std::int64_t serial, Group& group, std::int64_t more) {
+  for (std::int64_t index = group.asked; index < group.asked + more; ++index) {
+    extra_.push_back(rollout_of(serial, index));
+  }
+  group.ask(more);
+}
+
+void RolloutAllocator::Group::ask(std::int64_t more) {
+  const auto room_for = [](std::int64_t rollouts) { return static_cast<std::size_t>((rollouts + 3) / 4 * 4); };
+  if (room_for(asked + more) != room_for(asked)) {
+    // NOLINTNEXTLINE(modernize-avoid-c-arrays)
+    auto larger = std::make_unique<RolloutState[]>(room_for(asked + more));
+    std::ranges::copy(rollouts(), larger.get());
+    states = std::move(larger);
+  }
+  asked = static_cast<std::uint16_t>(asked + more);
+}
+
+void RolloutAllocator::close(std::int64_t serial) {
   closed_.push_back(serial);
   --counts_.open_groups;
   ++counts_.closed_groups;
 }
 
-bool RolloutAllocator::takes_more(const Group& group) {
-  if (options_.rule == BudgetRule::kUniform || std::cmp_equal(group.rewards.size(), options_.maximum)) {
-    return false;
+void RolloutAllocator::close_candidates_if_spent() {
+  if (total_left() > 0) {
+    return;
   }
-  valid_.clear();
-  std::ranges::copy_if(group.rewards, std::back_inserter(valid_), [](double reward) { return !std::isnan(reward); });
-  const Moments sample = moments(valid_);
-  const double half_range = (options_.highest_reward - options_.lowest_reward) / 2.0;
-  const double squared_bias = shrinkage(sample.count, sample.mean, group.prior, half_range).squared_bias;
-  return osla_take_more(sample.count, squared_bias, options_.maximum, cost_);
-}
-
-void RolloutAllocator::ask_more(std::int64_t serial, Group& group) {
-  const auto asked = static_cast<std::int64_t>(group.rewards.size());
-  const std::int64_t wanted = asked + std::min(options_.chunk, options_.maximum - asked);
-  group.rewards.reserve(
-      static_cast<std::size_t>(wanted));  // not a slot more: most groups stop before the next doubling
-  group.rewards.resize(static_cast<std::size_t>(wanted), kQueued);
-  for (std::int64_t index = asked; index < wanted; ++index) {
-    extra_.push_back((serial * options_.maximum) + index);
+  for (const Candidate& candidate : candidates_) {
+    close(candidate.serial);
   }
+  candidates_.clear();
 }
 
 void RolloutAllocator::forget(std::int64_t serial) {
   const std::size_t slot = slot_of(serial);
   Group& group = groups_[slot];
-  for (std::size_t index = 0; index < group.rewards.size() && !failures_.empty(); ++index) {
-    failures_.erase((serial * options_.maximum) + static_cast<std::int64_t>(index));
+  for (std::size_t index = 0; index < group.asked && !failures_.empty(); ++index) {
+    failures_.erase(rollout_of(serial, static_cast<std::int64_t>(index)));
   }
   group = {};
   std::visit([slot](auto& ids) { ids.release(slot); }, ids_);

@@ -13,14 +13,16 @@ the prior and the rewards disagree. The bookkeeping lives in `csrc/allocator.cpp
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from v05 import _core
+from v05.methods import Calibration
 
 GroupIds = NDArray[np.int64] | NDArray[np.object_]
 Scalar = TypeVar("Scalar", np.int64, np.float64)
@@ -74,16 +76,25 @@ class RolloutAllocator:
     rewards in index order and either closes the group for good or asks for `chunk` more. So the allocation does not
     depend on the order in which rewards arrive. All methods may be called from several threads.
 
+    Rule "total" compares groups, so there order does matter. A lease that finds neither retries nor initial rollouts
+    gives `chunk` rollouts to the group whose gain is largest among those that have all theirs settled at that moment
+    (the first to be opened, if equal), then to the next, until the lease is full. Leases that wait for all reports
+    compare all groups. When the total is spent, groups close as they settle.
+
     Args:
         rule: "osla" asks for more while the estimated squared error of the baseline falls by more than `cost` per
-            rollout; "uniform" never asks for more than `initial`.
+            rollout; "calibrated" while the expected variance of the success rate does, with the prior as calibrated
+            on past groups; "uniform" never asks for more than `initial`; "total" shares out a fixed number.
         initial: rollouts of a group before its first test.
         maximum: most rollouts of a group, invalid ones included.
-        cost: of one rollout, centred units squared (rewards scaled to [-1, 1]); None is 1 / maximum**2.
+        cost: of one rollout, centred units squared (rewards scaled to [-1, 1]); None is 1 / maximum**2. Rules "osla", "calibrated".
+        total: rollouts, retries not counted, of all groups that are open together; groups opened when none is open
+            share a new total. Rule "total".
         chunk: rollouts added at a time. 1 is the paper's rule; more of them trade rollouts for fewer serial rounds.
         seed: int64 that all rollout seeds derive from.
         reward_range: (lowest, highest) of rewards and priors, reward units.
-        max_attempts: failures after which a rollout is closed as invalid.
+        calibration: for rule "calibrated"; rule "total" with it shares out by that rule's gain, without it by osla's.
+        max_attempts: failures and expiries after which a rollout is closed as invalid.
 
     Raises:
         ValueError: an argument is out of bounds.
@@ -96,9 +107,11 @@ class RolloutAllocator:
         initial: int = 4,
         maximum: int = 16,
         cost: float | None = None,
+        total: int | None = None,
         chunk: int = 1,
         seed: int = 0,
         reward_range: tuple[float, float] = (0.0, 1.0),
+        calibration: Calibration | None = None,
         max_attempts: int = 3,
     ) -> None:
         self._core = _core.RolloutAllocator(
@@ -106,9 +119,11 @@ class RolloutAllocator:
             initial=initial,
             maximum=maximum,
             cost=cost,
+            total=total,
             chunk=chunk,
             seed=seed,
             reward_range=reward_range,
+            calibration=None if calibration is None else astuple(calibration),
             max_attempts=max_attempts,
         )
 
@@ -121,7 +136,8 @@ class RolloutAllocator:
 
         Raises:
             ValueError: an id repeats or its group is not drained yet, the lengths differ, a prior is outside
-                `reward_range`, a dtype does not fit. No group is opened then.
+                `reward_range`, a dtype does not fit, the initial rollouts are more than is left of `total`. No group is
+                opened then.
         """
         self._core.open(_group_ids(group_ids), _vector("priors", priors, np.float64))
 
@@ -131,7 +147,7 @@ class RolloutAllocator:
         Raises:
             ValueError: `n` is negative.
         """
-        lease_id, group, index, seed = self._core.lease(n)
+        lease_id, group, index, seed = self._core.lease(n, _microseconds())
         return Leases(lease_id, _id_array(group), index, seed)
 
     def report(self, lease_ids: ArrayLike, rewards: ArrayLike) -> None:
@@ -150,7 +166,7 @@ class RolloutAllocator:
     def fail(self, lease_ids: ArrayLike) -> None:
         """Put rollouts back in the queue: same group, index and seed under a new lease id.
 
-        After `max_attempts` failures a rollout is closed as invalid and its group goes on without it. Ids that are not
+        After `max_attempts` failures or expiries a rollout is closed as invalid and its group goes on without it. Ids that are not
         out are counted as in `report`.
 
         Args:
@@ -161,6 +177,19 @@ class RolloutAllocator:
         """
         self._core.fail(_vector("lease_ids", lease_ids, np.int64))
 
+    def expire(self, older_than: float) -> int:
+        """Take back leases that have been out for `older_than` seconds or longer, as if they had failed.
+
+        Looks at all groups that are not drained; a call every few seconds is often enough.
+
+        Returns:
+            How many leases were taken back. A report on one of them comes late.
+
+        Raises:
+            ValueError: `older_than` is negative or NaN.
+        """
+        return self._core.expire(older_than, _microseconds())
+
     @property
     def done(self) -> bool:
         """Every opened group is closed: nothing is queued and nothing is out."""
@@ -169,10 +198,11 @@ class RolloutAllocator:
     def counts(self) -> dict[str, int]:
         """What the allocator holds now and has seen since it was made.
 
-        Now: `open_groups`, `closed_groups` (to be drained), `queued` and `leased` rollouts.
-        Since it was made: `reported` and `failed` leases; `invalid` rollouts, settled without a reward; and ids given
-        to `report` or `fail` that were not out: `duplicate` (reported before), `late` (failed before, or the group was
-        drained), `unknown` (never handed out).
+        Now: `open_groups`, `closed_groups` (to be drained), `queued` and `leased` rollouts. What rule "total" has not
+        given to a group yet is not queued.
+        Since it was made: `reported`, `failed` and `expired` leases; `invalid` rollouts, settled without a reward; and
+        ids given to `report` or `fail` that were not out: `duplicate` (reported before), `late` (failed or expired
+        before, or the group was drained), `unknown` (never handed out).
         """
         return self._core.counts()
 
@@ -180,6 +210,28 @@ class RolloutAllocator:
         """Take the closed groups, in open order. The allocator forgets them."""
         group_ids, offsets, rewards, priors = self._core.drain()
         return ClosedGroups(_id_array(group_ids), offsets, rewards, priors)
+
+    def snapshot(self) -> bytes:
+        """All of the allocator, for `restore`. Equal allocators give equal bytes."""
+        return self._core.snapshot()
+
+    @classmethod
+    def restore(cls, blob: bytes) -> RolloutAllocator:
+        """The allocator of a `snapshot`, which goes on as the original would.
+
+        What was leased then is queued again, ahead of all else and in open order: its workers are taken to be gone. No
+        attempt is lost by it, and its lease ids and seeds are those of before.
+
+        Raises:
+            ValueError: `blob` is not a snapshot, is of another format, cut off, damaged or contradictory.
+        """
+        restored = cls.__new__(cls)
+        restored._core = _core.RolloutAllocator.restore(blob)
+        return restored
+
+
+def _microseconds() -> int:
+    return time.monotonic_ns() // 1000
 
 
 def _vector(name: str, values: ArrayLike, dtype: type[Scalar]) -> NDArray[Scalar]:

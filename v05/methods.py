@@ -1,4 +1,4 @@
-"""The table of advantage methods: what each subtracts, how it scales, and what inputs it needs.
+"""The table of advantage methods: what each subtracts, how it scales, what inputs it needs; and the numbers of a calibration.
 
 A method is a row of data, not code. The arithmetic behind `Baseline` lives in the fusion files: `csrc/include/v05/fusion.hpp`,
 `kernels/fusion.py` and, as the specification, `v05/reference.py`.
@@ -19,6 +19,36 @@ class Baseline(IntEnum):
     GROUP_MEAN = 0
     PRIOR = 1
     SHRINKAGE = 2
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What past groups say of the prior: the four numbers of calibrated fusion (`v05/reference.py`, `calibrated`).
+
+    Attributes:
+        alpha, beta: a prior v, rewards scaled to [0, 1], predicts the success rate sigmoid(alpha + beta logit v); -100 to 100.
+        kappa: as sure of it as after that many rollouts; 1e-6 to 1e12.
+        eps: how often the prior says nothing (hallucinates); above 0, below 1.
+
+    Raises:
+        ValueError: a number is out of bounds.
+    """
+
+    alpha: float
+    beta: float
+    kappa: float
+    eps: float
+
+    def __post_init__(self) -> None:
+        # The bounds are those of Calibration::within_bounds in fusion.hpp.
+        for name, value, within, bounds in (
+            ("alpha", self.alpha, -100 <= self.alpha <= 100, "between -100 and 100"),
+            ("beta", self.beta, -100 <= self.beta <= 100, "between -100 and 100"),
+            ("kappa", self.kappa, 1e-6 <= self.kappa <= 1e12, "between 1e-6 and 1e12"),
+            ("eps", self.eps, 0 < self.eps < 1, "above 0 and below 1"),
+        ):
+            if not within:
+                raise ValueError(f"{name}={value} of a Calibration is not {bounds}; fit it on groups with a prior")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from v05.methods import Baseline, Scale, find_method
+from v05.methods import Baseline, Calibration, Scale, find_method
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,57 @@ def osla_take_more(count: int, squared_bias: float, max_rollouts: int = 16, cost
     """Whether the budget rule takes one more rollout. `cost` None is 1 / max_rollouts^2."""
     cost = 1 / max_rollouts**2 if cost is None else cost
     return count < max_rollouts and osla_gain(count, squared_bias) > cost
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What is believed of a group's success rate. baseline, variance: its mean and variance, rewards scaled to [0, 1].
+
+    hallucination: probability that the prior says nothing here.
+    """
+
+    baseline: float
+    variance: float
+    hallucination: float
+
+
+def calibrated(count: int, successes: float, prior: float, calibration: Calibration) -> Calibrated:
+    """Fuse `count` rewards scaled to [0, 1], `successes` their sum, with the prior: a Beta around it, mixed with a vague Beta.
+
+        p | v ~ (1 - eps) Beta(kappa q, kappa (1 - q)) + eps Beta(1/2, 1/2),    q = sigmoid(alpha + beta logit v)
+
+    v is kept within [0.005, 0.995]. A NaN prior is no prior: the vague component stands alone.
+    (Robust mixture priors: Schmidli et al. 2014.)
+    """
+
+    def component(a: float, b: float) -> tuple[float, float, float]:
+        evidence = betaln(successes + a, count - successes + b) - betaln(a, b)
+        a, b = successes + a, count - successes + b
+        return evidence, a / (a + b), a * b / ((a + b) ** 2 * (a + b + 1))
+
+    log_m0, vague, vague_variance = component(0.5, 0.5)
+    if math.isnan(prior):
+        return Calibrated(vague, vague_variance, 1.0)
+    v = min(max(prior, 0.005), 0.995)
+    q = 1 / (1 + math.exp(-calibration.alpha - calibration.beta * math.log(v / (1 - v))))
+    log_m1, informed, informed_variance = component(calibration.kappa * q, calibration.kappa * (1 - q))
+    odds = (1 - calibration.eps) / calibration.eps * math.exp(log_m1 - log_m0)
+    w0 = 1 / (1 + odds)
+    mean = (1 - w0) * informed + w0 * vague
+    variance = (1 - w0) * (informed_variance + (informed - mean) ** 2) + w0 * (vague_variance + (vague - mean) ** 2)
+    return Calibrated(mean, variance, w0)
+
+
+def betaln(a: float, b: float) -> float:
+    return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+
+
+def calibrated_gain(count: int, successes: float, prior: float, calibration: Calibration) -> float:
+    """Expected fall of the success rate's variance, centred units, if one more (binary) rollout is taken."""
+    now = calibrated(count, successes, prior, calibration)
+    failure = calibrated(count + 1, successes, prior, calibration)
+    success = calibrated(count + 1, successes + 1, prior, calibration)
+    return 4 * (now.variance - now.baseline * success.variance - (1 - now.baseline) * failure.variance)
 
 
 def fused_advantage(

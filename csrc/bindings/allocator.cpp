@@ -9,9 +9,14 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
+#include <tuple>
 #include <utility>
 #include <variant>
 #include <vector>
+
+#include "v05/fusion.hpp"
+#include "v05/stopping.hpp"
 
 namespace py = pybind11;
 
@@ -38,6 +43,13 @@ py::object to_python(const v05::GroupIdList& ids) {
   return py::cast(std::get<std::vector<std::string>>(ids));
 }
 
+using FourNumbers = std::tuple<double, double, double, double>;
+
+v05::Calibration to_calibration(const FourNumbers& numbers) {
+  const auto [alpha, beta, kappa, eps] = numbers;
+  return {.alpha = alpha, .beta = beta, .kappa = kappa, .eps = eps};
+}
+
 // Runs C++ work without the interpreter lock: the allocator's mutex is never waited for while holding it.
 template <class Work>
 auto unlocked(Work&& work) {
@@ -51,22 +63,25 @@ void register_allocator(py::module_& m) {
   using v05::RolloutAllocator;
   py::class_<RolloutAllocator>(m, "RolloutAllocator")
       .def(py::init([](const std::string& rule, std::int64_t initial, std::int64_t maximum, std::optional<double> cost,
-                       std::int64_t chunk, std::int64_t seed, std::pair<double, double> reward_range,
+                       std::optional<std::int64_t> total, std::int64_t chunk, std::int64_t seed,
+                       std::pair<double, double> reward_range, const std::optional<FourNumbers>& calibration,
                        std::int64_t max_attempts) {
              return std::make_unique<RolloutAllocator>(v05::AllocatorOptions{
                  .rule = v05::find_budget_rule(rule),
                  .initial = initial,
                  .maximum = maximum,
                  .cost = cost,
+                 .total = total,
                  .chunk = chunk,
                  .seed = seed,
                  .lowest_reward = reward_range.first,
                  .highest_reward = reward_range.second,
+                 .calibration = calibration ? std::optional(to_calibration(*calibration)) : std::nullopt,
                  .max_attempts = max_attempts,
              });
            }),
-           py::kw_only(), py::arg("rule"), py::arg("initial"), py::arg("maximum"), py::arg("cost"), py::arg("chunk"),
-           py::arg("seed"), py::arg("reward_range"), py::arg("max_attempts"))
+           py::kw_only(), py::arg("rule"), py::arg("initial"), py::arg("maximum"), py::arg("cost"), py::arg("total"),
+           py::arg("chunk"), py::arg("seed"), py::arg("reward_range"), py::arg("calibration"), py::arg("max_attempts"))
       .def(
           "open",
           [](RolloutAllocator& self, const Array<std::int64_t>& group_ids, const Array<double>& priors) {
@@ -84,12 +99,12 @@ void register_allocator(py::module_& m) {
           py::arg("group_ids"), py::arg("priors").noconvert())
       .def(
           "lease",
-          [](RolloutAllocator& self, std::int64_t limit) {
-            const v05::Leases leases = unlocked([&] { return self.lease(limit); });
+          [](RolloutAllocator& self, std::int64_t limit, std::int64_t now) {
+            const v05::Leases leases = unlocked([&] { return self.lease(limit, now); });
             return py::make_tuple(to_array(leases.lease_ids), to_python(leases.groups), to_array(leases.indices),
                                   to_array(leases.seeds));
           },
-          py::arg("limit"))
+          py::arg("limit"), py::arg("now"))
       .def(
           "report",
           [](RolloutAllocator& self, const Array<std::int64_t>& lease_ids, const Array<double>& rewards) {
@@ -102,6 +117,12 @@ void register_allocator(py::module_& m) {
             unlocked([&] { self.fail(view(lease_ids)); });
           },
           py::arg("lease_ids").noconvert())
+      .def(
+          "expire",
+          [](RolloutAllocator& self, double older_than, std::int64_t now) {
+            return unlocked([&] { return self.expire(older_than, now); });
+          },
+          py::arg("older_than"), py::arg("now"))
       .def("done", [](const RolloutAllocator& self) { return unlocked([&] { return self.done(); }); })
       .def("counts",
            [](const RolloutAllocator& self) {
@@ -113,15 +134,34 @@ void register_allocator(py::module_& m) {
              result["leased"] = counts.leased;
              result["reported"] = counts.reported;
              result["failed"] = counts.failed;
+             result["expired"] = counts.expired;
              result["invalid"] = counts.invalid;
              result["duplicate"] = counts.duplicate;
              result["late"] = counts.late;
              result["unknown"] = counts.unknown;
              return result;
            })
-      .def("drain", [](RolloutAllocator& self) {
-        const v05::ClosedGroups closed = unlocked([&] { return self.drain(); });
-        return py::make_tuple(to_python(closed.group_ids), to_array(closed.offsets), to_array(closed.rewards),
-                              to_array(closed.priors));
-      });
+      .def("drain",
+           [](RolloutAllocator& self) {
+             const v05::ClosedGroups closed = unlocked([&] { return self.drain(); });
+             return py::make_tuple(to_python(closed.group_ids), to_array(closed.offsets), to_array(closed.rewards),
+                                   to_array(closed.priors));
+           })
+      .def("snapshot",
+           [](const RolloutAllocator& self) { return py::bytes(unlocked([&] { return self.snapshot(); })); })
+      .def_static(
+          "restore",
+          [](const py::bytes& blob) {
+            const std::string_view bytes = blob;
+            return unlocked([&] { return RolloutAllocator::restore(bytes); });
+          },
+          py::arg("blob"));
+
+  m.def(
+      "calibrated",
+      [](std::int64_t count, double successes, double prior, const FourNumbers& calibration) {
+        const auto fusion = v05::calibrated(count, successes, prior, to_calibration(calibration));
+        return py::make_tuple(fusion.baseline, fusion.variance, fusion.hallucination, v05::calibrated_gain(fusion));
+      },
+      py::arg("count"), py::arg("successes"), py::arg("prior"), py::arg("calibration"));
 }

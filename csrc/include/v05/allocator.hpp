@@ -1,40 +1,50 @@
-// Rollout budget bookkeeping: which rollouts to run next, and when a group has enough of them. No Python.
+// Rollout budget bookkeeping: which rollouts to run next, and when a group has enough of them. No Python, no clock.
 //
 // Groups live in a window in open order. `serial` is a group's number since construction, its slot is serial minus the
-// first serial still in the window. A rollout is the number serial * maximum + index, a lease is rollout * max_attempts
-// + attempt: ids are decoded, never looked up, so a lease costs no memory and the id of a forgotten one still says what
-// it was. A drained group keeps its (empty) slot until every group opened before it is drained too.
+// first serial still in the window. A rollout is the number (serial, index) and a lease (serial, index, attempt), each
+// a field of bits: ids are decoded, never looked up, so a lease costs no memory and the id of a forgotten one still
+// says what it was. A drained group keeps its (empty) slot until every group opened before it is drained too.
 #pragma once
 
+#include <bit>
+#include <cmath>
 #include <cstdint>
 #include <deque>
+#include <limits>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <span>
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <variant>
 #include <vector>
 
+#include "v05/fusion.hpp"
 #include "v05/group_ids.hpp"
 
 namespace v05 {
 
-enum class BudgetRule : std::uint8_t { kOsla, kUniform };
+class ByteReader;
+
+enum class BudgetRule : std::uint8_t { kOsla, kUniform, kCalibrated, kTotal };
 
 // The rule called `name`; std::invalid_argument that lists the known names if there is none.
 BudgetRule find_budget_rule(std::string_view name);
 
 struct AllocatorOptions {
   BudgetRule rule = BudgetRule::kOsla;
-  std::int64_t initial = 4;    // rollouts of a group before its first test
-  std::int64_t maximum = 16;   // rollouts of a group, invalid ones included
-  std::optional<double> cost;  // of a rollout, in units of the estimated error; none is 1 / maximum^2
-  std::int64_t chunk = 1;      // rollouts added at a time
+  std::int64_t initial = 4;           // rollouts of a group before its first test
+  std::int64_t maximum = 16;          // rollouts of a group, invalid ones included
+  std::optional<double> cost;         // of a rollout, in units of the estimated error; none is 1 / maximum^2
+  std::optional<std::int64_t> total;  // rollouts of all groups that are open together
+  std::int64_t chunk = 1;             // rollouts added at a time
   std::int64_t seed = 0;
   double lowest_reward = 0.0;
   double highest_reward = 1.0;
+  std::optional<Calibration> calibration;
   std::int64_t max_attempts = 3;  // failures after which a rollout is closed as invalid
 };
 
@@ -63,14 +73,57 @@ struct AllocatorCounts {
   std::int64_t leased = 0;         // rollouts now out
   std::int64_t reported = 0;       // since construction, like all below: reports applied
   std::int64_t failed = 0;         // failures applied
+  std::int64_t expired = 0;        // leases taken back
   std::int64_t invalid = 0;        // rollouts that settled without a reward
   std::int64_t duplicate = 0;      // ids whose lease was reported before
-  std::int64_t late = 0;           // ids whose lease failed before, or whose group was drained
+  std::int64_t late = 0;           // ids whose lease failed or expired before, or whose group was drained
   std::int64_t unknown = 0;        // ids that were never handed out
 };
 
-// Thread-safe. Decisions read a group's own rewards in index order only: any order of arrival gives the same
-// allocation.
+// Where a rollout stands, in eight bytes: its reward once it has settled, and until then a NaN with the sign bit, whose
+// payload is the time of the lease or, all ones, says that it waits for one.
+class RolloutState {
+ public:
+  RolloutState() = default;  // queued
+  static RolloutState leased(std::int64_t since) {
+    return RolloutState(kUnsettled | (static_cast<std::uint64_t>(since) & kLastTime));
+  }
+  static RolloutState settled(double reward) {
+    return RolloutState(std::bit_cast<std::uint64_t>(std::isnan(reward) ? kInvalid : reward));
+  }
+  static RolloutState from_bits(std::uint64_t bits) { return RolloutState(bits); }
+
+  [[nodiscard]] bool is_queued() const { return bits_ == kQueued; }
+  [[nodiscard]] bool is_settled() const { return bits_ < kUnsettled; }
+  [[nodiscard]] bool is_leased() const { return !is_settled() && !is_queued(); }
+  [[nodiscard]] std::int64_t since() const { return static_cast<std::int64_t>(bits_ & kLastTime); }  // of a lease
+  [[nodiscard]] double reward() const { return std::bit_cast<double>(bits_); }                       // NaN: invalid
+  [[nodiscard]] std::uint64_t bits() const { return bits_; }
+
+ private:
+  explicit RolloutState(std::uint64_t bits) : bits_(bits) {}
+
+  static constexpr double kInvalid = std::numeric_limits<double>::quiet_NaN();
+  static constexpr std::uint64_t kUnsettled = 0xfff8'0000'0000'0000U;
+  static constexpr std::uint64_t kLastTime = 0x0003'ffff'ffff'ffffU;  // 35 years of microseconds
+  static constexpr std::uint64_t kQueued = ~std::uint64_t{0};
+
+  std::uint64_t bits_ = kQueued;
+};
+
+// Two numbers in one, the lower of `bits` bits.
+inline std::int64_t join_bits(std::int64_t high, std::int64_t low, unsigned bits) {
+  return static_cast<std::int64_t>((static_cast<std::uint64_t>(high) << bits) | static_cast<std::uint64_t>(low));
+}
+inline std::int64_t high_bits(std::int64_t joined, unsigned bits) {
+  return static_cast<std::int64_t>(static_cast<std::uint64_t>(joined) >> bits);
+}
+inline std::int64_t low_bits(std::int64_t joined, unsigned bits) {
+  return joined - join_bits(high_bits(joined, bits), 0, bits);
+}
+
+// Thread-safe. But for rule kTotal, decisions read a group's own rewards in index order only: any order of arrival
+// gives the same allocation. Times are microseconds of one monotonic clock of the caller's, 0 or more.
 class RolloutAllocator {
  public:
   explicit RolloutAllocator(const AllocatorOptions& options);
@@ -78,12 +131,16 @@ class RolloutAllocator {
   // All of the groups or, if an argument is at fault (std::invalid_argument), none.
   void open(const GroupIdList& ids, std::span<const double> priors);
 
-  // At most `limit` rollouts: those of tested groups and retries first, then those of new groups in open order.
-  Leases lease(std::int64_t limit);
+  // At most `limit` rollouts: those of tested groups and retries first, then those of new groups in open order; then,
+  // with rule kTotal, of the groups where the gain is largest.
+  Leases lease(std::int64_t limit, std::int64_t now);
 
   // Each reward at most once; ids that are not out are counted. A reward out of range refuses the whole batch.
   void report(std::span<const std::int64_t> lease_ids, std::span<const double> rewards);
   void fail(std::span<const std::int64_t> lease_ids);
+
+  // Fails every lease that has been out for `older_than` seconds or longer, in open order. Returns how many.
+  std::int64_t expire(double older_than, std::int64_t now);
 
   [[nodiscard]] bool done() const;
   [[nodiscard]] AllocatorCounts counts() const;
@@ -91,36 +148,97 @@ class RolloutAllocator {
   // The closed groups in open order; they are forgotten.
   ClosedGroups drain();
 
+  // Everything a new process needs to go on. Its leases are those of workers that will be gone: in the snapshot they
+  // wait again, ahead of the queue, and their attempts do not count. Bytes of equal allocators are equal.
+  [[nodiscard]] std::string snapshot() const;
+
+  // std::invalid_argument if `blob` is anything but an intact snapshot of this version.
+  static std::unique_ptr<RolloutAllocator> restore(std::string_view blob);
+
  private:
   struct Group {
-    std::vector<double> rewards;  // of the rollouts asked for so far; none once drained
+    // Of the rollouts asked for so far. A vector would weigh 16 bytes more. NOLINTNEXTLINE(modernize-avoid-c-arrays)
+    std::unique_ptr<RolloutState[]> states;
     double prior = 0.0;
-    std::int32_t settled = 0;
+    std::uint16_t asked = 0;  // none once drained
+    std::uint16_t settled = 0;
+
+    [[nodiscard]] std::span<RolloutState> rollouts() const { return {states.get(), asked}; }
+    // Queues more rollouts. Room is made for four at a time: not double, as most groups stop before the next doubling.
+    void ask(std::int64_t more);
   };
 
-  [[nodiscard]] std::size_t slot_of(std::int64_t serial) const;
+  // A group that waits, all its rollouts settled, for a share of the total.
+  struct Candidate {
+    double gain;
+    std::int64_t serial;
+
+    // Of equal gains the first to be opened leads.
+    [[nodiscard]] bool operator<(const Candidate& other) const {
+      return gain != other.gain ? gain < other.gain : serial > other.serial;
+    }
+  };
+
+  [[nodiscard]] std::int64_t rollout_of(std::int64_t serial, std::int64_t index) const {
+    return join_bits(serial, index, index_bits_);
+  }
+  [[nodiscard]] std::int64_t serial_of(std::int64_t rollout) const { return high_bits(rollout, index_bits_); }
+  [[nodiscard]] std::int64_t index_of(std::int64_t rollout) const { return low_bits(rollout, index_bits_); }
+  [[nodiscard]] std::size_t slot_of(std::int64_t serial) const {
+    return static_cast<std::size_t>(serial - first_serial_);
+  }
+  [[nodiscard]] Group& group_of(std::int64_t serial) { return groups_[slot_of(serial)]; }
+  [[nodiscard]] RolloutState& state_of(std::int64_t rollout) {
+    return group_of(serial_of(rollout)).states[static_cast<std::size_t>(index_of(rollout))];
+  }
+  [[nodiscard]] bool in_window(std::int64_t serial) const { return serial >= first_serial_ && serial < opened_; }
+  [[nodiscard]] bool holds(std::int64_t rollout) const {
+    const std::int64_t serial = serial_of(rollout);
+    return in_window(serial) && index_of(rollout) < groups_[slot_of(serial)].asked;
+  }
   [[nodiscard]] std::int64_t failures_of(std::int64_t rollout) const;
-  [[nodiscard]] double& reward_of(std::int64_t rollout);
-  [[nodiscard]] std::int64_t queued() const;
-  [[nodiscard]] std::optional<std::int64_t> find_leased(std::int64_t lease_id);
+  [[nodiscard]] std::int64_t fresh() const { return (opened_ * options_.initial) - initial_leased_; }
+  [[nodiscard]] std::int64_t total_left() const { return options_.total.value_or(0) - spent_; }
   [[nodiscard]] GroupIdList ids_of(std::span<const std::int64_t> serials) const;
-  [[nodiscard]] bool takes_more(const Group& group);
+  void prefetch_group(std::int64_t lease_id) const;
+  void prefetch_states(std::int64_t lease_id) const;
+  [[nodiscard]] std::optional<std::int64_t> find_leased(std::int64_t lease_id);
+  [[nodiscard]] std::optional<std::int64_t> next_rollout();
+  [[nodiscard]] double gain_of(const Group& group);
   void settle(std::int64_t rollout, double reward);
-  void ask_more(std::int64_t serial, Group& group);
+  void give_up(std::int64_t rollout);
+  void decide(std::int64_t serial, Group& group);
+  void ask_more(std::int64_t serial, Group& group, std::int64_t more);
+  void close(std::int64_t serial);
+  void close_candidates_if_spent();
   void forget(std::int64_t serial);
+
+  // The parts of a snapshot (allocator_snapshot.cpp), in order.
+  void read(ByteReader& in);
+  [[nodiscard]] std::int64_t read_groups(ByteReader& in);
+  void read_queue(ByteReader& in, std::int64_t queued);
+  void read_failures(ByteReader& in);
+  void read_closed(ByteReader& in);
 
   AllocatorOptions options_;
   double cost_;
+  unsigned index_bits_ = 0;
+  unsigned attempt_bits_ = 0;
   mutable std::mutex mutex_;
 
   std::deque<Group> groups_;
   std::variant<GroupIds<std::int64_t>, GroupIds<std::string>> ids_;
-  std::int64_t opened_ = 0;  // the next serial
+  std::int64_t first_serial_ = 0;  // of the window
+  std::int64_t opened_ = 0;        // the next serial
 
   // What waits for a lease: extra rollouts and retries, then the initial rollouts, of which the first initial_leased_
   // went out.
   std::deque<std::int64_t> extra_;
   std::int64_t initial_leased_ = 0;
+
+  // Rule kTotal only: a heap, and how much of the total the groups have that are open together.
+  std::vector<Candidate> candidates_;
+  std::int64_t spent_ = 0;
 
   std::unordered_map<std::int64_t, std::int64_t> failures_;  // by rollout; most never fail
   std::vector<std::int64_t> closed_;                         // serials, in order of closing

@@ -49,6 +49,9 @@ class GroupIds {
     return true;
   }
 
+  // A slot whose id was released already.
+  void push_released() { ids_.emplace_back(); }
+
   [[nodiscard]] const Id& operator[](std::size_t slot) const { return ids_[slot]; }
   [[nodiscard]] std::size_t size() const { return ids_.size(); }
 
