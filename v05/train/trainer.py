@@ -181,6 +181,7 @@ class Trainer:
             load_parameters(self.model, checkpoint.tensors["policy"].items())
             load_optimizer_state(self.model, self.optimizer, checkpoint.tensors["optimizer"].items())
             self.prior.load_state_dict({name: value.numpy() for name, value in checkpoint.tensors["prior"].items()})
+            self.allocator = RolloutAllocator.restore(checkpoint.allocator)
             torch.set_rng_state(checkpoint.tensors["random"]["torch"])
             self.refresh_engine()
             report(f"going on from step {self.state.steps}, rollout {self.state.rollouts} of {self.config.total_rollouts}")
@@ -200,7 +201,7 @@ class Trainer:
                 "random": {"torch": torch.get_rng_state()},
             }
             state = {"config": digest(self.config), "metrics_bytes": self.log.flush(), "run": asdict(self.state)}
-            write_checkpoint(self.directory, self.state.steps, Checkpoint(state, tensors, b""))
+            write_checkpoint(self.directory, self.state.steps, Checkpoint(state, tensors, self.allocator.snapshot()))
         self.schedule.written(time.monotonic() - started)
 
     def kept(self, values: Iterator[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
