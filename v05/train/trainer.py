@@ -35,11 +35,13 @@ from v05.methods import find_method
 from v05.ops import AdvantageOutput, fused_advantage
 from v05.prior import ConstantPrior, ValuePrior
 from v05.prior.history import HistoryPrior
-from v05.rollout import Completion, Request
+from v05.rollout import Completion, Request, generate
 from v05.rollout.scheduler import RolloutBatch, collect, join, select
-from v05.rollout.transformers_engine import TransformersEngine, completion_logprobs
+from v05.rollout.transformers_engine import completion_logprobs
+from v05.rollout.verifier import verify_all
 from v05.tasks import Prompt, heldout_set, make_task
 from v05.train.config import OverlongConfig, RunConfig
+from v05.train.engine import make_engine, make_verifier
 from v05.train.loss import policy_loss, rollout_weights, token_weights
 from v05.train.metrics import CONFIG, RESULT, MetricsLog, refuse_to_overwrite, write_json
 from v05.train.policy import load_policy, policy_folder
@@ -76,12 +78,8 @@ class Trainer:
         folder = policy_folder(config.policy, config.task, self.task, report)
         self.model, self.tokenizer = load_policy(folder)
         self.reference = load_policy(folder)[0] if config.loss.kl_coefficient > 0 else None
-        self.engine = TransformersEngine(
-            self.model,
-            self.tokenizer,
-            max_new_tokens=config.policy.max_new_tokens,
-            batch_size=config.sampling_batch,
-        )
+        self.engine = make_engine(config, folder, self.model, self.tokenizer)
+        self.verifier = make_verifier(config, self.task)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.optimizer.learning_rate,
@@ -143,7 +141,7 @@ class Trainer:
         """One optimiser step, from prompts to the logged record."""
         config = self.config
         started = time.perf_counter()
-        spent_before = self.rollouts
+        spent_before, timeouts_before = self.rollouts, self.verifier.timed_out
         batch, thrown_away = self.sample()
         rewards = shaped_rewards(batch.rewards, batch.completions, config.overlong, config.policy.max_new_tokens)
         sampled = time.perf_counter()
@@ -191,7 +189,11 @@ class Trainer:
             prior_gap=float(torch.mean((stats.mean - stats.prior) ** 2)) if stats.prior is not None else float("nan"),
             weight=float(weight.mean()) if weight is not None else float("nan"),
             prior_rejected=float((weight > 0).double().mean()) if weight is not None else float("nan"),
-            rounds=batch.rounds,
+            invalid=batch.invalid,
+            failures=len(batch.failures),
+            failure=batch.failures[-1] if batch.failures else None,
+            verifier_timeouts=self.verifier.timed_out - timeouts_before,
+            in_flight=batch.in_flight,
             generate_seconds=batch.generate_seconds,
             verify_seconds=batch.verify_seconds,
             sample_seconds=sampled - started,
@@ -223,12 +225,11 @@ class Trainer:
         batch = collect(
             self.allocator,
             self.engine,
-            self.task,
+            self.verifier,
             prompts,
             [self.tokens_of(p) for p in prompts],
             priors,
             first_group=self.groups,
-            batch_size=self.config.sampling_batch,
         )
         self.groups += count
         self.rollouts += len(batch.rewards)
@@ -324,10 +325,9 @@ class Trainer:
         requests = [
             Request(tokens, seed + i * samples + j) for i, tokens in enumerate(map(self.tokens_of, prompts)) for j in range(samples)
         ]
-        completions = self.engine.generate(requests)
-        rewards = [
-            self.task.verify(prompts[i // samples], self.engine.decode(completion)) for i, completion in enumerate(completions)
-        ]
+        completions = generate(self.engine, requests)
+        asked = [prompt for prompt in prompts for _ in range(samples)]
+        rewards = verify_all(self.verifier, asked, [self.engine.decode(completion) for completion in completions])
         return np.array(rewards).reshape(len(prompts), samples), completions
 
 
