@@ -21,8 +21,6 @@ from v05.train.compare import run_one
 from v05.train.config import RunConfig, run_config
 from v05.train.metrics import METRICS, read_metrics
 
-TIMES = {"seconds", "generate_seconds", "verify_seconds", "sample_seconds", "advantage_seconds", "update_seconds"}
-
 
 @dataclass
 class Injected:
@@ -36,7 +34,7 @@ class Injected:
 
 def untimed(directory: Path) -> list[dict]:
     """All records of a run without their times."""
-    return [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(directory)]
+    return [{k: v for k, v in record.items() if not k.endswith("seconds")} for record in read_metrics(directory)]
 
 
 def policy_digest(directory: Path) -> str:

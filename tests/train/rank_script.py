@@ -16,7 +16,7 @@ from v05.train.trainer import Trainer
 NAMES = ("ddp", "fsdp2", "refills", "idle")
 TORN = "torn"  # the run in which rank 1 raises
 MICRO_BATCH = 12  # rollouts a pass and rank: so few that a step takes several passes
-LIVES = 250  # rewards that rank 1 verifies before it raises
+LIVES = 250  # completions that rank 1 reads before it raises
 
 
 def main(folder: Path) -> None:
@@ -27,7 +27,7 @@ def main(folder: Path) -> None:
             pass
     trainer = Trainer(read(folder, TORN), folder / TORN, print)
     if os.environ["RANK"] == "1":
-        trainer.task.verify = raise_after(LIVES, trainer.task.verify)
+        trainer.engine.decode = raise_after(LIVES, trainer.engine.decode)
     for _ in trainer.run():
         pass
 
@@ -36,15 +36,15 @@ def read(folder, name):
     return RunConfig.model_validate_json((folder / f"{name}.json").read_text())
 
 
-def raise_after(count, verify):
+def raise_after(count, decode):
     left = iter(range(count))
 
-    def verify_or_raise(prompt, completion):
+    def decode_or_raise(completion):
         if next(left, None) is None:
             raise RuntimeError("rank 1 has had enough")
-        return verify(prompt, completion)
+        return decode(completion)
 
-    return verify_or_raise
+    return decode_or_raise
 
 
 if __name__ == "__main__":

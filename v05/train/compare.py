@@ -166,7 +166,6 @@ def _means(run: Run) -> dict[str, float]:
         "entropy_before": mean(of(run.evaluations, "entropy")[:1]),
         "entropy_after": mean(of(run.evaluations, "entropy")[-1:]),
         "group_size": mean(of(run.steps, "group_size")),
-        "rounds": mean(of(run.steps, "rounds")),
         "thrown_away": float(sum(r["thrown_away"] for r in run.steps)),
     }
 

@@ -19,6 +19,7 @@ from v05.tasks import ReasoningGymConfig, Source, TaskConfig
 Aggregation = Literal["token", "sequence"]
 GroupWeighting = Literal["prompt", "rollout"]
 Distributed = Literal["ddp", "fsdp2"]
+Engine = Literal["transformers", "vllm", "vllm_server", "ray"]
 
 
 class Settings(BaseModel):
@@ -92,6 +93,19 @@ class OverlongConfig(Settings):
     buffer: int = Field(default=2, ge=1)
 
 
+class VerifierConfig(Settings):
+    """Where completions are verified (v05.rollout.verifier)."""
+
+    workers: int = Field(default=0, ge=0, description="processes; 0 verifies in the trainer's, with no guard against hangs")
+    time_limit: float = Field(default=10.0, gt=0, description="seconds an item may take; with workers only")
+
+
+class EngineConfig(Settings):
+    """What samples rollouts (v05.rollout)."""
+
+    kind: Engine = "transformers"
+
+
 class EvaluationConfig(Settings):
     """Held-out accuracy and the baseline's error against a large-sample truth; neither counts as training rollouts."""
 
@@ -118,9 +132,11 @@ class RunConfig(Settings):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    engine: EngineConfig = EngineConfig()
+    verifier: VerifierConfig = VerifierConfig()
     rollouts_per_step: int = Field(default=512, ge=1, description="prompts of a step are chosen so that about this many are used")
     total_rollouts: int = Field(default=100_000, ge=1, description="training stops at the step that reaches this many")
-    sampling_batch: int = Field(default=512, ge=1)
+    sampling_batch: int = Field(default=512, ge=1, description="rollouts that the engine samples at once")
     checkpoint_seconds: float = Field(
         default=10.0, ge=0, description="between checkpoints, more where they would cost over 1 % of the time; 0: after every step"
     )

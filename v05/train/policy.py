@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from v05.rollout import Request, RolloutEngine
+from v05.rollout import Request, RolloutEngine, generate
 from v05.rollout.transformers_engine import TransformersEngine
 from v05.tasks import Prompt, Task, heldout_set
 from v05.train.config import PolicyConfig
@@ -180,6 +180,6 @@ def _supervised_batch(prompts: list[Prompt], tokenizer: Any) -> tuple[torch.Tens
 
 def _accuracy(engine: RolloutEngine, tokenizer: Any, task: Task, prompts: list[Prompt]) -> float:
     requests = [Request(tuple(tokenizer(p.text, add_special_tokens=False)["input_ids"]), seed=i) for i, p in enumerate(prompts)]
-    completions = engine.generate(requests)
+    completions = generate(engine, requests)
     rewards = [task.verify(p, engine.decode(c)) for p, c in zip(prompts, completions, strict=True)]
     return sum(rewards) / len(rewards)

@@ -41,9 +41,10 @@ from v05.methods import find_method
 from v05.ops import AdvantageOutput, fused_advantage
 from v05.prior import ConstantPrior, ValuePrior
 from v05.prior.history import HistoryPrior
-from v05.rollout import Completion, Request
+from v05.rollout import Completion, Request, generate
 from v05.rollout.scheduler import RolloutBatch, collect, join, select
-from v05.rollout.transformers_engine import TransformersEngine, completion_logprobs
+from v05.rollout.transformers_engine import completion_logprobs
+from v05.rollout.verifier import verify_all
 from v05.tasks import Prompt, heldout_set, make_task
 from v05.train.checkpoint import (
     Checkpoint,
@@ -63,6 +64,7 @@ from v05.train.distributed import (
     whole_optimizer_state,
     whole_parameters,
 )
+from v05.train.engine import make_engine, make_verifier
 from v05.train.files import explained, flush
 from v05.train.loss import policy_loss, rollout_weights, token_weights
 from v05.train.metrics import CONFIG, RESULT, MetricsLog, refuse_to_overwrite, write_json
@@ -137,12 +139,8 @@ class Trainer:
         self.sharded = self.world.size > 1 and config.distributed == "fsdp2"
         self.sampled = load_policy(folder)[0] if self.sharded else self.model  # what the engine samples from
         self.scorer = distribute(self.model, self.tokenizer.pad_token_id, config.distributed, self.world)
-        self.engine = TransformersEngine(
-            self.sampled,
-            self.tokenizer,
-            max_new_tokens=config.policy.max_new_tokens,
-            batch_size=config.sampling_batch,
-        )
+        self.engine = make_engine(config, folder, self.sampled, self.tokenizer)
+        self.verifier = make_verifier(config, self.task)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.optimizer.learning_rate,
@@ -269,7 +267,7 @@ class Trainer:
         """One optimiser step, from prompts to the logged record."""
         config, state = self.config, self.state
         started = time.perf_counter()
-        spent_before = state.rollouts
+        spent_before, timeouts_before = state.rollouts, self.verifier.timed_out
         batch, thrown_away = self.sample()
         rewards = shaped_rewards(batch.rewards, batch.completions, config.overlong, config.policy.max_new_tokens)
         sampled = time.perf_counter()
@@ -318,7 +316,11 @@ class Trainer:
             prior_gap=float(torch.mean((stats.mean - stats.prior) ** 2)) if stats.prior is not None else float("nan"),
             weight=float(weight.mean()) if weight is not None else float("nan"),
             prior_rejected=float((weight > 0).double().mean()) if weight is not None else float("nan"),
-            rounds=batch.rounds,
+            invalid=batch.invalid,
+            failures=len(batch.failures),
+            failure=batch.failures[-1] if batch.failures else None,
+            verifier_timeouts=int(self.world.sum(torch.tensor(self.verifier.timed_out - timeouts_before))),
+            in_flight=batch.in_flight,
             generate_seconds=batch.generate_seconds,
             verify_seconds=batch.verify_seconds,
             sample_seconds=sampled - started,
@@ -360,17 +362,16 @@ class Trainer:
         part = collect(
             self.allocator,
             self.engine,
-            self.task,
+            self.verifier,
             prompts[mine],
             [self.tokens_of(p) for p in prompts[mine]],
             priors[mine],
             first_group=state.groups + mine.start,
-            batch_size=self.config.sampling_batch,
         )
         parts = self.world.gather(part)
         batch = replace(
             join(parts),  # ranks worked side by side: the slowest is what it took
-            rounds=max(p.rounds for p in parts),
+            in_flight=sum(p.in_flight for p in parts if p.prompts),
             generate_seconds=max(p.generate_seconds for p in parts),
             verify_seconds=max(p.verify_seconds for p in parts),
         )
@@ -478,8 +479,8 @@ class Trainer:
         mine = self.world.block(len(prompts))
         tokens = [self.tokens_of(prompt) for prompt in prompts]
         slots = [(i, j) for i in range(mine.start, mine.stop) for j in range(samples)]
-        completions = self.engine.generate([Request(tokens[i], seed + i * samples + j) for i, j in slots])
-        rewards = [self.task.verify(prompts[i], self.engine.decode(c)) for (i, _), c in zip(slots, completions, strict=True)]
+        completions = generate(self.engine, [Request(tokens[i], seed + i * samples + j) for i, j in slots])
+        rewards = verify_all(self.verifier, [prompts[i] for i, _ in slots], [self.engine.decode(c) for c in completions])
         parts = self.world.gather((rewards, completions))
         matrix = np.array([reward for part, _ in parts for reward in part]).reshape(len(prompts), samples)
         return matrix, [completion for _, part in parts for completion in part]
