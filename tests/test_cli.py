@@ -74,6 +74,23 @@ def test_compare_ends_with_a_table_plots_and_records(environment, tmp_path):
     assert [run.stat().st_mtime_ns for run in runs] == written
 
 
+def test_a_killed_comparison_goes_on(environment, tmp_path):
+    arguments = ("compare", "--preset", "smoke", "--methods", "v05", "--seeds", 1, "--rollouts", 6400, "--out", "runs")
+    run = tmp_path / "runs" / "v05@4..16-seed0"
+    command = [sys.executable, "-m", "v05", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=tmp_path) as process:
+        deadline = time.monotonic() + 240
+        while not list(run.glob("checkpoint-*1")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.kill()
+    again = v05(*arguments, environment=environment, directory=tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "going on where they stopped: v05@4..16-seed0" in again.stderr
+    assert "going on from step" in (run / "log.txt").read_text()
+    steps = read_metrics(run, "step")
+    assert [s["step"] for s in steps] == list(range(len(steps)))
+
+
 def test_a_finished_run_is_not_overwritten(environment, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "result.json").write_text("{}")

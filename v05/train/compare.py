@@ -12,10 +12,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -87,17 +89,25 @@ def is_finished(config: RunConfig, directory: Path) -> bool:
 
 
 def run_one(config: RunConfig, directory: Path) -> None:
-    """A run's own process: one thread, its output in log.txt."""
+    """A run's own process: one thread, its output in log.txt. It ends with the process that started it, however that ends."""
     import torch
 
     from v05.train.trainer import train
 
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     directory.mkdir(parents=True, exist_ok=True)
     log = os.open(directory / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(1)
     train(config, directory)
+
+
+def _end_with(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)  # as if killed: whoever starts the run again must find nobody writing it
 
 
 def _state(name: str, config: RunConfig, directory: Path, running: bool, failed: bool) -> RunState:

@@ -87,7 +87,7 @@ class Progress:
 
 @dataclass
 class RunState:
-    """What a run has come to between two steps, beside its tensors; the same on every rank.
+    """What a run has come to between two steps, beside its tensors; the same on every rank, but for the seconds.
 
     Attributes:
         next_prompt: where in the task's training prompts the next step reads on.
