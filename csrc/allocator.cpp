@@ -412,6 +412,9 @@ std::optional<std::int64_t> RolloutAllocator::next_rollout() {
     const std::int64_t serial = candidates_.front().serial;
     std::ranges::pop_heap(candidates_, std::less{});
     candidates_.pop_back();
+    if (!candidates_.empty()) {  // most likely the next, and far away in memory
+      __builtin_prefetch(&group_of(candidates_.front().serial));
+    }
     Group& group = group_of(serial);
     const std::int64_t more = std::min({options_.chunk, options_.maximum - group.asked, total_left()});
     spent_ += more;
