@@ -41,14 +41,15 @@ from v05.rollout.transformers_engine import completion_logprobs
 from v05.rollout.verifier import verify_all
 from v05.tasks import Prompt, heldout_set, make_task
 from v05.train.config import OverlongConfig, RunConfig
-from v05.train.engine import make_engine, make_verifier
-from v05.train.loss import policy_loss, rollout_weights, token_weights
+from v05.train.engine import make_engine, make_verifier, sync_weights
+from v05.train.loss import importance_weights, mismatch, policy_loss, rollout_weights, token_weights
 from v05.train.metrics import CONFIG, RESULT, MetricsLog, refuse_to_overwrite, write_json
 from v05.train.policy import load_policy, policy_folder
 
 PROMPTS_BETWEEN_SEEDS = 10_000_000  # runs of different seeds read different stretches of the task's prompts
 EVALUATION_SEED = 1 << 40  # apart from the seeds of training rollouts, and the same for every method
 MICRO_BATCH = 512  # rollouts a backward pass
+PROBE_ROLLOUTS = 16  # whose log-probabilities are compared after a sync; the actors of an engine share them
 GROUP_SIZE_MEMORY = 0.5  # of the running mean that turns rollouts_per_step into prompts
 
 
@@ -78,7 +79,7 @@ class Trainer:
         folder = policy_folder(config.policy, config.task, self.task, report)
         self.model, self.tokenizer = load_policy(folder)
         self.reference = load_policy(folder)[0] if config.loss.kl_coefficient > 0 else None
-        self.engine = make_engine(config, folder, self.model, self.tokenizer)
+        self.engine = make_engine(config, folder, directory, self.model, self.tokenizer)
         self.verifier = make_verifier(config, self.task)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -97,6 +98,7 @@ class Trainer:
         )
         self.prompts = (prompt for _, prompt in self.task.prompts("train", start=(config.seed + 1) * PROMPTS_BETWEEN_SEEDS))
         self.heldout = heldout_set(self.task, config.evaluation.prompts)
+        self.own_weights = config.engine.kind != "transformers"  # the engine's, to be kept up to date
 
         self.rollouts = 0  # spent on training, thrown away ones included
         self.groups = 0  # opened so far
@@ -106,6 +108,8 @@ class Trainer:
     def run(self) -> Iterator[Progress]:
         """Train to the end, yielding after every step; then write the result."""
         config = self.config
+        if self.own_weights:
+            self.sync()
         accuracy_before, _ = self.evaluate()
         accuracy, successes = accuracy_before, None
         due = 1
@@ -120,6 +124,8 @@ class Trainer:
                 due = 1 + int(self.rollouts * config.evaluation.evaluations / config.total_rollouts)
             yield Progress(self.rollouts, config.total_rollouts, accuracy)
 
+        self.engine.close()
+        self.verifier.close()
         self.model.save_pretrained(self.directory / "policy")
         self.tokenizer.save_pretrained(self.directory / "policy")
         write_json(
@@ -163,8 +169,11 @@ class Trainer:
         judged = time.perf_counter()
         probed = self.probe(batch, out) if probe and config.evaluation.probe_prompts else 0.0
         updating = time.perf_counter()
-        update = self.update(batch, out.advantages, mask)
+        rescored = self.rescore(batch) if self.own_weights or config.loss.importance_cap else None
+        update = self.update(batch, out.advantages, mask, rescored)
         updated = time.perf_counter()
+        sync_difference = self.sync() if self.own_weights else float("nan")
+        synced = time.perf_counter()
         if self.method.needs_prior:
             sizes = np.diff(batch.offsets)
             successes = np.add.reduceat(batch.rewards, batch.offsets[:-1]) if len(sizes) else np.zeros(0)
@@ -199,6 +208,9 @@ class Trainer:
             sample_seconds=sampled - started,
             advantage_seconds=judged - sampled,
             update_seconds=updated - updating,
+            sync_seconds=synced - updated,
+            sync_difference=sync_difference,
+            **mismatch(rescored, [c.logprobs for c in batch.completions], config.loss.importance_cap),
             **update,
         )
 
@@ -239,8 +251,33 @@ class Trainer:
     def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
         return tuple(self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"])
 
-    def update(self, batch: RolloutBatch, advantages: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
-        """Optimiser updates on the step's rollouts, one a part; returns means over the updates, NaN if no part had a gradient."""
+    def sync(self) -> float:
+        """Bring an engine with weights of its own up to date, and check that it is; the largest difference found, nats."""
+        prompts = [self.tokens_of(prompt) for prompt in self.heldout[:PROBE_ROLLOUTS]]
+        probe = [Request(prompts[i % len(prompts)], EVALUATION_SEED + i) for i in range(PROBE_ROLLOUTS)]
+        return sync_weights(self.engine, self.model, probe, self.tokenizer.pad_token_id, self.config.engine.tolerance)
+
+    @torch.no_grad()
+    def rescore(self, batch: RolloutBatch) -> list[NDArray[np.float32]]:
+        """The completions' log-probabilities under the trainer's own policy, before the update."""
+        rescored = []
+        for rows in torch.arange(len(batch.completions)).split(MICRO_BATCH):
+            prompts, completions = rollouts_of(batch, rows)
+            logprobs = completion_logprobs(self.model, prompts, completions, self.tokenizer.pad_token_id).cpu().numpy()
+            rescored += [row[: len(c.tokens)] for row, c in zip(logprobs, completions, strict=True)]
+        return rescored
+
+    def update(
+        self,
+        batch: RolloutBatch,
+        advantages: torch.Tensor,
+        mask: torch.Tensor,
+        rescored: Sequence[NDArray[np.float32]] | None = None,
+    ) -> dict[str, float]:
+        """Optimiser updates on the step's rollouts, one a part; returns means over the updates, NaN if no part had a gradient.
+
+        Ratios are taken to `rescored` where it is given, else to the engine's log-probabilities.
+        """
         config = self.config
         parts = [p for p in np.array_split(np.arange(len(batch.prompts)), config.optimizer.updates_per_step) if len(p)]
         offsets = torch.from_numpy(batch.offsets)
@@ -255,7 +292,7 @@ class Trainer:
             self.optimizer.zero_grad()
             totals = torch.zeros(3)
             for chunk in torch.nonzero(teaches).squeeze(-1).split(MICRO_BATCH):
-                totals += self._backward(batch, rows[chunk], advantages[rows[chunk]], weights[chunk])
+                totals += self._backward(batch, rows[chunk], advantages[rows[chunk]], weights[chunk], rescored)
             grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.max_grad_norm)
             self.optimizer.step()
             loss, clipped, kl = totals.tolist()
@@ -263,30 +300,36 @@ class Trainer:
         means = np.mean(records, axis=0) if records else np.full(4, np.nan)
         return dict(zip(("grad_norm", "loss", "clip_fraction", "kl"), map(float, means), strict=True))
 
-    def _backward(self, batch: RolloutBatch, rows: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def _backward(
+        self,
+        batch: RolloutBatch,
+        rows: torch.Tensor,
+        advantages: torch.Tensor,
+        weights: torch.Tensor,
+        rescored: Sequence[NDArray[np.float32]] | None,
+    ) -> torch.Tensor:
         """Accumulate gradients of some rollouts; returns their part of (loss, number of clipped tokens, KL)."""
         device = self.model.device
-        group_of = np.repeat(np.arange(len(batch.prompts)), np.diff(batch.offsets))
-        prompts = [batch.prompt_tokens[g] for g in group_of[rows.numpy()]]
-        completions = [batch.completions[i] for i in rows.tolist()]
-        width = max(len(c.tokens) for c in completions)
+        settings = self.config.loss
+        prompts, completions = rollouts_of(batch, rows)
         logprobs = completion_logprobs(self.model, prompts, completions, self.tokenizer.pad_token_id)
         reference = None
         if self.reference is not None:
             with torch.no_grad():
                 reference = completion_logprobs(self.reference, prompts, completions, self.tokenizer.pad_token_id)
-        old = torch.zeros(len(completions), width)
-        for row, completion in enumerate(completions):
-            old[row, : len(completion.logprobs)] = torch.from_numpy(completion.logprobs)
+        width = logprobs.shape[1]
+        engine = padded([c.logprobs for c in completions], width).to(device)
+        old = engine if rescored is None else padded([rescored[i] for i in rows.tolist()], width).to(device)
         loss = policy_loss(
             logprobs,
-            old.to(device),
+            old,
             advantages[:, :width].to(device),
             weights[:, :width].to(device),
-            clip_low=self.config.loss.clip_low,
-            clip_high=self.config.loss.clip_high,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            importance=importance_weights(old, engine, settings.importance_cap) if settings.importance_cap else None,
             reference_logprobs=reference,
-            kl_coefficient=self.config.loss.kl_coefficient,
+            kl_coefficient=settings.kl_coefficient,
         )
         loss.total.backward()
         kl = torch.tensor(torch.nan) if loss.kl is None else loss.kl.detach().cpu()
@@ -329,6 +372,20 @@ class Trainer:
         asked = [prompt for prompt in prompts for _ in range(samples)]
         rewards = verify_all(self.verifier, asked, [self.engine.decode(completion) for completion in completions])
         return np.array(rewards).reshape(len(prompts), samples), completions
+
+
+def rollouts_of(batch: RolloutBatch, rows: torch.Tensor) -> tuple[list[tuple[int, ...]], list[Completion]]:
+    """Prompt tokens and completions of some rollouts."""
+    group_of = np.repeat(np.arange(len(batch.prompts)), np.diff(batch.offsets))
+    return [batch.prompt_tokens[g] for g in group_of[rows.numpy()]], [batch.completions[i] for i in rows.tolist()]
+
+
+def padded(rows: Sequence[NDArray[np.float32]], width: int) -> torch.Tensor:
+    """(N, width) float32, zero beyond the end of each row."""
+    matrix = torch.zeros(len(rows), width)
+    for i, row in enumerate(rows):
+        matrix[i, : len(row)] = torch.tensor(row)
+    return matrix
 
 
 def has_signal(batch: RolloutBatch) -> NDArray[np.bool_]:
