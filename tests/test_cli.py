@@ -44,6 +44,9 @@ def test_help_teaches(environment, tmp_path):
         (("train", "--method", "ppo"), "method='ppo' is unknown; choose one of v05, grpo"),
         (("compare", "--methods", "grpo,nothing"), "method='nothing' is unknown; choose one of v05, grpo"),
         (("train", "--config", "absent.json"), "absent.json"),
+        (("train", "--preset", "smoke", "--engine", "vllm"), "cannot import 'vllm'; install it with: pip install 'v05[vllm]'"),
+        (("train", "--preset", "smoke", "--engine", "ray"), "needs the package 'ray'; install it with: pip install 'v05[ray]'"),
+        (("train", "--preset", "smoke", "--engine", "tgi"), "'transformers', 'vllm', 'vllm_server' or 'ray'"),
     ],
 )
 def test_mistakes_are_explained_in_one_line(arguments, message, environment, tmp_path):

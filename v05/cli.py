@@ -51,6 +51,9 @@ def train(
     ] = None,
     policy: Annotated[Path | None, typer.Option(help="Policy instead of the preset's: a Hugging Face model folder.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of a completion; with --policy.", min=1)] = 256,
+    engine: Annotated[
+        str | None, typer.Option(help="What samples rollouts: transformers (in this process), vllm, vllm_server or ray.")
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(help="Run exactly this config.json; leave the other options of a run out."),
@@ -76,6 +79,8 @@ def train(
             overrides["task"] = {"kind": "jsonl", "path": jsonl}
         if policy is not None:
             overrides["policy"] = {"path": policy, "max_new_tokens": max_new_tokens}
+        if engine is not None:
+            overrides["engine"] = {"kind": engine}
         if config is not None and overrides:
             raise ValueError(f"--config is complete, so {', '.join(overrides)} cannot be set beside it; edit the file instead")
         if config is not None:
@@ -88,7 +93,7 @@ def train(
         from v05.train.trainer import Trainer
 
         trainer = Trainer(run, out, _say)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         _fail(error)
     try:
         with _progress() as progress:

@@ -7,9 +7,6 @@ import time
 import numpy as np
 import pytest
 import torch
-
-ray = pytest.importorskip("ray")
-from ray.cluster_utils import Cluster
 from rollout_fakes import TroubleTask
 
 from v05.budget import RolloutAllocator
@@ -19,9 +16,12 @@ from v05.rollout.scheduler import collect
 from v05.rollout.transformers_engine import TransformersEngine
 from v05.rollout.verifier import InlineVerifier
 from v05.tasks import Prompt
-from v05.train.config import PolicyConfig
+from v05.train.config import PolicyConfig, run_config
+from v05.train.metrics import read_metrics
 from v05.train.policy import character_decoder, character_tokenizer
+from v05.train.trainer import train
 
+ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
 TOKENIZER = character_tokenizer()
 REQUESTS = [Request(tuple(TOKENIZER(f"{i % 7}+1=")["input_ids"]), seed) for seed, i in enumerate(range(64))]
@@ -74,6 +74,8 @@ class Coins(RayEngine):
 
 @pytest.fixture
 def cluster():
+    from ray.cluster_utils import Cluster
+
     # A worker finds this file's classes by name, as it would find an installed package's.
     os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))])
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
@@ -148,6 +150,16 @@ def test_a_node_lost_in_mid_step_costs_no_rollout(cluster):
         time.sleep(0.2)
     assert len(engine._working()) == 2
     engine.close()
+
+
+def test_a_training_run(cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("V05_CACHE", str(tmp_path / "cache"))
+    for engine in ({"kind": "transformers"}, {"kind": "ray", "actors": 2}):
+        train(run_config("smoke", "v05", engine=engine, total_rollouts=128), tmp_path / engine["kind"])
+    embedded, spread = (read_metrics(tmp_path / name, "step") for name in ("transformers", "ray"))
+    assert all(s["sync_difference"] < 1e-4 and s["mismatch"] < 1e-4 for s in spread)
+    assert [s["accuracy"] for s in embedded] == [s["accuracy"] for s in spread]
+    assert [s["group_size"] for s in embedded] == [s["group_size"] for s in spread]
 
 
 def test_an_engine_that_cannot_be_made_is_an_error(cluster):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import Qwen3ForCausalLM
 
 from v05.rollout import Request, generate
 from v05.rollout.transformers_engine import JOIN_EVERY, TransformersEngine, _inverse_cdf, _uniforms, completion_logprobs
@@ -56,6 +57,23 @@ def test_rollouts_that_join_midway_are_those_sampled_alone(policy):
         np.testing.assert_allclose(completion.logprobs, alone.logprobs, atol=1e-4)
     again = generate(small, wanted)
     assert all(a.logprobs.tobytes() == b.logprobs.tobytes() for a, b in zip(together, again, strict=True))
+
+
+def test_layers_with_a_sliding_window(policy):
+    _, tokenizer = policy
+    torch.manual_seed(1)
+    config = character_decoder(PolicyConfig(hidden_size=32, layers=2, heads=2, intermediate_size=64), len(tokenizer)).config
+    config.sliding_window, config.layer_types = 6, ["sliding_attention", "full_attention"]
+    model = Qwen3ForCausalLM(config).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight *= 8
+    wanted = requests(tokenizer, 24)
+    completions = generate(engine((model, tokenizer), max_new_tokens=3 * JOIN_EVERY, capacity=6), wanted)
+    for request, completion in zip(wanted, completions, strict=True):
+        ids = torch.tensor([[*request.prompt, *completion.tokens]])
+        naive = torch.log_softmax(model(input_ids=ids).logits[0], dim=-1)[len(request.prompt) - 1 : -1]
+        naive = naive.gather(-1, torch.from_numpy(completion.tokens)[:, None]).squeeze(-1)
+        np.testing.assert_allclose(completion.logprobs, naive.detach().numpy(), atol=1e-4, rtol=1e-4)
 
 
 def test_finished_rollouts_come_back_while_others_go_on(policy):

@@ -101,10 +101,10 @@ class RayEngine:
         deadline = time.monotonic() + self._start_limit
         while True:
             coming = {actor.coming_up: actor for actor in self._actors if actor.capacity == 0}
-            patience = 0.0 if len(coming) < len(self._actors) else max(0.0, deadline - time.monotonic())
-            ready, _ = self._ray.wait(list(coming), num_returns=len(coming), timeout=0) if coming else ([], [])
-            if coming and not ready:
-                ready, _ = self._ray.wait(list(coming), num_returns=1, timeout=patience)
+            wanted, patience = len(coming), 0.0
+            if len(coming) == len(self._actors):
+                wanted, patience = 1, max(0.0, deadline - time.monotonic())
+            ready, _ = self._ray.wait(list(coming), num_returns=wanted, timeout=patience) if coming else ([], [])
             for started in ready:
                 try:
                     coming[started].capacity = self._ray.get(started)

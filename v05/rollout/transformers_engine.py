@@ -222,7 +222,7 @@ def read_prompts(
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache()  # without the configuration, layers with a sliding window keep all: rows of other lengths can join
     logits = model(
         input_ids=ids,
         attention_mask=mask,
@@ -249,7 +249,7 @@ def completion_logprobs(
     width = width or max(len(c.tokens) for c in completions)
     tokens = torch.full((len(prompts), width), pad)
     for row, completion in enumerate(completions):
-        tokens[row, : len(completion.tokens)] = torch.from_numpy(completion.tokens)
+        tokens[row, : len(completion.tokens)] = torch.tensor(completion.tokens)
     tokens = tokens.to(model.device)
     first, cache, mask = read_prompts(model, prompts, pad)
     logits = first[:, None]

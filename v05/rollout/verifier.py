@@ -7,7 +7,7 @@ What becomes of an item:
 - The verifier raises, or its process dies (pool only): a Failure. That tells nothing about the answer, so the scheduler has the
   rollout tried again and at last leaves it out.
 
-Built-in tasks verify a completion in 10 to 500 microseconds and never hang: they need no pool.
+A sum is verified in 2 microseconds, which the pool makes 50; math-verify takes 2 milliseconds, which it spreads. Neither hangs.
 """
 
 from __future__ import annotations

@@ -76,6 +76,9 @@ class LossConfig(Settings):
     aggregation: Aggregation = "token"
     group_weighting: GroupWeighting = "prompt"
     kl_coefficient: float = Field(default=0.0, ge=0)
+    importance_cap: float | None = Field(
+        default=None, gt=0, description="truncated importance sampling of what the engine's policy differs from the trainer's"
+    )
 
 
 class OptimizerConfig(Settings):
@@ -101,9 +104,18 @@ class VerifierConfig(Settings):
 
 
 class EngineConfig(Settings):
-    """What samples rollouts (v05.rollout)."""
+    """What samples rollouts (v05.rollout): the embedded engine, or one with weights of its own, brought up to date every step."""
 
     kind: Engine = "transformers"
+    tolerance: float = Field(
+        default=1e-3, gt=0, description="largest difference between its log-probabilities and the trainer's after a sync; nats"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="of vllm")
+    kv_cache_gib: float = Field(default=1.0, gt=0, description="vllm's memory for keys and values")
+    url: str = Field(default="http://127.0.0.1:8000", description="of the vllm_server")
+    actors: int = Field(default=1, ge=1, description="of ray")
+    actor_gpus: float = Field(default=0, ge=0, description="that an actor of ray asks for")
+    actor_engine: Literal["transformers", "vllm"] = Field(default="transformers", description="inside the actors of ray")
 
 
 class EvaluationConfig(Settings):

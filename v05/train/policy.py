@@ -85,10 +85,15 @@ def load_policy(path: Path) -> tuple[PreTrainedModel, Any]:
         raise ValueError(f"policy.path={path}: no config.json there; give a Hugging Face model folder")
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+    return model, load_tokenizer(path)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a local folder, with a pad token."""
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     if tokenizer.pad_token_id is None:  # masked wherever it stands
         tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    return tokenizer
 
 
 def policy_folder(config: PolicyConfig, task_config: BaseModel, task: Task, report: Callable[[str], None]) -> Path:

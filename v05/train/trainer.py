@@ -64,15 +64,16 @@ from v05.train.distributed import (
     whole_optimizer_state,
     whole_parameters,
 )
-from v05.train.engine import make_engine, make_verifier
+from v05.train.engine import make_engine, make_verifier, sync_weights
 from v05.train.files import explained, flush
-from v05.train.loss import policy_loss, rollout_weights, token_weights
+from v05.train.loss import importance_weights, mismatch, policy_loss, rollout_weights, token_weights
 from v05.train.metrics import CONFIG, RESULT, MetricsLog, refuse_to_overwrite, write_json
 from v05.train.policy import load_policy, policy_folder
 
 PROMPTS_BETWEEN_SEEDS = 10_000_000  # runs of different seeds read different stretches of the task's prompts
 EVALUATION_SEED = 1 << 40  # apart from the seeds of training rollouts, and the same for every method
 MICRO_BATCH = 512  # rollouts a backward pass and process
+PROBE_ROLLOUTS = 16  # whose log-probabilities are compared after a sync; the actors of an engine share them
 GROUP_SIZE_MEMORY = 0.5  # of the running mean that turns rollouts_per_step into prompts
 
 
@@ -123,6 +124,8 @@ class Trainer:
         self.config = config
         self.directory = directory
         self.world = join_world()
+        if self.world.size > 1 and config.engine.kind != "transformers":
+            raise ValueError(f"engine.kind={config.engine.kind!r} samples for one process; under torchrun use 'transformers'")
         if self.world.writes:
             refuse_to_overwrite(config, directory)
             directory.mkdir(parents=True, exist_ok=True)
@@ -137,9 +140,9 @@ class Trainer:
         self.model, self.tokenizer = load_policy(folder)
         self.reference = load_policy(folder)[0] if config.loss.kl_coefficient > 0 else None
         self.sharded = self.world.size > 1 and config.distributed == "fsdp2"
-        self.sampled = load_policy(folder)[0] if self.sharded else self.model  # what the engine samples from
+        self.sampled = load_policy(folder)[0] if self.sharded else self.model  # unsharded
         self.scorer = distribute(self.model, self.tokenizer.pad_token_id, config.distributed, self.world)
-        self.engine = make_engine(config, folder, self.sampled, self.tokenizer)
+        self.engine = make_engine(config, folder, directory, self.sampled, self.tokenizer)
         self.verifier = make_verifier(config, self.task)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
@@ -157,6 +160,7 @@ class Trainer:
             seed=config.seed,
         )
         self.heldout = heldout_set(self.task, config.evaluation.prompts)
+        self.own_weights = config.engine.kind != "transformers"  # the engine's, to be kept up to date
         self.state = RunState(
             next_prompt=(config.seed + 1) * PROMPTS_BETWEEN_SEEDS,
             group_size=float(budget.maximum if budget.rule == "osla" else budget.initial),
@@ -181,7 +185,7 @@ class Trainer:
             self.prior.load_state_dict({name: value.numpy() for name, value in checkpoint.tensors["prior"].items()})
             self.allocator = RolloutAllocator.restore(checkpoint.allocator)
             torch.set_rng_state(checkpoint.tensors["random"]["torch"])
-            self.refresh_engine()
+            self.refresh_sampled()
             report(f"going on from step {self.state.steps}, rollout {self.state.rollouts} of {self.config.total_rollouts}")
         if self.world.writes:
             self.log.cut(length)
@@ -209,6 +213,8 @@ class Trainer:
     def run(self) -> Iterator[Progress]:
         """Train to the end, yielding before and after every step; then write the result."""
         config, state = self.config, self.state
+        if self.own_weights:
+            self.sync()
         if state.accuracy_before is None:
             state.accuracy_before, _ = self.evaluate()
             state.accuracy = state.accuracy_before
@@ -225,6 +231,8 @@ class Trainer:
                 self.save()
             yield self.progress()
 
+        self.engine.close()
+        self.verifier.close()
         self.finish()
 
     def finish(self) -> None:
@@ -289,13 +297,16 @@ class Trainer:
         judged = time.perf_counter()
         probed = self.probe(batch, out) if probe and config.evaluation.probe_prompts else 0.0
         updating = time.perf_counter()
-        update = self.update(batch, out.advantages, mask)
+        rescored = self.rescore(batch) if self.own_weights or config.loss.importance_cap else None
+        update = self.update(batch, out.advantages, mask, rescored)
+        self.refresh_sampled()
         updated = time.perf_counter()
+        sync_difference = self.sync() if self.own_weights else float("nan")
+        synced = time.perf_counter()
         if self.method.needs_prior:
             sizes = np.diff(batch.offsets)
             successes = np.add.reduceat(batch.rewards, batch.offsets[:-1]) if len(sizes) else np.zeros(0)
             self.prior.observe([p.text for p in batch.prompts], successes, sizes)
-        self.refresh_engine()
         state.seconds += time.perf_counter() - started - probed
 
         assert out.stats is not None
@@ -326,12 +337,15 @@ class Trainer:
             sample_seconds=sampled - started,
             advantage_seconds=judged - sampled,
             update_seconds=updated - updating,
+            sync_seconds=synced - updated,
+            sync_difference=sync_difference,
+            **mismatch(rescored, [c.logprobs for c in batch.completions], config.loss.importance_cap),
             **update,
         )
         state.steps += 1
 
-    def refresh_engine(self) -> None:
-        """Have the engine sample from the policy as it is now; unsharded, it reads the trained weights themselves."""
+    def refresh_sampled(self) -> None:
+        """Bring the unsharded copy of a sharded policy up to date."""
         if self.sharded:
             load_parameters(self.sampled, whole_parameters(self.model))
 
@@ -384,9 +398,32 @@ class Trainer:
     def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
         return tuple(self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"])
 
-    def update(self, batch: RolloutBatch, advantages: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
+    def sync(self) -> float:
+        """Bring an engine with weights of its own up to date, and check that it is; the largest difference found, nats."""
+        prompts = [self.tokens_of(prompt) for prompt in self.heldout[:PROBE_ROLLOUTS]]
+        probe = [Request(prompts[i % len(prompts)], EVALUATION_SEED + i) for i in range(PROBE_ROLLOUTS)]
+        return sync_weights(self.engine, self.sampled, probe, self.tokenizer.pad_token_id, self.config.engine.tolerance)
+
+    @torch.no_grad()
+    def rescore(self, batch: RolloutBatch) -> list[NDArray[np.float32]]:
+        """The completions' log-probabilities under the trainer's own policy, before the update. Ranks share them out."""
+        rescored = []
+        for rows in torch.arange(len(batch.completions))[self.world.block(len(batch.completions))].split(MICRO_BATCH):
+            prompts, completions = rollouts_of(batch, rows)
+            logprobs = completion_logprobs(self.sampled, prompts, completions, self.tokenizer.pad_token_id).cpu().numpy()
+            rescored += [row[: len(c.tokens)] for row, c in zip(logprobs, completions, strict=True)]
+        return [row for part in self.world.gather(rescored) for row in part]
+
+    def update(
+        self,
+        batch: RolloutBatch,
+        advantages: torch.Tensor,
+        mask: torch.Tensor,
+        rescored: Sequence[NDArray[np.float32]] | None = None,
+    ) -> dict[str, float]:
         """Optimiser updates on the step's rollouts, one a part; returns means over the updates, NaN if no part had a gradient.
 
+        Ratios are taken to `rescored` where it is given, else to the engine's log-probabilities.
         Every rank holds the whole step and passes backward through its share of it.
         """
         config, world = self.config, self.world
@@ -407,7 +444,7 @@ class Trainer:
                 share, share_weights = chunk[world.rank :: world.size], weights[chunk[world.rank :: world.size]]
                 if not len(share):  # all ranks pass backward equally often: this one with a rollout of no weight
                     share, share_weights = chunk[:1], torch.zeros_like(weights[chunk[:1]])
-                totals += self._backward(batch, rows[share], advantages[rows[share]], share_weights, width)
+                totals += self._backward(batch, rows[share], advantages[rows[share]], share_weights, rescored, width)
             grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.max_grad_norm)
             self.optimizer.step()
             loss, clipped, kl = world.sum(totals).tolist()
@@ -416,30 +453,35 @@ class Trainer:
         return dict(zip(("grad_norm", "loss", "clip_fraction", "kl"), map(float, means), strict=True))
 
     def _backward(
-        self, batch: RolloutBatch, rows: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor, width: int
+        self,
+        batch: RolloutBatch,
+        rows: torch.Tensor,
+        advantages: torch.Tensor,
+        weights: torch.Tensor,
+        rescored: Sequence[NDArray[np.float32]] | None,
+        width: int,
     ) -> torch.Tensor:
         """Accumulate gradients of rollouts up to `width` tokens long; returns their part of (loss, clipped tokens, KL)."""
         device = self.model.device
-        group_of = np.repeat(np.arange(len(batch.prompts)), np.diff(batch.offsets))
-        prompts = [batch.prompt_tokens[g] for g in group_of[rows.numpy()]]
-        completions = [batch.completions[i] for i in rows.tolist()]
+        settings = self.config.loss
+        prompts, completions = rollouts_of(batch, rows)
         logprobs = self.scorer(prompts, completions, width)
         reference = None
         if self.reference is not None:
             with torch.no_grad():
                 reference = completion_logprobs(self.reference, prompts, completions, self.tokenizer.pad_token_id, width)
-        old = torch.zeros(len(completions), width)
-        for row, completion in enumerate(completions):
-            old[row, : len(completion.logprobs)] = torch.from_numpy(completion.logprobs)
+        engine = padded([c.logprobs for c in completions], width).to(device)
+        old = engine if rescored is None else padded([rescored[i] for i in rows.tolist()], width).to(device)
         loss = policy_loss(
             logprobs,
-            old.to(device),
+            old,
             advantages[:, :width].to(device),
             weights[:, :width].to(device),
-            clip_low=self.config.loss.clip_low,
-            clip_high=self.config.loss.clip_high,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            importance=importance_weights(old, engine, settings.importance_cap) if settings.importance_cap else None,
             reference_logprobs=reference,
-            kl_coefficient=self.config.loss.kl_coefficient,
+            kl_coefficient=settings.kl_coefficient,
         )
         (loss.total * self.world.size).backward()  # ranks' gradients are averaged, their losses add up
         kl = torch.tensor(torch.nan) if loss.kl is None else loss.kl.detach().cpu()
@@ -484,6 +526,20 @@ class Trainer:
         parts = self.world.gather((rewards, completions))
         matrix = np.array([reward for part, _ in parts for reward in part]).reshape(len(prompts), samples)
         return matrix, [completion for _, part in parts for completion in part]
+
+
+def rollouts_of(batch: RolloutBatch, rows: torch.Tensor) -> tuple[list[tuple[int, ...]], list[Completion]]:
+    """Prompt tokens and completions of some rollouts."""
+    group_of = np.repeat(np.arange(len(batch.prompts)), np.diff(batch.offsets))
+    return [batch.prompt_tokens[g] for g in group_of[rows.numpy()]], [batch.completions[i] for i in rows.tolist()]
+
+
+def padded(rows: Sequence[NDArray[np.float32]], width: int) -> torch.Tensor:
+    """(N, width) float32, zero beyond the end of each row."""
+    matrix = torch.zeros(len(rows), width)
+    for i, row in enumerate(rows):
+        matrix[i, : len(row)] = torch.tensor(row)
+    return matrix
 
 
 def has_signal(batch: RolloutBatch) -> NDArray[np.bool_]:
