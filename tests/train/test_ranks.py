@@ -19,19 +19,25 @@ from kill_and_resume import untimed
 
 from v05.train.checkpoint import find_checkpoints
 from v05.train.config import run_config
+from v05.train.distributed import World
 from v05.train.metrics import read_metrics
 from v05.train.trainer import Trainer
 
 CONFIGS = {
     "ddp": run_config("smoke", "v05"),
-    "fsdp2": run_config("smoke", "v05", distributed="fsdp2"),
+    "fsdp2": run_config("smoke", "v05", distributed="fsdp2", loss={"importance_cap": 2.0}),
     "refills": run_config(  # two prompts a step, and often one to replace
-        "smoke", "dapo", rollouts_per_step=32, optimizer={"updates_per_step": 2}, loss={"kl_coefficient": 0.1}
+        "smoke",
+        "dapo",
+        rollouts_per_step=32,
+        optimizer={"updates_per_step": 2},
+        loss={"kl_coefficient": 0.1, "importance_cap": 2.0},
     ),
     "idle": run_config("smoke", "prior@1", distributed="fsdp2", rollouts_per_step=1, total_rollouts=6),  # one rollout for two ranks
     "torn": run_config("smoke", "v05", distributed="fsdp2", total_rollouts=512, checkpoint_seconds=0),
 }
-ROUNDED = {"grad_norm": 1e-4, "loss": 1e-4, "kl": 1e-3, "entropy": 1e-4}  # relative; all else is equal
+# Relative; all else is equal.
+ROUNDED = {"grad_norm": 1e-4, "loss": 1e-4, "kl": 1e-3, "entropy": 1e-4, "mismatch": 1e-4, "mismatch_ratio": 1e-4}
 
 
 def torchrun(*arguments):
@@ -113,3 +119,9 @@ def test_what_two_ranks_began_goes_on(ranks, folder):
     assert f"going on from step {taken}, " in output
     assert_same(comparable(torn), comparable(folder / "torn-alone"))
     assert len(read_metrics(torn, "step")) == json.loads((torn / "result.json").read_text())["steps"]
+
+
+def test_other_engines_serve_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr("v05.train.trainer.join_world", lambda: World(rank=1, size=2))
+    with pytest.raises(ValueError, match=r"engine\.kind='ray' samples for one process; under torchrun use 'transformers'"):
+        Trainer(run_config("smoke", "v05", engine={"kind": "ray"}), tmp_path, lambda line: None)
