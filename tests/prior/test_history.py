@@ -81,6 +81,25 @@ def test_capacity_bounds_the_memory():
     assert "p49" in prior._past
 
 
+def test_a_prior_goes_on_from_its_state():
+    rng = np.random.default_rng(3)
+    prior = HistoryPrior(capacity=100)
+    for _ in range(5):
+        observe(prior, *prompts_and_rates(rng, 64), rng)
+    observe(prior, ["line\nbreak", "\0", "é"], np.full(3, 0.5), rng)
+    state = prior.state_dict()
+    again = HistoryPrior(capacity=100)
+    again.load_state_dict({name: value.copy() for name, value in state.items()})
+    prompts, rates = prompts_and_rates(rng, 64)
+    for one in (prior, again):  # what follows is the same to the last bit, and forgets the same prompts
+        observe(one, prompts, rates, np.random.default_rng(4))
+    assert list(again._past) == list(prior._past)
+    probe = [*prompts, *list(prior._past), "never seen"]
+    assert np.array_equal(prior.predict(probe), again.predict(probe))
+    assert not np.array_equal(prior.predict(probe), HistoryPrior().predict(probe))
+    assert int(state["step"]) == 6  # a state is a copy: learning on has not changed it
+
+
 def test_constant_prior_knows_nothing():
     prior = ConstantPrior(0.3)
     prior.observe(["a"], np.ones(1), np.ones(1))

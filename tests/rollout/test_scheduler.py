@@ -1,79 +1,158 @@
-"""The sequential loop with an engine whose rewards are known."""
+"""The continuous loop with engines whose rewards, delays and failures are known."""
 
 import numpy as np
 import pytest
+from rollout_fakes import CoinEngine, TroubleTask
 
 from v05 import reference
 from v05.budget import RolloutAllocator
-from v05.rollout import Completion
+from v05.rollout import Failure, Request, generate
 from v05.rollout.scheduler import collect, join, select
+from v05.rollout.verifier import InlineVerifier, VerifierPool
 from v05.tasks import Prompt
 
 RATES = {"easy": 1.0, "hard": 0.0, "even": 0.5}
 PROMPTS = [Prompt(name, "", None) for name in RATES for _ in range(20)]
+HALF = np.full(len(PROMPTS), 0.5)
 
 
-class CoinEngine:
-    """Succeeds with the rate of the prompt, by the request's seed."""
+class LateVerifier(InlineVerifier):
+    """Holds results back for some polls that do not wait."""
 
-    def __init__(self):
-        self.batches = []
+    most_under_way = 0
 
-    def generate(self, requests):
-        self.batches.append(len(requests))
-        draws = [np.random.default_rng(r.seed).random() < r.prompt[0] for r in requests]
-        return [Completion(np.array([int(d)]), np.zeros(1, dtype=np.float32), True) for d in draws]
-
-    def decode(self, completion):
-        return str(completion.tokens[0])
+    def poll(self, *, wait):
+        self.most_under_way = max(self.most_under_way, len(self._results))
+        return super().poll(wait=wait) if wait or len(self._results) > 50 else []
 
 
-class CoinTask:
-    def verify(self, prompt, completion):
-        return float(completion)
-
-
-def run(priors, *, batch_size=64, **settings):
-    engine = CoinEngine()
+def run(priors=HALF, engine=None, verifier=None, **settings):
     allocator = RolloutAllocator(seed=3, **settings)
     tokens = [(RATES[p.text],) for p in PROMPTS]
-    batch = collect(allocator, engine, CoinTask(), PROMPTS, tokens, priors, first_group=100, batch_size=batch_size)
-    return batch, engine
+    verifier = verifier or InlineVerifier(TroubleTask())
+    return collect(allocator, engine or CoinEngine(), verifier, PROMPTS, tokens, priors, first_group=100)
 
 
-def test_group_sizes_are_those_of_the_sequential_test():
-    priors = np.tile([0.5, 0.95, 0.05, np.nan], len(PROMPTS) // 4)
-    batch, _ = run(priors, rule="osla")
-    assert batch.rewards.tolist() == [float(c.tokens[0]) for c in batch.completions]
+def sequential_test_holds(batch, priors):
     for g, prior in enumerate(priors):
         rewards = batch.rewards[batch.offsets[g] : batch.offsets[g + 1]]
         for k in range(4, len(rewards) + 1):
             fused = reference.shrinkage(k, 2 * rewards[:k].mean() - 1, 2 * prior - 1)
             assert reference.osla_take_more(k, fused.squared_bias) == (k < len(rewards)), (g, k)
+
+
+def test_group_sizes_are_those_of_the_sequential_test():
+    priors = np.tile([0.5, 0.95, 0.05, np.nan], len(PROMPTS) // 4)
+    batch = run(priors)
+    assert batch.rewards.tolist() == [float(c.tokens[0]) for c in batch.completions]
+    sequential_test_holds(batch, priors)
     sizes = np.diff(batch.offsets)
     assert sizes.min() == 4
     assert sizes.max() == 16
 
 
-@pytest.mark.parametrize("batch_size", [7, 64, 10_000])
-def test_the_batch_size_changes_nothing_but_the_rounds(batch_size):
-    priors = np.full(len(PROMPTS), 0.5)
-    expected, _ = run(priors, rule="osla")
-    batch, engine = run(priors, batch_size=batch_size, rule="osla")
+@pytest.mark.parametrize("capacity", [1, 7, 10_000])
+@pytest.mark.parametrize("order", [None, 0, 1])
+def test_capacity_and_order_of_arrival_change_nothing(capacity, order):
+    expected = run()
+    engine = CoinEngine(capacity, order=order, reproducible=order is None)
+    batch = run(engine=engine, verifier=None if order is None else LateVerifier(TroubleTask()))
     assert batch.rewards.tolist() == expected.rewards.tolist()
     assert batch.offsets.tolist() == expected.offsets.tolist()
-    assert batch.rounds == len(engine.batches)
-    assert max(engine.batches) <= batch_size
+    assert engine.most_in_flight <= capacity
 
 
-def test_uniform_takes_one_round():
-    batch, engine = run(np.full(len(PROMPTS), np.nan), batch_size=10_000, rule="uniform", initial=8, maximum=8)
-    assert engine.batches == [8 * len(PROMPTS)]
-    assert set(np.diff(batch.offsets)) == {8}
+def test_the_engine_is_kept_full_and_tested_groups_go_first():
+    engine = CoinEngine(8)
+    prompts = [Prompt(str(i), "", None) for i in range(50)]
+    priors = np.full(50, 0.999)
+    priors[0] = 0.05  # prompt 0 succeeds against its prior and gets 16 rollouts, the others stop at 4
+    tokens = [(1.0, i) for i in range(50)]
+    verifier = InlineVerifier(TroubleTask())
+    batch = collect(RolloutAllocator(), engine, verifier, prompts, tokens, priors, first_group=0)
+    assert np.diff(batch.offsets).tolist() == [16] + [4] * 49
+    places = [i for i, prompt in enumerate(engine.submitted) if prompt[1] == 0]
+    assert len(places) == 16
+    assert places[-1] < len(engine.submitted) / 2  # most prompts have not begun
+    assert batch.in_flight > 7
+
+
+def test_a_slow_verifier_holds_no_more_than_the_engine():
+    engine, verifier = CoinEngine(8, reproducible=False), LateVerifier(TroubleTask())
+    run(engine=engine, verifier=verifier)
+    assert 8 < verifier.most_under_way <= 16
+
+
+def test_failed_rollouts_are_tried_again_with_the_same_seed():
+    expected = run()
+    engine = CoinEngine(fails=lambda request, attempts: attempts < request.seed % 3)
+    batch = run(engine=engine)
+    assert batch.rewards.tolist() == expected.rewards.tolist()
+    assert batch.offsets.tolist() == expected.offsets.tolist()
+    assert batch.invalid == 0
+    assert len(batch.failures) == sum(seed % 3 for seed in engine.attempts) > 0
+
+
+def test_rollouts_that_always_fail_are_left_out():
+    engine = CoinEngine(fails=lambda request, attempts: request.seed % 2 == 0)
+    batch = run(engine=engine)
+    assert 0 < batch.invalid < len(engine.attempts)
+    assert len(batch.failures) == 3 * batch.invalid
+    assert len(batch.rewards) == batch.offsets[-1] == len(batch.completions) == len(engine.attempts) - batch.invalid
+    assert batch.rewards.tolist() == [float(c.tokens[0]) for c in batch.completions]
+    assert np.diff(batch.offsets).min() >= 1
+
+
+def test_a_prompt_without_a_rollout_is_left_out():
+    engine = CoinEngine(fails=lambda request, attempts: request.prompt[0] == 1.0)
+    batch = run(engine=engine, rule="uniform", initial=2, maximum=2)
+    assert {p.text for p in batch.prompts} == {"hard", "even"}
+    assert len(batch.prompts) == len(batch.prompt_tokens) == len(batch.priors) == 40
+    assert batch.invalid == 40
+
+
+def test_nothing_but_failures_ends_the_run():
+    with pytest.raises(RuntimeError, match="none of 240 rollouts came through; the last failure: the coin rolled under the table"):
+        run(engine=CoinEngine(fails=lambda request, attempts: True))
+
+
+class WordEngine(CoinEngine):
+    """Now and then says something that the verifier chokes on."""
+
+    def decode(self, completion):
+        return self.words.pop(0) if self.words else super().decode(completion)
+
+
+def test_a_verifier_that_hangs_or_dies_costs_its_items():
+    engine = WordEngine()
+    engine.words = ["1.0", "hang", "0.0", "die", "raise", "1.0"]
+    pool = VerifierPool(TroubleTask, workers=2, time_limit=1.5)
+    try:
+        batch = run(engine=engine, verifier=pool, rule="uniform", initial=4, maximum=4)
+    finally:
+        pool.close()
+    assert pool.timed_out == 1
+    assert len(batch.failures) == 2  # verified at the second attempt
+    assert any("process died (exit code -9)" in failure for failure in batch.failures)
+    assert any("raised RuntimeError('not a completion I know')" in failure for failure in batch.failures)
+    assert batch.invalid == 0
+    assert set(np.diff(batch.offsets)) == {4}
+    assert batch.rewards[:3].tolist() == [1.0, 0.0, 0.0]
+
+
+def test_generate_keeps_order_and_retries():
+    requests = [Request((0.5,), seed) for seed in range(100)]
+    expected = [c.tokens[0] for c in generate(CoinEngine(), requests)]
+    engine = CoinEngine(9, order=0, fails=lambda request, attempts: attempts < request.seed % 3)
+    assert [c.tokens[0] for c in generate(engine, requests)] == expected
+    assert engine.most_in_flight <= 9
+    with pytest.raises(RuntimeError, match="failed 3 times; the last error: the coin"):
+        generate(CoinEngine(fails=lambda request, attempts: request.seed == 50), requests)
+    assert generate(CoinEngine(), []) == []
 
 
 def test_select_and_join():
-    batch, _ = run(np.full(len(PROMPTS), 0.5), rule="osla")
+    batch = run(engine=CoinEngine(fails=lambda request, attempts: request.seed % 5 == 0))
     keep = np.arange(len(PROMPTS)) % 3 == 0
     kept, rest = select(batch, keep), select(batch, ~keep)
     assert kept.prompts == [p for p, k in zip(batch.prompts, keep, strict=True) if k]
@@ -82,4 +161,7 @@ def test_select_and_join():
     assert both.offsets[-1] == len(both.rewards) == len(both.completions)
     for part in (kept, rest, both):
         assert part.rewards.tolist() == [float(c.tokens[0]) for c in part.completions]
+    assert both.invalid == 2 * batch.invalid
     assert len(select(batch, np.zeros(len(PROMPTS), dtype=bool)).rewards) == 0
+    assert isinstance(batch.failures[0], str)
+    assert Failure("x") == Failure("x")

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from transformers import Qwen3ForCausalLM
 
-from v05.rollout import Request
-from v05.rollout.transformers_engine import TransformersEngine, _inverse_cdf, _uniforms, completion_logprobs
+from v05.rollout import Request, generate
+from v05.rollout.transformers_engine import JOIN_EVERY, TransformersEngine, _inverse_cdf, _uniforms, completion_logprobs
 from v05.train.config import PolicyConfig
 from v05.train.policy import character_decoder, character_tokenizer
 
@@ -33,19 +34,81 @@ def engine(policy, **settings):
 
 def test_a_rollout_depends_on_its_seed_not_on_its_batch(policy):
     wanted = requests(policy[1])
-    together = engine(policy).generate(wanted)
-    apart = engine(policy, batch_size=5).generate(wanted[::-1])[::-1]
-    again = engine(policy).generate([Request(r.prompt, r.seed + 1000) for r in wanted])
+    together = generate(engine(policy), wanted)
+    apart = generate(engine(policy, capacity=5), wanted[::-1])[::-1]
+    again = generate(engine(policy), [Request(r.prompt, r.seed + 1000) for r in wanted])
     for a, b in zip(together, apart, strict=True):
         assert a.tokens.tolist() == b.tokens.tolist()
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
     assert any(a.tokens.tolist() != b.tokens.tolist() for a, b in zip(together, again, strict=True))
 
 
+def test_rollouts_that_join_midway_are_those_sampled_alone(policy):
+    _, tokenizer = policy
+    limit = 5 * JOIN_EVERY
+    wanted = requests(tokenizer, 40)
+    small = engine(policy, max_new_tokens=limit, capacity=6)
+    together = generate(small, wanted)
+    lengths = [len(c.tokens) for c in together]
+    assert min(lengths) < JOIN_EVERY < 2 * JOIN_EVERY < max(lengths)
+    for request, completion in zip(wanted, together, strict=True):
+        (alone,) = generate(engine(policy, max_new_tokens=limit), [request])
+        assert alone.tokens.tolist() == completion.tokens.tolist()
+        np.testing.assert_allclose(completion.logprobs, alone.logprobs, atol=1e-4)
+    again = generate(small, wanted)
+    assert all(a.logprobs.tobytes() == b.logprobs.tobytes() for a, b in zip(together, again, strict=True))
+
+
+def test_layers_with_a_sliding_window(policy):
+    _, tokenizer = policy
+    torch.manual_seed(1)
+    config = character_decoder(PolicyConfig(hidden_size=32, layers=2, heads=2, intermediate_size=64), len(tokenizer)).config
+    config.sliding_window, config.layer_types = 6, ["sliding_attention", "full_attention"]
+    model = Qwen3ForCausalLM(config).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight *= 8
+    wanted = requests(tokenizer, 24)
+    completions = generate(engine((model, tokenizer), max_new_tokens=3 * JOIN_EVERY, capacity=6), wanted)
+    for request, completion in zip(wanted, completions, strict=True):
+        ids = torch.tensor([[*request.prompt, *completion.tokens]])
+        naive = torch.log_softmax(model(input_ids=ids).logits[0], dim=-1)[len(request.prompt) - 1 : -1]
+        naive = naive.gather(-1, torch.from_numpy(completion.tokens)[:, None]).squeeze(-1)
+        np.testing.assert_allclose(completion.logprobs, naive.detach().numpy(), atol=1e-4, rtol=1e-4)
+
+
+def test_finished_rollouts_come_back_while_others_go_on(policy):
+    some = engine(policy, max_new_tokens=40)
+    wanted = requests(policy[1], 32)
+    some.submit(range(100, 132), wanted)
+    first = some.poll()
+    assert 0 < len(first) < 32
+    with pytest.raises(ValueError, match="update_weights: rollouts are in flight; poll until none is"):
+        some.update_weights([])
+    seen = [key for key, _ in first]
+    while polled := some.poll():
+        seen += [key for key, _ in polled]
+    assert sorted(seen) == list(range(100, 132))
+
+
+def test_updated_weights_are_sampled_from(policy):
+    model, tokenizer = policy
+    other = character_decoder(PolicyConfig(hidden_size=32, layers=2, heads=2, intermediate_size=64), len(tokenizer))
+    replica = engine((other, tokenizer))
+    wanted = requests(tokenizer)
+    expected = generate(engine(policy), wanted)
+    assert any(a.tokens.tolist() != b.tokens.tolist() for a, b in zip(expected, generate(replica, wanted), strict=True))
+    replica.update_weights(model.state_dict().items())
+    for a, b in zip(expected, generate(replica, wanted), strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist()
+        assert a.logprobs.tobytes() == b.logprobs.tobytes()
+    with pytest.raises(ValueError, match=r"update_weights: model.norm.weight of shape \(3,\) does not fit"):
+        replica.update_weights([("model.norm.weight", torch.zeros(3))])
+
+
 def test_logprobs_are_those_of_the_model_read_naively(policy):
     model, tokenizer = policy
     wanted = requests(tokenizer)
-    completions = engine(policy).generate(wanted)
+    completions = generate(engine(policy), wanted)
     shared = completion_logprobs(model, [r.prompt for r in wanted], completions, tokenizer.pad_token_id)
     for request, completion, row in zip(wanted, completions, shared, strict=True):
         ids = torch.tensor([[*request.prompt, *completion.tokens]])
@@ -58,7 +121,7 @@ def test_logprobs_are_those_of_the_model_read_naively(policy):
 def test_gradients_through_shared_prompts_are_those_of_the_naive_pass(policy):
     model, tokenizer = policy
     wanted = requests(tokenizer, 8)
-    completions = engine(policy).generate(wanted)
+    completions = generate(engine(policy), wanted)
 
     def gradient(loss):
         model.zero_grad()
@@ -78,20 +141,20 @@ def test_gradients_through_shared_prompts_are_those_of_the_naive_pass(policy):
 
 def test_completions_end_at_the_end_token_or_the_limit(policy):
     _, tokenizer = policy
-    completions = engine(policy).generate(requests(tokenizer, 200))
+    completions = generate(engine(policy), requests(tokenizer, 200))
     assert {c.finished for c in completions} == {True, False}
     for completion in completions:
         ends = completion.tokens == tokenizer.eos_token_id
         assert ends[:-1].sum() == 0
         assert ends[-1] == completion.finished
         assert completion.finished or len(completion.tokens) == 6
-    assert len(engine(policy, max_new_tokens=1).generate(requests(tokenizer, 1))[0].tokens) == 1
+    assert len(generate(engine(policy, max_new_tokens=1), requests(tokenizer, 1))[0].tokens) == 1
 
 
 def test_samples_follow_the_models_distribution(policy):
     model, tokenizer = policy
     prompt = tuple(tokenizer("1+1=")["input_ids"])
-    completions = engine(policy, max_new_tokens=1, batch_size=5000).generate([Request(prompt, seed) for seed in range(20_000)])
+    completions = generate(engine(policy, max_new_tokens=1, capacity=5000), [Request(prompt, seed) for seed in range(20_000)])
     seen = np.bincount([c.tokens[0] for c in completions], minlength=len(tokenizer)) / 20_000
     expected = torch.softmax(model(input_ids=torch.tensor([prompt])).logits[0, -1], dim=-1).detach().numpy()
     assert np.abs(seen - expected).max() < 5 * np.sqrt(0.25 / 20_000)
@@ -100,7 +163,7 @@ def test_samples_follow_the_models_distribution(policy):
 def test_training_mode_is_left_as_it_was(policy):
     model, tokenizer = policy
     model.train()
-    engine(policy).generate(requests(tokenizer, 1))
+    generate(engine(policy), requests(tokenizer, 1))
     assert model.training
     model.eval()
 

@@ -29,7 +29,6 @@ def made_up_run(label, seed, accuracies, prompt_successes, steps=30):
                 "rollouts": i * 1000 / steps,
                 "grad_norm": 1.0 + i % 2,
                 "group_size": 4.0,
-                "rounds": 1,
                 "thrown_away": 2,
             }
             for i in range(steps)

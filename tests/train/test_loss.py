@@ -2,10 +2,11 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
-from v05.train.loss import policy_loss, rollout_weights, token_weights
+from v05.train.loss import importance_weights, mismatch, policy_loss, rollout_weights, token_weights
 
 OFFSETS = torch.tensor([0, 4, 4, 6, 12])  # uneven, one group empty
 LENGTHS = torch.tensor([3, 1, 5, 2, 4, 4, 1, 2, 3, 4, 5, 5])
@@ -92,3 +93,52 @@ def test_padding_may_hold_anything(batch):
     clean = policy_loss(new, old, advantages, weights, clip_low=0.2, clip_high=0.2).total
     dirty = torch.where(MASK, new, 1e30)
     assert policy_loss(dirty, old, advantages, weights, clip_low=0.2, clip_high=0.2).total.item() == clean.item()
+
+
+def test_truncated_importance_weights_multiply_the_surrogate(batch):
+    new, old, advantages = batch
+    engine = old + 0.3 * torch.randn(old.shape, generator=torch.Generator().manual_seed(1))
+    weights = token_weights(rollout_weights(OFFSETS, "rollout"), MASK, "token")
+    importance = importance_weights(old.requires_grad_(), engine, cap=1.1)
+    assert not importance.requires_grad
+    assert importance.max().item() == pytest.approx(1.1)
+    expected = torch.minimum((old - engine).exp(), torch.tensor(1.1)) * surrogate(new, old, advantages, 0.2, 0.2)
+    loss = policy_loss(new, old, advantages, weights, clip_low=0.2, clip_high=0.2, importance=importance)
+    assert loss.total.item() == pytest.approx(-(expected * MASK).sum().item() / LENGTHS.sum().item(), rel=1e-5)
+    same = importance_weights(old, old.detach(), cap=1.1)
+    plain = policy_loss(new, old, advantages, weights, clip_low=0.2, clip_high=0.2)
+    assert (
+        policy_loss(new, old, advantages, weights, clip_low=0.2, clip_high=0.2, importance=same).total.item() == plain.total.item()
+    )
+
+
+def test_importance_weights_make_up_for_the_engines_own_policy():
+    # The expected gradient under the engine's samples, weighted, is the policy's own; unweighted it is not.
+    logits = torch.tensor([0.3, -0.2, 0.9], requires_grad=True)
+    advantages = torch.tensor([1.0, -0.5, 0.2])
+    engine = torch.log_softmax(torch.tensor([0.1, 0.5, 0.4]), dim=0)
+    policy = torch.log_softmax(logits, dim=0)
+
+    def expected_gradient(sampled_from, importance):
+        loss = policy_loss(
+            policy[:, None], policy.detach()[:, None], advantages[:, None], sampled_from.exp()[:, None],
+            clip_low=0.2, clip_high=0.2, importance=importance,
+        )  # fmt: skip
+        (gradient,) = torch.autograd.grad(loss.total, logits, retain_graph=True)
+        return gradient
+
+    right = expected_gradient(policy.detach(), None)
+    weighted = expected_gradient(engine, importance_weights(policy[:, None], engine[:, None], cap=10.0))
+    torch.testing.assert_close(weighted, right)
+    assert (expected_gradient(engine, None) - right).abs().max() > 0.01
+
+
+def test_mismatch_figures():
+    trainer = [np.log(np.array([0.5, 0.3], dtype=np.float32)), np.log(np.array([0.9], dtype=np.float32))]
+    engine = [np.log(np.array([0.25, 0.3], dtype=np.float32)), np.log(np.array([1.0], dtype=np.float32))]
+    figures = mismatch(trainer, engine, cap=1.5)
+    assert figures["mismatch"] == pytest.approx((np.log(2) - np.log(0.9)) / 3, rel=1e-5)
+    assert figures["mismatch_ratio"] == pytest.approx((2 + 1 + 0.9) / 3, rel=1e-5)
+    assert figures["capped_fraction"] == pytest.approx(1 / 3)
+    assert mismatch(trainer, engine, cap=None)["capped_fraction"] == 0.0
+    assert all(np.isnan(value) for value in mismatch(None, engine, cap=1.5).values())

@@ -9,10 +9,12 @@ import torch
 
 from v05.methods import METHODS
 from v05.train.config import BudgetConfig, LossConfig, OptimizerConfig, OverlongConfig, RunConfig, label_of, run_config
+from v05.train.engine import engine_of_folder
 from v05.train.metrics import read_metrics
+from v05.train.policy import policy_folder
 from v05.train.trainer import Trainer, has_signal, shaped_rewards
 
-TIMES = {"seconds", "generate_seconds", "verify_seconds", "sample_seconds", "advantage_seconds", "update_seconds"}
+TIMES = {"seconds", "generate_seconds", "verify_seconds", "sample_seconds", "advantage_seconds", "update_seconds", "sync_seconds"}
 
 
 def train(config, directory):
@@ -65,8 +67,8 @@ def test_dynamic_sampling_throws_away_and_counts(tmp_path):
     trainer = Trainer(run_config("smoke", "dapo"), tmp_path, lambda line: None)
     batch, thrown_away = trainer.sample()
     assert has_signal(batch).all()
-    assert trainer.rollouts == len(batch.rewards) + thrown_away
-    assert trainer.groups >= len(batch.prompts)
+    assert trainer.state.rollouts == len(batch.rewards) + thrown_away
+    assert trainer.state.groups >= len(batch.prompts)
 
 
 def test_nothing_but_equal_groups_is_survived(tmp_path):
@@ -132,6 +134,53 @@ def test_clip_fraction_is_that_of_the_updates(tmp_path, monkeypatch):
     mask = torch.arange(trainer.config.policy.max_new_tokens) < torch.tensor([[len(c.tokens)] for c in batch.completions])
     monkeypatch.setattr("v05.train.trainer.MICRO_BATCH", 5)
     assert trainer.update(batch, 1.0 * mask, mask)["clip_fraction"] == pytest.approx(1.0)
+
+
+def test_verifier_processes_change_no_figure(tmp_path):
+    for workers in (0, 2):
+        train(run_config("smoke", "v05", verifier={"workers": workers, "time_limit": 60.0}), tmp_path / str(workers))
+    assert untimed(tmp_path / "0") == untimed(tmp_path / "2")
+
+
+def test_rescoring_the_engines_rollouts_changes_rounding_only(tmp_path):
+    for cap in (None, 2.0):
+        train(run_config("smoke", "v05", loss=LossConfig(importance_cap=cap), total_rollouts=128), tmp_path / str(cap))
+    plain, weighted = (read_metrics(tmp_path / str(cap), "step") for cap in (None, 2.0))
+    assert all(s["mismatch"] is None for s in plain)
+    assert all(0 < s["mismatch"] < 1e-5 and s["capped_fraction"] == 0 for s in weighted)
+    assert all(s["mismatch_ratio"] == pytest.approx(1, abs=1e-5) for s in weighted)
+    for a, b in zip(plain, weighted, strict=True):
+        assert a["accuracy"] == b["accuracy"]
+        assert (a["grad_norm"] or 0) == pytest.approx(b["grad_norm"] or 0, rel=1e-3)
+
+
+def replica(trainer, factor=1.0):
+    """The embedded engine with a copy of the policy, as an engine elsewhere has it; `factor` spoils what it is sent."""
+    folder = policy_folder(trainer.config.policy, trainer.config.task, trainer.task, lambda line: None)
+    engine = engine_of_folder("transformers", trainer.config.engine, folder, {"max_new_tokens": 4, "capacity": 512})
+    update = engine.update_weights
+    engine.update_weights = lambda state: update((name, tensor * factor) for name, tensor in state)
+    return engine
+
+
+def test_an_engine_with_its_own_weights_trains_the_same_policy(tmp_path):
+    config = run_config("smoke", "v05")
+    train(config, tmp_path / "shared")
+    trainer = Trainer(config, tmp_path / "apart", lambda line: None)
+    trainer.engine, trainer.own_weights = replica(trainer), True
+    list(trainer.run())
+    shared, apart = (read_metrics(tmp_path / name, "step") for name in ("shared", "apart"))
+    assert all(s["sync_difference"] < 1e-4 for s in apart)
+    assert all(s["sync_difference"] is None for s in shared)
+    assert [s["accuracy"] for s in shared] == [s["accuracy"] for s in apart]
+    assert shared[0]["grad_norm"] == pytest.approx(apart[0]["grad_norm"], rel=1e-3)
+
+
+def test_an_engine_of_another_policy_is_refused(tmp_path):
+    trainer = Trainer(run_config("smoke", "v05"), tmp_path, lambda line: None)
+    trainer.engine, trainer.own_weights = replica(trainer, factor=1.05), True
+    with pytest.raises(RuntimeError, match=r"engine.tolerance=0.001: after a sync, log-probabilities of engine and trainer differ"):
+        next(trainer.run())
 
 
 def test_specs_and_presets():

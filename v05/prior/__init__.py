@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,14 @@ class ValuePrior(Protocol):
         """Learn that G prompts, (G,) successes out of (G,) trials each, went this way under the current policy."""
         ...
 
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """All that was learnt, as numeric arrays by name; a checkpoint keeps them."""
+        ...
+
+    def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
+        """Go on from what `state_dict` of a prior with the same settings gave: predictions are the same to the last bit."""
+        ...
+
 
 class ConstantPrior:
     """The same success rate for every prompt: the control that knows nothing."""
@@ -31,4 +39,10 @@ class ConstantPrior:
         return np.full(len(prompts), self.value)
 
     def observe(self, prompts: Sequence[str], successes: NDArray[np.float64], trials: NDArray[np.float64]) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
         pass

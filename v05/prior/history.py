@@ -7,9 +7,11 @@ prediction counts as `strength` rollouts against them.
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +89,27 @@ class HistoryPrior:
             self._past.move_to_end(prompt)
         while len(self._past) > self._capacity:
             self._past.popitem(last=False)
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """Arrays of the text model; of the P remembered prompts, oldest first, (P,) outcomes, steps and their texts as JSON."""
+        past = self._past.values()
+        return {
+            "weights": self._weights.copy(),
+            "squared_gradients": self._squared_gradients.copy(),
+            "step": np.array(self._step),
+            "past_successes": np.array([p.successes for p in past], dtype=np.float64),
+            "past_trials": np.array([p.trials for p in past], dtype=np.float64),
+            "past_steps": np.array([p.step for p in past], dtype=np.int64),
+            "past_prompts": np.frombuffer(json.dumps(list(self._past)).encode(), dtype=np.uint8).copy(),
+        }
+
+    def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
+        self._weights = state["weights"].copy()
+        self._squared_gradients = state["squared_gradients"].copy()
+        self._step = int(state["step"])
+        columns = (state[f"past_{name}"].tolist() for name in ("successes", "trials", "steps"))
+        prompts = json.loads(state["past_prompts"].tobytes())
+        self._past = OrderedDict((prompt, _Past(*values)) for prompt, *values in zip(prompts, *columns, strict=True))
 
     def _learn_text(
         self, prompts: Sequence[str], successes: NDArray[np.float64], trials: NDArray[np.float64], passes: int = 3

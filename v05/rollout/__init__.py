@@ -1,13 +1,22 @@
-"""Rollouts: engines that turn requests into completions, and the scheduler that decides which to ask for."""
+"""Rollouts: engines that turn requests into completions, verifiers that score them, the scheduler that says which to ask for.
+
+An engine works continuously: rollouts join while others are under way and come back as they finish.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+
+ATTEMPTS = 3  # that `generate` gives a request
 
 
 @dataclass(frozen=True)
@@ -38,13 +47,72 @@ class Completion:
     finished: bool
 
 
-class RolloutEngine(Protocol):
-    """Samples completions from the current policy."""
+@dataclass(frozen=True)
+class Failure:
+    """What stands in a result's place where there is none; `error` says why, to a person."""
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion a request, in the same order."""
+    error: str
+
+
+class RolloutEngine(Protocol):
+    """Samples completions from the current policy.
+
+    Attributes:
+        capacity: rollouts in flight that keep it busy; more are accepted and wait.
+        reproducible: what `poll` returns follows from the calls before it, never from the time.
+    """
+
+    @property
+    def capacity(self) -> int: ...
+
+    @property
+    def reproducible(self) -> bool: ...
+
+    def submit(self, keys: Sequence[int], requests: Sequence[Request]) -> None:
+        """Start rollouts; each has a key that no other rollout in flight has."""
+        ...
+
+    def poll(self, timeout: float | None = None) -> list[tuple[int, Completion | Failure]]:
+        """Wait until a rollout in flight has finished; the keys and results of all that have.
+
+        Empty when nothing is in flight, or after `timeout` seconds, of which a reproducible engine takes no notice.
+        """
+        ...
+
+    def update_weights(self, state: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Sample from these weights from now on, names as in the model's state_dict. Nothing may be in flight (ValueError)."""
         ...
 
     def decode(self, completion: Completion) -> str:
         """The completion as text, special tokens left out."""
         ...
+
+    def close(self) -> None:
+        """Give back what the engine holds: processes, actors, connections."""
+        ...
+
+
+def generate(engine: RolloutEngine, requests: Sequence[Request]) -> list[Completion]:
+    """One completion a request, in the same order, from an engine with nothing in flight.
+
+    Raises RuntimeError, with the engine's words, if a request fails `ATTEMPTS` times.
+    """
+    done: dict[int, Completion] = {}
+    waiting = deque(range(len(requests)))
+    failures = [0] * len(requests)
+    in_flight = 0
+    while len(done) < len(requests):
+        keys = [waiting.popleft() for _ in range(min(len(waiting), engine.capacity - in_flight))]
+        if keys:
+            engine.submit(keys, [requests[key] for key in keys])
+        in_flight += len(keys)
+        for key, result in engine.poll():
+            in_flight -= 1
+            if isinstance(result, Completion):
+                done[key] = result
+                continue
+            failures[key] += 1
+            if failures[key] == ATTEMPTS:
+                raise RuntimeError(f"a rollout failed {ATTEMPTS} times; the last error: {result.error}")
+            waiting.append(key)
+    return [done[key] for key in range(len(requests))]

@@ -1,7 +1,8 @@
-"""The sequential loop: lease rollouts, sample them, verify them, report them, until every group has stopped.
+"""The continuous loop: lease rollouts, sample them, verify them, report them, until every group has stopped.
 
-A group that needs more rollouts has them leased ahead of new groups, so extra rollouts ride in the next batch beside the first
-rollouts of later prompts. Which rollouts a group gets is the allocator's decision alone.
+The engine is kept full. As soon as a rollout is verified its group is tested, and a group that needs more rollouts has them leased
+ahead of new groups. Which rollouts a group gets is the allocator's decision alone, so it depends on no order of arrival. A rollout
+that fails, or whose verification does, goes back to the allocator, which leases it again with the same seed or gives it up.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from v05.budget import RolloutAllocator
-from v05.rollout import Completion, Request, RolloutEngine
-from v05.tasks import Prompt, Task
+from v05.rollout import Completion, Failure, Request, RolloutEngine
+from v05.rollout.verifier import Item, Verifier
+from v05.tasks import Prompt
+
+VERIFIER_GLANCE = 0.02  # seconds between looks at the verifier while the engine has nothing to give
 
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """The finished rollouts of G prompts, N in all; those of prompt g are offsets[g] .. offsets[g+1] - 1.
+    """The finished rollouts of G prompts, N in all; those of prompt g are offsets[g] .. offsets[g+1] - 1, at least one.
 
     Attributes:
         prompts: G prompts.
@@ -30,8 +34,10 @@ class RolloutBatch:
         offsets: (G+1,) int64.
         rewards: (N,) float64, the verifier's.
         completions: N completions.
-        rounds: generation calls, one after another.
-        generate_seconds, verify_seconds: wall-clock by stage.
+        invalid: rollouts given up after repeated failures; they are not among the N.
+        failures: what went wrong, a text an attempt.
+        in_flight: mean number of rollouts in the engine when it was polled; NaN for an empty batch.
+        generate_seconds, verify_seconds: wall-clock that the loop spent on the engine and on the verifier.
     """
 
     prompts: list[Prompt]
@@ -40,7 +46,9 @@ class RolloutBatch:
     offsets: NDArray[np.int64]
     rewards: NDArray[np.float64]
     completions: list[Completion]
-    rounds: int
+    invalid: int
+    failures: list[str]
+    in_flight: float
     generate_seconds: float
     verify_seconds: float
 
@@ -48,56 +56,96 @@ class RolloutBatch:
 def collect(
     allocator: RolloutAllocator,
     engine: RolloutEngine,
-    task: Task,
+    verifier: Verifier,
     prompts: Sequence[Prompt],
     prompt_tokens: Sequence[tuple[int, ...]],
     priors: NDArray[np.float64],
     *,
     first_group: int,
-    batch_size: int,
 ) -> RolloutBatch:
     """Sample and verify rollouts of `prompts` until the allocator has stopped all their groups.
 
+    In flight are at most `engine.capacity` rollouts in the engine, and that many more with the verifier. With a reproducible engine
+    each poll's rollouts are verified before the next poll, so that the same seed gives the same batches bitwise.
+
     Args:
         allocator: decides how many; group `first_group + g` is opened for prompt g, so ids stay unique (and seeds fresh) in a run.
+        engine, verifier: with nothing in flight.
         prompt_tokens: token ids of each prompt.
         priors: (G,) reward units.
-        batch_size: rollouts leased at a time.
+
+    Raises:
+        RuntimeError: not one rollout came through; with the last failure's text.
     """
     allocator.open(np.arange(first_group, first_group + len(prompts)), priors)
+    sampling: dict[int, tuple[int, int]] = {}  # lease -> (prompt, index in its group)
+    verifying: dict[int, tuple[int, int, Completion]] = {}
     done: dict[tuple[int, int], Completion] = {}
-    rounds = 0
+    failures: list[str] = []
+    in_flight: list[int] = []
     generate_seconds = verify_seconds = 0.0
     while not allocator.done:
-        leases = allocator.lease(batch_size)
-        slots = np.asarray(leases.group) - first_group
         started = time.perf_counter()
-        completions = engine.generate([Request(prompt_tokens[g], int(seed)) for g, seed in zip(slots, leases.seed, strict=True)])
+        leases = allocator.lease(min(engine.capacity - len(sampling), 2 * engine.capacity - len(sampling) - len(verifying)))
+        groups = (np.asarray(leases.group) - first_group).tolist()
+        keys = leases.lease_id.tolist()
+        sampling.update(zip(keys, zip(groups, leases.index.tolist(), strict=True), strict=True))
+        if keys:
+            engine.submit(keys, [Request(prompt_tokens[g], seed) for g, seed in zip(groups, leases.seed.tolist(), strict=True)])
+        in_flight.append(len(sampling))
+        failed = []
+        items = []
+        for key, result in engine.poll(VERIFIER_GLANCE if verifying else None):
+            g, index = sampling.pop(key)
+            if isinstance(result, Failure):
+                failed.append((key, result))
+            else:
+                verifying[key] = (g, index, result)
+                items.append(Item(key, prompts[g], engine.decode(result)))
         generated = time.perf_counter()
-        rewards = [task.verify(prompts[g], engine.decode(completion)) for g, completion in zip(slots, completions, strict=True)]
+
+        verifier.submit(items)
+        verified = verifier.poll(wait=not sampling)
+        while engine.reproducible and len(verified) < len(items):
+            verified += verifier.poll(wait=True)
+        rewards = {}
+        for key, reward in sorted(verified, key=lambda pair: pair[0]):
+            g, index, completion = verifying.pop(key)
+            if isinstance(reward, Failure):
+                failed.append((key, reward))
+            else:
+                rewards[key] = reward
+                done[g, index] = completion
+        allocator.report(list(rewards), list(rewards.values()))
+        allocator.fail([key for key, _ in failed])
+        failures += [failure.error for _, failure in failed]
         generate_seconds += generated - started
         verify_seconds += time.perf_counter() - generated
-        rounds += 1
-        done.update(zip(zip(slots.tolist(), leases.index.tolist(), strict=True), completions, strict=True))
-        allocator.report(leases.lease_id, np.asarray(rewards))
 
     closed = allocator.drain()
-    sizes = np.diff(closed.offsets)
-    return RolloutBatch(
+    if len(prompts) and not done:
+        raise RuntimeError(f"none of {len(closed.rewards)} rollouts came through; the last failure: {failures[-1]}")
+    valid = ~np.isnan(closed.rewards)
+    slots = np.repeat(np.arange(len(prompts)), np.diff(closed.offsets))
+    places = np.arange(len(slots)) - closed.offsets[slots]
+    batch = RolloutBatch(
         prompts=list(prompts),
         prompt_tokens=list(prompt_tokens),
         priors=closed.priors,
-        offsets=closed.offsets,
-        rewards=closed.rewards,
-        completions=[done[g, i] for g, size in enumerate(sizes) for i in range(size)],
-        rounds=rounds,
+        offsets=np.concatenate(([0], np.cumsum(valid)))[closed.offsets],
+        rewards=closed.rewards[valid],
+        completions=[done[place] for place in zip(slots[valid].tolist(), places[valid].tolist(), strict=True)],
+        invalid=int((~valid).sum()),
+        failures=failures,
+        in_flight=float(np.mean(in_flight)) if in_flight else float("nan"),
         generate_seconds=generate_seconds,
         verify_seconds=verify_seconds,
     )
+    return select(batch, np.diff(batch.offsets) > 0)
 
 
 def select(batch: RolloutBatch, keep: NDArray[np.bool_]) -> RolloutBatch:
-    """The groups of `batch` where (G,) `keep` is set. Rounds and seconds stay: they were spent."""
+    """The groups of `batch` where (G,) `keep` is set. What was spent, failures and seconds, stays."""
     sizes = np.diff(batch.offsets)
     rows = np.repeat(keep, sizes)
     return replace(
@@ -112,7 +160,7 @@ def select(batch: RolloutBatch, keep: NDArray[np.bool_]) -> RolloutBatch:
 
 
 def join(batches: Sequence[RolloutBatch]) -> RolloutBatch:
-    """The groups of all batches, in order; rounds and seconds add up."""
+    """The groups of all batches, in order; failures and seconds add up."""
     sizes = np.concatenate([np.diff(batch.offsets) for batch in batches])
     return RolloutBatch(
         prompts=[prompt for batch in batches for prompt in batch.prompts],
@@ -121,7 +169,9 @@ def join(batches: Sequence[RolloutBatch]) -> RolloutBatch:
         offsets=np.concatenate(([0], np.cumsum(sizes))),
         rewards=np.concatenate([batch.rewards for batch in batches]),
         completions=[completion for batch in batches for completion in batch.completions],
-        rounds=sum(batch.rounds for batch in batches),
+        invalid=sum(batch.invalid for batch in batches),
+        failures=[failure for batch in batches for failure in batch.failures],
+        in_flight=float(np.mean([batch.in_flight for batch in batches])),
         generate_seconds=sum(batch.generate_seconds for batch in batches),
         verify_seconds=sum(batch.verify_seconds for batch in batches),
     )

@@ -1,12 +1,15 @@
-"""The embedded engine: batched sampling with a key-value cache from a transformers model in this process.
+"""The embedded engine: continuous batched sampling with a key-value cache from a transformers model in this process.
 
-Each prompt is read once however many rollouts it gets; finished rollouts leave the batch. Random numbers are a function of the
-rollout's seed and the position in its completion, so that what a rollout is batched with changes it only through rounding.
+Finished rollouts leave the batch after every token and waiting ones join it every few, so none waits for the longest. A prompt is
+read once for all its rollouts that join together. Random numbers are a function of the rollout's seed and the position in its
+completion, so that what a rollout is batched with changes it only through rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -14,19 +17,25 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
-from v05.rollout import Completion, Request
+from v05.rollout import Completion, Failure, Request
+
+# A join costs about what a token does, however few join: prompts are read and caches copied. So there is one every so many tokens
+# at most, unless nothing is under way: short completions are then sampled batch by batch, and long ones wait little.
+JOIN_EVERY = 16
 
 
 class TransformersEngine:
-    """Samples from `model`, whose weights it reads at every call: after an optimiser step there is nothing to copy.
+    """Samples from `model`, whose weights it reads at every call: a trainer of the same model has nothing to copy.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer, with a pad and an end-of-sequence token.
         max_new_tokens: length limit of a completion, its end-of-sequence token included.
-        batch_size: rollouts sampled at once.
+        capacity: rollouts sampled at once.
         temperature: of the sampling distribution; log-probabilities are those of the tempered distribution.
     """
+
+    reproducible = True
 
     def __init__(
         self,
@@ -34,68 +43,167 @@ class TransformersEngine:
         tokenizer: Any,
         *,
         max_new_tokens: int,
-        batch_size: int = 512,
+        capacity: int = 512,
         temperature: float = 1.0,
     ) -> None:
+        self.capacity = capacity
         self._model = model
         self._tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
-        self._batch_size = batch_size
         self._temperature = temperature
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._rows: _Rows | None = None
+        self._since_join = 0  # tokens
 
     def decode(self, completion: Completion) -> str:
         return str(self._tokenizer.decode(completion.tokens, skip_special_tokens=True))
 
+    def submit(self, keys: Sequence[int], requests: Sequence[Request]) -> None:
+        self._waiting.extend(zip(keys, requests, strict=True))
+
     @torch.no_grad()
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+    def poll(self, timeout: float | None = None) -> list[tuple[int, Completion | Failure]]:
         was_training = self._model.training
         self._model.eval()
-        completions = []
-        for start in range(0, len(requests), self._batch_size):
-            completions += self._generate_batch(requests[start : start + self._batch_size])
+        finished: list[tuple[int, Completion | Failure]] = []
+        while not finished and (self._waiting or self._rows):
+            if self._rows:
+                self._rows.advance(self._model)
+            self._join()
+            finished += self._sample()
         self._model.train(was_training)
-        return completions
+        return finished
 
-    def _generate_batch(self, requests: Sequence[Request]) -> list[Completion]:
-        limit = self._max_new_tokens
-        device = self._model.device
-        uniforms = torch.from_numpy(_uniforms(np.array([r.seed for r in requests], dtype=np.uint64), limit)).to(device)
+    @torch.no_grad()
+    def update_weights(self, state: Iterable[tuple[str, torch.Tensor]]) -> None:
+        if self._rows or self._waiting:
+            raise ValueError("update_weights: rollouts are in flight; poll until none is")
+        mine = self._model.state_dict()
+        for name, tensor in state:
+            if name not in mine or mine[name].shape != tensor.shape:
+                raise ValueError(
+                    f"update_weights: {name} of shape {tuple(tensor.shape)} does not fit the engine's model; give its own"
+                )
+            mine[name].copy_(tensor)
+
+    def close(self) -> None:
+        pass
+
+    def _join(self) -> None:
+        """Let waiting rollouts join the batch, if it is time."""
+        self._since_join += 1
+        joining = min(len(self._waiting), self.capacity - (len(self._rows) if self._rows else 0))
+        if joining == 0 or (self._rows and self._since_join < JOIN_EVERY):
+            return
+        self._since_join = 0
+        keys, requests = zip(*(self._waiting.popleft() for _ in range(joining)), strict=True)
         logits, cache, mask = read_prompts(self._model, [r.prompt for r in requests], self._tokenizer.pad_token_id)
+        uniforms = _uniforms(np.array([r.seed for r in requests], dtype=np.uint64), self._max_new_tokens)
+        rows = _Rows(
+            keys=torch.tensor(keys, device=mask.device),
+            uniforms=torch.from_numpy(uniforms).to(mask.device),
+            tokens=torch.zeros(uniforms.shape, dtype=torch.int64, device=mask.device),
+            logprobs=torch.zeros(uniforms.shape, device=mask.device),
+            lengths=torch.zeros(joining, dtype=torch.int64, device=mask.device),
+            logits=logits,
+            mask=mask,
+            cache=cache,
+        )
+        if self._rows:
+            self._rows.append(rows)
+        else:
+            self._rows = rows
 
-        tokens = torch.zeros(len(requests), limit, dtype=torch.int64, device=device)
-        logprobs = torch.zeros(len(requests), limit, device=device)
-        lengths = torch.full((len(requests),), limit, device=device)
-        alive = torch.arange(len(requests), device=device)
-        ended = torch.zeros(len(requests), dtype=torch.bool, device=device)
-        for t in range(limit):
-            log_p = torch.log_softmax(logits.float() / self._temperature, dim=-1)
-            token = _inverse_cdf(log_p, uniforms[alive, t])
-            tokens[alive, t] = token
-            logprobs[alive, t] = log_p.gather(-1, token[:, None]).squeeze(-1)
-            going = token != self._tokenizer.eos_token_id
-            lengths[alive[~going]] = t + 1
-            ended[alive[~going]] = True
-            if t + 1 == limit or not going.any():
-                break
-            if not going.all():
-                keep = torch.nonzero(going).squeeze(-1)
-                cache.batch_select_indices(keep)
-                alive, token, mask = alive[keep], token[keep], mask[keep]
-            mask = torch.cat((mask, mask.new_ones(len(alive), 1)), dim=1)
-            logits = self._model(
-                input_ids=token[:, None],
-                attention_mask=mask,
-                position_ids=mask.sum(-1, keepdim=True) - 1,
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
-
+    def _sample(self) -> list[tuple[int, Completion | Failure]]:
+        """Draw every rollout's next token; those that end leave the batch."""
+        rows = self._rows
+        assert rows is not None
+        log_p = torch.log_softmax(rows.logits.float() / self._temperature, dim=-1)
+        at = rows.lengths[:, None]
+        token = _inverse_cdf(log_p, rows.uniforms.gather(1, at).squeeze(1))[:, None]
+        rows.tokens.scatter_(1, at, token)
+        rows.logprobs.scatter_(1, at, log_p.gather(1, token))
+        rows.lengths += 1
+        ended = token.squeeze(1) == self._tokenizer.eos_token_id
+        leaving = ended | (rows.lengths == self._max_new_tokens)
+        if not leaving.any():
+            return []
+        columns = (rows.keys, rows.tokens, rows.logprobs, rows.lengths, ended)
+        keys, tokens, logprobs, lengths, ends = (column[leaving].cpu().numpy() for column in columns)
+        self._rows = None if leaving.all() else rows.keep(torch.nonzero(~leaving).squeeze(1))
         return [
-            Completion(row[:n].copy(), row_logprobs[:n].copy(), bool(done))
-            for row, row_logprobs, n, done in zip(
-                tokens.cpu().numpy(), logprobs.cpu().numpy(), lengths.tolist(), ended.tolist(), strict=True
-            )
+            (int(keys[i]), Completion(tokens[i, :n].copy(), logprobs[i, :n].copy(), bool(ends[i]))) for i, n in enumerate(lengths)
         ]
+
+
+@dataclass
+class _Rows:
+    """B rollouts under way, T the length limit. A row of the cache and mask, both L wide, is aligned to the right.
+
+    Attributes:
+        keys: (B,) int64.
+        uniforms: (B, T) float64, what the tokens are drawn with.
+        tokens, logprobs: (B, T); lengths (B,): how many of them are drawn.
+        logits: (B, V) of the next token.
+        mask: (B, L) int64, one where the cache holds a token of the row.
+    """
+
+    keys: torch.Tensor
+    uniforms: torch.Tensor
+    tokens: torch.Tensor
+    logprobs: torch.Tensor
+    lengths: torch.Tensor
+    logits: torch.Tensor
+    mask: torch.Tensor
+    cache: DynamicCache
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def advance(self, model: PreTrainedModel) -> None:
+        """Read the last drawn token of every row."""
+        self.mask = torch.cat((self.mask, self.mask.new_ones(len(self), 1)), dim=1)
+        self.logits = model(
+            input_ids=self.tokens.gather(1, self.lengths[:, None] - 1),
+            attention_mask=self.mask,
+            position_ids=self.mask.sum(-1, keepdim=True) - 1,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits[:, -1]
+
+    def keep(self, rows: torch.Tensor) -> _Rows:
+        """Only these rows, and only the columns that one of them uses."""
+        self.cache.batch_select_indices(rows)
+        kept = _Rows(**{f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "cache"}, cache=self.cache)
+        kept._widen(int(kept.mask.sum(-1).max()))
+        return kept
+
+    def append(self, other: _Rows) -> None:
+        """Add the rows of `other` below."""
+        width = max(self.mask.shape[1], other.mask.shape[1])
+        self._widen(width)
+        other._widen(width)
+        for name in (f.name for f in fields(self) if f.name != "cache"):
+            setattr(self, name, torch.cat((getattr(self, name), getattr(other, name))))
+        for mine, theirs in zip(_layers(self.cache), _layers(other.cache), strict=True):
+            mine.keys = torch.cat((mine.keys, theirs.keys))
+            mine.values = torch.cat((mine.values, theirs.values))
+
+    def _widen(self, width: int) -> None:
+        """Make cache and mask `width` columns wide, on their left: fill up with zeros, or cut off."""
+        more = width - self.mask.shape[1]
+        if more == 0:
+            return
+        pad = torch.nn.functional.pad
+        self.mask = pad(self.mask, (more, 0))
+        for layer in _layers(self.cache):
+            layer.keys = pad(layer.keys, (0, 0, more, 0))
+            layer.values = pad(layer.values, (0, 0, more, 0))
+
+
+def _layers(cache: DynamicCache) -> Sequence[Any]:
+    """The layers' `keys` and `values`, (B, heads, L, head size), to read and replace."""
+    return cache.layers
 
 
 def read_prompts(
@@ -114,7 +222,7 @@ def read_prompts(
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache()  # without the configuration, layers with a sliding window keep all: rows of other lengths can join
     logits = model(
         input_ids=ids,
         attention_mask=mask,
@@ -128,13 +236,20 @@ def read_prompts(
 
 
 def completion_logprobs(
-    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], completions: Sequence[Completion], pad: int
+    model: PreTrainedModel,
+    prompts: Sequence[tuple[int, ...]],
+    completions: Sequence[Completion],
+    pad: int,
+    width: int | None = None,
 ) -> torch.Tensor:
-    """(N, T) log-probabilities of completion tokens under `model`, T the longest; meaningless beyond a completion's end."""
-    width = max(len(c.tokens) for c in completions)
+    """(N, width) log-probabilities of completion tokens under `model`; meaningless beyond a completion's end.
+
+    `width` is the longest completion's length, or more where it is given.
+    """
+    width = width or max(len(c.tokens) for c in completions)
     tokens = torch.full((len(prompts), width), pad)
     for row, completion in enumerate(completions):
-        tokens[row, : len(completion.tokens)] = torch.from_numpy(completion.tokens)
+        tokens[row, : len(completion.tokens)] = torch.tensor(completion.tokens)
     tokens = tokens.to(model.device)
     first, cache, mask = read_prompts(model, prompts, pad)
     logits = first[:, None]

@@ -3,7 +3,8 @@
     v05 compare --preset tiny
 
 All runs start from the same warm-started policy, read the same prompts in the same order for a seed, and spend the same number
-of rollouts. Each is a process of its own with one thread, so a crash costs one run, and a run that has finished is not run again.
+of rollouts. Each is a process of its own with one thread, so a crash costs one run; a run that has finished is not run again,
+and one that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -59,7 +62,7 @@ def run_all(configs: Mapping[str, RunConfig], directory: Path, jobs: int, watch:
         while waiting or running:
             while waiting and len(running) < jobs:
                 name = waiting.pop(0)
-                running[name] = context.Process(target=_run_one, args=(configs[name], directory / name), name=name)
+                running[name] = context.Process(target=run_one, args=(configs[name], directory / name), name=name)
                 running[name].start()
             for name, process in list(running.items()):
                 if process.exitcode is not None:
@@ -85,18 +88,26 @@ def is_finished(config: RunConfig, directory: Path) -> bool:
     return same and (directory / RESULT).is_file()
 
 
-def _run_one(config: RunConfig, directory: Path) -> None:
-    """A run's own process: one thread, its output in log.txt."""
+def run_one(config: RunConfig, directory: Path) -> None:
+    """A run's own process: one thread, its output in log.txt. It ends with the process that started it, however that ends."""
     import torch
 
     from v05.train.trainer import train
 
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     directory.mkdir(parents=True, exist_ok=True)
-    log = os.open(directory / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    log = os.open(directory / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(1)
     train(config, directory)
+
+
+def _end_with(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)  # as if killed: whoever starts the run again must find nobody writing it
 
 
 def _state(name: str, config: RunConfig, directory: Path, running: bool, failed: bool) -> RunState:
@@ -165,7 +176,6 @@ def _means(run: Run) -> dict[str, float]:
         "entropy_before": mean(of(run.evaluations, "entropy")[:1]),
         "entropy_after": mean(of(run.evaluations, "entropy")[-1:]),
         "group_size": mean(of(run.steps, "group_size")),
-        "rounds": mean(of(run.steps, "rounds")),
         "thrown_away": float(sum(r["thrown_away"] for r in run.steps)),
     }
 

@@ -6,6 +6,7 @@ prescribes beside its advantage; a preset is a task and policy of some size.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from v05.tasks import ReasoningGymConfig, Source, TaskConfig
 
 Aggregation = Literal["token", "sequence"]
 GroupWeighting = Literal["prompt", "rollout"]
+Distributed = Literal["ddp", "fsdp2"]
+Engine = Literal["transformers", "vllm", "vllm_server", "ray"]
 
 
 class Settings(BaseModel):
@@ -73,6 +76,9 @@ class LossConfig(Settings):
     aggregation: Aggregation = "token"
     group_weighting: GroupWeighting = "prompt"
     kl_coefficient: float = Field(default=0.0, ge=0)
+    importance_cap: float | None = Field(
+        default=None, gt=0, description="truncated importance sampling of what the engine's policy differs from the trainer's"
+    )
 
 
 class OptimizerConfig(Settings):
@@ -88,6 +94,28 @@ class OverlongConfig(Settings):
     """DAPO's soft overlong punishment: 0 up to max_new_tokens - buffer tokens, then falling linearly to -1 at max_new_tokens."""
 
     buffer: int = Field(default=2, ge=1)
+
+
+class VerifierConfig(Settings):
+    """Where completions are verified (v05.rollout.verifier)."""
+
+    workers: int = Field(default=0, ge=0, description="processes; 0 verifies in the trainer's, with no guard against hangs")
+    time_limit: float = Field(default=10.0, gt=0, description="seconds an item may take; with workers only")
+
+
+class EngineConfig(Settings):
+    """What samples rollouts (v05.rollout): the embedded engine, or one with weights of its own, brought up to date every step."""
+
+    kind: Engine = "transformers"
+    tolerance: float = Field(
+        default=1e-3, gt=0, description="largest difference between its log-probabilities and the trainer's after a sync; nats"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="of vllm")
+    kv_cache_gib: float = Field(default=1.0, gt=0, description="vllm's memory for keys and values")
+    url: str = Field(default="http://127.0.0.1:8000", description="of the vllm_server")
+    actors: int = Field(default=1, ge=1, description="of ray")
+    actor_gpus: float = Field(default=0, ge=0, description="that an actor of ray asks for")
+    actor_engine: Literal["transformers", "vllm"] = Field(default="transformers", description="inside the actors of ray")
 
 
 class EvaluationConfig(Settings):
@@ -116,9 +144,15 @@ class RunConfig(Settings):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    engine: EngineConfig = EngineConfig()
+    verifier: VerifierConfig = VerifierConfig()
     rollouts_per_step: int = Field(default=512, ge=1, description="prompts of a step are chosen so that about this many are used")
     total_rollouts: int = Field(default=100_000, ge=1, description="training stops at the step that reaches this many")
-    sampling_batch: int = Field(default=512, ge=1)
+    sampling_batch: int = Field(default=512, ge=1, description="rollouts that the engine samples at once")
+    checkpoint_seconds: float = Field(
+        default=10.0, ge=0, description="between checkpoints, more where they would cost over 1 % of the time; 0: after every step"
+    )
+    distributed: Distributed = Field(default="ddp", description="how several processes share the policy (v05.train.distributed)")
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -217,6 +251,11 @@ def run_config(preset: str, spec: str, **overrides: Any) -> RunConfig:
         rule = "osla" if parts["maximum"] else "uniform"
         fields["budget"] = {"rule": rule, "initial": initial, "maximum": maximum}
     return RunConfig.model_validate(fields)
+
+
+def digest(config: RunConfig) -> str:
+    """A hash of all settings of a run, to recognise its checkpoints by."""
+    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()
 
 
 def label_of(config: RunConfig) -> str:

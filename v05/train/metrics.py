@@ -5,13 +5,17 @@ Kinds: "step" (one optimiser step), "probe" (the baseline against a large-sample
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+
+from v05.train.files import explained, flush
 
 METRICS, CONFIG, RESULT = "metrics.jsonl", "config.json", "result.json"
 
@@ -30,15 +34,35 @@ def refuse_to_overwrite(config: BaseModel, directory: Path) -> None:
 
 
 class MetricsLog:
-    """Appends records to the metrics of a run directory; starts the file anew."""
+    """Appends records to the metrics of a run directory, and keeps other processes from doing the same.
+
+    Raises ValueError where another process that is still alive writes this run.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / METRICS
-        self._path.write_text("")
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        weakref.finalize(self, os.close, self._descriptor)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
+        except BlockingIOError:
+            raise ValueError(f"{directory} is being written by another process; wait for it or stop it") from None
+
+    def cut(self, length: int) -> None:
+        """Forget what was recorded after the first `length` bytes: it is about to happen again."""
+        found = os.fstat(self._descriptor).st_size
+        if found < length:
+            raise ValueError(f"{self._path} has {found} bytes, fewer than the {length} of the checkpoint; give another directory")
+        os.ftruncate(self._descriptor, length)
+
+    def flush(self) -> int:
+        """Have the disk hold what was recorded; returns its length in bytes."""
+        os.fsync(self._descriptor)
+        return os.fstat(self._descriptor).st_size
 
     def write(self, kind: str, **values: Any) -> None:
         """Append one record; NaN and infinity become null, so that every line is plain JSON."""
-        with self._path.open("a", encoding="utf-8") as file:
+        with explained(self._path, "the run goes on from its checkpoint"), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_plain({"kind": kind, **values}), allow_nan=False) + "\n")
 
 
@@ -56,6 +80,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` whole or not at all, NaN and infinity as null."""
     scratch = path.with_suffix(".partial")
     scratch.write_text(json.dumps(_plain(value), indent=1, default=str, allow_nan=False) + "\n", encoding="utf-8")
+    flush(scratch)
     os.replace(scratch, path)
 
 

@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from v05.rollout import Request, RolloutEngine
+from v05.rollout import Request, RolloutEngine, generate
 from v05.rollout.transformers_engine import TransformersEngine
 from v05.tasks import Prompt, Task, heldout_set
 from v05.train.config import PolicyConfig
@@ -85,10 +85,15 @@ def load_policy(path: Path) -> tuple[PreTrainedModel, Any]:
         raise ValueError(f"policy.path={path}: no config.json there; give a Hugging Face model folder")
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
+    return model, load_tokenizer(path)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a local folder, with a pad token."""
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     if tokenizer.pad_token_id is None:  # masked wherever it stands
         tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    return tokenizer
 
 
 def policy_folder(config: PolicyConfig, task_config: BaseModel, task: Task, report: Callable[[str], None]) -> Path:
@@ -180,6 +185,6 @@ def _supervised_batch(prompts: list[Prompt], tokenizer: Any) -> tuple[torch.Tens
 
 def _accuracy(engine: RolloutEngine, tokenizer: Any, task: Task, prompts: list[Prompt]) -> float:
     requests = [Request(tuple(tokenizer(p.text, add_special_tokens=False)["input_ids"]), seed=i) for i, p in enumerate(prompts)]
-    completions = engine.generate(requests)
+    completions = generate(engine, requests)
     rewards = [task.verify(p, engine.decode(c)) for p, c in zip(prompts, completions, strict=True)]
     return sum(rewards) / len(rewards)

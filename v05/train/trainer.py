@@ -1,10 +1,13 @@
-"""The trainer, read top to bottom: one policy, one method, one process.
+"""The trainer, read top to bottom: one policy, one method.
 
     v05 train --preset tiny --method v05 --seed 0 --out runs/one
+    torchrun --nproc-per-node 2 -m v05 train --preset tiny --method v05 --seed 0 --out runs/one
 
 A step is: draw prompts -> predict priors -> sample until the allocator has stopped every group -> fused advantages ->
-clipped policy gradient -> let the prior observe -> log. Evaluations and probes are paid for apart: they count neither as training
-rollouts nor as training time. Entropy is measured at evaluations, on the same prompts for every method; a step's own figures are
+clipped policy gradient -> let the prior observe -> log. Several processes share out the sampling and the gradient and do the
+rest alike (v05.train.distributed). Between steps the run is written down now and then (v05.train.checkpoint), and goes on from
+there when it is called again. Evaluations, probes and checkpoints are paid for apart: they count neither as training rollouts nor
+as training time. Entropy is measured at evaluations, on the same prompts for every method; a step's own figures are
 of the rollouts that the method chose to take and keep.
 
 Departures from the published algorithms:
@@ -21,10 +24,13 @@ Departures from the published algorithms:
 
 from __future__ import annotations
 
+import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,18 +41,39 @@ from v05.methods import find_method
 from v05.ops import AdvantageOutput, fused_advantage
 from v05.prior import ConstantPrior, ValuePrior
 from v05.prior.history import HistoryPrior
-from v05.rollout import Completion, Request
+from v05.rollout import Completion, Request, generate
 from v05.rollout.scheduler import RolloutBatch, collect, join, select
-from v05.rollout.transformers_engine import TransformersEngine, completion_logprobs
+from v05.rollout.transformers_engine import completion_logprobs
+from v05.rollout.verifier import verify_all
 from v05.tasks import Prompt, heldout_set, make_task
-from v05.train.config import OverlongConfig, RunConfig
-from v05.train.loss import policy_loss, rollout_weights, token_weights
+from v05.train.checkpoint import (
+    Checkpoint,
+    CheckpointSchedule,
+    delete_checkpoints,
+    newest_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
+from v05.train.config import OverlongConfig, RunConfig, digest
+from v05.train.distributed import (
+    distribute,
+    join_world,
+    load_optimizer_state,
+    load_parameters,
+    whole,
+    whole_optimizer_state,
+    whole_parameters,
+)
+from v05.train.engine import make_engine, make_verifier, sync_weights
+from v05.train.files import explained, flush
+from v05.train.loss import importance_weights, mismatch, policy_loss, rollout_weights, token_weights
 from v05.train.metrics import CONFIG, RESULT, MetricsLog, refuse_to_overwrite, write_json
 from v05.train.policy import load_policy, policy_folder
 
 PROMPTS_BETWEEN_SEEDS = 10_000_000  # runs of different seeds read different stretches of the task's prompts
 EVALUATION_SEED = 1 << 40  # apart from the seeds of training rollouts, and the same for every method
-MICRO_BATCH = 512  # rollouts a backward pass
+MICRO_BATCH = 512  # rollouts a backward pass and process
+PROBE_ROLLOUTS = 16  # whose log-probabilities are compared after a sync; the actors of an engine share them
 GROUP_SIZE_MEMORY = 0.5  # of the running mean that turns rollouts_per_step into prompts
 
 
@@ -59,29 +86,64 @@ class Progress:
     accuracy: float
 
 
+@dataclass
+class RunState:
+    """What a run has come to between two steps, beside its tensors; the same on every rank, but for the seconds.
+
+    Attributes:
+        next_prompt: where in the task's training prompts the next step reads on.
+        group_size: running mean of rollouts a prompt.
+        steps, groups: optimiser steps taken, groups opened.
+        rollouts: spent on training, thrown away ones included.
+        seconds: of training.
+        evaluations: of the held-out set after the first step, at equal distances in rollouts.
+        accuracy_before, accuracy: held-out, before the first step and last; None before the first evaluation.
+        successes: of each held-out prompt, if the policy has not changed since it was evaluated.
+    """
+
+    next_prompt: int
+    group_size: float
+    steps: int = 0
+    groups: int = 0
+    rollouts: int = 0
+    seconds: float = 0.0
+    evaluations: int = 0
+    accuracy_before: float | None = None
+    accuracy: float | None = None
+    successes: list[int] | None = None
+
+
 class Trainer:
-    """One run in one directory: config.json, metrics.jsonl, result.json and the final policy/."""
+    """One run in one directory: config.json, metrics.jsonl, result.json and the final policy/; checkpoints until then.
+
+    Goes on from the directory's checkpoint, if it has one, and says so by `report`.
+    """
 
     def __init__(self, config: RunConfig, directory: Path, report: Callable[[str], None]) -> None:
         torch.manual_seed(config.seed)
         self.config = config
         self.directory = directory
-        refuse_to_overwrite(config, directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / CONFIG, config.model_dump(mode="json"))
-        self.log = MetricsLog(directory)
+        self.world = join_world()
+        if self.world.size > 1 and config.engine.kind != "transformers":
+            raise ValueError(f"engine.kind={config.engine.kind!r} samples for one process; under torchrun use 'transformers'")
+        if self.world.writes:
+            refuse_to_overwrite(config, directory)
+            directory.mkdir(parents=True, exist_ok=True)
+            write_json(directory / CONFIG, config.model_dump(mode="json"))
+            self.log = MetricsLog(directory)
 
         self.method = find_method(config.method)
         self.task = make_task(config.task)
-        folder = policy_folder(config.policy, config.task, self.task, report)
+        start = policy_folder(config.policy, config.task, self.task, report) if self.world.writes else None
+        folder = self.world.broadcast(start)
+        assert folder is not None
         self.model, self.tokenizer = load_policy(folder)
         self.reference = load_policy(folder)[0] if config.loss.kl_coefficient > 0 else None
-        self.engine = TransformersEngine(
-            self.model,
-            self.tokenizer,
-            max_new_tokens=config.policy.max_new_tokens,
-            batch_size=config.sampling_batch,
-        )
+        self.sharded = self.world.size > 1 and config.distributed == "fsdp2"
+        self.sampled = load_policy(folder)[0] if self.sharded else self.model  # unsharded
+        self.scorer = distribute(self.model, self.tokenizer.pad_token_id, config.distributed, self.world)
+        self.engine = make_engine(config, folder, directory, self.sampled, self.tokenizer)
+        self.verifier = make_verifier(config, self.task)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.optimizer.learning_rate,
@@ -97,53 +159,123 @@ class Trainer:
             chunk=budget.chunk,
             seed=config.seed,
         )
-        self.prompts = (prompt for _, prompt in self.task.prompts("train", start=(config.seed + 1) * PROMPTS_BETWEEN_SEEDS))
         self.heldout = heldout_set(self.task, config.evaluation.prompts)
+        self.own_weights = config.engine.kind != "transformers"  # the engine's, to be kept up to date
+        self.state = RunState(
+            next_prompt=(config.seed + 1) * PROMPTS_BETWEEN_SEEDS,
+            group_size=float(budget.maximum if budget.rule == "osla" else budget.initial),
+        )
+        self.schedule = CheckpointSchedule(config.checkpoint_seconds)
+        self.resume(report)
+        self.prompts = self.task.prompts("train", start=self.state.next_prompt)
 
-        self.rollouts = 0  # spent on training, thrown away ones included
-        self.groups = 0  # opened so far
-        self.group_size = float(budget.maximum if budget.rule == "osla" else budget.initial)  # running mean
-        self.seconds = 0.0  # of training
+    def resume(self, report: Callable[[str], None]) -> None:
+        """Go on from the directory's newest checkpoint, or start its records anew."""
+        path = self.world.broadcast(newest_checkpoint(self.directory, report) if self.world.writes else None)
+        length = 0
+        if path is not None:
+            checkpoint = read_checkpoint(path)
+            state = checkpoint.state
+            if state["config"] != digest(self.config):
+                raise ValueError(f"{path} belongs to another configuration; give another directory")
+            self.state = RunState(**state["run"])
+            length = state["metrics_bytes"]
+            load_parameters(self.model, checkpoint.tensors["policy"].items())
+            load_optimizer_state(self.model, self.optimizer, checkpoint.tensors["optimizer"].items())
+            self.prior.load_state_dict({name: value.numpy() for name, value in checkpoint.tensors["prior"].items()})
+            self.allocator = RolloutAllocator.restore(checkpoint.allocator)
+            torch.set_rng_state(checkpoint.tensors["random"]["torch"])
+            self.refresh_sampled()
+            report(f"going on from step {self.state.steps}, rollout {self.state.rollouts} of {self.config.total_rollouts}")
+        if self.world.writes:
+            self.log.cut(length)
+
+    def save(self) -> None:
+        """Write a checkpoint: all that the coming steps depend on. Every rank must call it."""
+        started = time.monotonic()
+        policy = self.kept(whole_parameters(self.model))
+        optimizer = self.kept(whole_optimizer_state(self.model, self.optimizer))
+        if self.world.writes:
+            tensors = {
+                "policy": policy,
+                "optimizer": optimizer,
+                "prior": {name: torch.from_numpy(value) for name, value in self.prior.state_dict().items()},
+                "random": {"torch": torch.get_rng_state()},
+            }
+            state = {"config": digest(self.config), "metrics_bytes": self.log.flush(), "run": asdict(self.state)}
+            write_checkpoint(self.directory, self.state.steps, Checkpoint(state, tensors, self.allocator.snapshot()))
+        self.schedule.written(time.monotonic() - started)
+
+    def kept(self, values: Iterator[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The values on the rank that writes; the others have helped to gather each and drop it."""
+        return {name: value for name, value in values if self.world.writes}
 
     def run(self) -> Iterator[Progress]:
-        """Train to the end, yielding after every step; then write the result."""
-        config = self.config
-        accuracy_before, _ = self.evaluate()
-        accuracy, successes = accuracy_before, None
-        due = 1
-        step = 0
-        while self.rollouts < config.total_rollouts:
-            probe = step == 0 or successes is not None  # the step after an evaluation
-            self.step(step, probe)
-            step += 1
-            successes = None
-            if self.rollouts >= config.total_rollouts * due / config.evaluation.evaluations:
-                accuracy, successes = self.evaluate()
-                due = 1 + int(self.rollouts * config.evaluation.evaluations / config.total_rollouts)
-            yield Progress(self.rollouts, config.total_rollouts, accuracy)
+        """Train to the end, yielding before and after every step; then write the result."""
+        config, state = self.config, self.state
+        if self.own_weights:
+            self.sync()
+        if state.accuracy_before is None:
+            state.accuracy_before, _ = self.evaluate()
+            state.accuracy = state.accuracy_before
+        yield self.progress()
+        while state.rollouts < config.total_rollouts:
+            probe = state.steps == 0 or state.successes is not None  # the step after an evaluation
+            self.step(probe)
+            state.successes = None
+            passed = state.rollouts * config.evaluation.evaluations // config.total_rollouts
+            if passed > state.evaluations:
+                state.accuracy, state.successes = self.evaluate()
+                state.evaluations = passed
+            if self.world.broadcast(self.schedule.due()):
+                self.save()
+            yield self.progress()
 
-        self.model.save_pretrained(self.directory / "policy")
-        self.tokenizer.save_pretrained(self.directory / "policy")
-        write_json(
-            self.directory / RESULT,
-            {
-                "method": config.method,
-                "seed": config.seed,
-                "accuracy_before": accuracy_before,
-                "accuracy_after": accuracy,
-                "rollouts": self.rollouts,
-                "steps": step,
-                "seconds": self.seconds,
-                "heldout_samples": config.evaluation.samples,
-                "heldout_successes": successes,
-            },
-        )
+        self.engine.close()
+        self.verifier.close()
+        self.finish()
 
-    def step(self, step: int, probe: bool) -> None:
+    def finish(self) -> None:
+        """Write the policy and the result, then let go of the checkpoints."""
+        config, state = self.config, self.state
+        policy = self.kept(whole_parameters(self.model))
+        if not self.world.writes:
+            return
+        folder = self.directory / "policy"
+        with explained(folder, "the run goes on from its checkpoint"):
+            self.model.save_pretrained(folder, state_dict=policy)
+            self.tokenizer.save_pretrained(folder)
+            for path in (*folder.iterdir(), folder):
+                flush(path)
+        result = {
+            "method": config.method,
+            "seed": config.seed,
+            "accuracy_before": state.accuracy_before,
+            "accuracy_after": state.accuracy,
+            "rollouts": state.rollouts,
+            "steps": state.steps,
+            "seconds": state.seconds,
+            "heldout_samples": config.evaluation.samples,
+            "heldout_successes": state.successes,
+        }
+        write_json(self.directory / RESULT, result)
+        flush(self.directory)
+        delete_checkpoints(self.directory)
+
+    def progress(self) -> Progress:
+        assert self.state.accuracy is not None
+        return Progress(self.state.rollouts, self.config.total_rollouts, self.state.accuracy)
+
+    def record(self, kind: str, **values: Any) -> None:
+        """Log once for all ranks."""
+        if self.world.writes:
+            self.log.write(kind, **values)
+
+    def step(self, probe: bool) -> None:
         """One optimiser step, from prompts to the logged record."""
-        config = self.config
+        config, state = self.config, self.state
         started = time.perf_counter()
-        spent_before = self.rollouts
+        spent_before, timeouts_before = state.rollouts, self.verifier.timed_out
         batch, thrown_away = self.sample()
         rewards = shaped_rewards(batch.rewards, batch.completions, config.overlong, config.policy.max_new_tokens)
         sampled = time.perf_counter()
@@ -165,46 +297,63 @@ class Trainer:
         judged = time.perf_counter()
         probed = self.probe(batch, out) if probe and config.evaluation.probe_prompts else 0.0
         updating = time.perf_counter()
-        update = self.update(batch, out.advantages, mask)
+        rescored = self.rescore(batch) if self.own_weights or config.loss.importance_cap else None
+        update = self.update(batch, out.advantages, mask, rescored)
+        self.refresh_sampled()
         updated = time.perf_counter()
+        sync_difference = self.sync() if self.own_weights else float("nan")
+        synced = time.perf_counter()
         if self.method.needs_prior:
             sizes = np.diff(batch.offsets)
             successes = np.add.reduceat(batch.rewards, batch.offsets[:-1]) if len(sizes) else np.zeros(0)
             self.prior.observe([p.text for p in batch.prompts], successes, sizes)
-        self.seconds += time.perf_counter() - started - probed
+        state.seconds += time.perf_counter() - started - probed
 
         assert out.stats is not None
         stats = out.stats
         weight = stats.weight
-        self.log.write(
+        self.record(
             "step",
-            step=step,
-            rollouts=self.rollouts,
-            spent=self.rollouts - spent_before,
+            step=state.steps,
+            rollouts=state.rollouts,
+            spent=state.rollouts - spent_before,
             thrown_away=thrown_away,
             prompts=len(batch.prompts),
             tokens=int(lengths.sum()),
-            seconds=self.seconds,
+            seconds=state.seconds,
             accuracy=float(np.mean(batch.rewards)) if len(batch.rewards) else float("nan"),
             group_size=float(np.mean(np.diff(batch.offsets))) if batch.prompts else float("nan"),
             prior_mean=float(np.mean(batch.priors)) if self.method.needs_prior else float("nan"),
             prior_gap=float(torch.mean((stats.mean - stats.prior) ** 2)) if stats.prior is not None else float("nan"),
             weight=float(weight.mean()) if weight is not None else float("nan"),
             prior_rejected=float((weight > 0).double().mean()) if weight is not None else float("nan"),
-            rounds=batch.rounds,
+            invalid=batch.invalid,
+            failures=len(batch.failures),
+            failure=batch.failures[-1] if batch.failures else None,
+            verifier_timeouts=int(self.world.sum(torch.tensor(self.verifier.timed_out - timeouts_before))),
+            in_flight=batch.in_flight,
             generate_seconds=batch.generate_seconds,
             verify_seconds=batch.verify_seconds,
             sample_seconds=sampled - started,
             advantage_seconds=judged - sampled,
             update_seconds=updated - updating,
+            sync_seconds=synced - updated,
+            sync_difference=sync_difference,
+            **mismatch(rescored, [c.logprobs for c in batch.completions], config.loss.importance_cap),
             **update,
         )
+        state.steps += 1
+
+    def refresh_sampled(self) -> None:
+        """Bring the unsharded copy of a sharded policy up to date."""
+        if self.sharded:
+            load_parameters(self.sampled, whole_parameters(self.model))
 
     def sample(self) -> tuple[RolloutBatch, int]:
         """The step's rollouts, and how many were thrown away for giving no signal (DAPO's dynamic sampling)."""
         config = self.config
-        wanted = min(config.rollouts_per_step, config.total_rollouts - self.rollouts)
-        missing = max(1, round(wanted / self.group_size))
+        wanted = min(config.rollouts_per_step, config.total_rollouts - self.state.rollouts)
+        missing = max(1, round(wanted / self.state.group_size))
         parts: list[RolloutBatch] = []
         thrown_away = 0
         while missing and len(parts) <= config.max_refills:
@@ -218,29 +367,66 @@ class Trainer:
         return join(parts), thrown_away
 
     def _collect(self, count: int) -> RolloutBatch:
-        prompts = [next(self.prompts) for _ in range(count)]
+        """The rollouts of the next `count` prompts, of which each rank samples a block."""
+        state = self.state
+        drawn = list(itertools.islice(self.prompts, count))
+        prompts = [prompt for _, prompt in drawn]
+        mine = self.world.block(count)
         priors = self.prior.predict([p.text for p in prompts]) if self.method.needs_prior else np.full(len(prompts), np.nan)
-        batch = collect(
+        part = collect(
             self.allocator,
             self.engine,
-            self.task,
-            prompts,
-            [self.tokens_of(p) for p in prompts],
-            priors,
-            first_group=self.groups,
-            batch_size=self.config.sampling_batch,
+            self.verifier,
+            prompts[mine],
+            [self.tokens_of(p) for p in prompts[mine]],
+            priors[mine],
+            first_group=state.groups + mine.start,
         )
-        self.groups += count
-        self.rollouts += len(batch.rewards)
-        self.group_size += (1 - GROUP_SIZE_MEMORY) * (len(batch.rewards) / count - self.group_size)
+        parts = self.world.gather(part)
+        batch = replace(
+            join(parts),  # ranks worked side by side: the slowest is what it took
+            in_flight=sum(p.in_flight for p in parts if p.prompts),
+            generate_seconds=max(p.generate_seconds for p in parts),
+            verify_seconds=max(p.verify_seconds for p in parts),
+        )
+        state.next_prompt = drawn[-1][0] + 1
+        state.groups += count
+        state.rollouts += len(batch.rewards)
+        state.group_size += (1 - GROUP_SIZE_MEMORY) * (len(batch.rewards) / count - state.group_size)
         return batch
 
     def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
         return tuple(self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"])
 
-    def update(self, batch: RolloutBatch, advantages: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
-        """Optimiser updates on the step's rollouts, one a part; returns means over the updates, NaN if no part had a gradient."""
-        config = self.config
+    def sync(self) -> float:
+        """Bring an engine with weights of its own up to date, and check that it is; the largest difference found, nats."""
+        prompts = [self.tokens_of(prompt) for prompt in self.heldout[:PROBE_ROLLOUTS]]
+        probe = [Request(prompts[i % len(prompts)], EVALUATION_SEED + i) for i in range(PROBE_ROLLOUTS)]
+        return sync_weights(self.engine, self.sampled, probe, self.tokenizer.pad_token_id, self.config.engine.tolerance)
+
+    @torch.no_grad()
+    def rescore(self, batch: RolloutBatch) -> list[NDArray[np.float32]]:
+        """The completions' log-probabilities under the trainer's own policy, before the update. Ranks share them out."""
+        rescored = []
+        for rows in torch.arange(len(batch.completions))[self.world.block(len(batch.completions))].split(MICRO_BATCH):
+            prompts, completions = rollouts_of(batch, rows)
+            logprobs = completion_logprobs(self.sampled, prompts, completions, self.tokenizer.pad_token_id).cpu().numpy()
+            rescored += [row[: len(c.tokens)] for row, c in zip(logprobs, completions, strict=True)]
+        return [row for part in self.world.gather(rescored) for row in part]
+
+    def update(
+        self,
+        batch: RolloutBatch,
+        advantages: torch.Tensor,
+        mask: torch.Tensor,
+        rescored: Sequence[NDArray[np.float32]] | None = None,
+    ) -> dict[str, float]:
+        """Optimiser updates on the step's rollouts, one a part; returns means over the updates, NaN if no part had a gradient.
+
+        Ratios are taken to `rescored` where it is given, else to the engine's log-probabilities.
+        Every rank holds the whole step and passes backward through its share of it.
+        """
+        config, world = self.config, self.world
         parts = [p for p in np.array_split(np.arange(len(batch.prompts)), config.optimizer.updates_per_step) if len(p)]
         offsets = torch.from_numpy(batch.offsets)
         records = []
@@ -253,41 +439,51 @@ class Trainer:
                 continue
             self.optimizer.zero_grad()
             totals = torch.zeros(3)
-            for chunk in torch.nonzero(teaches).squeeze(-1).split(MICRO_BATCH):
-                totals += self._backward(batch, rows[chunk], advantages[rows[chunk]], weights[chunk])
+            for chunk in torch.nonzero(teaches).squeeze(-1).split(MICRO_BATCH * world.size):
+                width = int(mask[rows[chunk]].sum(-1).max())
+                share, share_weights = chunk[world.rank :: world.size], weights[chunk[world.rank :: world.size]]
+                if not len(share):  # all ranks pass backward equally often: this one with a rollout of no weight
+                    share, share_weights = chunk[:1], torch.zeros_like(weights[chunk[:1]])
+                totals += self._backward(batch, rows[share], advantages[rows[share]], share_weights, rescored, width)
             grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.max_grad_norm)
             self.optimizer.step()
-            loss, clipped, kl = totals.tolist()
-            records.append([float(grad_norm), loss, clipped / int(mask[rows].sum()), kl])
+            loss, clipped, kl = world.sum(totals).tolist()
+            records.append([float(whole(grad_norm)), loss, clipped / int(mask[rows].sum()), kl])
         means = np.mean(records, axis=0) if records else np.full(4, np.nan)
         return dict(zip(("grad_norm", "loss", "clip_fraction", "kl"), map(float, means), strict=True))
 
-    def _backward(self, batch: RolloutBatch, rows: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Accumulate gradients of some rollouts; returns their part of (loss, number of clipped tokens, KL)."""
+    def _backward(
+        self,
+        batch: RolloutBatch,
+        rows: torch.Tensor,
+        advantages: torch.Tensor,
+        weights: torch.Tensor,
+        rescored: Sequence[NDArray[np.float32]] | None,
+        width: int,
+    ) -> torch.Tensor:
+        """Accumulate gradients of rollouts up to `width` tokens long; returns their part of (loss, clipped tokens, KL)."""
         device = self.model.device
-        group_of = np.repeat(np.arange(len(batch.prompts)), np.diff(batch.offsets))
-        prompts = [batch.prompt_tokens[g] for g in group_of[rows.numpy()]]
-        completions = [batch.completions[i] for i in rows.tolist()]
-        width = max(len(c.tokens) for c in completions)
-        logprobs = completion_logprobs(self.model, prompts, completions, self.tokenizer.pad_token_id)
+        settings = self.config.loss
+        prompts, completions = rollouts_of(batch, rows)
+        logprobs = self.scorer(prompts, completions, width)
         reference = None
         if self.reference is not None:
             with torch.no_grad():
-                reference = completion_logprobs(self.reference, prompts, completions, self.tokenizer.pad_token_id)
-        old = torch.zeros(len(completions), width)
-        for row, completion in enumerate(completions):
-            old[row, : len(completion.logprobs)] = torch.from_numpy(completion.logprobs)
+                reference = completion_logprobs(self.reference, prompts, completions, self.tokenizer.pad_token_id, width)
+        engine = padded([c.logprobs for c in completions], width).to(device)
+        old = engine if rescored is None else padded([rescored[i] for i in rows.tolist()], width).to(device)
         loss = policy_loss(
             logprobs,
-            old.to(device),
+            old,
             advantages[:, :width].to(device),
             weights[:, :width].to(device),
-            clip_low=self.config.loss.clip_low,
-            clip_high=self.config.loss.clip_high,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            importance=importance_weights(old, engine, settings.importance_cap) if settings.importance_cap else None,
             reference_logprobs=reference,
-            kl_coefficient=self.config.loss.kl_coefficient,
+            kl_coefficient=settings.kl_coefficient,
         )
-        loss.total.backward()
+        (loss.total * self.world.size).backward()  # ranks' gradients are averaged, their losses add up
         kl = torch.tensor(torch.nan) if loss.kl is None else loss.kl.detach().cpu()
         return torch.stack((loss.total.detach().cpu(), loss.clipped.cpu(), kl))
 
@@ -297,7 +493,8 @@ class Trainer:
         rewards, completions = self.true_rewards(self.heldout, samples, EVALUATION_SEED)
         accuracy = float(rewards.mean())
         entropy = -float(np.mean(np.concatenate([c.logprobs for c in completions])))
-        self.log.write("evaluation", rollouts=self.rollouts, seconds=self.seconds, accuracy=accuracy, entropy=entropy)
+        state = self.state
+        self.record("evaluation", rollouts=state.rollouts, seconds=state.seconds, accuracy=accuracy, entropy=entropy)
         return accuracy, rewards.sum(-1).astype(int).tolist()
 
     def probe(self, batch: RolloutBatch, out: AdvantageOutput) -> float:
@@ -309,26 +506,40 @@ class Trainer:
         settings = self.config.evaluation
         count = min(settings.probe_prompts, len(batch.prompts))
         if count:
-            seed = EVALUATION_SEED + self.rollouts * settings.probe_samples
+            seed = EVALUATION_SEED + self.state.rollouts * settings.probe_samples
             rewards, completions = self.true_rewards(batch.prompts[:count], settings.probe_samples, seed)
             shaped = shaped_rewards(rewards.ravel(), completions, self.config.overlong, self.config.policy.max_new_tokens)
             shaped = shaped.reshape(rewards.shape)
             noise = shaped.var(axis=1, ddof=1) / settings.probe_samples
             assert out.stats is not None
             error = (out.stats.baseline[:count].numpy() - shaped.mean(axis=1)) ** 2 - noise
-            self.log.write("probe", rollouts=self.rollouts, prompts=count, baseline_mse=float(error.mean()))
+            self.record("probe", rollouts=self.state.rollouts, prompts=count, baseline_mse=float(error.mean()))
         return time.perf_counter() - started
 
     def true_rewards(self, prompts: Sequence[Prompt], samples: int, seed: int) -> tuple[NDArray[np.float64], list[Completion]]:
-        """(P, samples) verified rewards of fresh rollouts, and the rollouts."""
-        requests = [
-            Request(tokens, seed + i * samples + j) for i, tokens in enumerate(map(self.tokens_of, prompts)) for j in range(samples)
-        ]
-        completions = self.engine.generate(requests)
-        rewards = [
-            self.task.verify(prompts[i // samples], self.engine.decode(completion)) for i, completion in enumerate(completions)
-        ]
-        return np.array(rewards).reshape(len(prompts), samples), completions
+        """(P, samples) verified rewards of fresh rollouts, and the rollouts. Ranks share them out by prompt."""
+        mine = self.world.block(len(prompts))
+        tokens = [self.tokens_of(prompt) for prompt in prompts]
+        slots = [(i, j) for i in range(mine.start, mine.stop) for j in range(samples)]
+        completions = generate(self.engine, [Request(tokens[i], seed + i * samples + j) for i, j in slots])
+        rewards = verify_all(self.verifier, [prompts[i] for i, _ in slots], [self.engine.decode(c) for c in completions])
+        parts = self.world.gather((rewards, completions))
+        matrix = np.array([reward for part, _ in parts for reward in part]).reshape(len(prompts), samples)
+        return matrix, [completion for _, part in parts for completion in part]
+
+
+def rollouts_of(batch: RolloutBatch, rows: torch.Tensor) -> tuple[list[tuple[int, ...]], list[Completion]]:
+    """Prompt tokens and completions of some rollouts."""
+    group_of = np.repeat(np.arange(len(batch.prompts)), np.diff(batch.offsets))
+    return [batch.prompt_tokens[g] for g in group_of[rows.numpy()]], [batch.completions[i] for i in rows.tolist()]
+
+
+def padded(rows: Sequence[NDArray[np.float32]], width: int) -> torch.Tensor:
+    """(N, width) float32, zero beyond the end of each row."""
+    matrix = torch.zeros(len(rows), width)
+    for i, row in enumerate(rows):
+        matrix[i, : len(row)] = torch.tensor(row)
+    return matrix
 
 
 def has_signal(batch: RolloutBatch) -> NDArray[np.bool_]:
@@ -349,5 +560,5 @@ def shaped_rewards(
 
 def train(config: RunConfig, directory: Path) -> None:
     """Run `config` in `directory` to the end without a progress display."""
-    for _ in Trainer(config, directory, print).run():
+    for _ in Trainer(config, directory, functools.partial(print, flush=True)).run():
         pass

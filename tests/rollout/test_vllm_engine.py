@@ -1,0 +1,204 @@
+"""vLLM in process and behind a server, against the embedded engine's model; `make test-vllm` installs what it needs."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from v05.rollout import Failure, Request, generate
+from v05.rollout.transformers_engine import TransformersEngine
+from v05.rollout.vllm_engine import VllmEngine, VllmServerEngine
+from v05.train.config import PolicyConfig, run_config
+from v05.train.engine import sync_weights
+from v05.train.metrics import read_metrics
+from v05.train.policy import character_decoder, character_tokenizer, load_policy
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
+LIMIT = 12
+TOLERANCE = 1e-4  # float32, sums in another order
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small random Qwen3 whose end token is likely enough to be seen."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("policy")
+    tokenizer = character_tokenizer()
+    character_decoder(PolicyConfig(hidden_size=64, layers=2, heads=2, intermediate_size=96), len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def in_process(folder):
+    engine = VllmEngine(folder, load_policy(folder)[1], max_new_tokens=LIMIT, capacity=32, kv_cache_gib=0.1)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--model", str(folder), "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "32"]
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options, "--logprobs-mode", "processed_logprobs"]
+    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output, env=environment) as process:
+        deadline = time.monotonic() + 300
+        engine = None
+        while engine is None:
+            try:
+                weights = tmp_path_factory.mktemp("weights")
+                engine = VllmServerEngine(
+                    f"http://127.0.0.1:{port}", weights, load_policy(folder)[1], max_new_tokens=LIMIT, capacity=32
+                )
+            except RuntimeError:
+                assert process.poll() is None, log.read_text()[-5000:]
+                assert time.monotonic() < deadline, log.read_text()[-5000:]
+                time.sleep(1)
+        yield engine
+        engine.close()
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.fixture(params=["in_process", "server"])
+def engine(request):
+    return request.getfixturevalue(request.param)
+
+
+def requests(tokenizer, count=200):
+    return [Request(tuple(tokenizer(f"{i % 7}+{i % 3}=")["input_ids"]), seed=i) for i in range(count)]
+
+
+def test_seeds_ends_and_log_probabilities(engine, folder):
+    model, tokenizer = load_policy(folder)
+    wanted = requests(tokenizer)
+    assert sync_weights(engine, model, wanted, tokenizer.pad_token_id, TOLERANCE) < TOLERANCE
+    completions = generate(engine, wanted)
+    assert {c.finished for c in completions} == {True, False}
+    for completion in completions:
+        ends = completion.tokens == tokenizer.eos_token_id
+        assert ends[:-1].sum() == 0
+        assert ends[-1] == completion.finished
+        assert len(completion.tokens) == len(completion.logprobs)
+        assert completion.finished or len(completion.tokens) == LIMIT
+    again = generate(engine, wanted[::-1])[::-1]  # in another order, and beside others
+    assert [c.tokens.tolist() for c in again] == [c.tokens.tolist() for c in completions]
+    others = generate(engine, [Request(r.prompt, r.seed + 1000) for r in wanted])
+    assert [c.tokens.tolist() for c in others] != [c.tokens.tolist() for c in completions]
+    embedded = TransformersEngine(model, tokenizer, max_new_tokens=LIMIT)
+    assert engine.decode(completions[0]) == embedded.decode(completions[0])
+
+
+def test_first_tokens_follow_the_models_distribution(in_process, folder):
+    model, tokenizer = load_policy(folder)
+    in_process.update_weights(model.state_dict().items())
+    prompt = tuple(tokenizer("1+1=")["input_ids"])
+    count = 2000
+    tokens = [c.tokens[0] for c in generate(in_process, [Request(prompt, seed) for seed in range(count)])]
+    seen = np.bincount(tokens, minlength=len(tokenizer)) / count
+    expected = torch.softmax(model(input_ids=torch.tensor([prompt])).logits[0, -1], dim=-1).detach().numpy()
+    assert np.abs(seen - expected).max() < 5 * np.sqrt(expected.max() / count)
+
+
+def test_weights_are_updated_in_place_the_tied_head_too(engine, folder):
+    model, tokenizer = load_policy(folder)
+    assert model.config.tie_word_embeddings
+    wanted = requests(tokenizer, 32)
+    pad = tokenizer.pad_token_id
+    sync_weights(engine, model, wanted, pad, TOLERANCE)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * parameter.std() * torch.randn_like(parameter)
+    update, engine.update_weights = engine.update_weights, lambda state: None
+    try:
+        with pytest.raises(RuntimeError, match="after a sync, log-probabilities of engine and trainer differ"):  # stale
+            sync_weights(engine, model, wanted, pad, TOLERANCE)
+    finally:
+        engine.update_weights = update
+    assert sync_weights(engine, model, wanted, pad, TOLERANCE) < TOLERANCE
+
+
+def test_weights_wait_for_rollouts(engine, folder):
+    model, tokenizer = load_policy(folder)
+    engine.submit([7], requests(tokenizer, 1))
+    with pytest.raises(ValueError, match="update_weights: rollouts are in flight; poll until none is"):
+        engine.update_weights(model.state_dict().items())
+    ((key, _),) = engine.poll()
+    assert key == 7
+    assert engine.poll() == []
+
+
+def test_a_prompt_too_long_fails_alone(engine, folder):
+    fitting = requests(load_policy(folder)[1], 3)
+    engine.submit([1, 2, 3, 4], [*fitting, Request((5,) * 1000, 0)])
+    results = {}
+    while len(results) < 4:
+        results.update(engine.poll())
+    assert isinstance(results[4], Failure)
+    assert "refused the request" in results[4].error
+    assert not any(isinstance(results[key], Failure) for key in (1, 2, 3))
+
+
+def test_no_server_is_an_error(tmp_path):
+    with pytest.raises(RuntimeError, match=r"engine.url=http://127.0.0.1:9: no vLLM server answers there"):
+        VllmServerEngine("http://127.0.0.1:9", tmp_path, None, max_new_tokens=1)
+
+
+def test_half_precision_is_refused_until_it_is_meant(in_process, folder):
+    # The trainer's weights rounded to bfloat16 stand for an engine in half precision; one process holds one vLLM engine.
+    model, tokenizer = load_policy(folder)
+    rounded = {name: tensor.bfloat16().float() for name, tensor in model.state_dict().items()}
+    update, in_process.update_weights = in_process.update_weights, lambda state: update(rounded.items())
+    try:
+        with pytest.raises(RuntimeError, match=r"raise the tolerance and set loss\.importance_cap"):
+            sync_weights(in_process, model, requests(tokenizer, 32), tokenizer.pad_token_id, TOLERANCE)
+        assert TOLERANCE < sync_weights(in_process, model, requests(tokenizer, 32), tokenizer.pad_token_id, 0.5) < 0.5
+    finally:
+        in_process.update_weights = update
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from v05.train.config import RunConfig
+from v05.train.trainer import train
+
+if __name__ == "__main__":
+    train(RunConfig.model_validate_json(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+"""
+
+
+def test_a_training_run(folder, tmp_path):
+    # In a process of its own: vLLM holds one engine a process.
+    (tmp_path / "run.py").write_text(SCRIPT)
+    for kind, settings in (("vllm", {"kv_cache_gib": 0.1}), ("transformers", {})):
+        config = run_config(
+            "smoke",
+            "v05",
+            policy={"path": folder, "max_new_tokens": 4},
+            engine={"kind": kind, **settings},
+            loss={"importance_cap": 2.0},
+            total_rollouts=128,
+        )
+        (tmp_path / f"{kind}.json").write_text(config.model_dump_json())
+        command = [sys.executable, tmp_path / "run.py", tmp_path / f"{kind}.json", tmp_path / kind]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert result.returncode == 0, result.stderr[-5000:]
+    steps = read_metrics(tmp_path / "vllm", "step")
+    assert len(steps) >= 2
+    assert all(s["sync_difference"] < TOLERANCE and s["mismatch"] < TOLERANCE for s in steps)
+    assert all(s["capped_fraction"] == 0 and s["invalid"] == 0 for s in steps)
+    # Other random numbers, the same policy.
+    entropy = [read_metrics(tmp_path / kind, "evaluation")[0]["entropy"] for kind in ("vllm", "transformers")]
+    assert entropy[0] == pytest.approx(entropy[1], abs=0.1)

@@ -1,0 +1,272 @@
+"""Minutes of everything going wrong at once: what was injected, and what was lost by it. `make soak` runs five.
+
+Sampling under fire: rollouts of prompts that the allocator buys one by one, while processes that sample or verify are killed,
+verifications hang, die and raise, leases expire, and reports come twice, late and of leases that never were. What comes of it is
+compared, rollout by rollout, with the same prompts sampled in peace. Training under fire: a run that is killed with SIGKILL over
+and over and goes on, compared bitwise with one left alone. The exit status says whether anything was lost.
+
+Rollouts are sampled by a small policy: in actors on a Ray cluster where Ray is installed, else in this process, by an engine that
+gives some of them up.
+"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import os
+import random
+import signal
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from kill_and_resume import Runner, lost, smoke
+
+from v05.budget import RolloutAllocator
+from v05.rollout import Failure
+from v05.rollout.scheduler import collect
+from v05.rollout.transformers_engine import TransformersEngine
+from v05.rollout.verifier import InlineVerifier, VerifierPool
+from v05.tasks import Prompt
+from v05.train.config import PolicyConfig
+from v05.train.policy import character_decoder, character_tokenizer
+
+PROMPTS = 48  # a round
+TIME_LIMIT = 0.5  # of a verification, seconds
+ATTEMPTS = 1000  # of a rollout: nothing is to be given up, so that every one can be compared
+KILLS = 10  # of a training run
+HERE = Path(__file__).parent
+TOKENIZER = character_tokenizer()
+
+
+def chance(*what: object) -> float:
+    """A number in [0, 1) that follows from `what`, in any process."""
+    digest = hashlib.blake2b(repr(what).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+class PeacefulTask:
+    """Rewards that follow from prompt and completion. Those of verifications that would hang are what a time-out is worth."""
+
+    def verify(self, prompt: Prompt, completion: str) -> float:
+        return 0.0 if hangs(prompt, completion) else float(chance("reward", prompt.text, completion) < 0.5)
+
+
+class HostileTask(PeacefulTask):
+    """The same, but some verifications hang, and some die or raise the first time. What has been done stands in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def verify(self, prompt: Prompt, completion: str) -> float:
+        if hangs(prompt, completion):
+            self._first_time("hang", prompt, completion)
+            time.sleep(3600)
+        trouble = chance("trouble", prompt.text, completion)
+        if trouble < 0.01 and self._first_time("die", prompt, completion):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if 0.01 <= trouble < 0.03 and self._first_time("raise", prompt, completion):
+            raise RuntimeError("a verifier that is not well")
+        return super().verify(prompt, completion)
+
+    def _first_time(self, what: str, prompt: Prompt, completion: str) -> bool:
+        key = int(2**60 * chance(prompt.text, completion))
+        try:
+            os.close(os.open(self._folder / f"{what}-{key}", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        return True
+
+
+def hangs(prompt: Prompt, completion: str) -> bool:
+    return chance("hang", prompt.text, completion) < 0.003
+
+
+class LyingAllocator(RolloutAllocator):
+    """Hears every report twice, the second time with another reward; old ones, made-up ones; and lets all leases expire at times."""
+
+    def __init__(self, *, rng: random.Random, **settings: object) -> None:
+        super().__init__(**settings)
+        self._rng = rng
+        self._old: list[int] = []
+
+    def lease(self, n):
+        if self._rng.random() < 0.03:
+            self.expire(0.0)
+        return super().lease(n)
+
+    def report(self, lease_ids, rewards):
+        super().report(lease_ids, rewards)
+        super().report(lease_ids, [1.0 - reward for reward in rewards])
+        if self._old:
+            stale = self._rng.choices(self._old, k=4)
+            super().report(stale, [1.0] * len(stale))
+        invented = [self._rng.randrange(2**40, 2**60) for _ in range(2)]
+        super().report(invented, [1.0, 0.0])
+        super().fail(invented)
+        self._old += lease_ids
+
+
+class WeakEngine:
+    """The embedded engine, but it gives up one rollout in ten."""
+
+    reproducible = False
+
+    def __init__(self, engine: TransformersEngine, rng: random.Random) -> None:
+        self._engine = engine
+        self._rng = rng
+        self.capacity = engine.capacity
+        self.decode, self.submit, self.close = engine.decode, engine.submit, engine.close
+        self.injected = Counter()
+
+    def poll(self, timeout=None):
+        results = self._engine.poll(timeout)
+        self._rng.shuffle(results)
+        given_up = [key for key, _ in results if self._rng.random() < 0.1]
+        self.injected["rollouts that the engine gave up"] += len(given_up)
+        return [(key, Failure("the engine is tired") if key in given_up else result) for key, result in results]
+
+
+class KilledActors:
+    """An engine of Ray actors, one of which is killed every second or two."""
+
+    def __init__(self, rng: random.Random) -> None:
+        import ray
+
+        from v05.rollout.ray_engine import RayEngine
+
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(HERE)}})
+        self.engine = RayEngine(make_engine, TOKENIZER, actors=2)
+        self.injected = Counter()
+        self._rng = rng
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._kill, daemon=True)
+        self._thread.start()
+
+    def _kill(self) -> None:
+        import psutil
+
+        while not self._stop.wait(2 + 4 * self._rng.random()):
+            actors = [process for process in psutil.process_iter(["name"]) if "ray::_Actor" in (process.info["name"] or "")]
+            if len(actors) > 1:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    self._rng.choice(actors).kill()
+                    self.injected["actors killed while sampling"] += 1
+
+    def stop(self) -> None:
+        import ray
+
+        self._stop.set()
+        self._thread.join()
+        ray.shutdown()
+
+
+def make_engine() -> TransformersEngine:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = character_decoder(PolicyConfig(hidden_size=48, layers=2, heads=2, intermediate_size=96), len(TOKENIZER))
+    return TransformersEngine(model, TOKENIZER, max_new_tokens=6, capacity=64)
+
+
+def sample(allocator, engine, verifier, number: int):
+    """Round `number`: prompts, and what came of them."""
+    prompts = [Prompt(f"{number}+{i}=", "", None) for i in range(PROMPTS)]
+    tokens = [tuple(TOKENIZER(prompt.text)["input_ids"]) for prompt in prompts]
+    priors = np.array([0.05 + 0.9 * chance("prior", prompt.text) for prompt in prompts])
+    return collect(allocator, engine, verifier, prompts, tokens, priors, first_group=number * PROMPTS)
+
+
+def differences(peace, fire) -> Counter:
+    """Prompts, rollouts and rewards of a round in peace that the same under fire has not, or has otherwise."""
+    found = Counter({"prompts": len(peace.prompts) - len(fire.prompts), "rollouts given up": fire.invalid})
+    for g, (start, stop) in enumerate(zip(peace.offsets[:-1], peace.offsets[1:], strict=True)):
+        if g >= len(fire.prompts):
+            break
+        theirs = range(fire.offsets[g], fire.offsets[g + 1])
+        found["rollouts missing or too many"] += abs((stop - start) - len(theirs))
+        for i, j in zip(range(start, stop), theirs, strict=False):
+            found["completions changed"] += int(peace.completions[i].tokens.tolist() != fire.completions[j].tokens.tolist())
+            found["rewards changed"] += int(peace.rewards[i] != fire.rewards[j])
+    return found
+
+
+def sampling_under_fire(seconds: float, seed: int, folder: Path) -> tuple[Counter, Counter]:
+    """(injected, lost)."""
+    settings = dict(rule="osla", initial=4, maximum=16, seed=seed, max_attempts=ATTEMPTS)
+    peace = RolloutAllocator(**settings)
+    fire = LyingAllocator(rng=random.Random(seed), **settings)
+    calm = make_engine()
+    try:
+        source = KilledActors(random.Random(seed))
+        engine = source.engine
+    except ImportError:
+        source, engine = None, WeakEngine(make_engine(), random.Random(seed))
+    pool = VerifierPool(functools.partial(HostileTask, folder), workers=2, time_limit=TIME_LIMIT)
+    injected, losses = Counter(), Counter()
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline or not injected:
+        number = injected["rounds"]
+        quiet = sample(peace, calm, InlineVerifier(PeacefulTask()), number)
+        loud = sample(fire, engine, pool, number)
+        losses += differences(quiet, loud)
+        injected["rounds"] += 1
+        injected["rollouts"] += len(loud.rewards)
+    pool.close()
+    if source is not None:
+        source.stop()
+    counts = fire.counts()
+    injected += Counter(
+        {
+            "verifications that hung": pool.timed_out,
+            "verifier processes that died": len(list(folder.glob("die-*"))),
+            "verifications that raised": len(list(folder.glob("raise-*"))),
+            "leases expired": counts["expired"],
+            "reports a second time": counts["duplicate"],
+            "reports too late": counts["late"],
+            "reports of no lease": counts["unknown"],
+        }
+    )
+    return injected + (engine if source is None else source).injected, losses
+
+
+def training_under_fire(seconds: float, seed: int, folder: Path) -> tuple[Counter, Counter]:
+    """(injected, lost)."""
+    runner, injected, losses = Runner(), Counter(), Counter()
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline or not injected:
+        number = injected["runs"]
+        config, directory = smoke(steps=8 * KILLS), folder / str(number)
+        runner.finish(config, directory / "whole")
+        killed = runner.kill_and_resume(config, directory / "killed", KILLS, seed + number)
+        injected += Counter({"runs": 1, "kill -9 of a run": killed.kills, "of them inside a checkpoint": killed.in_checkpoint})
+        losses += Counter(lost(directory / "whole", directory / "killed"))
+    return injected, losses
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    lost_at_all = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        # In this order: verifiers are forked from the server that has imported all for the runs.
+        for name, part in {"training under fire": training_under_fire, "sampling under fire": sampling_under_fire}.items():
+            folder = Path(scratch, name)
+            folder.mkdir()
+            print(f"{name}: {options.minutes / 2:.1f} minutes", flush=True)
+            injected, losses = part(30 * options.minutes, options.seed, folder)
+            for what, count in injected.items():
+                print(f"  injected  {count:>8}  {what}")
+            wrong = {what: count for what, count in losses.items() if count}
+            lost_at_all += len(wrong)
+            print("  lost      " + (", ".join(f"{count} {what}" for what, count in wrong.items()) or "       0"), flush=True)
+    return int(lost_at_all > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,127 @@
+"""Two ranks under torchrun train as one process does.
+
+The rollouts are the same to the last token: seeds go with the prompt's number in the run, and a token changes only where a
+uniform number falls within rounding of the border between two. Gradients are the same up to the order in which float32 numbers
+are added up; Adam turns that into relative differences of 1e-6 a step in the weights. Seen over the first ten steps: 3e-6 of the
+gradient norm, 2e-8 in the loss. In the long run the difference grows until a token does change, and the runs part.
+"""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import rank_script
+from kill_and_resume import untimed
+
+from v05.train.checkpoint import find_checkpoints
+from v05.train.config import run_config
+from v05.train.distributed import World
+from v05.train.metrics import read_metrics
+from v05.train.trainer import Trainer
+
+CONFIGS = {
+    "ddp": run_config("smoke", "v05"),
+    "fsdp2": run_config("smoke", "v05", distributed="fsdp2", loss={"importance_cap": 2.0}),
+    "refills": run_config(  # two prompts a step, and often one to replace
+        "smoke",
+        "dapo",
+        rollouts_per_step=32,
+        optimizer={"updates_per_step": 2},
+        loss={"kl_coefficient": 0.1, "importance_cap": 2.0},
+    ),
+    "idle": run_config("smoke", "prior@1", distributed="fsdp2", rollouts_per_step=1, total_rollouts=6),  # one rollout for two ranks
+    "torn": run_config("smoke", "v05", distributed="fsdp2", total_rollouts=512, checkpoint_seconds=0),
+}
+# Relative; all else is equal.
+ROUNDED = {"grad_norm": 1e-4, "loss": 1e-4, "kl": 1e-3, "entropy": 1e-4, "mismatch": 1e-4, "mismatch_ratio": 1e-4}
+
+
+def torchrun(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The runs of two ranks in FOLDER/NAME, of one in FOLDER/NAME-alone, and how the two ranks ended."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for name, config in CONFIGS.items():
+        (folder / f"{name}.json").write_text(config.model_dump_json())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("v05.train.trainer.MICRO_BATCH", 2 * rank_script.MICRO_BATCH)
+            list(Trainer(config, folder / f"{name}-alone", lambda line: None).run())
+    result = torchrun(Path(rank_script.__file__), folder)
+    (folder / "output").write_text(result.stdout + result.stderr)
+    (folder / "status").write_text(str(result.returncode))
+    return folder
+
+
+def comparable(directory):
+    """Records without times and without how full the engine was: of two ranks each has fewer rollouts to fill it with."""
+    return [{k: v for k, v in record.items() if k != "in_flight"} for record in untimed(directory)]
+
+
+def assert_same(one, other):
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            if key in ROUNDED and a[key] is not None:
+                assert math.isclose(a[key], b[key], rel_tol=ROUNDED[key], abs_tol=1e-6), (a, b)
+            else:
+                assert a[key] == b[key], (a, b)
+
+
+def steps(directory):
+    return [record for record in untimed(directory) if record["kind"] == "step"]
+
+
+@pytest.mark.parametrize("name", rank_script.NAMES)
+def test_two_ranks_train_as_one_process(name, folder):
+    assert (folder / name / "result.json").exists(), (folder / "output").read_text()
+    assert_same(comparable(folder / name), comparable(folder / f"{name}-alone"))
+    assert len(steps(folder / name)) >= 4
+    if name == "refills":
+        assert any(record["thrown_away"] for record in steps(folder / name))
+        assert any(record["spent"] % 32 for record in steps(folder / name))  # one prompt for two ranks
+    results = [json.loads((folder / run / "result.json").read_text()) for run in (name, f"{name}-alone")]
+    assert results[0]["heldout_successes"] == results[1]["heldout_successes"]
+
+
+def test_a_rank_that_raises_ends_the_job(folder):
+    assert int((folder / "status").read_text()) != 0
+    assert "rank 1 has had enough" in (folder / "output").read_text()
+    assert not (folder / "torn" / "result.json").exists()
+    assert find_checkpoints(folder / "torn")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_two_ranks_began_goes_on(ranks, folder):
+    torn = folder / f"torn-{ranks}"
+    shutil.copytree(folder / "torn", torn)
+    taken = int(find_checkpoints(torn)[-1].name.removeprefix("checkpoint-"))
+    assert 0 < taken < len(steps(folder / "torn-alone"))
+    if ranks == 2:
+        arguments = ("-m", "v05", "train", "--config", folder / "torn.json", "--out", torn)
+        result = torchrun(*arguments)
+        assert result.returncode == 0, result.stderr
+        output = result.stdout + result.stderr
+        assert output.count("held-out accuracy") >= 1
+        assert output.count("; written to") == 1  # by one rank
+    else:
+        lines = []
+        list(Trainer(CONFIGS["torn"], torn, lines.append).run())
+        output = lines[0]
+    assert f"going on from step {taken}, " in output
+    assert_same(comparable(torn), comparable(folder / "torn-alone"))
+    assert len(read_metrics(torn, "step")) == json.loads((torn / "result.json").read_text())["steps"]
+
+
+def test_other_engines_serve_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr("v05.train.trainer.join_world", lambda: World(rank=1, size=2))
+    with pytest.raises(ValueError, match=r"engine\.kind='ray' samples for one process; under torchrun use 'transformers'"):
+        Trainer(run_config("smoke", "v05", engine={"kind": "ray"}), tmp_path, lambda line: None)

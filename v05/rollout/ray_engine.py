@@ -1,0 +1,175 @@
+"""Rollout actors on a Ray cluster, each with an engine of its own inside.
+
+Weights are put into the object store once a sync and read from there by every actor. An actor that dies gives its rollouts back as
+failures, which the allocator leases again with the same seeds, and is replaced by one that starts from the same weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from v05.rollout import Completion, Failure, Request, RolloutEngine
+
+FAILED_STARTS = 3  # of actors, one after another, that are put up with
+
+
+class RayEngine:
+    """`actors` engines on the cluster that Ray is connected to; without one, Ray is started on this machine.
+
+    Args:
+        make_engine: makes the engine in an actor; picklable.
+        tokenizer: the policy's, for `decode`.
+        actors: how many.
+        options: of the actors, as Ray names them: num_cpus, num_gpus, resources, scheduling_strategy.
+        start_limit: seconds that the cluster may take to bring up an actor while none works.
+
+    Raises ImportError, naming the extra, where Ray is not installed; RuntimeError, from any method, if no actor comes up.
+    """
+
+    reproducible = False
+
+    def __init__(
+        self,
+        make_engine: Callable[[], RolloutEngine],
+        tokenizer: Any,
+        *,
+        actors: int,
+        options: dict[str, Any] | None = None,
+        start_limit: float = 600.0,
+    ) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise ImportError("the Ray engine needs the package 'ray'; install it with: pip install 'v05[ray]'") from error
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False)
+        self._ray = ray
+        self._tokenizer = tokenizer
+        self._start_limit = start_limit
+        self._failed_starts = 0
+        self._weights: Any = None  # in the object store, what the last sync put there
+        actor_class = ray.remote(_Actor).options(max_restarts=0, **(options or {}))
+        self._start: Callable[[], _Remote] = lambda: _Remote(actor_class.remote(make_engine, self._weights))
+        self._actors = [self._start() for _ in range(actors)]
+        self.capacity = actors * int(self._working()[0].capacity)
+
+    def decode(self, completion: Completion) -> str:
+        return str(self._tokenizer.decode(completion.tokens, skip_special_tokens=True))
+
+    def submit(self, keys: Sequence[int], requests: Sequence[Request]) -> None:
+        """Rollouts go to the actors that have the fewest; those that are coming up are passed over."""
+        shares: dict[_Remote, list[tuple[int, Request]]] = {actor: [] for actor in self._working()}
+        for key, request in zip(keys, requests, strict=True):
+            actor = min(shares, key=lambda actor: len(actor.keys))
+            actor.keys.add(key)
+            shares[actor].append((key, request))
+        for actor, share in shares.items():
+            if share:
+                actor.handle.submit.remote(*zip(*share, strict=True))
+
+    def poll(self, timeout: float | None = None) -> list[tuple[int, Completion | Failure]]:
+        busy = [actor for actor in self._actors if actor.keys]
+        if not busy:
+            return []
+        for actor in busy:
+            actor.polling = actor.polling or actor.handle.poll.remote()
+        answered, _ = self._ray.wait([actor.polling for actor in busy], num_returns=1, timeout=timeout)
+        return [result for actor in busy if actor.polling in answered for result in self._take(actor)]
+
+    def update_weights(self, state: Iterable[tuple[str, torch.Tensor]]) -> None:
+        if any(actor.keys for actor in self._actors):
+            raise ValueError("update_weights: rollouts are in flight; poll until none is")
+        self._weights = self._ray.put({name: tensor.detach().cpu() for name, tensor in state})
+        syncs = {actor: actor.handle.update_weights.remote(self._weights) for actor in self._actors}
+        for actor in self._working():
+            try:
+                if actor in syncs:  # else it was started a moment ago, from these weights
+                    self._ray.get(syncs[actor])
+            except self._ray.exceptions.RayActorError:
+                self._replace(actor)
+
+    def close(self) -> None:
+        for actor in self._actors:
+            self._ray.kill(actor.handle)
+
+    def _working(self) -> list[_Remote]:
+        """The actors that have come up; waits until one has."""
+        deadline = time.monotonic() + self._start_limit
+        while True:
+            coming = {actor.coming_up: actor for actor in self._actors if actor.capacity == 0}
+            wanted, patience = len(coming), 0.0
+            if len(coming) == len(self._actors):
+                wanted, patience = 1, max(0.0, deadline - time.monotonic())
+            ready, _ = self._ray.wait(list(coming), num_returns=wanted, timeout=patience) if coming else ([], [])
+            for started in ready:
+                try:
+                    coming[started].capacity = self._ray.get(started)
+                    self._failed_starts = 0
+                except self._ray.exceptions.RayError as error:
+                    self._failed_starts += 1
+                    if self._failed_starts == FAILED_STARTS:
+                        raise RuntimeError(
+                            f"{FAILED_STARTS} rollout actors in a row did not come up; the last error: {error}"
+                        ) from error
+                    self._replace(coming[started])
+            working = [actor for actor in self._actors if actor.capacity]
+            if working:
+                return working
+            if time.monotonic() >= deadline:
+                raise RuntimeError(
+                    f"no rollout actor came up in {self._start_limit:.0f} seconds; give the cluster what one needs, or wait longer"
+                )
+
+    def _take(self, actor: _Remote) -> list[tuple[int, Completion | Failure]]:
+        """What an actor's poll came to: its results, or the failure of all that it had."""
+        answer, actor.polling = actor.polling, None
+        try:
+            results: list[tuple[int, Completion | Failure]] = self._ray.get(answer)
+            if results:
+                actor.keys.difference_update(key for key, _ in results)
+                return results
+            lost = "it knows nothing of its rollouts"
+        except self._ray.exceptions.RayError as error:
+            lost = str(error)
+        self._replace(actor)
+        return [(key, Failure(f"a rollout actor was lost: {lost}")) for key in sorted(actor.keys)]
+
+    def _replace(self, actor: _Remote) -> None:
+        self._ray.kill(actor.handle)
+        self._actors[self._actors.index(actor)] = self._start()
+
+
+class _Remote:
+    """An actor seen from here: `keys` of its rollouts in flight, `polling` the awaited answer, `capacity` 0 until it is up."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+        self.coming_up = handle.capacity.remote()
+        self.capacity = 0
+        self.keys: set[int] = set()
+        self.polling: Any = None
+
+
+class _Actor:
+    """An engine in a process on the cluster. Calls are carried out one after another, in the order they were made."""
+
+    def __init__(self, make_engine: Callable[[], RolloutEngine], weights: Mapping[str, torch.Tensor] | None) -> None:
+        self._engine = make_engine()
+        if weights is not None:
+            self.update_weights(weights)
+
+    def capacity(self) -> int:
+        return self._engine.capacity
+
+    def submit(self, keys: Sequence[int], requests: Sequence[Request]) -> None:
+        self._engine.submit(keys, requests)
+
+    def poll(self) -> list[tuple[int, Completion | Failure]]:
+        return self._engine.poll()
+
+    def update_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self._engine.update_weights(weights.items())

@@ -1,0 +1,164 @@
+"""Several processes as one learner: what `torchrun -m v05 train` adds to a run of one process.
+
+Every rank draws all prompts of a step, samples the rollouts of its own block of them, and learns what the others sampled: from
+there on each holds the same batch and decides the same. Only sampling, evaluation and the backward passes are shared out.
+Gradients are those of the whole step's loss; rank 0 alone writes. The run directory and the policy's folder must be visible to
+all ranks.
+
+"ddp": each rank holds the whole policy (torch's DistributedDataParallel). "fsdp2": parameters, gradients and optimiser state are
+sharded by layer (torch's fully_shard), and the engine samples from an unsharded copy, since ranks decode different numbers of
+steps.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from v05.rollout import Completion
+from v05.rollout.transformers_engine import completion_logprobs
+from v05.train.config import Distributed
+
+PATIENCE = timedelta(hours=2)  # that ranks wait for each other: for a warm start, or the longest completion
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a job and what they tell each other. Alone, nothing is sent."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def writes(self) -> bool:
+        """Rank 0 does, for all."""
+        return self.rank == 0
+
+    def block(self, count: int) -> slice:
+        """This rank's stretch of `count` things; the ranks' stretches in order are all of them."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in rank order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of a CPU tensor."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+def join_world() -> World:
+    """The job that torchrun's environment names; this process alone without one."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World()
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    return World(dist.get_rank(), size)
+
+
+def leave_world() -> None:
+    """Part from the other ranks; nothing to do alone."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Scorer(torch.nn.Module):
+    """The policy as one function from rollouts to log-probabilities, (N, width): what DDP and FSDP2 call a forward pass."""
+
+    def __init__(self, model: PreTrainedModel, pad: int) -> None:
+        super().__init__()
+        self.model = model
+        self._pad = pad
+
+    def forward(self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Completion], width: int) -> torch.Tensor:
+        # FSDP2 hangs hooks on what comes out, which must be no view.
+        return completion_logprobs(self.model, prompts, completions, self._pad, width).clone()
+
+
+def distribute(model: PreTrainedModel, pad: int, strategy: Distributed, world: World) -> torch.nn.Module:
+    """The scorer of `model` whose backward passes average gradients over ranks. Shards the model in place for "fsdp2".
+
+    All ranks must make the same number of passes, with the same `width`.
+    """
+    scorer = Scorer(model, pad)
+    if world.size == 1:
+        return scorer
+    if strategy == "ddp":
+        return DistributedDataParallel(scorer)
+    mesh = init_device_mesh(model.device.type, (world.size,))
+    for layer in model.get_decoder().layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(scorer, mesh=mesh)
+    return scorer
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The unsharded tensor, detached. Where it is sharded all ranks must ask for it."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and unsharded values; of tied parameters the first. All ranks must go through them together."""
+    for name, parameter in model.named_parameters():
+        yield name, whole(parameter)
+
+
+def whole_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """The optimiser's unsharded tensors, named "exp_avg/model.norm.weight". All ranks must go through them together."""
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            yield f"{key}/{name}", whole(value)
+
+
+@torch.no_grad()
+def load_parameters(model: torch.nn.Module, values: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Set parameters, sharded or not, to unsharded values by name."""
+    parameters = dict(model.named_parameters())
+    for name, value in values:
+        parameters[name].copy_(_laid_out_like(parameters[name], value))
+
+
+def load_optimizer_state(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, values: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    """Set the optimiser's tensors to unsharded values named as in `whole_optimizer_state`."""
+    parameters = dict(model.named_parameters())
+    for path, value in values:
+        key, name = path.split("/", 1)
+        # AdamW counts its steps on the CPU.
+        optimizer.state[parameters[name]][key] = value if key == "step" else _laid_out_like(parameters[name], value)
+
+
+def _laid_out_like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else value

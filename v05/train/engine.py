@@ -1,0 +1,78 @@
+"""The engine and the verifier of a run, and the check that an engine samples from the policy that learns."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from v05.rollout import Request, RolloutEngine, generate
+from v05.rollout.transformers_engine import TransformersEngine, completion_logprobs
+from v05.rollout.verifier import InlineVerifier, Verifier, VerifierPool
+from v05.tasks import Task, make_task
+from v05.train.config import EngineConfig, RunConfig
+from v05.train.policy import load_policy, load_tokenizer
+
+
+def make_engine(config: RunConfig, folder: Path, directory: Path, model: PreTrainedModel, tokenizer: Any) -> RolloutEngine:
+    """The engine of a run. The embedded one samples from `model` itself, the others from a copy that they load from `folder`.
+
+    Weights for a server go through a folder in the run's `directory`.
+    """
+    settings = config.engine
+    limits = {"max_new_tokens": config.policy.max_new_tokens, "capacity": config.sampling_batch}
+    if settings.kind == "transformers":
+        return TransformersEngine(model, tokenizer, **limits)
+    if settings.kind == "vllm_server":
+        from v05.rollout.vllm_engine import VllmServerEngine
+
+        return VllmServerEngine(settings.url, directory / "engine_weights", tokenizer, **limits)
+    if settings.kind == "ray":
+        from v05.rollout.ray_engine import RayEngine
+
+        in_actor = functools.partial(engine_of_folder, settings.actor_engine, settings, folder.resolve(), limits)
+        return RayEngine(in_actor, tokenizer, actors=settings.actors, options={"num_gpus": settings.actor_gpus})
+    return engine_of_folder("vllm", settings, folder, limits)
+
+
+def engine_of_folder(kind: str, settings: EngineConfig, folder: Path, limits: dict[str, int]) -> RolloutEngine:
+    """An engine with a copy of the policy in `folder`, "transformers" or "vllm"."""
+    if kind == "transformers":
+        model, tokenizer = load_policy(folder)
+        return TransformersEngine(model, tokenizer, **limits)
+    from v05.rollout.vllm_engine import VllmEngine
+
+    return VllmEngine(folder, load_tokenizer(folder), dtype=settings.dtype, kv_cache_gib=settings.kv_cache_gib, **limits)
+
+
+def make_verifier(config: RunConfig, task: Task) -> Verifier:
+    """The verifier of a run: inline, or a pool whose processes each make their own task."""
+    settings = config.verifier
+    if settings.workers == 0:
+        return InlineVerifier(task)
+    return VerifierPool(functools.partial(make_task, config.task), workers=settings.workers, time_limit=settings.time_limit)
+
+
+def sync_weights(engine: RolloutEngine, model: PreTrainedModel, probe: Sequence[Request], pad: int, tolerance: float) -> float:
+    """Give `engine` the weights of `model`, sample `probe`, and compare its log-probabilities with the model's own.
+
+    Returns the largest difference, nats. RuntimeError if that is above `tolerance`: the engine samples from another policy then.
+    """
+    engine.update_weights(model.state_dict().items())
+    completions = generate(engine, probe)
+    with torch.no_grad():
+        expected = completion_logprobs(model, [request.prompt for request in probe], completions, pad).cpu()
+    differences = [
+        (row[: len(c.logprobs)] - torch.tensor(c.logprobs)).abs().max() for row, c in zip(expected, completions, strict=True)
+    ]
+    largest = float(torch.stack(differences).max())
+    if not largest <= tolerance:
+        raise RuntimeError(
+            f"engine.tolerance={tolerance}: after a sync, log-probabilities of engine and trainer differ by up to {largest:.3g}; "
+            "is it the same model in the same precision? If so it should be, raise the tolerance and set loss.importance_cap"
+        )
+    return largest
