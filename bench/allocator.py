@@ -3,10 +3,10 @@
     python bench/allocator.py            # one thread; prints a table and writes bench/results/allocator.csv
 
 Gate, then time: both must allocate alike before either is timed. A pass opens all groups, leases all initial rollouts in batches,
-then reports and leases in rounds until every group has closed; only the calls themselves are timed. Reports come in the order of the
-leases, shuffled among 16,384 rollouts in flight, or shuffled among all of a round: millions, in random order over all memory. The plain Python allocator is tests/allocator_model.py; it gets fewer
-groups, because a million would not fit its memory and the reader's patience. Times are processor time of the one thread, so that
-whatever else runs changes them little.
+then reports and leases in rounds until every group has closed; only the calls themselves are timed, in processor time of the one
+thread. Reports come in the order of the leases, shuffled among 16,384 rollouts in flight, or shuffled among all of a round:
+millions, in random order over all memory. The plain Python allocator is tests/allocator_model.py; it gets fewer groups, because a
+million would not fit its memory and the reader's patience.
 """
 
 from __future__ import annotations
