@@ -64,14 +64,16 @@ class TransformersEngine:
     @torch.no_grad()
     def poll(self, timeout: float | None = None) -> list[tuple[int, Completion | Failure]]:
         was_training = self._model.training
-        self._model.eval()
+        if was_training:
+            self._model.eval()
         finished: list[tuple[int, Completion | Failure]] = []
         while not finished and (self._waiting or self._rows):
             if self._rows:
                 self._rows.advance(self._model)
             self._join()
             finished += self._sample()
-        self._model.train(was_training)
+        if was_training:
+            self._model.train()
         return finished
 
     @torch.no_grad()
