@@ -87,7 +87,7 @@ def hangs(prompt: Prompt, completion: str) -> bool:
 
 
 class LyingAllocator(RolloutAllocator):
-    """Hears every report twice, the second time with another reward; old ones, made-up ones; and lets all leases expire at times."""
+    """Hears every report twice, with another reward the second time, and old and made-up ones; lets leases expire at times."""
 
     def __init__(self, *, rng: random.Random, **settings: object) -> None:
         super().__init__(**settings)
