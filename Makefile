@@ -47,8 +47,9 @@ $(VENV)-vllm/.ready: pyproject.toml CMakeLists.txt $(CPP_ALL)
 test-vllm: $(VENV)-vllm/.ready  ## the tests of the vLLM and Ray engines, in an environment of their own (4 GB)
 	$(VENV)-vllm/bin/python -m pytest -q --durations=10 -m 'vllm or ray' tests/rollout
 
-soak: setup  ## five minutes of killed workers, hanging verifiers, lying reports and kill -9; with Ray's actors where it is installed
-	PYTHONPATH=tests:tests/train $(BIN)/python tests/soak.py --minutes 5
+# With Ray's actors, which are killed too, where `make test-vllm` has installed Ray.
+soak: setup  ## five minutes of killed workers, hanging verifiers, lying reports and kill -9: what was injected, what was lost
+	PYTHONPATH=tests:tests/train $(if $(wildcard $(VENV)-vllm/.ready),$(VENV)-vllm,$(VENV))/bin/python tests/soak.py --minutes 5
 
 lint: setup  ## ruff, mypy, clang-format, clang-tidy
 	$(BIN)/ruff check .
@@ -57,11 +58,12 @@ lint: setup  ## ruff, mypy, clang-format, clang-tidy
 	$(BIN)/clang-format --dry-run --Werror $(CPP_ALL)
 	$(BIN)/clang-tidy --quiet $(CPP) -- -std=c++20 -Icsrc/include
 
+# Without what compiles: g++ and torch's compiler would run under the sanitizer too.
 sanitize: setup  ## the core's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm $(VENV)/.ready  # so that the next make builds without them
 	$(BIN)/pip install --quiet --no-deps --editable . -C cmake.define.V05_SANITIZE=address,undefined
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-		$(BIN)/python -m pytest -q tests/test_ops.py tests/test_core.py tests/budget -k "not instruction_set and not threads"
+		$(BIN)/python -m pytest -q tests/test_ops.py tests/test_core.py tests/test_distributed.py tests/budget -k "not instruction_set and not threads"
 
 sanitize-threads: setup  ## the allocator under ThreadSanitizer
 	$(BIN)/python -m pytest -q tests/budget/test_threads.py

@@ -174,6 +174,8 @@ def rollouts() -> SimpleNamespace:
     return SimpleNamespace(
         ids=ids,
         scattered=ids * 1_000_003_000_017 - 2**60,
+        column=torch.zeros(ROLLOUT_GROUPS, 4, dtype=torch.float64)[:, 0],  # of groups that weigh 32 bytes
+        gathered=torch.empty(n, dtype=torch.float64),
         names=names,
         name_array=np.array(names, dtype=object),
         rewards=rewards,
@@ -185,7 +187,10 @@ def rollouts() -> SimpleNamespace:
 @pytest.mark.parametrize("provider", ["v05", "plain torch float64", "plain torch float32", FLOOR])
 @pytest.mark.parametrize("any_value", [False, True], ids=["positions", "any value"])
 def test_rollouts(measure: Measure, any_value: bool, provider: str) -> None:
-    """Per-rollout output, ids in random order. The op computes in float64; torch is timed in that and in float32."""
+    """Per-rollout output, ids in random order. The op computes in float64; torch is timed in that and in float32.
+
+    The floor is to write the output, to read ids and rewards, and to read twice a number of each rollout's group, wherever it is.
+    """
     b = rollouts()
     ids = b.scattered if any_value else b.ids
     groups = None if any_value else ROLLOUT_GROUPS
@@ -198,7 +203,12 @@ def test_rollouts(measure: Measure, any_value: bool, provider: str) -> None:
         "v05": lambda: fused_advantage(b.rewards, group_ids=ids, num_groups=groups, method="grpo", stats=False).advantages,
         "plain torch float64": lambda: plain(torch.float64),
         "plain torch float32": lambda: plain(torch.float32),
-        FLOOR: lambda: (torch.empty(ROLLOUTS).fill_(0), read(ids), read(b.rewards)),
+        FLOOR: lambda: (
+            torch.empty(ROLLOUTS).fill_(0),
+            read(ids),
+            read(b.rewards),
+            *(torch.index_select(b.column, 0, b.ids, out=b.gathered) for _ in range(2)),
+        ),
     }
     case = "rollouts, ids of any value" if any_value else "rollouts, ids are positions"
     measure(provider, case, b.shape, calls[provider], None if provider == FLOOR else b.expected, 16 * ROLLOUTS)

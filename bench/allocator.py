@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import csv
 import gc
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+from machine import commit, processor, versions
 from numpy.typing import NDArray
 
 from v05.budget import RolloutAllocator
@@ -166,27 +164,16 @@ def upkeep(groups: int) -> Iterator[Row]:
     yield "v05", f"total: lease({LEASE}) by gain", groups, 1e6 * float(np.median(lease.seconds)), "us"
 
 
-def versions() -> str:
-    return f"python={platform.python_version()} numpy={metadata.version('numpy')}"
-
-
-def device() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, 1 thread"
-
-
 def main() -> None:
-    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
     gate()
+    about = (f"{processor()}, 1 thread", commit(), versions("numpy"))
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(FIELDS)
         for rows in (measure("v05", GROUPS), upkeep(GROUPS), measure("plain Python", PLAIN_GROUPS)):
             for provider, case, groups, value, unit in rows:
-                writer.writerow((provider, case, groups, f"{value:.6g}", unit, device(), commit, versions()))
+                writer.writerow((provider, case, groups, f"{value:.6g}", unit, *about))
                 print(f"{provider:<14} {case:<36} {groups:>9} groups {value:14.4g} {unit}", flush=True)
 
 

@@ -7,17 +7,15 @@ that all figures in it come from one machine and one commit.
 from __future__ import annotations
 
 import csv
-import platform
-import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from machine import commit, processor, versions
 
 RESULTS = Path(__file__).parent / "results" / "advantage.csv"
 FLOOR = "floor"
@@ -89,7 +87,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if not rows or session.testsfailed:
         return
     floors = {(row["case"], row["shape"]): row["median"] for row in rows if row["provider"] == FLOOR}
-    about = dict(device=device(), commit=commit(), versions=versions())
+    device = f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread"
+    about = dict(device=device, commit=commit(), versions=versions(*PACKAGES))
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
@@ -99,26 +98,3 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             floor = floors.get((row["case"], (n, t, groups)), float("nan"))
             figures = asdict(Row(**row, N=n, T=t, groups=groups, floor=floor, **about))
             writer.writerow({name: f"{x:.4f}" if isinstance(x, float) else x for name, x in figures.items()})
-
-
-def device() -> str:
-    """The processor's own name, and the widest instruction set torch sees."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.machine()
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread"
-
-
-def commit() -> str:
-    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def versions() -> str:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return " ".join(f"{name}={version}" for name, version in found.items())

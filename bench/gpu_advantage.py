@@ -10,7 +10,6 @@ copy reached in the same run, counting for each provider the bytes that a launch
 from __future__ import annotations
 
 import csv
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from machine import commit
 
 from v05 import reference
 from v05.ops import fused_advantage
@@ -103,7 +103,6 @@ def main() -> None:
         print("no GPU: nothing was timed")
         sys.exit(0)
     device = torch.cuda.get_device_name()
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False).stdout.strip()
     rows = []
     for n, t in SHAPES:
         batches = [make_batch(n, t, seed) for seed in range(max(2, ROTATED_BYTES // (5 * n * t)))]
@@ -119,7 +118,7 @@ def main() -> None:
             times = microseconds(provider, batches)
             figures = [float(x) for x in (np.median(times), *np.percentile(times, (20, 80)))]
             share = floor / figures[0] / copy_bandwidth
-            rows.append((name, "padded grpo", n, t, n // GROUP_SIZE, *figures, floor, share, device, commit, torch.__version__))
+            rows.append((name, "padded grpo", n, t, n // GROUP_SIZE, *figures, floor, share, device, commit(), torch.__version__))
             print(f"{n:>6} x {t:<6} {name:<14} {figures[0]:>10.1f} us   {share:6.1%} of the copy's bandwidth")
     RESULTS.parent.mkdir(exist_ok=True)
     new = not RESULTS.exists()

@@ -67,6 +67,8 @@ def work(rank, folder, ranks):
         "bad lengths": dict(rewards=REWARDS[:2], group_ids=["x", "x"], cu_seqlens=[0, 3, 2], method="grpo"),
         "bad value": dict(rewards=torch.full((1,), math.nan if last else 1.0), group_ids=["x"], method="grpo"),
         "one rank's shape": dict(rewards=[1.0, 0.0], group_ids=["x"] * (1 if last else 2), method="grpo"),
+        "one rank without ids": dict(rewards=[1.0], group_ids=None if last else ["x"], method="grpo"),
+        "one rank's surprise": dict(rewards=object() if last else [1.0], group_ids=["x"], method="grpo"),
         "one rank's lengths": dict(rewards=[1.0], group_ids=["x"], cu_seqlens=[0, -1 if last else 2], method="grpo"),
     }.items():
         try:

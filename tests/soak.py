@@ -3,7 +3,7 @@
 Sampling under fire: rollouts of prompts that the allocator buys one by one, while processes that sample or verify are killed,
 verifications hang, die and raise, leases expire, and reports come twice, late and of leases that never were. What comes of it is
 compared, rollout by rollout, with the same prompts sampled in peace. Training under fire: a run that is killed with SIGKILL over
-and over and goes on, compared bitwise with one left alone. The exit status says whether anything was lost.
+and over and goes on, compared bitwise with one left alone. The exit status is 1 if anything was lost, or some trouble never came.
 
 Rollouts are sampled by a small policy: in actors on a Ray cluster where Ray is installed, else in this process, by an engine that
 gives some of them up.
@@ -121,7 +121,7 @@ class WeakEngine:
         self._rng = rng
         self.capacity = engine.capacity
         self.decode, self.submit, self.close = engine.decode, engine.submit, engine.close
-        self.injected = Counter()
+        self.injected = Counter({"rollouts that the engine gave up": 0})
 
     def poll(self, timeout=None):
         results = self._engine.poll(timeout)
@@ -139,23 +139,33 @@ class KilledActors:
 
         from v05.rollout.ray_engine import RayEngine
 
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(HERE)}})
+        self._mark = f"V05_SOAK={os.getpid()}"
+        environment = {"PYTHONPATH": os.environ.get("PYTHONPATH", str(HERE)), **dict([self._mark.split("=")])}
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
         self.engine = RayEngine(make_engine, TOKENIZER, actors=2)
-        self.injected = Counter()
+        self.injected = Counter({"actors killed while sampling": 0})
         self._rng = rng
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._kill, daemon=True)
         self._thread.start()
 
     def _kill(self) -> None:
-        import psutil
-
         while not self._stop.wait(2 + 4 * self._rng.random()):
-            actors = [process for process in psutil.process_iter(["name"]) if "ray::_Actor" in (process.info["name"] or "")]
+            actors = self._pids()
             if len(actors) > 1:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    self._rng.choice(actors).kill()
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._rng.choice(actors), signal.SIGKILL)
                     self.injected["actors killed while sampling"] += 1
+
+    def _pids(self) -> list[int]:
+        """The actors' processes, of this cluster and no other."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                is_actor = (process / "cmdline").read_bytes().startswith(b"ray::_Actor")
+                if is_actor and self._mark.encode() in (process / "environ").read_bytes():
+                    found.append(int(process.name))
+        return found
 
     def stop(self) -> None:
         import ray
@@ -212,14 +222,14 @@ def sampling_under_fire(seconds: float, seed: int, folder: Path) -> tuple[Counte
         number = injected["rounds"]
         quiet = sample(peace, calm, InlineVerifier(PeacefulTask()), number)
         loud = sample(fire, engine, pool, number)
-        losses += differences(quiet, loud)
+        losses.update(differences(quiet, loud))
         injected["rounds"] += 1
         injected["rollouts"] += len(loud.rewards)
     pool.close()
     if source is not None:
         source.stop()
     counts = fire.counts()
-    injected += Counter(
+    injected.update(
         {
             "verifications that hung": pool.timed_out,
             "verifier processes that died": len(list(folder.glob("die-*"))),
@@ -230,7 +240,8 @@ def sampling_under_fire(seconds: float, seed: int, folder: Path) -> tuple[Counte
             "reports of no lease": counts["unknown"],
         }
     )
-    return injected + (engine if source is None else source).injected, losses
+    injected.update((engine if source is None else source).injected)
+    return injected, losses
 
 
 def training_under_fire(seconds: float, seed: int, folder: Path) -> tuple[Counter, Counter]:
@@ -242,8 +253,8 @@ def training_under_fire(seconds: float, seed: int, folder: Path) -> tuple[Counte
         config, directory = smoke(steps=8 * KILLS), folder / str(number)
         runner.finish(config, directory / "whole")
         killed = runner.kill_and_resume(config, directory / "killed", KILLS, seed + number)
-        injected += Counter({"runs": 1, "kill -9 of a run": killed.kills, "of them inside a checkpoint": killed.in_checkpoint})
-        losses += Counter(lost(directory / "whole", directory / "killed"))
+        injected.update({"runs": 1, "kill -9 of a run": killed.kills, "of them inside a checkpoint": killed.in_checkpoint})
+        losses.update(lost(directory / "whole", directory / "killed"))
     return injected, losses
 
 
@@ -252,7 +263,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    lost_at_all = 0
+    failed = False
     with tempfile.TemporaryDirectory() as scratch:
         # In this order: verifiers are forked from the server that has imported all for the runs.
         for name, part in {"training under fire": training_under_fire, "sampling under fire": sampling_under_fire}.items():
@@ -263,9 +274,10 @@ def main() -> int:
             for what, count in injected.items():
                 print(f"  injected  {count:>8}  {what}")
             wrong = {what: count for what, count in losses.items() if count}
-            lost_at_all += len(wrong)
+            never = [what for what, count in injected.items() if not count]
+            failed |= bool(wrong or never)
             print("  lost      " + (", ".join(f"{count} {what}" for what, count in wrong.items()) or "       0"), flush=True)
-    return int(lost_at_all > 0)
+    return int(failed)
 
 
 if __name__ == "__main__":

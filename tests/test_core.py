@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import subprocess
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -210,3 +211,16 @@ def test_digits_survive(centre, spread, dtype, scale):
         divisor = 1.0 if scale == "none" else rewards.double().std().item() + 1e-6
         floor = 8 * 2.0**-53 * centre / divisor + 2 * torch.finfo(out_dtype).smallest_normal
         np.testing.assert_allclose(out.advantages.double().numpy(), exact, rtol=1.01 * bound + 1e-12, atol=floor)
+
+
+@pytest.mark.parametrize("size", [4, 64, 1024, 16_384])
+def test_the_error_bound_of_large_groups(size):
+    """As the docstring states it; the first reward, from which deviations are taken, lies outside the others."""
+    rng = np.random.default_rng(size)
+    for first in (0.0, 1.0, 1e3):
+        rewards = np.concatenate(([first], rng.random(size - 1)))
+        mean = Fraction(sum(map(Fraction, rewards)), size)
+        out = fused_advantage(rewards, group_offsets=[0, size], method="dr_grpo", dtype=torch.float64)
+        bound = (size + 4) * 2.0**-52 * rewards.max()
+        worst = max(abs(Fraction(a) - (Fraction(r) - mean)) for a, r in zip(out.advantages.tolist(), rewards, strict=True))
+        assert worst <= bound

@@ -53,5 +53,7 @@ def test_errors_reach_every_rank(ranks):
         assert f"rewards: not finite in rows {len(ranks) - 1} (nan)" in results["bad value"]
         last = f"(on rank {len(ranks) - 1} of the process group)"
         assert results["one rank's shape"] == f"group_ids: 1 ids for 2 rollouts; give one id a rollout {last}"
+        assert results["one rank without ids"].startswith("group_ids: needed with process_group")
+        assert results["one rank's surprise"].endswith(last)
         assert "cu_seqlens: falls after position 0" in results["one rank's lengths"]
         assert last in results["one rank's lengths"]

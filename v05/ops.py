@@ -148,7 +148,8 @@ def fused_advantage(
     Args:
         rewards: (N,) outcome rewards of any real dtype, or (N, T) token rewards, which are summed over `response_mask`.
             All arithmetic is float64 (half precision widens exactly): on the CPU an advantage is the exact one of these rewards,
-            rounded to `dtype`, up to 1e-15 max |reward| (over the divisor, under a scale); the same bits on any thread count.
+            rounded to `dtype`, up to (k + 4) 2^-52 max |reward| in a group of k (over the divisor, under a scale); the same bits
+            on any thread count.
         prior: (G,) predicted mean reward of each group, in reward units; NaN where there is none, and the group mean then
             stands in. Needed by the methods "v05" and "prior".
         group_ids: (N,) integers in any order, or a sequence of N strings. Exactly one of `group_ids` and `group_offsets`.
@@ -233,9 +234,8 @@ def fused_advantage(
             raise ValueError("process_group: gathers through the host, which torch cannot trace; call outside torch.compile")
         options = dict(method=method, scale=scale, leave_one_out=leave_one_out, reward_range=reward_range, eps=eps)
         options |= dict(singleton=singleton, max_rollouts=max_rollouts, cost=cost, nonfinite=nonfinite, backend=backend)
-        if group_ids is None or group_offsets is not None:
-            raise ValueError("group_ids: needed with process_group, and alone, to tell which groups of two ranks are one")
-        out, statistics = _across_ranks(process_group, given, prior, group_ids, num_groups, **options)
+        groups_given = (group_ids, group_offsets, num_groups)
+        out, statistics = _across_ranks(process_group, given, prior, *groups_given, **options)
         return AdvantageOutput(out, statistics if stats else None)
     rewards, mask, cu, valid, trajectory_ids, out = _rollouts(*given)
     device = rewards.device
@@ -558,7 +558,15 @@ class _RankRollouts(NamedTuple):
     trajectory_ids: torch.Tensor | None
 
 
-def _of_this_rank(local: _Rollouts, prior: Array | None, group_ids: Array | Sequence[str], num_groups: int | None) -> _RankRollouts:
+def _of_this_rank(
+    local: _Rollouts,
+    prior: Array | None,
+    group_ids: Array | Sequence[str] | None,
+    group_offsets: Array | None,
+    num_groups: int | None,
+) -> _RankRollouts:
+    if group_ids is None or group_offsets is not None:
+        raise ValueError("group_ids: needed with process_group, and alone, to tell which groups of two ranks are one")
     n = local.rewards.shape[0]
     ids = group_ids.cpu() if isinstance(group_ids, torch.Tensor) else group_ids
     names = None if isinstance(ids, torch.Tensor) else _names(ids)
@@ -582,22 +590,23 @@ def _across_ranks(
     process_group: dist.ProcessGroup,
     given: tuple[Any, ...],
     prior: Array | None,
-    group_ids: Array | Sequence[str],
+    group_ids: Array | Sequence[str] | None,
+    group_offsets: Array | None,
     num_groups: int | None,
     **options: Any,
 ) -> tuple[torch.Tensor, AdvantageStats]:
     """The advantages of this rank's rollouts, in its own layout, and the statistics of its groups."""
     local: _Rollouts | None = None
-    mine: _RankRollouts | ValueError
+    mine: _RankRollouts | str
     try:
         local = _rollouts(*given)
-        mine = _of_this_rank(local, prior, group_ids, num_groups)
-    except ValueError as error:  # told to the others, who wait for this rank
-        mine = error
+        mine = _of_this_rank(local, prior, group_ids, group_offsets, num_groups)
+    except Exception as error:  # whatever it is, it is told to the others, who wait for this rank
+        mine = str(error) if isinstance(error, ValueError) else repr(error)
     ranks: list[Any] = [None] * dist.get_world_size(process_group)
     dist.all_gather_object(ranks, mine, group=process_group)
     for rank, theirs in enumerate(ranks):
-        if isinstance(theirs, ValueError):
+        if isinstance(theirs, str):
             raise ValueError(f"{theirs} (on rank {rank} of the process group)")
     assert local is not None
     device = local.rewards.device

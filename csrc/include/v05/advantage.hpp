@@ -72,8 +72,8 @@ struct TokenSteps {
 
 // Writes one advantage a row (0 for a row left out) and the statistics, and takes the steps; returns how many
 // non-finite rewards were left out. At most `threads` threads, the same bits on any number of them. Scratch is a few
-// numbers a group. Throws std::invalid_argument that names the argument, the rows and the remedy, before it has written
-// an advantage. Offsets are trusted, ids are not.
+// numbers a group, and a map of what trajectory ids there are. Throws std::invalid_argument that names the argument,
+// the rows and the remedy, before it has written an advantage. Offsets are trusted, ids are not.
 template <class Real, class Out>
 std::int64_t compute_advantages(const Rollouts<Real>& rollouts, const Groups& groups, std::span<const double> prior,
                                 const AdvantageRule& rule, std::span<Out> advantages, const StatisticsOut& statistics,
