@@ -232,10 +232,9 @@ def fused_advantage(
     if process_group is not None:
         if tracing:
             raise ValueError("process_group: gathers through the host, which torch cannot trace; call outside torch.compile")
-        options = dict(method=method, scale=scale, leave_one_out=leave_one_out, reward_range=reward_range, eps=eps)
+        options: dict[str, Any] = dict(method=method, scale=scale, leave_one_out=leave_one_out, reward_range=reward_range, eps=eps)
         options |= dict(singleton=singleton, max_rollouts=max_rollouts, cost=cost, nonfinite=nonfinite, backend=backend)
-        groups_given = (group_ids, group_offsets, num_groups)
-        out, statistics = _across_ranks(process_group, given, prior, *groups_given, **options)
+        out, statistics = _across_ranks(process_group, given, prior, group_ids, group_offsets, num_groups, **options)
         return AdvantageOutput(out, statistics if stats else None)
     rewards, mask, cu, valid, trajectory_ids, out = _rollouts(*given)
     device = rewards.device
