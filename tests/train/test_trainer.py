@@ -71,9 +71,10 @@ def test_dynamic_sampling_throws_away_and_counts(tmp_path):
     assert trainer.state.groups >= len(batch.prompts)
 
 
-def test_nothing_but_equal_groups_is_survived(tmp_path):
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_nothing_but_equal_groups_is_survived(cap, tmp_path):
     # A policy that always fails: every group is thrown away, each step goes on with what there is.
-    config = run_config("smoke", "dapo")
+    config = run_config("smoke", "dapo", loss={"clip_high": 0.28, "importance_cap": cap})
     trainer = Trainer(config, tmp_path, lambda line: None)
     trainer.task.verify = lambda prompt, completion: 0.0
     list(trainer.run())

@@ -408,7 +408,8 @@ class Trainer:
     def rescore(self, batch: RolloutBatch) -> list[NDArray[np.float32]]:
         """The completions' log-probabilities under the trainer's own policy, before the update. Ranks share them out."""
         rescored = []
-        for rows in torch.arange(len(batch.completions))[self.world.block(len(batch.completions))].split(MICRO_BATCH):
+        mine = torch.arange(len(batch.completions))[self.world.block(len(batch.completions))]
+        for rows in mine.split(MICRO_BATCH) if len(mine) else ():
             prompts, completions = rollouts_of(batch, rows)
             logprobs = completion_logprobs(self.sampled, prompts, completions, self.tokenizer.pad_token_id).cpu().numpy()
             rescored += [row[: len(c.tokens)] for row, c in zip(logprobs, completions, strict=True)]
