@@ -50,7 +50,7 @@ def server(folder, tmp_path_factory):
     options = ["--model", str(folder), "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-num-seqs", "32"]
     log = tmp_path_factory.mktemp("server") / "log.txt"
     environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options, "--logprobs-mode", "processed_logprobs"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options]
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output, env=environment) as process:
         deadline = time.monotonic() + 300
         engine = None

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from v05.rollout import Completion, Failure, Request, RolloutEngine
+from v05.rollout import Completion, Failure, Request, RolloutEngine, decode, refuse_update_in_flight
 
 FAILED_STARTS = 3  # of actors, one after another, that are put up with
+PATIENCE = 600.0  # seconds that the cluster may take to bring up an actor while none works, and an actor to take new weights
 
 
 class RayEngine:
@@ -25,7 +26,6 @@ class RayEngine:
         tokenizer: the policy's, for `decode`.
         actors: how many.
         options: of the actors, as Ray names them: num_cpus, num_gpus, resources, scheduling_strategy.
-        start_limit: seconds that the cluster may take to bring up an actor while none works.
 
     Raises ImportError, naming the extra, where Ray is not installed; RuntimeError, from any method, if no actor comes up.
     """
@@ -39,7 +39,6 @@ class RayEngine:
         *,
         actors: int,
         options: dict[str, Any] | None = None,
-        start_limit: float = 600.0,
     ) -> None:
         try:
             import ray
@@ -49,7 +48,6 @@ class RayEngine:
             ray.init(log_to_driver=False)
         self._ray = ray
         self._tokenizer = tokenizer
-        self._start_limit = start_limit
         self._failed_starts = 0
         self._weights: Any = None  # in the object store, what the last sync put there
         actor_class = ray.remote(_Actor).options(max_restarts=0, **(options or {}))
@@ -58,7 +56,7 @@ class RayEngine:
         self.capacity = actors * int(self._working()[0].capacity)
 
     def decode(self, completion: Completion) -> str:
-        return str(self._tokenizer.decode(completion.tokens, skip_special_tokens=True))
+        return decode(self._tokenizer, completion)
 
     def submit(self, keys: Sequence[int], requests: Sequence[Request]) -> None:
         """Rollouts go to the actors that have the fewest; those that are coming up are passed over."""
@@ -81,8 +79,7 @@ class RayEngine:
         return [result for actor in busy if actor.polling in answered for result in self._take(actor)]
 
     def update_weights(self, state: Iterable[tuple[str, torch.Tensor]]) -> None:
-        if any(actor.keys for actor in self._actors):
-            raise ValueError("update_weights: rollouts are in flight; poll until none is")
+        refuse_update_in_flight(any(actor.keys for actor in self._actors))
         self._weights = self._ray.put({name: tensor.detach().cpu() for name, tensor in state})
         syncs = {actor: actor.handle.update_weights.remote(self._weights) for actor in self._actors}
         for actor in self._working():
@@ -98,7 +95,7 @@ class RayEngine:
 
     def _working(self) -> list[_Remote]:
         """The actors that have come up; waits until one has."""
-        deadline = time.monotonic() + self._start_limit
+        deadline = time.monotonic() + PATIENCE
         while True:
             coming = {actor.coming_up: actor for actor in self._actors if actor.capacity == 0}
             wanted, patience = len(coming), 0.0
@@ -121,7 +118,7 @@ class RayEngine:
                 return working
             if time.monotonic() >= deadline:
                 raise RuntimeError(
-                    f"no rollout actor came up in {self._start_limit:.0f} seconds; give the cluster what one needs, or wait longer"
+                    f"no rollout actor came up in {PATIENCE:.0f} seconds; give the cluster what one needs, or wait longer"
                 )
 
     def _take(self, actor: _Remote) -> list[tuple[int, Completion | Failure]]:

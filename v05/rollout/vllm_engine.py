@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from v05.rollout import Completion, Failure, Request
+from v05.rollout import Completion, Failure, Request, decode, refuse_update_in_flight
+
+TIME_LIMIT = 600.0  # seconds that a server may take to answer
 
 
 class VllmEngine:
@@ -30,7 +32,6 @@ class VllmEngine:
         tokenizer: the policy's.
         max_new_tokens: length limit of a completion, its end-of-sequence token included.
         capacity: rollouts sampled at once.
-        temperature: of the sampling distribution; log-probabilities are those of the tempered distribution.
         dtype: of weights and activations: "float32", "bfloat16" or "float16".
         kv_cache_gib: memory for keys and values, GiB.
 
@@ -46,7 +47,6 @@ class VllmEngine:
         *,
         max_new_tokens: int,
         capacity: int = 512,
-        temperature: float = 1.0,
         dtype: str = "float32",
         kv_cache_gib: float = 1.0,
     ) -> None:
@@ -65,21 +65,20 @@ class VllmEngine:
                 dtype=dtype,
                 max_num_seqs=capacity,
                 kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
-                logprobs_mode="processed_logprobs",
                 generation_config="vllm",
                 enforce_eager=not torch.cuda.is_available(),
                 disable_log_stats=True,
             )
         )
         self._parameters: Callable[[int], Any] = lambda seed: SamplingParams(
-            **_sampling(tokenizer, max_new_tokens, temperature, seed),
+            **_sampling(tokenizer, max_new_tokens, seed),
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         self._refused: list[tuple[int, Completion | Failure]] = []
 
     def decode(self, completion: Completion) -> str:
-        return str(self._tokenizer.decode(completion.tokens, skip_special_tokens=True))
+        return decode(self._tokenizer, completion)
 
     def submit(self, keys: Sequence[int], requests: Sequence[Request]) -> None:
         for key, request in zip(keys, requests, strict=True):
@@ -95,8 +94,7 @@ class VllmEngine:
         return finished
 
     def update_weights(self, state: Iterable[tuple[str, torch.Tensor]]) -> None:
-        if self._refused or self._engine.has_unfinished_requests():
-            raise ValueError("update_weights: rollouts are in flight; poll until none is")
+        refuse_update_in_flight(bool(self._refused) or self._engine.has_unfinished_requests())
         self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(state)})
         if not self._engine.reset_prefix_cache():
             raise RuntimeError("vLLM did not drop the keys and values of the old weights")
@@ -108,17 +106,15 @@ class VllmEngine:
 class VllmServerEngine:
     """A vLLM server elsewhere, one HTTP request a rollout.
 
-    Weights reach it through a folder that both see, from which it reloads them. It must run in vLLM's development mode for that,
-    and with this option for log-probabilities at temperatures other than 1:
+    Weights reach it through a folder that both see, from which it reloads them. It must run in vLLM's development mode for that:
 
-        VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model MODEL --logprobs-mode processed_logprobs
+        VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model MODEL
 
     Args:
         url: of the server, http://host:port.
         weights: the folder that weights are written to; the server reads it under the same name.
         tokenizer: the policy's.
-        max_new_tokens, capacity, temperature: as in `VllmEngine`.
-        time_limit: seconds that a request may take before it counts as failed.
+        max_new_tokens, capacity: as in `VllmEngine`.
 
     Raises RuntimeError if the server does not answer, or refuses weights.
     """
@@ -133,16 +129,12 @@ class VllmServerEngine:
         *,
         max_new_tokens: int,
         capacity: int = 512,
-        temperature: float = 1.0,
-        time_limit: float = 600.0,
     ) -> None:
         self.capacity = capacity
         self._url = url.rstrip("/")
         self._weights = weights.resolve()
         self._tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
-        self._temperature = temperature
-        self._time_limit = time_limit
         self._threads = ThreadPoolExecutor(capacity, thread_name_prefix="vllm-server")
         self._in_flight: dict[Future[Completion | Failure], int] = {}
         try:
@@ -153,7 +145,7 @@ class VllmServerEngine:
             ) from error
 
     def decode(self, completion: Completion) -> str:
-        return str(self._tokenizer.decode(completion.tokens, skip_special_tokens=True))
+        return decode(self._tokenizer, completion)
 
     def submit(self, keys: Sequence[int], requests: Sequence[Request]) -> None:
         for key, request in zip(keys, requests, strict=True):
@@ -164,8 +156,7 @@ class VllmServerEngine:
         return [(self._in_flight.pop(future), future.result()) for future in finished]
 
     def update_weights(self, state: Iterable[tuple[str, torch.Tensor]]) -> None:
-        if self._in_flight:
-            raise ValueError("update_weights: rollouts are in flight; poll until none is")
+        refuse_update_in_flight(bool(self._in_flight))
         self._weights.mkdir(parents=True, exist_ok=True)
         # Cloned: tied weights share memory, which the format has no word for, and vLLM wants them all by name.
         save_file({name: tensor.detach().cpu().clone() for name, tensor in state}, self._weights / "model.safetensors")
@@ -183,7 +174,7 @@ class VllmServerEngine:
 
     def _complete(self, request: Request) -> Completion | Failure:
         asked = {
-            **_sampling(self._tokenizer, self._max_new_tokens, self._temperature, request.seed),
+            **_sampling(self._tokenizer, self._max_new_tokens, request.seed),
             "model": self._model,
             "prompt": list(request.prompt),
             "return_token_ids": True,
@@ -200,16 +191,16 @@ class VllmServerEngine:
         """POST `body`, or GET without one; what the server answers, read from JSON, None for an empty answer."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=self._time_limit) as response:
+        with urllib.request.urlopen(request, timeout=TIME_LIMIT) as response:
             answer = response.read()
         return json.loads(answer) if answer else None
 
 
-def _sampling(tokenizer: Any, max_new_tokens: int, temperature: float, seed: int) -> dict[str, Any]:
-    """Sampling parameters that leave the tempered distribution alone, and stop at the tokenizer's end token and nowhere else."""
+def _sampling(tokenizer: Any, max_new_tokens: int, seed: int) -> dict[str, Any]:
+    """Sampling parameters that leave the distribution alone, and stop at the tokenizer's end token and nowhere else."""
     return {
         "seed": seed,
-        "temperature": temperature,
+        "temperature": 1.0,
         "top_p": 1.0,
         "top_k": 0,
         "min_p": 0.0,
