@@ -6,12 +6,16 @@ distribution that was sampled from. vLLM's sampling depends on what a rollout is
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
+import queue
+import shutil
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +24,9 @@ import torch
 from safetensors.torch import save_file
 
 from v05.rollout import Completion, Failure, Request, decode, refuse_update_in_flight
+from v05.train.files import explained
 
-TIME_LIMIT = 600.0  # seconds that a server may take to answer
+NO_ANSWER = (OSError, http.client.HTTPException, ValueError)  # refused, no connection, an answer cut short, another's answer
 
 
 class VllmEngine:
@@ -112,11 +117,12 @@ class VllmServerEngine:
 
     Args:
         url: of the server, http://host:port.
-        weights: the folder that weights are written to; the server reads it under the same name.
+        weights: a folder for weights alone, which the server reads under the same name; `close` deletes it.
         tokenizer: the policy's.
         max_new_tokens, capacity: as in `VllmEngine`.
+        time_limit: seconds that the server may take to answer; a rollout that takes longer comes back as a failure.
 
-    Raises RuntimeError if the server does not answer, or refuses weights.
+    Raises RuntimeError if the server does not answer, or refuses weights; OSError if `weights` cannot be written.
     """
 
     reproducible = False
@@ -129,17 +135,19 @@ class VllmServerEngine:
         *,
         max_new_tokens: int,
         capacity: int = 512,
+        time_limit: float = 600.0,
     ) -> None:
         self.capacity = capacity
         self._url = url.rstrip("/")
         self._weights = weights.resolve()
         self._tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
-        self._threads = ThreadPoolExecutor(capacity, thread_name_prefix="vllm-server")
-        self._in_flight: dict[Future[Completion | Failure], int] = {}
+        self._time_limit = time_limit
+        self._in_flight = 0
+        self._finished: queue.SimpleQueue[tuple[int, Completion | Failure]] = queue.SimpleQueue()
         try:
             self._model = self._call("/v1/models")["data"][0]["id"]
-        except OSError as error:
+        except NO_ANSWER as error:
             raise RuntimeError(
                 f"engine.url={url}: no vLLM server answers there ({error}); start one or correct the address"
             ) from error
@@ -148,29 +156,43 @@ class VllmServerEngine:
         return decode(self._tokenizer, completion)
 
     def submit(self, keys: Sequence[int], requests: Sequence[Request]) -> None:
-        for key, request in zip(keys, requests, strict=True):
-            self._in_flight[self._threads.submit(self._complete, request)] = key
+        self._in_flight += len(keys)
+        for key, request in zip(keys, requests, strict=True):  # daemons: neither close nor the process's end waits for them
+            threading.Thread(target=self._answer, args=(key, request), daemon=True, name="vllm-server").start()
 
     def poll(self, timeout: float | None = None) -> list[tuple[int, Completion | Failure]]:
-        finished, _ = wait(self._in_flight, timeout, FIRST_COMPLETED)
-        return [(self._in_flight.pop(future), future.result()) for future in finished]
+        finished: list[tuple[int, Completion | Failure]] = []
+        with contextlib.suppress(queue.Empty):
+            while len(finished) < self._in_flight:
+                finished.append(self._finished.get(block=not finished, timeout=timeout))
+        self._in_flight -= len(finished)
+        return finished
 
     def update_weights(self, state: Iterable[tuple[str, torch.Tensor]]) -> None:
-        refuse_update_in_flight(bool(self._in_flight))
-        self._weights.mkdir(parents=True, exist_ok=True)
-        # Cloned: tied weights share memory, which the format has no word for, and vLLM wants them all by name.
-        save_file({name: tensor.detach().cpu().clone() for name, tensor in state}, self._weights / "model.safetensors")
+        refuse_update_in_flight(self._in_flight > 0)
+        with explained(self._weights, "the run goes on from its checkpoint"):
+            self._weights.mkdir(parents=True, exist_ok=True)
+            # Cloned: tied weights share memory, which the format has no word for, and vLLM wants them all by name.
+            save_file({name: tensor.detach().cpu().clone() for name, tensor in state}, self._weights / "model.safetensors")
         try:
             self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self._weights)}})
             self._call("/reset_prefix_cache", {})
-        except urllib.error.HTTPError as error:
+        except NO_ANSWER as error:
             raise RuntimeError(
-                f"engine.url={self._url}: the server does not reload weights from {self._weights} ({error}); start it with "
+                f"engine.url={self._url}: the server does not reload weights from {self._weights} ({error}); have it run, with "
                 "VLLM_SERVER_DEV_MODE=1, where it sees that folder"
             ) from error
 
     def close(self) -> None:
-        self._threads.shutdown(cancel_futures=True)
+        shutil.rmtree(self._weights, ignore_errors=True)
+
+    def _answer(self, key: int, request: Request) -> None:
+        """A thread's work. Whatever happens, the rollout comes back."""
+        try:
+            result = self._complete(request)
+        except Exception as error:
+            result = Failure(f"the vLLM server did not answer: {error!r}")
+        self._finished.put((key, result))
 
     def _complete(self, request: Request) -> Completion | Failure:
         asked = {
@@ -182,16 +204,16 @@ class VllmServerEngine:
         try:
             (choice,) = self._call("/v1/completions", asked)["choices"]
         except urllib.error.HTTPError as error:
-            return Failure(f"the vLLM server refused the request: {error} {error.read().decode(errors='replace')[:500]}")
-        except (OSError, ValueError) as error:
-            return Failure(f"the vLLM server did not answer: {error!r}")
+            with error:
+                words = error.read().decode(errors="replace")[:500]
+            return Failure(f"the vLLM server refused the request: {error} {words}")
         return _completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"])
 
     def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """POST `body`, or GET without one; what the server answers, read from JSON, None for an empty answer."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=TIME_LIMIT) as response:
+        with urllib.request.urlopen(request, timeout=self._time_limit) as response:
             answer = response.read()
         return json.loads(answer) if answer else None
 
