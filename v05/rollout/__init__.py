@@ -75,6 +75,7 @@ class RolloutEngine(Protocol):
     def poll(self, timeout: float | None = None) -> list[tuple[int, Completion | Failure]]:
         """Wait until a rollout in flight has finished; the keys and results of all that have.
 
+        Every rollout comes back: what dies or hangs on the way, in an actor or a server, comes as a Failure.
         Empty when nothing is in flight, or after `timeout` seconds, of which a reproducible engine takes no notice.
         """
         ...
