@@ -184,6 +184,18 @@ def test_an_engine_of_another_policy_is_refused(tmp_path):
         next(trainer.run())
 
 
+def test_an_error_closes_engine_and_verifier(tmp_path):
+    trainer = Trainer(run_config("smoke", "v05"), tmp_path, lambda line: None)
+    closed = []
+    trainer.engine.close = lambda: closed.append("engine")
+    trainer.verifier.close = lambda: closed.append("verifier")
+    trainer.update = lambda *arguments: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        list(trainer.run())
+    assert sorted(closed) == ["engine", "verifier"]
+    assert not (tmp_path / "result.json").exists()
+
+
 def test_specs_and_presets():
     assert label_of(run_config("tiny", "v05")) == "v05@4..16"
     assert run_config("tiny", "v05@4").budget == BudgetConfig(rule="uniform", initial=4, maximum=4)

@@ -28,6 +28,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -213,26 +214,24 @@ class Trainer:
     def run(self) -> Iterator[Progress]:
         """Train to the end, yielding before and after every step; then write the result."""
         config, state = self.config, self.state
-        if self.own_weights:
-            self.sync()
-        if state.accuracy_before is None:
-            state.accuracy_before, _ = self.evaluate()
-            state.accuracy = state.accuracy_before
-        yield self.progress()
-        while state.rollouts < config.total_rollouts:
-            probe = state.steps == 0 or state.successes is not None  # the step after an evaluation
-            self.step(probe)
-            state.successes = None
-            passed = state.rollouts * config.evaluation.evaluations // config.total_rollouts
-            if passed > state.evaluations:
-                state.accuracy, state.successes = self.evaluate()
-                state.evaluations = passed
-            if self.world.broadcast(self.schedule.due()):
-                self.save()
+        with closing(self.engine), closing(self.verifier):
+            if self.own_weights:
+                self.sync()
+            if state.accuracy_before is None:
+                state.accuracy_before, _ = self.evaluate()
+                state.accuracy = state.accuracy_before
             yield self.progress()
-
-        self.engine.close()
-        self.verifier.close()
+            while state.rollouts < config.total_rollouts:
+                probe = state.steps == 0 or state.successes is not None  # the step after an evaluation
+                self.step(probe)
+                state.successes = None
+                passed = state.rollouts * config.evaluation.evaluations // config.total_rollouts
+                if passed > state.evaluations:
+                    state.accuracy, state.successes = self.evaluate()
+                    state.evaluations = passed
+                if self.world.broadcast(self.schedule.due()):
+                    self.save()
+                yield self.progress()
         self.finish()
 
     def finish(self) -> None:
