@@ -150,11 +150,6 @@ def test_a_prompt_too_long_fails_alone(engine, folder):
     assert not any(isinstance(results[key], Failure) for key in (1, 2, 3))
 
 
-def test_no_server_is_an_error(tmp_path):
-    with pytest.raises(RuntimeError, match=r"engine.url=http://127.0.0.1:9: no vLLM server answers there"):
-        VllmServerEngine("http://127.0.0.1:9", tmp_path, None, max_new_tokens=1)
-
-
 def test_half_precision_is_refused_until_it_is_meant(in_process, folder):
     # The trainer's weights rounded to bfloat16 stand for an engine in half precision; one process holds one vLLM engine.
     model, tokenizer = load_policy(folder)
