@@ -1,7 +1,11 @@
-"""Tasks and engines that misbehave on purpose. Importable by name, so that verifier processes can make the tasks."""
+"""Tasks, engines and a server that misbehave on purpose. Importable by name, so that verifier processes can make the tasks."""
 
+import contextlib
+import http.server
+import json
 import os
 import signal
+import threading
 import time
 
 import numpy as np
@@ -73,4 +77,66 @@ class CoinEngine:
         raise NotImplementedError
 
     def close(self):
+        pass
+
+
+END = 1  # the token that FakeServer's completions end with
+
+
+class FakeServer(http.server.ThreadingHTTPServer):
+    """Answers as a vLLM server does, at `url`: a prompt with its own tokens and END.
+
+    What it does instead is `trouble`'s to say: (path, body, calls of that path before) -> None, an HTTP status, "cut" (the body
+    ends too early) or "hang" (until the server is closed). `calls` are the paths and bodies so far.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, trouble=lambda path, body, before: None):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.trouble = trouble
+        self.calls = []
+        self.lock = threading.Lock()
+        self.closed = threading.Event()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def __exit__(self, *error):
+        self.closed.set()
+        self.shutdown()
+        super().__exit__(*error)
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer(None)
+
+    def do_POST(self):
+        self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def answer(self, body):
+        server = self.server
+        with server.lock:
+            trouble = server.trouble(self.path, body, [path for path, _ in server.calls].count(self.path))
+            server.calls.append((self.path, body))
+        if trouble == "hang":
+            server.closed.wait()
+            return
+        text = json.dumps({"error": "no"} if isinstance(trouble, int) else self.reply(body)).encode()
+        with contextlib.suppress(OSError):  # whoever asked may be gone
+            self.send_response(trouble if isinstance(trouble, int) else 200)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text[: len(text) // 2] if trouble == "cut" else text)
+
+    def reply(self, body):
+        if self.path == "/v1/models":
+            return {"data": [{"id": "policy"}]}
+        if self.path != "/v1/completions":
+            return {}
+        tokens = [*body["prompt"], END]
+        logprobs = {"token_logprobs": [-0.5] * len(tokens)}
+        return {"choices": [{"token_ids": tokens, "logprobs": logprobs, "finish_reason": "stop"}]}
+
+    def log_message(self, format, *args):
         pass

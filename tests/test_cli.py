@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from rollout_fakes import FakeServer
 
+from v05.train.config import run_config
 from v05.train.metrics import read_metrics
 
 
@@ -158,6 +160,18 @@ def test_a_directory_that_cannot_be_written_is_explained(environment, tmp_path):
     assert result.returncode == 2
     assert "Not a directory: 'file/run'" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_what_ends_a_run_is_explained_in_one_line(environment, tmp_path):
+    with FakeServer(lambda path, body, before: 404 if path == "/collective_rpc" else None) as server:
+        config = run_config("smoke", "v05", engine={"kind": "vllm_server", "url": server.url})
+        (tmp_path / "config.json").write_text(config.model_dump_json())
+        result = v05("train", "--config", "config.json", "--out", "run", environment=environment, directory=tmp_path)
+    assert result.returncode == 2
+    assert "the server does not reload weights" in result.stderr
+    assert "have it run, with VLLM_SERVER_DEV_MODE=1" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run" / "engine_weights").exists()
 
 
 def test_a_comparison_under_torchrun_is_refused(environment, tmp_path):

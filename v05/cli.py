@@ -102,7 +102,7 @@ def train(
                 progress.update(bar, completed=state.rollouts, note=f"held-out accuracy {state.accuracy:.3f}")
     except KeyboardInterrupt:
         _interrupted(out)
-    except OSError as error:
+    except (ValueError, OSError, RuntimeError) as error:
         _fail(error)
     leave_world()
     _say(f"held-out accuracy {state.accuracy:.3f} after {state.rollouts} rollouts; written to {out}")

@@ -7,8 +7,6 @@ import torch
 from numpy.typing import NDArray
 from skyrl.backends.skyrl_train.utils import ppo_utils
 
-EPS = 1e-6
-
 
 def loop(token_rewards: torch.Tensor, mask: torch.Tensor, uid: NDArray[np.object_]) -> torch.Tensor:
     advantages: torch.Tensor = ppo_utils.compute_grpo_outcome_advantage(token_rewards, mask, uid)[0]

@@ -7,8 +7,6 @@ import torch
 from numpy.typing import NDArray
 from verl.trainer.ppo import core_algos
 
-EPS = 1e-6
-
 
 def vectorized(token_rewards: torch.Tensor, mask: torch.Tensor, uid: NDArray[np.object_]) -> torch.Tensor:
     advantages: torch.Tensor = core_algos.compute_grpo_vectorized_outcome_advantage(token_rewards, mask, uid)[0]

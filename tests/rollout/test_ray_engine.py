@@ -62,6 +62,24 @@ class SlowCoins:
         pass
 
 
+class HangsOnce(SlowCoins):
+    """The first of them, by a file that says so, hangs at its third poll."""
+
+    def __init__(self, file):
+        super().__init__()
+        try:
+            file.touch(exist_ok=False)
+            self.polls_left = 2
+        except FileExistsError:
+            self.polls_left = -1
+
+    def poll(self, timeout=None):
+        if self.polls_left == 0:
+            time.sleep(3600)
+        self.polls_left -= 1
+        return super().poll(timeout)
+
+
 class Broken:
     def __init__(self):
         raise RuntimeError("no such policy")
@@ -70,6 +88,10 @@ class Broken:
 class Coins(RayEngine):
     def decode(self, completion):
         return str(completion.tokens[0])
+
+
+class CoinsHere(SlowCoins):
+    decode = Coins.decode
 
 
 @pytest.fixture
@@ -100,7 +122,7 @@ def test_actors_sample_as_the_embedded_engine_does_and_follow_its_weights(cluste
     with pytest.raises(ValueError, match="rollouts are in flight"):
         engine.update_weights([])
     # An actor that dies gives its rollout back and comes up again with the weights of the last sync.
-    victim = next(actor for actor in engine._actors if actor.keys)
+    victim = next(actor for actor in engine._actors if actor.due)
     ray.kill(victim.handle)
     ((key, result),) = engine.poll()
     assert key == 0
@@ -149,6 +171,19 @@ def test_a_node_lost_in_mid_step_costs_no_rollout(cluster):
     while len(engine._working()) < 2 and time.monotonic() < deadline:
         time.sleep(0.2)
     assert len(engine._working()) == 2
+    engine.close()
+
+
+def test_an_actor_that_hangs_costs_no_rollout(cluster, tmp_path):
+    undisturbed = collected(CoinsHere())
+    engine = Coins(functools.partial(HangsOnce, tmp_path / "hung"), TOKENIZER, actors=1, time_limit=2.0)
+    hit = collected(engine)
+    assert hit.failures
+    assert all("it did not finish a rollout in 2 seconds" in failure for failure in hit.failures)
+    assert hit.invalid == 0
+    assert hit.rewards.tolist() == undisturbed.rewards.tolist()
+    assert hit.offsets.tolist() == undisturbed.offsets.tolist()
+    assert len(generate(engine, REQUESTS[:4])) == 4
     engine.close()
 
 

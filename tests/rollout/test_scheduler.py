@@ -1,12 +1,14 @@
 """The continuous loop with engines whose rewards, delays and failures are known."""
 
+import itertools
+
 import numpy as np
 import pytest
 from rollout_fakes import CoinEngine, TroubleTask
 
 from v05 import reference
 from v05.budget import RolloutAllocator
-from v05.rollout import Failure, Request, generate
+from v05.rollout import Completion, Failure, Request, generate
 from v05.rollout.scheduler import collect, join, select
 from v05.rollout.verifier import InlineVerifier, VerifierPool
 from v05.tasks import Prompt
@@ -114,6 +116,48 @@ def test_a_prompt_without_a_rollout_is_left_out():
 def test_nothing_but_failures_ends_the_run():
     with pytest.raises(RuntimeError, match="none of 240 rollouts came through; the last failure: the coin rolled under the table"):
         run(engine=CoinEngine(fails=lambda request, attempts: True))
+
+
+class FickleEngine(CoinEngine):
+    """Says something else at every attempt."""
+
+    def __init__(self):
+        super().__init__(order=0, reproducible=False)
+        self.draws = itertools.count()
+
+    def result(self, request):
+        return Completion(np.array([next(self.draws) % 2]), np.zeros(1, dtype=np.float32), True)
+
+
+class ImpatientAllocator(RolloutAllocator):
+    """Takes all leases back before every fifth report."""
+
+    reports = 0
+
+    def report(self, lease_ids, rewards):
+        self.reports += len(lease_ids) > 0
+        if self.reports % 5 == 0:
+            self.expire(0.0)
+        super().report(lease_ids, rewards)
+
+
+def test_of_leases_that_expire_the_report_that_counted_is_kept():
+    allocator, engine, verifier = ImpatientAllocator(max_attempts=1000), FickleEngine(), LateVerifier(TroubleTask())
+    for first_group in (0, 100):  # what the first call left in flight would come back in the second
+        batch = collect(allocator, engine, verifier, PROMPTS, [(0,)] * len(PROMPTS), HALF, first_group=first_group)
+        assert batch.rewards.tolist() == [float(c.tokens[0]) for c in batch.completions]
+        assert engine.in_flight == []
+        assert verifier.poll(wait=True) == []
+        assert batch.invalid == 0
+    assert allocator.counts()["expired"] > 0
+    assert allocator.counts()["late"] > 0
+
+
+def test_nothing_but_expired_leases_ends_the_run():
+    allocator = RolloutAllocator(max_attempts=1)
+    allocator.report = lambda lease_ids, rewards: allocator.expire(0.0)
+    with pytest.raises(RuntimeError, match="none of 240 rollouts came through; the last failure: their leases expired"):
+        collect(allocator, CoinEngine(), InlineVerifier(TroubleTask()), PROMPTS, [(0,)] * len(PROMPTS), HALF, first_group=0)
 
 
 class WordEngine(CoinEngine):

@@ -33,7 +33,9 @@ CONFIGS = {
         optimizer={"updates_per_step": 2},
         loss={"kl_coefficient": 0.1, "importance_cap": 2.0},
     ),
-    "idle": run_config("smoke", "prior@1", distributed="fsdp2", rollouts_per_step=1, total_rollouts=6),  # one rollout for two ranks
+    "idle": run_config(  # one rollout for two ranks
+        "smoke", "prior@1", distributed="fsdp2", rollouts_per_step=1, total_rollouts=6, loss={"importance_cap": 2.0}
+    ),
     "torn": run_config("smoke", "v05", distributed="fsdp2", total_rollouts=512, checkpoint_seconds=0),
 }
 # Relative; all else is equal.

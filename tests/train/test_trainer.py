@@ -71,9 +71,10 @@ def test_dynamic_sampling_throws_away_and_counts(tmp_path):
     assert trainer.state.groups >= len(batch.prompts)
 
 
-def test_nothing_but_equal_groups_is_survived(tmp_path):
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_nothing_but_equal_groups_is_survived(cap, tmp_path):
     # A policy that always fails: every group is thrown away, each step goes on with what there is.
-    config = run_config("smoke", "dapo")
+    config = run_config("smoke", "dapo", loss={"clip_high": 0.28, "importance_cap": cap})
     trainer = Trainer(config, tmp_path, lambda line: None)
     trainer.task.verify = lambda prompt, completion: 0.0
     list(trainer.run())
@@ -181,6 +182,18 @@ def test_an_engine_of_another_policy_is_refused(tmp_path):
     trainer.engine, trainer.own_weights = replica(trainer, factor=1.05), True
     with pytest.raises(RuntimeError, match=r"engine.tolerance=0.001: after a sync, log-probabilities of engine and trainer differ"):
         next(trainer.run())
+
+
+def test_an_error_closes_engine_and_verifier(tmp_path):
+    trainer = Trainer(run_config("smoke", "v05"), tmp_path, lambda line: None)
+    closed = []
+    trainer.engine.close = lambda: closed.append("engine")
+    trainer.verifier.close = lambda: closed.append("verifier")
+    trainer.update = lambda *arguments: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        list(trainer.run())
+    assert sorted(closed) == ["engine", "verifier"]
+    assert not (tmp_path / "result.json").exists()
 
 
 def test_specs_and_presets():

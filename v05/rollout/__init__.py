@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,6 +75,7 @@ class RolloutEngine(Protocol):
     def poll(self, timeout: float | None = None) -> list[tuple[int, Completion | Failure]]:
         """Wait until a rollout in flight has finished; the keys and results of all that have.
 
+        Every rollout comes back: what dies or hangs on the way, in an actor or a server, comes as a Failure.
         Empty when nothing is in flight, or after `timeout` seconds, of which a reproducible engine takes no notice.
         """
         ...
@@ -90,6 +91,17 @@ class RolloutEngine(Protocol):
     def close(self) -> None:
         """Give back what the engine holds: processes, actors, connections."""
         ...
+
+
+def decode(tokenizer: Any, completion: Completion) -> str:
+    """The completion as text, special tokens left out: every engine's `decode`."""
+    return str(tokenizer.decode(completion.tokens, skip_special_tokens=True))
+
+
+def refuse_update_in_flight(in_flight: bool) -> None:
+    """The ValueError of every engine's `update_weights` while rollouts are in flight."""
+    if in_flight:
+        raise ValueError("update_weights: rollouts are in flight; poll until none is")
 
 
 def generate(engine: RolloutEngine, requests: Sequence[Request]) -> list[Completion]:

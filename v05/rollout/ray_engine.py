@@ -1,7 +1,8 @@
 """Rollout actors on a Ray cluster, each with an engine of its own inside.
 
-Weights are put into the object store once a sync and read from there by every actor. An actor that dies gives its rollouts back as
-failures, which the allocator leases again with the same seeds, and is replaced by one that starts from the same weights.
+Weights are put into the object store once a sync and read from there by every actor. The rollouts of an actor that dies, or that
+hangs and is killed for it, come back as failures, and the allocator leases them again with the same seeds. Another actor, which
+starts from the same weights, takes its place.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import Any
 
 import torch
 
-from v05.rollout import Completion, Failure, Request, RolloutEngine
+from v05.rollout import Completion, Failure, Request, RolloutEngine, decode, refuse_update_in_flight
 
 FAILED_STARTS = 3  # of actors, one after another, that are put up with
+PATIENCE = 600.0  # seconds that the cluster may take to bring up an actor while none works, and an actor to take new weights
 
 
 class RayEngine:
@@ -25,7 +27,7 @@ class RayEngine:
         tokenizer: the policy's, for `decode`.
         actors: how many.
         options: of the actors, as Ray names them: num_cpus, num_gpus, resources, scheduling_strategy.
-        start_limit: seconds that the cluster may take to bring up an actor while none works.
+        time_limit: seconds that a rollout may take, waiting in its actor included; after them the actor is taken to hang.
 
     Raises ImportError, naming the extra, where Ray is not installed; RuntimeError, from any method, if no actor comes up.
     """
@@ -39,7 +41,7 @@ class RayEngine:
         *,
         actors: int,
         options: dict[str, Any] | None = None,
-        start_limit: float = 600.0,
+        time_limit: float = 600.0,
     ) -> None:
         try:
             import ray
@@ -49,7 +51,7 @@ class RayEngine:
             ray.init(log_to_driver=False)
         self._ray = ray
         self._tokenizer = tokenizer
-        self._start_limit = start_limit
+        self._time_limit = time_limit
         self._failed_starts = 0
         self._weights: Any = None  # in the object store, what the last sync put there
         actor_class = ray.remote(_Actor).options(max_restarts=0, **(options or {}))
@@ -58,38 +60,46 @@ class RayEngine:
         self.capacity = actors * int(self._working()[0].capacity)
 
     def decode(self, completion: Completion) -> str:
-        return str(self._tokenizer.decode(completion.tokens, skip_special_tokens=True))
+        return decode(self._tokenizer, completion)
 
     def submit(self, keys: Sequence[int], requests: Sequence[Request]) -> None:
         """Rollouts go to the actors that have the fewest; those that are coming up are passed over."""
         shares: dict[_Remote, list[tuple[int, Request]]] = {actor: [] for actor in self._working()}
+        due = time.monotonic() + self._time_limit
         for key, request in zip(keys, requests, strict=True):
-            actor = min(shares, key=lambda actor: len(actor.keys))
-            actor.keys.add(key)
+            actor = min(shares, key=lambda actor: len(actor.due))
+            actor.due[key] = due
             shares[actor].append((key, request))
         for actor, share in shares.items():
             if share:
                 actor.handle.submit.remote(*zip(*share, strict=True))
 
     def poll(self, timeout: float | None = None) -> list[tuple[int, Completion | Failure]]:
-        busy = [actor for actor in self._actors if actor.keys]
+        busy = [actor for actor in self._actors if actor.due]
         if not busy:
             return []
         for actor in busy:
             actor.polling = actor.polling or actor.handle.poll.remote()
-        answered, _ = self._ray.wait([actor.polling for actor in busy], num_returns=1, timeout=timeout)
-        return [result for actor in busy if actor.polling in answered for result in self._take(actor)]
+        patience = max(0.0, min(min(actor.due.values()) for actor in busy) - time.monotonic())
+        patience = patience if timeout is None else min(patience, timeout)
+        answered, _ = self._ray.wait([actor.polling for actor in busy], num_returns=1, timeout=patience)
+        results: list[tuple[int, Completion | Failure]] = []
+        for actor in busy:
+            if actor.polling in answered:
+                results += self._take(actor)
+            elif min(actor.due.values()) <= time.monotonic():
+                results += self._lose(actor, f"it did not finish a rollout in {self._time_limit:g} seconds")
+        return results
 
     def update_weights(self, state: Iterable[tuple[str, torch.Tensor]]) -> None:
-        if any(actor.keys for actor in self._actors):
-            raise ValueError("update_weights: rollouts are in flight; poll until none is")
+        refuse_update_in_flight(any(actor.due for actor in self._actors))
         self._weights = self._ray.put({name: tensor.detach().cpu() for name, tensor in state})
         syncs = {actor: actor.handle.update_weights.remote(self._weights) for actor in self._actors}
         for actor in self._working():
             try:
                 if actor in syncs:  # else it was started a moment ago, from these weights
-                    self._ray.get(syncs[actor])
-            except self._ray.exceptions.RayActorError:
+                    self._ray.get(syncs[actor], timeout=PATIENCE)
+            except (self._ray.exceptions.RayActorError, self._ray.exceptions.GetTimeoutError):
                 self._replace(actor)
 
     def close(self) -> None:
@@ -98,7 +108,7 @@ class RayEngine:
 
     def _working(self) -> list[_Remote]:
         """The actors that have come up; waits until one has."""
-        deadline = time.monotonic() + self._start_limit
+        deadline = time.monotonic() + PATIENCE
         while True:
             coming = {actor.coming_up: actor for actor in self._actors if actor.capacity == 0}
             wanted, patience = len(coming), 0.0
@@ -121,7 +131,7 @@ class RayEngine:
                 return working
             if time.monotonic() >= deadline:
                 raise RuntimeError(
-                    f"no rollout actor came up in {self._start_limit:.0f} seconds; give the cluster what one needs, or wait longer"
+                    f"no rollout actor came up in {PATIENCE:.0f} seconds; give the cluster what one needs, or wait longer"
                 )
 
     def _take(self, actor: _Remote) -> list[tuple[int, Completion | Failure]]:
@@ -129,14 +139,18 @@ class RayEngine:
         answer, actor.polling = actor.polling, None
         try:
             results: list[tuple[int, Completion | Failure]] = self._ray.get(answer)
-            if results:
-                actor.keys.difference_update(key for key, _ in results)
-                return results
-            lost = "it knows nothing of its rollouts"
         except self._ray.exceptions.RayError as error:
-            lost = str(error)
+            return self._lose(actor, str(error))
+        if not results:
+            return self._lose(actor, "it knows nothing of its rollouts")
+        for key, _ in results:
+            del actor.due[key]
+        return results
+
+    def _lose(self, actor: _Remote, why: str) -> list[tuple[int, Completion | Failure]]:
+        """Replace an actor; the failure of all that it had."""
         self._replace(actor)
-        return [(key, Failure(f"a rollout actor was lost: {lost}")) for key in sorted(actor.keys)]
+        return [(key, Failure(f"a rollout actor was lost: {why}")) for key in sorted(actor.due)]
 
     def _replace(self, actor: _Remote) -> None:
         self._ray.kill(actor.handle)
@@ -144,13 +158,13 @@ class RayEngine:
 
 
 class _Remote:
-    """An actor seen from here: `keys` of its rollouts in flight, `polling` the awaited answer, `capacity` 0 until it is up."""
+    """An actor seen from here: when its rollouts in flight are `due`, `polling` the awaited answer, `capacity` 0 until it is up."""
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
         self.coming_up = handle.capacity.remote()
         self.capacity = 0
-        self.keys: set[int] = set()
+        self.due: dict[int, float] = {}
         self.polling: Any = None
 
 

@@ -2,7 +2,8 @@
 
 The engine is kept full. As soon as a rollout is verified its group is tested, and a group that needs more rollouts has them leased
 ahead of new groups. Which rollouts a group gets is the allocator's decision alone, so it depends on no order of arrival. A rollout
-that fails, or whose verification does, goes back to the allocator, which leases it again with the same seed or gives it up.
+that fails, or whose verification does, goes back to the allocator, which leases it again with the same seed or gives it up. Leases
+that somebody lets expire meanwhile come back too, and find their rollouts leased again.
 """
 
 from __future__ import annotations
@@ -65,8 +66,9 @@ def collect(
 ) -> RolloutBatch:
     """Sample and verify rollouts of `prompts` until the allocator has stopped all their groups.
 
-    In flight are at most `engine.capacity` rollouts in the engine, and that many more with the verifier. With a reproducible engine
-    each poll's rollouts are verified before the next poll, so that the same seed gives the same batches bitwise.
+    In flight are at most `engine.capacity` rollouts in the engine, and that many more with the verifier; none is when it returns.
+    With a reproducible engine each poll's rollouts are verified before the next poll, so that the same seed gives the same batches
+    bitwise.
 
     Args:
         allocator: decides how many; group `first_group + g` is opened for prompt g, so ids stay unique (and seeds fresh) in a run.
@@ -78,18 +80,21 @@ def collect(
         RuntimeError: not one rollout came through; with the last failure's text.
     """
     allocator.open(np.arange(first_group, first_group + len(prompts)), priors)
-    sampling: dict[int, tuple[int, int]] = {}  # lease -> (prompt, index in its group)
+    sampling: dict[int, tuple[int, int]] = {}  # lease -> place: (prompt, index in its group)
     verifying: dict[int, tuple[int, int, Completion]] = {}
+    newest: dict[tuple[int, int], int] = {}  # place -> its last lease, whose report counts: those before have failed or expired
     done: dict[tuple[int, int], Completion] = {}
     failures: list[str] = []
     in_flight: list[int] = []
     generate_seconds = verify_seconds = 0.0
-    while not allocator.done:
+    while not allocator.done or sampling or verifying:
         started = time.perf_counter()
         leases = allocator.lease(min(engine.capacity - len(sampling), 2 * engine.capacity - len(sampling) - len(verifying)))
         groups = (np.asarray(leases.group) - first_group).tolist()
         keys = leases.lease_id.tolist()
-        sampling.update(zip(keys, zip(groups, leases.index.tolist(), strict=True), strict=True))
+        places = list(zip(groups, leases.index.tolist(), strict=True))
+        sampling.update(zip(keys, places, strict=True))
+        newest.update(zip(places, keys, strict=True))
         if keys:
             engine.submit(keys, [Request(prompt_tokens[g], seed) for g, seed in zip(groups, leases.seed.tolist(), strict=True)])
         in_flight.append(len(sampling))
@@ -115,7 +120,8 @@ def collect(
                 failed.append((key, reward))
             else:
                 rewards[key] = reward
-                done[g, index] = completion
+                if newest[g, index] == key:
+                    done[g, index] = completion
         allocator.report(list(rewards), list(rewards.values()))
         allocator.fail([key for key, _ in failed])
         failures += [failure.error for _, failure in failed]
@@ -123,18 +129,19 @@ def collect(
         verify_seconds += time.perf_counter() - generated
 
     closed = allocator.drain()
-    if len(prompts) and not done:
-        raise RuntimeError(f"none of {len(closed.rewards)} rollouts came through; the last failure: {failures[-1]}")
     valid = ~np.isnan(closed.rewards)
+    if len(prompts) and not valid.any():
+        last = failures[-1] if failures else "their leases expired"
+        raise RuntimeError(f"none of {len(closed.rewards)} rollouts came through; the last failure: {last}")
     slots = np.repeat(np.arange(len(prompts)), np.diff(closed.offsets))
-    places = np.arange(len(slots)) - closed.offsets[slots]
+    indices = np.arange(len(slots)) - closed.offsets[slots]
     batch = RolloutBatch(
         prompts=list(prompts),
         prompt_tokens=list(prompt_tokens),
         priors=closed.priors,
         offsets=np.concatenate(([0], np.cumsum(valid)))[closed.offsets],
         rewards=closed.rewards[valid],
-        completions=[done[place] for place in zip(slots[valid].tolist(), places[valid].tolist(), strict=True)],
+        completions=[done[place] for place in zip(slots[valid].tolist(), indices[valid].tolist(), strict=True)],
         invalid=int((~valid).sum()),
         failures=failures,
         in_flight=float(np.mean(in_flight)) if in_flight else float("nan"),

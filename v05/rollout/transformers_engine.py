@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache, PreTrainedModel
 
-from v05.rollout import Completion, Failure, Request
+from v05.rollout import Completion, Failure, Request, decode, refuse_update_in_flight
 
 # A join costs about what a token does, however few join: prompts are read and caches copied. So there is one every so many tokens
 # at most, unless nothing is under way: short completions are then sampled batch by batch, and long ones wait little.
@@ -32,31 +32,21 @@ class TransformersEngine:
         tokenizer: its tokenizer, with a pad and an end-of-sequence token.
         max_new_tokens: length limit of a completion, its end-of-sequence token included.
         capacity: rollouts sampled at once.
-        temperature: of the sampling distribution; log-probabilities are those of the tempered distribution.
     """
 
     reproducible = True
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: Any,
-        *,
-        max_new_tokens: int,
-        capacity: int = 512,
-        temperature: float = 1.0,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, *, max_new_tokens: int, capacity: int = 512) -> None:
         self.capacity = capacity
         self._model = model
         self._tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
-        self._temperature = temperature
         self._waiting: deque[tuple[int, Request]] = deque()
         self._rows: _Rows | None = None
         self._since_join = 0  # tokens
 
     def decode(self, completion: Completion) -> str:
-        return str(self._tokenizer.decode(completion.tokens, skip_special_tokens=True))
+        return decode(self._tokenizer, completion)
 
     def submit(self, keys: Sequence[int], requests: Sequence[Request]) -> None:
         self._waiting.extend(zip(keys, requests, strict=True))
@@ -78,8 +68,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def update_weights(self, state: Iterable[tuple[str, torch.Tensor]]) -> None:
-        if self._rows or self._waiting:
-            raise ValueError("update_weights: rollouts are in flight; poll until none is")
+        refuse_update_in_flight(bool(self._rows or self._waiting))
         mine = self._model.state_dict()
         for name, tensor in state:
             if name not in mine or mine[name].shape != tensor.shape:
@@ -120,7 +109,7 @@ class TransformersEngine:
         """Draw every rollout's next token; those that end leave the batch."""
         rows = self._rows
         assert rows is not None
-        log_p = torch.log_softmax(rows.logits.float() / self._temperature, dim=-1)
+        log_p = torch.log_softmax(rows.logits.float(), dim=-1)
         at = rows.lengths[:, None]
         token = _inverse_cdf(log_p, rows.uniforms.gather(1, at).squeeze(1))[:, None]
         rows.tokens.scatter_(1, at, token)

@@ -6,12 +6,16 @@ distribution that was sampled from. vLLM's sampling depends on what a rollout is
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
+import queue
+import shutil
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from v05.rollout import Completion, Failure, Request
+from v05.rollout import Completion, Failure, Request, decode, refuse_update_in_flight
+from v05.train.files import explained
+
+NO_ANSWER = (OSError, http.client.HTTPException, ValueError)  # refused, no connection, an answer cut short, another's answer
 
 
 class VllmEngine:
@@ -30,7 +37,6 @@ class VllmEngine:
         tokenizer: the policy's.
         max_new_tokens: length limit of a completion, its end-of-sequence token included.
         capacity: rollouts sampled at once.
-        temperature: of the sampling distribution; log-probabilities are those of the tempered distribution.
         dtype: of weights and activations: "float32", "bfloat16" or "float16".
         kv_cache_gib: memory for keys and values, GiB.
 
@@ -46,7 +52,6 @@ class VllmEngine:
         *,
         max_new_tokens: int,
         capacity: int = 512,
-        temperature: float = 1.0,
         dtype: str = "float32",
         kv_cache_gib: float = 1.0,
     ) -> None:
@@ -65,21 +70,20 @@ class VllmEngine:
                 dtype=dtype,
                 max_num_seqs=capacity,
                 kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
-                logprobs_mode="processed_logprobs",
                 generation_config="vllm",
                 enforce_eager=not torch.cuda.is_available(),
                 disable_log_stats=True,
             )
         )
         self._parameters: Callable[[int], Any] = lambda seed: SamplingParams(
-            **_sampling(tokenizer, max_new_tokens, temperature, seed),
+            **_sampling(tokenizer, max_new_tokens, seed),
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         self._refused: list[tuple[int, Completion | Failure]] = []
 
     def decode(self, completion: Completion) -> str:
-        return str(self._tokenizer.decode(completion.tokens, skip_special_tokens=True))
+        return decode(self._tokenizer, completion)
 
     def submit(self, keys: Sequence[int], requests: Sequence[Request]) -> None:
         for key, request in zip(keys, requests, strict=True):
@@ -95,8 +99,7 @@ class VllmEngine:
         return finished
 
     def update_weights(self, state: Iterable[tuple[str, torch.Tensor]]) -> None:
-        if self._refused or self._engine.has_unfinished_requests():
-            raise ValueError("update_weights: rollouts are in flight; poll until none is")
+        refuse_update_in_flight(bool(self._refused) or self._engine.has_unfinished_requests())
         self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(state)})
         if not self._engine.reset_prefix_cache():
             raise RuntimeError("vLLM did not drop the keys and values of the old weights")
@@ -108,19 +111,18 @@ class VllmEngine:
 class VllmServerEngine:
     """A vLLM server elsewhere, one HTTP request a rollout.
 
-    Weights reach it through a folder that both see, from which it reloads them. It must run in vLLM's development mode for that,
-    and with this option for log-probabilities at temperatures other than 1:
+    Weights reach it through a folder that both see, from which it reloads them. It must run in vLLM's development mode for that:
 
-        VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model MODEL --logprobs-mode processed_logprobs
+        VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model MODEL
 
     Args:
         url: of the server, http://host:port.
-        weights: the folder that weights are written to; the server reads it under the same name.
+        weights: a folder for weights alone, which the server reads under the same name; `close` deletes it.
         tokenizer: the policy's.
-        max_new_tokens, capacity, temperature: as in `VllmEngine`.
-        time_limit: seconds that a request may take before it counts as failed.
+        max_new_tokens, capacity: as in `VllmEngine`.
+        time_limit: seconds that the server may take to answer; a rollout that takes longer comes back as a failure.
 
-    Raises RuntimeError if the server does not answer, or refuses weights.
+    Raises RuntimeError if the server does not answer, or refuses weights; OSError if `weights` cannot be written.
     """
 
     reproducible = False
@@ -133,7 +135,6 @@ class VllmServerEngine:
         *,
         max_new_tokens: int,
         capacity: int = 512,
-        temperature: float = 1.0,
         time_limit: float = 600.0,
     ) -> None:
         self.capacity = capacity
@@ -141,49 +142,61 @@ class VllmServerEngine:
         self._weights = weights.resolve()
         self._tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
-        self._temperature = temperature
         self._time_limit = time_limit
-        self._threads = ThreadPoolExecutor(capacity, thread_name_prefix="vllm-server")
-        self._in_flight: dict[Future[Completion | Failure], int] = {}
+        self._in_flight = 0
+        self._finished: queue.SimpleQueue[tuple[int, Completion | Failure]] = queue.SimpleQueue()
         try:
             self._model = self._call("/v1/models")["data"][0]["id"]
-        except OSError as error:
+        except NO_ANSWER as error:
             raise RuntimeError(
                 f"engine.url={url}: no vLLM server answers there ({error}); start one or correct the address"
             ) from error
 
     def decode(self, completion: Completion) -> str:
-        return str(self._tokenizer.decode(completion.tokens, skip_special_tokens=True))
+        return decode(self._tokenizer, completion)
 
     def submit(self, keys: Sequence[int], requests: Sequence[Request]) -> None:
-        for key, request in zip(keys, requests, strict=True):
-            self._in_flight[self._threads.submit(self._complete, request)] = key
+        self._in_flight += len(keys)
+        for key, request in zip(keys, requests, strict=True):  # daemons: neither close nor the process's end waits for them
+            threading.Thread(target=self._answer, args=(key, request), daemon=True, name="vllm-server").start()
 
     def poll(self, timeout: float | None = None) -> list[tuple[int, Completion | Failure]]:
-        finished, _ = wait(self._in_flight, timeout, FIRST_COMPLETED)
-        return [(self._in_flight.pop(future), future.result()) for future in finished]
+        finished: list[tuple[int, Completion | Failure]] = []
+        with contextlib.suppress(queue.Empty):
+            while len(finished) < self._in_flight:
+                finished.append(self._finished.get(block=not finished, timeout=timeout))
+        self._in_flight -= len(finished)
+        return finished
 
     def update_weights(self, state: Iterable[tuple[str, torch.Tensor]]) -> None:
-        if self._in_flight:
-            raise ValueError("update_weights: rollouts are in flight; poll until none is")
-        self._weights.mkdir(parents=True, exist_ok=True)
-        # Cloned: tied weights share memory, which the format has no word for, and vLLM wants them all by name.
-        save_file({name: tensor.detach().cpu().clone() for name, tensor in state}, self._weights / "model.safetensors")
+        refuse_update_in_flight(self._in_flight > 0)
+        with explained(self._weights, "the run goes on from its checkpoint"):
+            self._weights.mkdir(parents=True, exist_ok=True)
+            # Cloned: tied weights share memory, which the format has no word for, and vLLM wants them all by name.
+            save_file({name: tensor.detach().cpu().clone() for name, tensor in state}, self._weights / "model.safetensors")
         try:
             self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self._weights)}})
             self._call("/reset_prefix_cache", {})
-        except urllib.error.HTTPError as error:
+        except NO_ANSWER as error:
             raise RuntimeError(
-                f"engine.url={self._url}: the server does not reload weights from {self._weights} ({error}); start it with "
+                f"engine.url={self._url}: the server does not reload weights from {self._weights} ({error}); have it run, with "
                 "VLLM_SERVER_DEV_MODE=1, where it sees that folder"
             ) from error
 
     def close(self) -> None:
-        self._threads.shutdown(cancel_futures=True)
+        shutil.rmtree(self._weights, ignore_errors=True)
+
+    def _answer(self, key: int, request: Request) -> None:
+        """A thread's work. Whatever happens, the rollout comes back."""
+        try:
+            result = self._complete(request)
+        except Exception as error:
+            result = Failure(f"the vLLM server did not answer: {error!r}")
+        self._finished.put((key, result))
 
     def _complete(self, request: Request) -> Completion | Failure:
         asked = {
-            **_sampling(self._tokenizer, self._max_new_tokens, self._temperature, request.seed),
+            **_sampling(self._tokenizer, self._max_new_tokens, request.seed),
             "model": self._model,
             "prompt": list(request.prompt),
             "return_token_ids": True,
@@ -191,9 +204,9 @@ class VllmServerEngine:
         try:
             (choice,) = self._call("/v1/completions", asked)["choices"]
         except urllib.error.HTTPError as error:
-            return Failure(f"the vLLM server refused the request: {error} {error.read().decode(errors='replace')[:500]}")
-        except (OSError, ValueError) as error:
-            return Failure(f"the vLLM server did not answer: {error!r}")
+            with error:
+                words = error.read().decode(errors="replace")[:500]
+            return Failure(f"the vLLM server refused the request: {error} {words}")
         return _completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"])
 
     def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
@@ -205,11 +218,11 @@ class VllmServerEngine:
         return json.loads(answer) if answer else None
 
 
-def _sampling(tokenizer: Any, max_new_tokens: int, temperature: float, seed: int) -> dict[str, Any]:
-    """Sampling parameters that leave the tempered distribution alone, and stop at the tokenizer's end token and nowhere else."""
+def _sampling(tokenizer: Any, max_new_tokens: int, seed: int) -> dict[str, Any]:
+    """Sampling parameters that leave the distribution alone, and stop at the tokenizer's end token and nowhere else."""
     return {
         "seed": seed,
-        "temperature": temperature,
+        "temperature": 1.0,
         "top_p": 1.0,
         "top_k": 0,
         "min_p": 0.0,

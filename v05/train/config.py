@@ -113,6 +113,9 @@ class EngineConfig(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(default="float32", description="of vllm")
     kv_cache_gib: float = Field(default=1.0, gt=0, description="vllm's memory for keys and values")
     url: str = Field(default="http://127.0.0.1:8000", description="of the vllm_server")
+    time_limit: float = Field(
+        default=600.0, gt=0, description="seconds that a rollout may take before it is sampled elsewhere; of ray and vllm_server"
+    )
     actors: int = Field(default=1, ge=1, description="of ray")
     actor_gpus: float = Field(default=0, ge=0, description="that an actor of ray asks for")
     actor_engine: Literal["transformers", "vllm"] = Field(default="transformers", description="inside the actors of ray")

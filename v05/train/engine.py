@@ -30,12 +30,14 @@ def make_engine(config: RunConfig, folder: Path, directory: Path, model: PreTrai
     if settings.kind == "vllm_server":
         from v05.rollout.vllm_engine import VllmServerEngine
 
-        return VllmServerEngine(settings.url, directory / "engine_weights", tokenizer, **limits)
+        weights = directory / "engine_weights"
+        return VllmServerEngine(settings.url, weights, tokenizer, time_limit=settings.time_limit, **limits)
     if settings.kind == "ray":
         from v05.rollout.ray_engine import RayEngine
 
         in_actor = functools.partial(engine_of_folder, settings.actor_engine, settings, folder.resolve(), limits)
-        return RayEngine(in_actor, tokenizer, actors=settings.actors, options={"num_gpus": settings.actor_gpus})
+        options = {"num_gpus": settings.actor_gpus}
+        return RayEngine(in_actor, tokenizer, actors=settings.actors, options=options, time_limit=settings.time_limit)
     return engine_of_folder("vllm", settings, folder, limits)
 
 

@@ -28,6 +28,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -213,26 +214,24 @@ class Trainer:
     def run(self) -> Iterator[Progress]:
         """Train to the end, yielding before and after every step; then write the result."""
         config, state = self.config, self.state
-        if self.own_weights:
-            self.sync()
-        if state.accuracy_before is None:
-            state.accuracy_before, _ = self.evaluate()
-            state.accuracy = state.accuracy_before
-        yield self.progress()
-        while state.rollouts < config.total_rollouts:
-            probe = state.steps == 0 or state.successes is not None  # the step after an evaluation
-            self.step(probe)
-            state.successes = None
-            passed = state.rollouts * config.evaluation.evaluations // config.total_rollouts
-            if passed > state.evaluations:
-                state.accuracy, state.successes = self.evaluate()
-                state.evaluations = passed
-            if self.world.broadcast(self.schedule.due()):
-                self.save()
+        with closing(self.engine), closing(self.verifier):
+            if self.own_weights:
+                self.sync()
+            if state.accuracy_before is None:
+                state.accuracy_before, _ = self.evaluate()
+                state.accuracy = state.accuracy_before
             yield self.progress()
-
-        self.engine.close()
-        self.verifier.close()
+            while state.rollouts < config.total_rollouts:
+                probe = state.steps == 0 or state.successes is not None  # the step after an evaluation
+                self.step(probe)
+                state.successes = None
+                passed = state.rollouts * config.evaluation.evaluations // config.total_rollouts
+                if passed > state.evaluations:
+                    state.accuracy, state.successes = self.evaluate()
+                    state.evaluations = passed
+                if self.world.broadcast(self.schedule.due()):
+                    self.save()
+                yield self.progress()
         self.finish()
 
     def finish(self) -> None:
@@ -408,7 +407,8 @@ class Trainer:
     def rescore(self, batch: RolloutBatch) -> list[NDArray[np.float32]]:
         """The completions' log-probabilities under the trainer's own policy, before the update. Ranks share them out."""
         rescored = []
-        for rows in torch.arange(len(batch.completions))[self.world.block(len(batch.completions))].split(MICRO_BATCH):
+        mine = torch.arange(len(batch.completions))[self.world.block(len(batch.completions))]
+        for rows in mine.split(MICRO_BATCH) if len(mine) else ():
             prompts, completions = rollouts_of(batch, rows)
             logprobs = completion_logprobs(self.sampled, prompts, completions, self.tokenizer.pad_token_id).cpu().numpy()
             rescored += [row[: len(c.tokens)] for row, c in zip(logprobs, completions, strict=True)]
