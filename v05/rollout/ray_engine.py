@@ -45,6 +45,7 @@ class RayEngine:
     ) -> None:
         try:
             import ray
+            import ray.exceptions  # which a folder that happens to be called ray has not
         except ImportError as error:
             raise ImportError("the Ray engine needs the package 'ray'; install it with: pip install 'v05[ray]'") from error
         if not ray.is_initialized():
