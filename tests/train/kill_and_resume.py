@@ -103,13 +103,28 @@ def wait_at_random(process, directory: Path, rng: random.Random) -> bool:
 
 
 def wait_inside_checkpoint(process, directory: Path) -> bool:
-    """Wait until a checkpoint is half-written or half-deleted; False if the run is over before."""
-    leftovers = {path.stat().st_ino for path in directory.glob("checkpoint-*.partial")}
+    """Stop the process while a checkpoint is half-written or half-deleted; False if the run is over before."""
+    before = partials(directory)
     while process.is_alive():
-        with os.scandir(directory) as entries:
-            if any(entry.name.endswith(".partial") and entry.inode() not in leftovers for entry in entries):
+        if partials(directory) - before:
+            os.kill(process.pid, signal.SIGSTOP)
+            while process.is_alive() and state_of(process.pid) != "T":
+                time.sleep(0.001)
+            if partials(directory) - before:
                 return True
+            os.kill(process.pid, signal.SIGCONT)  # it was done before it stopped: the next one, then
     return False
+
+
+def partials(directory: Path) -> set[int]:
+    """Half-written and half-deleted checkpoints, by inode: the next of the same name is another."""
+    with os.scandir(directory) as entries:  # config.json and result.json have theirs
+        return {entry.inode() for entry in entries if entry.name.startswith("checkpoint-") and entry.name.endswith(".partial")}
+
+
+def state_of(pid: int) -> str:
+    """As the system calls it: T is stopped."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def lost(whole: Path, killed: Path) -> dict[str, int]:

@@ -298,6 +298,6 @@ def test_twenty_kills_lose_nothing(tmp_path):
     runner.finish(config, tmp_path / "whole")
     injected = runner.kill_and_resume(config, tmp_path / "killed", kills=20)
     assert injected.exit_codes == [-9] * 20
-    assert injected.in_checkpoint >= 3
+    assert injected.in_checkpoint >= 6  # one in three is aimed there
     assert injected.resumed >= 10
     assert not any(lost(tmp_path / "whole", tmp_path / "killed").values())
