@@ -74,7 +74,7 @@ class CoinEngine:
         return str(completion.tokens[0])
 
     def update_weights(self, state):
-        raise NotImplementedError
+        raise AssertionError("a coin has no weights; nothing may sync it")
 
     def close(self):
         pass

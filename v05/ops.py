@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -429,7 +429,8 @@ def _names(group_ids: ArrayLike | Sequence[str]) -> Sequence[str] | NDArray[np.o
         group_ids = group_ids if group_ids.dtype.kind == "O" else group_ids.tolist()
     elif not isinstance(group_ids, Sequence):
         return None
-    return group_ids if _core.are_strings(group_ids) else None  # type: ignore[return-value]  # it has just been checked
+    names = cast("Sequence[str] | NDArray[np.object_]", group_ids)
+    return names if _core.are_strings(names) else None
 
 
 def _integer_ids(group_ids: Array | Sequence[str], tracing: bool) -> tuple[torch.Tensor, int | None]:
