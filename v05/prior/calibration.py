@@ -90,10 +90,11 @@ class Calibrator:
         """Fit `calibration` anew, starting from the last. It stays as it is on too few groups or if the fit does not converge."""
         if self._groups.shape[1] < FEWEST_GROUPS:
             return self.calibration
-        ages = np.arange(self._groups.shape[1])[::-1]
+        successes, counts, priors = self._groups
+        ages = np.arange(len(counts))[::-1]
         weights = np.ones(len(ages)) if self._half_life is None else np.exp2(-ages / self._half_life)
         found = minimize(
-            negative_log_likelihood(*self._groups, weights),
+            negative_log_likelihood(successes, counts, priors, weights),
             _numbers(self.calibration),
             method="L-BFGS-B",
             jac=True,
