@@ -180,8 +180,8 @@ def simulate(
     prior: Annotated[
         str,
         typer.Option(
-            help="irt (one-parameter logistic, cross-fitted); a number: the truth with normal noise of that standard deviation on its "
-            "logit; or a column of the file with predicted success rates."
+            help="irt (one-parameter logistic, cross-fitted); a number: the truth with normal noise of that standard deviation "
+            "on its logit; or a column of the file with predicted success rates."
         ),
     ] = "irt",
     replay: Annotated[
@@ -203,8 +203,8 @@ def simulate(
 ) -> None:
     """What would adaptive rollout budgets save? Replay recorded outcomes under each method and budget.
 
-    Measures how far each baseline is from the true success rate, and says how many rollouts a prompt each method needs for the error
-    of GRPO at 16 (or the maximum, if less).
+    Measures how far each baseline is from the true success rate, and says how many rollouts a prompt each method needs for
+    the error of GRPO at 16 (or the maximum, if less).
 
     Example: v05 simulate outcomes.csv --initial 4 --maximum 16 --json simulate.json
     """
@@ -267,9 +267,7 @@ def _with_item_response(outcomes: Outcomes, rng: np.random.Generator, progress: 
     from v05.simulate.item_response import FOLDS, cross_fitted
 
     bar = progress.add_task("prior", total=FOLDS, note="item response, cross-fitted")
-    for priors in cross_fitted(outcomes, rng):
-        progress.advance(bar)
-    return replace(outcomes, priors=priors)
+    return replace(outcomes, priors=cross_fitted(outcomes, rng, lambda: progress.advance(bar)))
 
 
 def _simulation_table(records: list[Record], initial: int, maximum: int) -> Table:

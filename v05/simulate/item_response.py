@@ -7,7 +7,7 @@ The cells are shared out at random over folds, and each is predicted from the ot
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +22,8 @@ MAX_ITERATIONS = 300
 TOLERANCE = 1e-7  # of the likelihood, relative
 
 
-def cross_fitted(outcomes: Outcomes, rng: np.random.Generator) -> Iterator[NDArray[np.float64]]:
-    """The (C,) priors of all cells, yielded after each of FOLDS fits; those not predicted yet are NaN.
+def cross_fitted(outcomes: Outcomes, rng: np.random.Generator, progress: Callable[[], None] = lambda: None) -> NDArray[np.float64]:
+    """The (C,) priors of all cells; `progress` is called after each of FOLDS fits.
 
     A cell with no other cell of its model and question gets the mean of all others; one that is alone gets 1/2.
     """
@@ -33,7 +33,8 @@ def cross_fitted(outcomes: Outcomes, rng: np.random.Generator) -> Iterator[NDArr
         predicted = fold == held_out
         theta = _fit(outcomes, ~predicted)
         priors[predicted] = expit(_logits(theta, outcomes.model[predicted], outcomes.question[predicted], _models(outcomes)))
-        yield priors
+        progress()
+    return priors
 
 
 def _models(outcomes: Outcomes) -> int:
@@ -66,4 +67,6 @@ def _fit(outcomes: Outcomes, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
         return value, unit * gradient
 
     options = {"maxiter": MAX_ITERATIONS, "ftol": TOLERANCE}
-    return unit * np.asarray(minimize(objective, np.zeros(len(unit)), jac=True, method="L-BFGS-B", options=options).x)
+    found = minimize(objective, np.zeros(len(unit)), jac=True, method="L-BFGS-B", options=options)
+    theta: NDArray[np.float64] = unit * found.x
+    return theta

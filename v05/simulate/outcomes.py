@@ -47,8 +47,8 @@ def read_outcomes(path: Path, prior: str | None = None, progress: Callable[[int]
     """The outcomes in `path`: a CSV file, or a run directory, or a directory of runs.
 
     Args:
-        path: a CSV file with the columns model, question, successes and trials, read as a stream; rows of one model and question are
-            added up. Or a directory: then a model is a finished run and a question a held-out prompt.
+        path: a CSV file with the columns model, question, successes and trials, read as a stream; rows of one model and
+            question are added up. Or a directory: then a model is a finished run and a question a held-out prompt.
         prior: a column of the file with success rates predicted for the rows; empty is no prior.
         progress: called now and then with the lines read so far.
 
@@ -125,7 +125,7 @@ def _cells(
     keys, cell = np.unique((model * width + question)[tried], return_inverse=True)
 
     def total(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.bincount(cell, values[tried], minlength=len(keys))
+        return np.bincount(cell, values[tried], minlength=len(keys)).astype(np.float64)
 
     return Outcomes(
         model=keys // width,

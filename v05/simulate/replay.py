@@ -1,10 +1,10 @@
-"""The replay: fresh rollouts are drawn from recorded outcomes, given out by a budget, fused by a method, and held against the truth.
+"""The replay: rollouts are drawn from recorded outcomes, given out by a budget, fused by a method, and held against the truth.
 
 A step is STEP groups, as in training. The allocator and the op that are measured are the product's own; the calibrator learns
 from the rollouts that were drawn in the steps before, never from the truth. All methods see the same rewards.
 
-Replay "superpopulation": the success rate of a cell with s successes of n is drawn from Beta(s + a, n - s + b), (a, b) fitted to all
-cells by marginal likelihood, and its rewards are Bernoulli draws. Replay "finite": the recorded trials are drawn without
+Replay "superpopulation": the success rate of a cell with s successes of n is drawn from Beta(s + a, n - s + b), (a, b) fitted to
+all cells by marginal likelihood, and its rewards are Bernoulli draws. Replay "finite": the recorded trials are drawn without
 replacement and s / n is called the truth; that flatters every method as it runs out of trials.
 """
 
@@ -117,7 +117,7 @@ class Source:
 
 @dataclass
 class Errors:
-    """Sums over the groups of one method under one budget: squared errors of the baseline (centred units), their squares, rollouts."""
+    """Sums over the groups of a method and budget: squared errors of the baseline (centred units), their squares, rollouts."""
 
     groups: int = 0
     squared: float = 0.0
