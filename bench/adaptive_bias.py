@@ -1,11 +1,10 @@
 """What stopping early does to the mean and to the policy gradient, exactly: `python bench/adaptive_bias.py` writes
 bench/results/adaptive_bias.csv.
 
-A bandit that succeeds with probability p = sigmoid(theta) has the gradient dp/dtheta = p (1 - p), and a rollout's score is r - p.
-When the size of a group depends on its rewards, the expected gradient of an estimator is that times a factor f(p). (With rewards
-of 0 and 1 this holds for any policy: given its reward, a rollout's score does not depend on the others, so that an estimator that
-looks at rewards alone errs in the weight of a prompt, never in the direction within it.) f = 1 everywhere is unbiased; a constant
-f is a step size; a spread of f weighs prompts against each other.
+In the bandit of bench/bandit.py, a group's expected gradient is the true one times a factor f(p), because given its reward a
+rollout's answer does not depend on the other rollouts: an estimator that looks at rewards of 0 and 1 errs in the weight of a
+prompt, never in the direction within it. f = 1 everywhere is unbiased, a constant f is a step size, a spread of f weighs prompts
+against each other. Signal to noise is over all p: the root of the summed squared mean gradients over the summed variances.
 
 All 2^16 sequences of 16 rewards are enumerated, so no figure has sampling error. The prior is sigmoid(logit p + 0.6 e), e ~ N(0,
 1) at five points; the calibration is the default.
@@ -28,6 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from bandit import moments, squared_gradient
 from machine import commit, processor, versions
 from numpy.typing import NDArray
 
@@ -125,26 +125,25 @@ def advantages(estimator: str, b: Array, goes: NDArray[np.bool_], initial: int, 
     return inside * np.where(r == 1, of_success[size, x][:, None], of_failure[size, x][:, None]) / size[:, None]
 
 
-def measure(rule: str, method: str, estimator: str, p: float) -> tuple[float, float, float, float]:
-    """Mean rollouts, bias of the group mean, f(p), and mean over standard deviation of a group's gradient."""
+def measure(rule: str, method: str, estimator: str, p: float) -> tuple[float, float, float, float, float]:
+    """At p: mean rollouts, bias of the group mean, f(p), squared norm and variance of a group's gradient."""
     logit = np.log(p / (1 - p))
     probability = np.exp(SUCCESSES[:, -1] * np.log(p) + (MAXIMUM - SUCCESSES[:, -1]) * np.log1p(-p))
-    rollouts = bias = first = second = 0.0
+    rollouts = bias = factor = second = 0.0
     for node, weight in zip(NODES[0], NODES[1] / NODES[1].sum(), strict=True):
         prior = float(1 / (1 + np.exp(-logit - NOISE * node)))
         goes, initial = goes_on(rule, prior), INITIAL[rule]
         size = sizes(goes, initial)
-        gradient = (np.nan_to_num(advantages(estimator, baselines(method, prior), goes, initial, size)) * (SEQUENCES - p)).sum(
-            axis=1
-        )
+        weights = np.nan_to_num(advantages(estimator, baselines(method, prior), goes, initial, size))
+        length, squared_norm = moments(weights, SEQUENCES, p)
         rollouts += weight * probability @ size
         bias += weight * probability @ (SUCCESSES[np.arange(len(size)), size] / size - p)
-        first += weight * probability @ gradient
-        second += weight * probability @ gradient**2
-    return rollouts, bias, first / (p * (1 - p)), first / np.sqrt(second - first**2)
+        factor += weight * probability @ length
+        second += weight * probability @ squared_norm
+    return rollouts, bias, factor, factor**2 * squared_gradient(p), second - factor**2 * squared_gradient(p)
 
 
-def rows() -> Iterator[tuple[str, str, str, float, tuple[float, float, float, float]]]:
+def rows() -> Iterator[tuple[str, str, str, float, tuple[float, ...]]]:
     for rule in INITIAL:
         for method in ("mean", "v05", "calibrated"):
             for estimator in ("plain", "leave-one-out", "initial block", "earlier only", "path counting"):
@@ -165,10 +164,11 @@ def main() -> None:
             for *_, p, figures in group:
                 writer.writerow((rule, method, estimator, p, *(f"{value:.6g}" for value in figures), *about))
                 found.append(figures)
-            size, bias, factor, signal = (np.array(values) for values in zip(*found, strict=True))
+            size, bias, factor, signal, noise = (np.array(values) for values in zip(*found, strict=True))
+            quality = (signal.sum() / noise.sum()) ** 0.5
             print(
-                f"{rule:<14}{method:<11}{estimator:<15}{size.mean():6.2f} rollouts   mean off by {bias.min():+.3f} to {bias.max():+.3f}",
-                f"  f {factor.min():.3f} to {factor.max():.3f}   signal to noise {signal.mean():.3f}",
+                f"{rule:<14}{method:<11}{estimator:<15}{size.mean():5.2f} rollouts   mean off by {bias.min():+.3f} to {bias.max():+.3f}",
+                f"  f {factor.min():.3f} to {factor.max():.3f}   signal to noise {quality:.4f}, a rollout {quality / size.mean() ** 0.5:.4f}",
                 flush=True,
             )
 

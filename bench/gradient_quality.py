@@ -1,11 +1,10 @@
 """Signal to noise of the policy gradient at equal rollouts: `python bench/gradient_quality.py HISTORY.jsonl` writes
 bench/results/gradient_quality.csv.
 
-Every prompt of a regime of bench/regimes.py is a bandit with its own softmax policy over 64 right and 64 wrong answers, the right
-ones together with probability p. The gradient of p is known, and so are mean and covariance of the scores of right and of wrong
-answers: only rewards are drawn, the noise of the answers within them is integrated out. Signal to noise is the norm of the mean
-gradient of all prompts over the root of its variance, at k rollouts a prompt. "oracle" subtracts the true p. All baselines are
-leave-one-out, so all have the same signal. The calibrator has seen 4096 groups of k before."""
+Every prompt of a regime of bench/regimes.py is a bandit of bench/bandit.py with a policy of its own. Signal to noise is the norm of
+the mean gradient of all prompts over the root of its variance, at k rollouts a prompt. "oracle" subtracts the true success rate.
+All baselines are leave-one-out, so all have the same signal. The calibrator has seen 4096 groups of k before.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from bandit import moments, squared_gradient
 from machine import commit, processor, versions
 from numpy.typing import NDArray
 from regimes import PRIORS, draw_from, read_successes
@@ -28,7 +28,6 @@ FIELDS = ("regime", "k", "baseline", "signal_to_noise", "of_oracle", "standard_e
 SIZES = (1, 2, 4, 8)
 GROUPS = 200_000
 BATCHES = 20  # for standard errors
-ANSWERS = 64  # of a kind
 METHODS = {"leave-one-out mean": "rloo", "v05": "v05", "calibrated": "calibrated"}
 
 Array = NDArray[np.float64]
@@ -52,24 +51,12 @@ def advantages(name: str, groups: Groups, calibrator: Calibrator) -> Array:
     return output.advantages.numpy().reshape(count, k)
 
 
-def second_moment(adv: Array, rewards: Array, p: Array) -> Array:
-    """(G,) expected squared norm of a prompt's gradient given its rewards, (1/k) sum of advantage times score."""
-    k = adv.shape[1]
-    norm = (p**2 + (1 - p) ** 2) / ANSWERS  # of the policy's probabilities
-    of_right, of_wrong = 1 - 2 * p / ANSWERS + norm, 1 - 2 * (1 - p) / ANSWERS + norm  # expected squared norm of a score
-    slope = 2 * (p * (1 - p)) ** 2 / ANSWERS  # squared norm of the gradient of p
-    # The mean score is that gradient / p for a right answer, and - gradient / (1 - p) for a wrong one.
-    along = adv * np.where(rewards == 1, 1 / np.maximum(p, 1e-12)[:, None], -1 / np.maximum(1 - p, 1e-12)[:, None])
-    across = along.sum(axis=1) ** 2 - (along**2).sum(axis=1)
-    own = (adv**2 * np.where(rewards == 1, of_right[:, None], of_wrong[:, None])).sum(axis=1)
-    return (own + slope * across) / k**2
-
-
 def signal_to_noise(adv: Array, groups: Groups) -> Array:
     """(BATCHES,) one for each part of the groups."""
-    p = groups.rates
-    signal = 2 * (p * (1 - p)) ** 2 / ANSWERS
-    noise = second_moment(adv, groups.rewards, p) - signal
+    p = np.clip(groups.rates, 1e-9, 1 - 1e-9)
+    _, squared_norm = moments(adv / adv.shape[1], groups.rewards, p)
+    signal = squared_gradient(p)
+    noise = squared_norm - signal
     return np.sqrt(signal.reshape(BATCHES, -1).sum(axis=1) / noise.reshape(BATCHES, -1).sum(axis=1))
 
 
