@@ -166,11 +166,9 @@ def main() -> None:
                 found.append(figures)
             size, bias, factor, signal, noise = (np.array(values) for values in zip(*found, strict=True))
             quality = (signal.sum() / noise.sum()) ** 0.5
-            print(
-                f"{rule:<14}{method:<11}{estimator:<15}{size.mean():5.2f} rollouts   mean off by {bias.min():+.3f} to {bias.max():+.3f}",
-                f"  f {factor.min():.3f} to {factor.max():.3f}   signal to noise {quality:.4f}, a rollout {quality / size.mean() ** 0.5:.4f}",
-                flush=True,
-            )
+            print(f"{rule:<14}{method:<11}{estimator:<15}{size.mean():5.2f} rollouts", end="")
+            print(f"   mean off by {bias.min():+.3f} to {bias.max():+.3f}   f {factor.min():.3f} to {factor.max():.3f}", end="")
+            print(f"   signal to noise {quality:.4f}, a rollout {quality / size.mean() ** 0.5:.4f}", flush=True)
 
 
 if __name__ == "__main__":
