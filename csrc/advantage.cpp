@@ -101,18 +101,16 @@ struct Group {
 double successes_of(const Moments& group, const AdvantageRule& rule) {
   const auto count = static_cast<double>(group.count);
   const double sum = group.count == 0 ? 0.0 : std::clamp(count * rule.scaled(group.mean), 0.0, count);
-  const auto whole = static_cast<double>(static_cast<std::int64_t>(sum + 0.5));
+  const double whole = std::floor(sum + 0.5);
   return std::abs(sum - whole) <= count * rule.scaled_rounding() ? whole : sum;
 }
 
 Group make_group(const Moments& moments, double prior, const AdvantageRule& rule) {
   const bool fused = rule.baseline == Baseline::kCalibrated;
-  return {
-      .moments = moments,
-      .prior = prior,
-      .successes = fused ? successes_of(moments, rule) : 0.0,
-      .belief = fused ? believe(rule.scaled(prior), rule.calibration) : Belief{},
-  };
+  return {.moments = moments,
+          .prior = prior,
+          .successes = fused ? successes_of(moments, rule) : 0.0,
+          .belief = fused ? believe(rule.scaled(prior), rule.calibration) : Belief{}};
 }
 
 double baseline_of(const Group& group, const AdvantageRule& rule) {
@@ -189,7 +187,10 @@ class CalibratedLeaveOneOutJudge {
         of_highest_(compute(rule.high, rule)) {}
 
   double operator()(double reward, const AdvantageRule& rule) const {
-    return reward == rule.low ? of_lowest_ : reward == rule.high ? of_highest_ : compute(reward, rule);
+    if (reward == rule.low) {
+      return of_lowest_;
+    }
+    return reward == rule.high ? of_highest_ : compute(reward, rule);
   }
 
  private:
@@ -390,9 +391,9 @@ std::int64_t compute_advantages(const Rollouts<Real>& rollouts, const Groups& gr
   Scratch<MomentsAccumulator> collected(at(groups.count));
   collect_moments(rollouts, groups, collected.data(), threads);
   const std::span<const MomentsAccumulator> of_groups(collected.data(), at(groups.count));
-  const auto judge = !rule.leave_one_out                      ? judge_rows<Judge, Real, Out>
-                     : rule.baseline == Baseline::kCalibrated ? judge_rows<CalibratedLeaveOneOutJudge, Real, Out>
-                                                              : judge_rows<LeaveOneOutJudge, Real, Out>;
+  const auto leave_one_out = rule.baseline == Baseline::kCalibrated ? judge_rows<CalibratedLeaveOneOutJudge, Real, Out>
+                                                                    : judge_rows<LeaveOneOutJudge, Real, Out>;
+  const auto judge = rule.leave_one_out ? leave_one_out : judge_rows<Judge, Real, Out>;
   judge(rollouts, groups, of_groups, prior, rule, advantages, statistics, steps, threads);
   return nonfinite;
 }

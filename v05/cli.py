@@ -45,7 +45,9 @@ def train(
     preset: Preset = "tiny",
     method: Annotated[
         str,
-        typer.Option(help="v05, grpo, dr_grpo, rloo, prior or dapo; v05@4 fixes the group size, v05@4..16 tests up to 16."),
+        typer.Option(
+            help="calibrated, v05, grpo, dr_grpo, rloo, prior or dapo; v05@4 fixes the group size, v05@4..16 tests up to 16."
+        ),
     ] = "v05",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     rollouts: Rollouts = None,
@@ -117,7 +119,7 @@ def compare(
     preset: Preset = "tiny",
     methods: Annotated[
         str, typer.Option(help="Comma-separated; grpo@8 fixes the group size, v05@4..16 tests from 4 up to 16.")
-    ] = "grpo,dr_grpo,dapo,v05",
+    ] = "grpo,dr_grpo,dapo,v05,calibrated",
     seeds: Annotated[int, typer.Option(help="Seeds a method.", min=1)] = 3,
     rollouts: Rollouts = None,
     learning_rate: LearningRate = None,

@@ -143,7 +143,9 @@ inline double likelihood_ratio(const Beta& rate, double successes, double failur
   }
   double above = 1.0;
   double below = 1.0;
-  for (double n = 0.0; n < count; n += 1.0) {  // successes first: no order is likelier than another
+  for (int rollout = 0; rollout < static_cast<int>(count);
+       ++rollout) {  // successes first: the order is nothing to them
+    const auto n = static_cast<double>(rollout);
     const bool success = n < successes;
     const double before = success ? n : n - successes;  // of its kind
     above *= ((success ? rate.a : rate.b) + before) * (1.0 + n);
