@@ -53,7 +53,8 @@ test-vllm: $(VENV)-vllm/.ready  ## the tests of the vLLM and Ray engines, in an 
 HOST_trl := trl==1.16.0
 HOST_verl := accelerate cachetools codetiming datasets fastapi hydra-core orjson pandas peft Pillow pylatexenc ray==2.60.0 \
 	'tensordict<=0.10' torchdata 'transformers>=5.5.3,<5.11' TransferQueue==0.1.11 uvicorn
-HOST_skyrl := datasets jaxtyping loguru omegaconf orjson ray==2.60.0 tensordict transformers
+HOST_skyrl := accelerate aiohttp datasets func_timeout hydra-core jaxtyping loguru omegaconf orjson peft==0.18.1 Pillow pydantic \
+	ray==2.60.0 tensordict torchdata 'transformers>=5.6.1,<=5.8.0'
 ALONE_verl := verl==0.9.1
 ALONE_skyrl := skyrl==0.3.0 skyrl-gym==0.4.0
 PYTHON_skyrl := python3.12

@@ -7,32 +7,17 @@ from host_situations import STEP, TOLERANCE, FixedPrior, situations
 
 pytest.importorskip("trl", exc_type=ImportError)
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_policy import tiny_model, tiny_tokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from v05.integrations.trl import EPS, V05Config, V05Trainer
 
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("default")]
-DIGITS = "0123456789+= "
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {"<pad>": 0, "<eos>": 1} | {c: i + 2 for i, c in enumerate(DIGITS)}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
-
-
-def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(DIGITS) + 2, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=None,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
+    return tiny_tokenizer()
 
 
 def starts_with_a_low_digit(completions, **_):
@@ -58,7 +43,7 @@ def make(kind, config, tokenizer, folder, reward=starts_with_a_low_digit, **opti
     )
     prompts = [{"prompt": f"{a}+{b}="} for a in range(8) for b in range(8)]
     return kind(
-        model=model(),
+        model=tiny_model(),
         reward_funcs=reward,
         args=config(**settings | options.pop("settings", {})),
         train_dataset=Dataset.from_list(prompts),

@@ -3,7 +3,7 @@
 verl loads this file by itself, through the entry-point group `verl.plugins`, wherever `import verl` runs.
 
     algorithm.adv_estimator=v05
-    actor_rollout_ref.rollout.agent.agent_loop_manager_class=v05.integrations.verl_rollout.SequentialAgentLoopManager
+    +actor_rollout_ref.rollout.agent.agent_loop_manager_class=v05.integrations.verl_rollout.SequentialAgentLoopManager
     +algorithm.v05.reward_range=[-1,1]      any of `v05.integrations.groups.Settings`
 
 An estimator is shown no prompt, so the prior of a prompt is predicted where the prompts are drawn, by the agent loop manager,
@@ -27,7 +27,7 @@ from v05.integrations.groups import PromptPriors, Settings, outcome_advantages
 PRIORS = PromptPriors()
 ESTIMATORS = {"v05": "v05", "v05_grpo": "grpo", "v05_rloo": "rloo"}  # the last two for comparison with verl's own
 REMEDY = (
-    "set actor_rollout_ref.rollout.agent.agent_loop_manager_class=v05.integrations.verl_rollout.SequentialAgentLoopManager, "
+    "set +actor_rollout_ref.rollout.agent.agent_loop_manager_class=v05.integrations.verl_rollout.SequentialAgentLoopManager, "
     "or call v05.integrations.verl.PRIORS.open(uids, raw_prompts) where the prompts are drawn"
 )
 
