@@ -33,7 +33,7 @@ $(VENV)/.ready: $(VENV)/.torch pyproject.toml CMakeLists.txt $(CPP_ALL)
 	touch $@
 
 demo: setup  ## compare V0.5 with GRPO, Dr. GRPO and DAPO on a policy trained here; table and plots in runs/demo
-	$(BIN)/v05 compare --preset tiny --out runs/demo --json runs/demo/records.json
+	$(BIN)/v05 compare --preset tiny --methods grpo,dr_grpo,dapo,v05 --out runs/demo --json runs/demo/records.json
 
 test: setup  ## the whole test suite
 	$(BIN)/python -m pytest -q --durations=10

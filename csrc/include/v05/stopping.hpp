@@ -30,4 +30,10 @@ inline double calibrated_gain(const CalibratedFusion& fusion) {
   return 4.0 * fusion.variance * (fusion.variance / (fusion.baseline * fusion.complement));
 }
 
+// Take another rollout while that gain is more than its cost.
+inline bool calibrated_take_more(std::int64_t count, const CalibratedFusion& fusion, std::int64_t max_rollouts,
+                                 double cost) {
+  return count < max_rollouts && calibrated_gain(fusion) > cost;
+}
+
 }  // namespace v05

@@ -1,0 +1,174 @@
+"""What finished groups say of the prior: the four numbers of calibrated fusion, fitted by maximum marginal likelihood.
+
+Success rates are modelled as a Beta around the calibrated prior, mixed with a vague Beta for priors that say nothing here
+(`v05.reference.calibrated`). The rewards of a group, their rate integrated out, then have a likelihood in closed form, and the
+numbers that make recent groups likeliest are fitted to them (empirical Bayes; robust mixture priors: Schmidli et al. 2014).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import minimize
+from scipy.special import betaln, expit, gammaln, logit, psi
+
+from v05.methods import Calibration
+
+FEWEST_GROUPS = 64  # below these the default stands
+LEAST_PRIOR = 0.005  # priors are kept within [0.005, 0.995], as in fusion.hpp
+VAGUE = 0.5  # both parameters of the vague Beta
+MAX_ITERATIONS = 200
+TOLERANCE = 1e-4  # of the gradient a group; sampling noise is fifty times that even with 4096 groups
+# Bounds of (alpha, beta, log kappa, logit eps). Data meet them only where they cannot tell what lies beyond.
+BOUNDS = ((-20.0, 20.0), (-10.0, 10.0), (-5.0, 12.0), (-12.0, 12.0))
+ROUNDING = 1e-9  # by which a sum of rewards may leave [0, count]
+
+Objective = Callable[[NDArray[np.float64]], tuple[float, NDArray[np.float64]]]
+
+
+class Calibrator:
+    """Keeps the latest groups and fits the `Calibration` to them that their rewards make likeliest.
+
+    `observe` is cheap; `fit` takes milliseconds and need not run before every step: a step uses the last fit.
+
+    Args:
+        window: groups that are kept; the oldest go first.
+        half_life: groups after which one counts half, so that a policy on the move is followed; None weighs all alike.
+
+    Attributes:
+        calibration: the last good fit; `Calibration()`, the default, until 64 groups were seen.
+        failed_fits: fits that did not converge since the start; the one before them stayed.
+
+    Raises:
+        ValueError: an argument is out of bounds.
+    """
+
+    def __init__(self, window: int = 4096, half_life: float | None = 1024.0) -> None:
+        if window < FEWEST_GROUPS:
+            raise ValueError(f"window={window} holds fewer than the {FEWEST_GROUPS} groups that a fit needs; give more")
+        if half_life is not None and not half_life > 0:
+            raise ValueError(f"half_life={half_life} is not a positive number of groups; None weighs all groups alike")
+        self.calibration = Calibration()
+        self.failed_fits = 0
+        self._window = window
+        self._half_life = half_life
+        self._groups = np.zeros((3, 0))  # successes, counts, priors; oldest first
+
+    def observe(self, successes: ArrayLike, counts: ArrayLike, priors: ArrayLike) -> None:
+        """Remember G finished groups. Those without a prior (NaN) or without a rollout teach nothing and are left out.
+
+        Args:
+            successes: (G,) sums of rewards, each scaled to [0, 1].
+            counts: (G,) valid rollouts.
+            priors: (G,) scaled to [0, 1], as they were before the rewards were seen.
+
+        Raises:
+            ValueError: shapes differ, a sum is outside [0, count], a prior outside [0, 1]. Nothing is remembered then.
+        """
+        columns = [np.asarray(values, dtype=np.float64) for values in (successes, counts, priors)]
+        shapes = [values.shape for values in columns]
+        if columns[0].ndim != 1 or len(set(shapes)) > 1:
+            raise ValueError(f"successes, counts and priors have shapes {shapes}; give one number a group in each")
+        x, k, v = columns
+        for name, values, bad, remedy in (
+            ("counts", k, ~((k >= 0) & np.isfinite(k)), "give the valid rollouts of each group"),
+            ("successes", x, ~((x >= -ROUNDING) & (x <= k * (1 + ROUNDING))), "scale rewards to [0, 1] before they are summed"),
+            ("priors", v, (v < 0) | (v > 1), "scale them to [0, 1]; NaN is no prior"),
+        ):
+            if bad.any():
+                group = int(np.flatnonzero(bad)[0])
+                raise ValueError(f"{name}[{group}]={values[group]} is out of bounds ({int(bad.sum())} such groups); {remedy}")
+        teaches = (k > 0) & ~np.isnan(v)
+        seen = np.stack([np.clip(x, 0.0, k), k, v])[:, teaches]
+        self._groups = np.concatenate([self._groups, seen], axis=1)[:, -self._window :]
+
+    def fit(self) -> Calibration:
+        """Fit `calibration` anew, starting from the last. It stays as it is on too few groups or if the fit does not converge."""
+        if self._groups.shape[1] < FEWEST_GROUPS:
+            return self.calibration
+        successes, counts, priors = self._groups
+        ages = np.arange(len(counts))[::-1]
+        weights = np.ones(len(ages)) if self._half_life is None else np.exp2(-ages / self._half_life)
+        found = minimize(
+            negative_log_likelihood(successes, counts, priors, weights),
+            _numbers(self.calibration),
+            method="L-BFGS-B",
+            jac=True,
+            bounds=BOUNDS,
+            options={"maxiter": MAX_ITERATIONS, "ftol": 0.0, "gtol": TOLERANCE},
+        )
+        if found.success and np.isfinite(found.x).all():
+            alpha, beta, log_kappa, logit_eps = map(float, found.x)
+            self.calibration = Calibration(alpha, beta, math.exp(log_kappa), float(expit(logit_eps)))
+        else:
+            self.failed_fits += 1
+        return self.calibration
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """The groups kept, (3, groups), the last fit and how many failed, as numeric arrays by name."""
+        calibration = self.calibration
+        return {
+            "groups": self._groups.copy(),
+            "calibration": np.array([calibration.alpha, calibration.beta, calibration.kappa, calibration.eps]),
+            "failed_fits": np.array(self.failed_fits),
+        }
+
+    def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
+        """Go on from what `state_dict` of a calibrator with the same settings gave: fits are the same to the last bit."""
+        self._groups = state["groups"].copy()
+        self.calibration = Calibration(*map(float, state["calibration"]))
+        self.failed_fits = int(state["failed_fits"])
+
+
+def negative_log_likelihood(
+    successes: NDArray[np.float64], counts: NDArray[np.float64], priors: NDArray[np.float64], weights: NDArray[np.float64]
+) -> Objective:
+    """The function that a fit minimises: of theta = (alpha, beta, log kappa, logit eps), its value and (4,) gradient.
+
+    It is the weighted mean over G groups, arguments (G,), of -log((1 - eps) m1 + eps m0), m1 and m0 the marginal likelihoods under
+    the calibrated and the vague Beta; plus (theta - default)^2 / 2, which weighs as much as one group of the latest.
+    """
+    logits = logit(np.clip(priors, LEAST_PRIOR, 1 - LEAST_PRIOR))
+    failures = counts - successes
+    sizes, size_of = np.unique(counts, return_inverse=True)
+    log_m0 = betaln(successes + VAGUE, failures + VAGUE) - betaln(VAGUE, VAGUE)
+    shares = weights / weights.sum()
+    default = _numbers(Calibration())
+
+    def objective(theta: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        alpha, beta, log_kappa, logit_eps = theta
+        kappa = math.exp(log_kappa)
+        q, complement = expit(alpha + beta * logits), expit(-alpha - beta * logits)
+        a, b = kappa * q, kappa * complement
+        log_size = (gammaln(sizes + kappa) - gammaln(kappa))[size_of]
+        log_m1 = gammaln(successes + a) - gammaln(a) + gammaln(failures + b) - gammaln(b) - log_size
+        informed = log_m1 - np.logaddexp(0.0, logit_eps)
+        vague = log_m0 - np.logaddexp(0.0, -logit_eps)
+        evidence = np.logaddexp(informed, vague)
+        hallucination = np.exp(vague - evidence)
+
+        believed = shares * (1.0 - hallucination)
+        slope_a, slope_b = psi(successes + a) - psi(a), psi(failures + b) - psi(b)
+        slope_size = (psi(sizes + kappa) - psi(kappa))[size_of]
+        by_logit = believed * (slope_a - slope_b) * a * complement
+        gradient = np.array(
+            [
+                by_logit.sum(),
+                by_logit @ logits,
+                believed @ (a * slope_a + b * slope_b - kappa * slope_size),
+                shares @ hallucination - expit(logit_eps),
+            ]
+        )
+        away = (theta - default) * shares[-1]
+        return float(0.5 * away @ (theta - default) - shares @ evidence), away - gradient
+
+    return objective
+
+
+def _numbers(calibration: Calibration) -> NDArray[np.float64]:
+    """theta of a calibration."""
+    return np.array([calibration.alpha, calibration.beta, math.log(calibration.kappa), float(logit(calibration.eps))])
