@@ -6,6 +6,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <numeric>
 #include <sstream>
 #include <stdexcept>
 #include <utility>
@@ -166,7 +167,49 @@ RolloutAllocator::RolloutAllocator(const AllocatorOptions& options)
   attempt_bits_ = static_cast<unsigned>(std::bit_width(static_cast<std::uint64_t>(options.max_attempts - 1)));
 }
 
-void RolloutAllocator::open(const GroupIdList& ids, std::span<const double> priors) {
+std::vector<std::int64_t> predicted_counts(std::span<const double> rates, std::int64_t total, std::int64_t lowest,
+                                           std::int64_t highest) {
+  const auto groups = static_cast<std::int64_t>(rates.size());
+  if (lowest < 1 || highest < lowest) {
+    refuse("lowest=", lowest, " and highest=", highest, " are not 1 <= lowest <= highest; the paper's are 2 and 128");
+  }
+  if (total < groups * lowest) {
+    refuse("total=", total, " does not hold lowest=", lowest, " rollouts for each of ", groups,
+           " groups; raise it, or give fewer groups");
+  }
+  struct Next {
+    double gain;
+    std::int64_t group;
+    bool operator<(const Next& other) const { return gain != other.gain ? gain < other.gain : group > other.group; }
+  };
+  std::vector<std::int64_t> counts(rates.size(), lowest);
+  const auto gain_of = [&](std::int64_t group) {
+    const auto g = static_cast<std::size_t>(group);
+    const double rate = std::isnan(rates[g]) ? 0.5 : rates[g];
+    return predicted_utility(counts[g] + 1, rate) - predicted_utility(counts[g], rate);
+  };
+  std::vector<Next> heap;
+  for (std::int64_t group = 0; group < groups && lowest < highest; ++group) {
+    if (const double rate = rates[static_cast<std::size_t>(group)]; rate < 0.0 || rate > 1.0) {
+      refuse("rates[", group, "]=", rate, " is outside [0, 1]; scale predictions, or pass NaN where there is none");
+    }
+    heap.push_back({.gain = gain_of(group), .group = group});
+  }
+  std::ranges::make_heap(heap, std::less{});
+  for (std::int64_t left = total - (groups * lowest); left > 0 && !heap.empty() && heap.front().gain > 0.0; --left) {
+    std::ranges::pop_heap(heap, std::less{});
+    const std::int64_t group = heap.back().group;
+    heap.pop_back();
+    if (++counts[static_cast<std::size_t>(group)] < highest) {
+      heap.push_back({.gain = gain_of(group), .group = group});
+      std::ranges::push_heap(heap, std::less{});
+    }
+  }
+  return counts;
+}
+
+void RolloutAllocator::open(const GroupIdList& ids, std::span<const double> priors,
+                            std::span<const std::int64_t> counts) {
   const auto groups = std::visit([](const auto& rows) { return rows.size(); }, ids);
   if (groups != priors.size()) {
     refuse("group_ids has ", groups, " rows and priors ", priors.size(), "; give one prior per group, NaN for none");
@@ -175,9 +218,19 @@ void RolloutAllocator::open(const GroupIdList& ids, std::span<const double> prio
     return;
   }
   require_in_range("priors", priors, options_);
+  if (!counts.empty() && counts.size() != groups) {
+    refuse("counts has ", counts.size(), " rows and group_ids ", groups, "; give one count per group");
+  }
+  for (const std::int64_t count : counts) {
+    if (count < options_.initial || count > options_.maximum) {
+      refuse("counts holds ", count, ", which is not between initial=", options_.initial,
+             " and maximum=", options_.maximum, "; change it, initial or maximum");
+    }
+  }
 
   const std::scoped_lock lock(mutex_);
-  const std::int64_t asked = static_cast<std::int64_t>(groups) * options_.initial;
+  const std::int64_t asked = counts.empty() ? static_cast<std::int64_t>(groups) * options_.initial
+                                            : std::accumulate(counts.begin(), counts.end(), std::int64_t{0});
   const std::int64_t spent = counts_.open_groups == 0 ? 0 : spent_;
   if (const auto& total = options_.total; total && asked > *total - spent) {
     refuse("group_ids has ", groups, " rows, which take ", asked, " initial rollouts, and ", *total - spent,
@@ -195,10 +248,13 @@ void RolloutAllocator::open(const GroupIdList& ids, std::span<const double> prio
         append(*kept, rows);
       },
       ids);
-  for (const double prior : priors) {
+  for (std::size_t g = 0; g < groups; ++g) {
     Group& group = groups_.emplace_back();
-    group.prior = prior;
+    group.prior = priors[g];
     group.ask(options_.initial);
+    if (!counts.empty()) {
+      ask_more(opened_ + static_cast<std::int64_t>(g), group, counts[g] - options_.initial);
+    }
   }
   opened_ += static_cast<std::int64_t>(groups);
   counts_.open_groups += static_cast<std::int64_t>(groups);
@@ -269,7 +325,7 @@ void RolloutAllocator::fail(std::span<const std::int64_t> lease_ids) {
   }
 }
 
-// Leases hold their time themselves, so this looks at every group that has been leased from and is not drained.
+// Leases hold their time themselves, so this looks at every group that is not drained, until no lease is left.
 std::int64_t RolloutAllocator::expire(double older_than, std::int64_t now) {
   if (!(older_than >= 0.0)) {
     refuse("older_than=", older_than, " is not a number of seconds >= 0; use 0 to take every lease back");
@@ -277,8 +333,7 @@ std::int64_t RolloutAllocator::expire(double older_than, std::int64_t now) {
   const std::scoped_lock lock(mutex_);
   const double latest = static_cast<double>(now) - (older_than * 1e6);
   const std::int64_t before = counts_.expired;
-  for (std::int64_t serial = first_serial_; serial * options_.initial < initial_leased_ && counts_.leased > 0;
-       ++serial) {
+  for (std::int64_t serial = first_serial_; serial < opened_ && counts_.leased > 0; ++serial) {
     const Group& group = group_of(serial);
     for (std::size_t index = 0; group.settled < group.asked && index < group.asked; ++index) {
       const RolloutState state = group.states[index];

@@ -127,19 +127,23 @@ class RolloutAllocator:
             max_attempts=max_attempts,
         )
 
-    def open(self, group_ids: ArrayLike | Sequence[str], priors: ArrayLike) -> None:
+    def open(self, group_ids: ArrayLike | Sequence[str], priors: ArrayLike, counts: ArrayLike | None = None) -> None:
         """Open groups; their initial rollouts join the end of the queue.
 
         Args:
             group_ids: (G,) int64, or str; one kind per allocator. An id may be used again once its group was drained.
             priors: (G,) float64, reward units; NaN is no prior.
+            counts: (G,) int64 rollouts, `initial` to `maximum`, before the first test of each group (see `predicted_counts`); those
+                beyond `initial` are leased as extra ones are, ahead of new groups. None is `initial` for all.
 
         Raises:
-            ValueError: an id repeats or its group is not drained yet, the lengths differ, a prior is outside
+            ValueError: an id repeats or its group is not drained yet, the lengths differ, a count is out of bounds, a prior is
+            outside
                 `reward_range`, a dtype does not fit, the initial rollouts are more than is left of `total`. No group is
                 opened then.
         """
-        self._core.open(_group_ids(group_ids), _vector("priors", priors, np.float64))
+        chosen = np.zeros(0, dtype=np.int64) if counts is None else _vector("counts", counts, np.int64)
+        self._core.open(_group_ids(group_ids), _vector("priors", priors, np.float64), chosen)
 
     def lease(self, n: int) -> Leases:
         """At most `n` rollouts to run: those of tested groups and retries first, then new groups in open order.
@@ -228,6 +232,22 @@ class RolloutAllocator:
         restored = cls.__new__(cls)
         restored._core = _core.RolloutAllocator.restore(blob)
         return restored
+
+
+def predicted_counts(rates: ArrayLike, total: int, lowest: int = 2, highest: int = 128) -> NDArray[np.int64]:
+    """V0's budget before any rollout (arXiv 2602.03584): (G,) int64 rollouts of G groups, at most `total` in all.
+
+    A group of B rollouts is worth B (1 - p) (1 - (1 - p)^(B - 1)). Every group has `lowest`; the next rollout goes to the group
+    whose worth grows most, the first if equal, and none has more than `highest`. What
+    would add to no group's worth is left.
+
+    Args:
+        rates: (G,) float64 predicted success rates p in [0, 1]; NaN, no prediction, counts as 1/2.
+
+    Raises:
+        ValueError: a rate or a bound is out of bounds, `total` does not hold `lowest` rollouts for each group.
+    """
+    return _core.predicted_counts(_vector("rates", rates, np.float64), total, lowest, highest)
 
 
 def _microseconds() -> int:

@@ -84,19 +84,21 @@ void register_allocator(py::module_& m) {
            py::arg("chunk"), py::arg("seed"), py::arg("reward_range"), py::arg("calibration"), py::arg("max_attempts"))
       .def(
           "open",
-          [](RolloutAllocator& self, const Array<std::int64_t>& group_ids, const Array<double>& priors) {
+          [](RolloutAllocator& self, const Array<std::int64_t>& group_ids, const Array<double>& priors,
+             const Array<std::int64_t>& counts) {
             unlocked([&] {
               const auto ids = view(group_ids);
-              self.open(std::vector<std::int64_t>(ids.begin(), ids.end()), view(priors));
+              self.open(std::vector<std::int64_t>(ids.begin(), ids.end()), view(priors), view(counts));
             });
           },
-          py::arg("group_ids").noconvert(), py::arg("priors").noconvert())
+          py::arg("group_ids").noconvert(), py::arg("priors").noconvert(), py::arg("counts").noconvert())
       .def(
           "open",
-          [](RolloutAllocator& self, const std::vector<std::string>& group_ids, const Array<double>& priors) {
-            unlocked([&] { self.open(group_ids, view(priors)); });
+          [](RolloutAllocator& self, const std::vector<std::string>& group_ids, const Array<double>& priors,
+             const Array<std::int64_t>& counts) {
+            unlocked([&] { self.open(group_ids, view(priors), view(counts)); });
           },
-          py::arg("group_ids"), py::arg("priors").noconvert())
+          py::arg("group_ids"), py::arg("priors").noconvert(), py::arg("counts").noconvert())
       .def(
           "lease",
           [](RolloutAllocator& self, std::int64_t limit, std::int64_t now) {
@@ -156,6 +158,13 @@ void register_allocator(py::module_& m) {
             return unlocked([&] { return RolloutAllocator::restore(bytes); });
           },
           py::arg("blob"));
+
+  m.def(
+      "predicted_counts",
+      [](const Array<double>& rates, std::int64_t total, std::int64_t lowest, std::int64_t highest) {
+        return to_array(unlocked([&] { return v05::predicted_counts(view(rates), total, lowest, highest); }));
+      },
+      py::arg("rates").noconvert(), py::arg("total"), py::arg("lowest"), py::arg("highest"));
 
   m.def(
       "calibrated",

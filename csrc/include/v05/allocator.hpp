@@ -50,6 +50,12 @@ struct AllocatorOptions {
 
 using GroupIdList = std::variant<std::vector<std::int64_t>, std::vector<std::string>>;
 
+// V0's budget before any rollout (arXiv 2602.03584): every group has `lowest` rollouts, and the next of `total` goes to
+// the group of predicted success rate `rates[g]` whose utility grows most, the first if equal, up to `highest`; to none
+// once no utility grows. NaN: a rate of 1/2.
+std::vector<std::int64_t> predicted_counts(std::span<const double> rates, std::int64_t total, std::int64_t lowest,
+                                           std::int64_t highest);
+
 // Row i is one rollout to run.
 struct Leases {
   std::vector<std::int64_t> lease_ids;
@@ -128,8 +134,9 @@ class RolloutAllocator {
  public:
   explicit RolloutAllocator(const AllocatorOptions& options);
 
-  // All of the groups or, if an argument is at fault (std::invalid_argument), none.
-  void open(const GroupIdList& ids, std::span<const double> priors);
+  // All of the groups or, if an argument is at fault (std::invalid_argument), none. `counts` are the rollouts that each
+  // group is tested after, options.initial where it is empty; those beyond options.initial queue as extra ones do.
+  void open(const GroupIdList& ids, std::span<const double> priors, std::span<const std::int64_t> counts);
 
   // At most `limit` rollouts: those of tested groups and retries first, then those of new groups in open order; then,
   // with rule kTotal, of the groups where the gain is largest.

@@ -36,4 +36,11 @@ inline bool calibrated_take_more(std::int64_t count, const CalibratedFusion& fus
   return count < max_rollouts && calibrated_gain(fusion) > cost;
 }
 
+// What a group of `count` rollouts is worth before any of them is run (V0, arXiv 2602.03584): B (1 - p) (1 - (1 - p)^(B
+// - 1)).
+inline double predicted_utility(std::int64_t count, double rate) {
+  const auto b = static_cast<double>(count);
+  return b * (1.0 - rate) * (1.0 - std::pow(1.0 - rate, b - 1.0));
+}
+
 }  // namespace v05
