@@ -1,5 +1,5 @@
 """What stopping early does to the mean and to the policy gradient, exactly: `python bench/adaptive_bias.py` writes
-bench/results/adaptive_bias.csv.
+bench/results/adaptive_bias.csv and docs/adaptive_bias.png.
 
 In the bandit of bench/bandit.py, a group's expected gradient is the true one times a factor f(p), because given its reward a
 rollout's answer does not depend on the other rollouts: an estimator that looks at rewards of 0 and 1 errs in the weight of a
@@ -26,16 +26,21 @@ import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from bandit import moments, squared_gradient
 from machine import commit, processor, versions
 from numpy.typing import NDArray
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
 
 from v05 import reference
 from v05.methods import Calibration
 from v05.stopping import count_paths
 
 RESULTS = Path(__file__).parent / "results" / "adaptive_bias.csv"
+PLOT = Path(__file__).parents[1] / "docs" / "adaptive_bias.png"
 FIELDS = (
     "rule",
     "baseline",
@@ -153,22 +158,39 @@ def rows() -> Iterator[tuple[str, str, str, float, tuple[float, ...]]]:
                     yield rule, method, estimator, p, measure(rule, method, estimator, p)
 
 
+def draw(factors: dict[tuple[str, str, str], Array]) -> None:
+    """f(p) of every rule with leave-one-out, and with path counting."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for rule in INITIAL:
+        axes.plot(RATES, factors[rule, "calibrated", "leave-one-out"], marker=".", label=f"{rule}, leave-one-out")
+    axes.plot(RATES, factors["calibrated", "calibrated", "path counting"], "k--", label="any rule, path counting")
+    axes.set(xlabel="success rate p", ylabel="expected gradient / true gradient", yscale="log", title="baseline: calibrated")
+    axes.set_yticks([0.6, 0.8, 1.0, 1.5, 2.0, 2.5], labels=["0.6", "0.8", "1", "1.5", "2", "2.5"])
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(PLOT, dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
     about = (processor(), commit(), versions("numpy"))
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(FIELDS)
+        factors: dict[tuple[str, str, str], Array] = {}
         for (rule, method, estimator), group in itertools.groupby(rows(), key=lambda row: row[:3]):
             found = []
             for *_, p, figures in group:
                 writer.writerow((rule, method, estimator, p, *(f"{value:.6g}" for value in figures), *about))
                 found.append(figures)
             size, bias, factor, signal, noise = (np.array(values) for values in zip(*found, strict=True))
+            factors[rule, method, estimator] = factor
             quality = (signal.sum() / noise.sum()) ** 0.5
             print(f"{rule:<14}{method:<11}{estimator:<15}{size.mean():5.2f} rollouts", end="")
             print(f"   mean off by {bias.min():+.3f} to {bias.max():+.3f}   f {factor.min():.3f} to {factor.max():.3f}", end="")
             print(f"   signal to noise {quality:.4f}, a rollout {quality / size.mean() ** 0.5:.4f}", flush=True)
+    draw(factors)
 
 
 if __name__ == "__main__":

@@ -97,11 +97,11 @@ def count_paths(
         onward = np.where(goes_on[:, k], totals[:, :, k], 0.0)
         totals[:, :, k + 1] += onward
         totals[:, :, k + 1, 1:] += onward[:, :, :-1]
-    k, x = np.indices((rows, rows))
+    sizes, successes = np.indices((rows, rows))
     reached = (totals[0] > 0) & ~goes_on
     with np.errstate(divide="ignore", invalid="ignore"):
         block = np.where(reached, totals[1:] / totals[0], np.nan)  # expected share of the block's gradient
-        shared_out = np.stack([block[0] * k / np.maximum(x, 1), block[1] * k / np.maximum(k - x, 1)])
+        shared_out = np.stack([block[0] * sizes / np.maximum(successes, 1), block[1] * sizes / np.maximum(sizes - successes, 1)])
     return shared_out
 
 

@@ -24,12 +24,12 @@ from v05.ops import fused_advantage
 from v05.prior.calibration import Calibrator
 from v05.simulate.outcomes import Outcomes, fit_population
 
-STEP = 1024  # groups
-WARM_UP = 4  # steps that fill the calibrator's window and are not measured
-MEASURED = 64  # steps; their mean is exact to about one percent
+STEP = 2048  # groups
+WARM_UP = 2  # steps that fill the calibrator's window and are not measured
+MEASURED = 32  # steps; their mean is exact to about one percent
 REPLAYS = ("superpopulation", "finite")
 TO_CENTRED = 4.0  # squared errors of rewards in [0, 1] to those of rewards in [-1, 1]
-LEASE = 32  # rollouts; rule "total" compares the gains of all groups before each lease
+LEASE = 64  # rollouts; rule "total" compares the gains of all groups before each lease
 REFERENCE = 16  # rollouts of a prompt that GRPO usually takes
 AS_OSLA = "as v05+osla"
 # The method of the op behind each name.
