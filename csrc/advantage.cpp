@@ -91,9 +91,9 @@ std::int64_t check_rewards(const Rollouts<Real>& rollouts, const AdvantageRule& 
 // What the baseline of a group is made of.
 struct Group {
   Moments moments;
-  double prior;  // reward units; NaN: none
+  double prior = std::numeric_limits<double>::quiet_NaN();  // reward units; NaN: none
   // kCalibrated's:
-  double successes;         // sum of the rewards scaled to [0, 1]
+  double successes = 0.0;   // sum of the rewards scaled to [0, 1]
   Belief belief;            // what the prior is taken for
   CalibratedFusion fusion;  // of the two, where it is asked for
 };
@@ -108,7 +108,9 @@ double successes_of(const Moments& group, const AdvantageRule& rule) {
 }
 
 Group make_group(const Moments& moments, double prior, const AdvantageRule& rule, bool wants_baseline) {
-  Group group{.moments = moments, .prior = prior, .successes = 0.0, .belief = {}, .fusion = {}};
+  Group group;
+  group.moments = moments;
+  group.prior = prior;
   if (rule.baseline == Baseline::kCalibrated) {
     group.successes = successes_of(moments, rule);
     group.belief = believe(rule.scaled(prior), rule.calibration);
