@@ -20,6 +20,7 @@ from v05.methods import Calibration
 
 FEWEST_GROUPS = 64  # below these the default stands
 LEAST_PRIOR = 0.005  # priors are kept within [0.005, 0.995], as in fusion.hpp
+RESTRAINT = 0.1  # what the pull to the default weighs, in groups: enough to settle what the data leave open
 VAGUE = 0.5  # both parameters of the vague Beta
 MAX_ITERATIONS = 200
 TOLERANCE = 1e-4  # of the gradient a group; sampling noise is fifty times that even with 4096 groups
@@ -51,7 +52,7 @@ class Calibrator:
         ValueError: an argument is out of bounds.
     """
 
-    def __init__(self, window: int = 4096, half_life: float | None = 1024.0) -> None:
+    def __init__(self, window: int = 4096, half_life: float | None = 2048.0) -> None:
         if window < FEWEST_GROUPS:
             raise ValueError(f"window={window} holds fewer than the {FEWEST_GROUPS} groups that a fit needs; give more")
         if half_life is not None and not half_life > 0:
@@ -135,7 +136,7 @@ def negative_log_likelihood(
     """The function that a fit minimises: of theta = (alpha, beta, log kappa, logit eps), its value and (4,) gradient.
 
     It is the weighted mean over G groups, arguments (G,), of -log((1 - eps) m1 + eps m0), m1 and m0 the marginal likelihoods under
-    the calibrated and the vague Beta; plus (theta - default)^2 / 2, which weighs as much as the heaviest group.
+    the calibrated and the vague Beta; plus (theta - default)^2 / 2, which weighs RESTRAINT times the heaviest group.
     """
     logits = logit(_clipped(priors))
     failures = counts - successes
@@ -168,7 +169,7 @@ def negative_log_likelihood(
                 shares @ hallucination - expit(logit_eps),
             ]
         )
-        away = (theta - default) * shares.max()
+        away = (theta - default) * RESTRAINT * shares.max()
         return float(0.5 * away @ (theta - default) - shares @ evidence), away - gradient
 
     return objective
