@@ -11,6 +11,7 @@ from tiny_policy import tiny_model, tiny_tokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from v05.integrations.trl import EPS, V05Config, V05Trainer
+from v05.methods import Calibration
 
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("default")]
 
@@ -76,15 +77,18 @@ def test_parity_with_grpo_trainer(tokenizer, tmp_path, scale):
     torch.testing.assert_close(ours["advantages"], theirs["advantages"], rtol=0, atol=1e-6)
 
 
-def test_twenty_steps(tokenizer, tmp_path):
+@pytest.mark.parametrize("method", ["v05", "calibrated"])
+def test_twenty_steps(tokenizer, tmp_path, method):
     """It trains: the reward rises, and prompts that are settled take the fewest completions."""
-    trainer = make(V05Trainer, V05Config, tokenizer, tmp_path, settings={"max_steps": 20, "initial_generations": 2})
+    settings = {"method": method, "max_steps": 20, "initial_generations": 2}
+    trainer = make(V05Trainer, V05Config, tokenizer, tmp_path, settings=settings)
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "reward" in entry]
     assert len(log) == 20
     assert np.mean([entry["reward"] for entry in log[-5:]]) > np.mean([entry["reward"] for entry in log[:5]]) + 0.1
     sizes = [entry["v05/group_size"] for entry in log]
     assert 2 <= min(sizes) < max(sizes) <= 8
+    assert (trainer.calibrator.calibration != Calibration()) == (method == "calibrated")  # of 80 groups, from 64 on it is fitted
 
 
 def adaptive_batch(trainer):
@@ -187,6 +191,7 @@ def test_an_interrupted_run_keeps_its_prior(tokenizer, tmp_path):
     resumed = []
     second.prior.load_state_dict = lambda state: resumed.append(state)
     second.train(resume_from_checkpoint=True)
+    assert resumed[0].keys() == first.prior.state_dict().keys()
     for name, learnt in first.prior.state_dict().items():
         np.testing.assert_array_equal(resumed[0][name], learnt)
 
