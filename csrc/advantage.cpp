@@ -4,6 +4,7 @@
 #include <array>
 #include <bit>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <sstream>
 #include <stdexcept>
@@ -87,23 +88,56 @@ std::int64_t check_rewards(const Rollouts<Real>& rollouts, const AdvantageRule& 
   return nonfinite;
 }
 
+// What the baseline of a group is made of.
+struct Group {
+  Moments moments;
+  double prior;      // reward units; NaN: none
+  double successes;  // kCalibrated's: the sum of the rewards scaled to [0, 1]
+  Belief belief;     // kCalibrated's: what the prior is taken for
+};
+
+// The sum of a group's rewards scaled to [0, 1]. Whole numbers, as of rewards that are low or high, come back whole:
+// where a prior is certain, 1e-16 of a success is far from none.
+double successes_of(const Moments& group, const AdvantageRule& rule) {
+  const auto count = static_cast<double>(group.count);
+  const double sum = group.count == 0 ? 0.0 : std::clamp(count * rule.scaled(group.mean), 0.0, count);
+  const double whole = std::floor(sum + 0.5);
+  return std::abs(sum - whole) <= count * rule.scaled_rounding() ? whole : sum;
+}
+
+Group make_group(const Moments& moments, double prior, const AdvantageRule& rule) {
+  const bool fused = rule.baseline == Baseline::kCalibrated;
+  return {.moments = moments,
+          .prior = prior,
+          .successes = fused ? successes_of(moments, rule) : 0.0,
+          .belief = fused ? believe(rule.scaled(prior), rule.calibration) : Belief{}};
+}
+
+double baseline_of(const Group& group, const AdvantageRule& rule) {
+  const Moments& m = group.moments;
+  return rule.baseline == Baseline::kCalibrated
+             ? rule.unscaled(calibrated(m.count, group.successes, group.belief).baseline)
+             : baseline_of(rule.baseline, m.count, m.mean, group.prior, rule.half_range());
+}
+
 // Rewards that are all equal are left as they are: nothing may explode through eps.
 double divisor_of(const Moments& population, const AdvantageRule& rule) {
   const bool unscaled = rule.scale == Scale::kNone || population.all_equal;
   return unscaled ? 1.0 : std::sqrt(population.variance()) + rule.eps;
 }
 
-// A group's only rollout, with nothing but itself to be compared with.
-bool is_alone(const Moments& group, double prior, const AdvantageRule& rule) {
-  return group.count == 1 && (!rule.bounded() || std::isnan(prior));
+// A group's only rollout, with nothing but itself to be compared with. Calibrated fusion always has its vague prior.
+bool is_alone(const Group& group, const AdvantageRule& rule) {
+  const bool has_prior = rule.baseline == Baseline::kCalibrated || (rule.bounded() && !std::isnan(group.prior));
+  return group.moments.count == 1 && !has_prior;
 }
 
 // The advantage of a reward within its group.
 class Judge {
  public:
-  Judge(const Moments& group, double prior, const AdvantageRule& rule, double divisor)
-      : baseline_(baseline_of(rule.baseline, group.count, group.mean, prior, rule.half_range())), divisor_(divisor) {
-    if (rule.raw_singleton && is_alone(group, prior, rule)) {
+  Judge(const Group& group, const AdvantageRule& rule, double divisor)
+      : baseline_(baseline_of(group, rule)), divisor_(divisor) {
+    if (rule.raw_singleton && is_alone(group, rule)) {
       baseline_ = 0.0;
       divisor_ = 1.0;
     }
@@ -119,11 +153,11 @@ class Judge {
 // The same with a baseline from the group's other rollouts.
 class LeaveOneOutJudge {
  public:
-  LeaveOneOutJudge(const Moments& group, double prior, const AdvantageRule& rule, double divisor)
-      : mean_(group.mean),
-        prior_(prior),
+  LeaveOneOutJudge(const Group& group, const AdvantageRule& rule, double divisor)
+      : mean_(group.moments.mean),
+        prior_(group.prior),
         divisor_(divisor),
-        others_(is_alone(group, prior, rule) ? kAlone : group.count - 1) {}
+        others_(is_alone(group, rule) ? kAlone : group.moments.count - 1) {}
 
   double operator()(double reward, const AdvantageRule& rule) const {
     if (others_ == kAlone) {
@@ -141,22 +175,61 @@ class LeaveOneOutJudge {
   std::int64_t others_;
 };
 
-void write_statistics(const StatisticsOut& out, std::size_t g, const Moments& m, double prior,
-                      const AdvantageRule& rule) {
+// The same for calibrated fusion. Most rewards are the lowest or the highest: these two advantages are kept.
+class CalibratedLeaveOneOutJudge {
+ public:
+  CalibratedLeaveOneOutJudge(const Group& group, const AdvantageRule& rule, double divisor)
+      : belief_(group.belief),
+        successes_(group.successes),
+        others_(group.moments.count - 1),
+        divisor_(divisor),
+        of_lowest_(compute(rule.low, rule)),
+        of_highest_(compute(rule.high, rule)) {}
+
+  double operator()(double reward, const AdvantageRule& rule) const {
+    if (reward == rule.low) {
+      return of_lowest_;
+    }
+    return reward == rule.high ? of_highest_ : compute(reward, rule);
+  }
+
+ private:
+  [[nodiscard]] double compute(double reward, const AdvantageRule& rule) const {
+    const auto most = static_cast<double>(std::max<std::int64_t>(others_, 0));  // no others in an empty group
+    const double successes = std::clamp(successes_ - rule.scaled(reward), 0.0, most);
+    return (reward - rule.unscaled(calibrated(others_, successes, belief_).baseline)) / divisor_;
+  }
+
+  Belief belief_;
+  double successes_;
+  std::int64_t others_;
+  double divisor_;
+  double of_lowest_;
+  double of_highest_;
+};
+
+void write_statistics(const StatisticsOut& out, std::size_t g, const Group& group, const AdvantageRule& rule) {
   if (out.count.empty()) {
     return;
   }
+  const Moments& m = group.moments;
   out.count[g] = m.count;
   out.mean[g] = m.mean;
   out.variance[g] = m.variance();
-  out.baseline[g] = baseline_of(rule.baseline, m.count, m.mean, prior, rule.half_range());
+  out.baseline[g] = baseline_of(group, rule);
   if (rule.baseline == Baseline::kShrinkage) {
-    const Fusion fusion = shrinkage(m.count, m.mean, prior, rule.half_range());
+    const Fusion fusion = shrinkage(m.count, m.mean, group.prior, rule.half_range());
+    out.mse[g] = fusion.mse;
     out.weight[g] = fusion.weight;
     out.statistic[g] = fusion.statistic;
     out.p_value[g] = fusion.p_value();
-    out.mse[g] = fusion.mse;
     out.take_more[g] = osla_take_more(m.count, fusion.squared_bias, rule.max_rollouts, rule.cost);
+  }
+  if (rule.baseline == Baseline::kCalibrated) {
+    const CalibratedFusion fusion = calibrated(m.count, group.successes, group.belief);
+    out.mse[g] = fusion.variance * (rule.high - rule.low) * (rule.high - rule.low);
+    out.hallucination[g] = fusion.hallucination;
+    out.take_more[g] = calibrated_take_more(m.count, fusion, rule.max_rollouts, rule.cost);
   }
 }
 
@@ -271,9 +344,10 @@ void judge_rows(const Rollouts<Real>& rollouts, const Groups& groups, std::span<
                for (std::int64_t g = begin; g < end; ++g) {
                  const Moments m = collected[at(g)].moments();
                  const double v = prior.empty() ? std::numeric_limits<double>::quiet_NaN() : prior[at(g)];
-                 write_statistics(statistics, at(g), m, v, rule);
+                 const Group group = make_group(m, v, rule);
+                 write_statistics(statistics, at(g), group, rule);
                  const double divisor = divisor_of(rule.scale == Scale::kBatch ? batch : m, rule);
-                 judges.data()[g] = GroupJudge(m, v, rule, divisor);
+                 judges.data()[g] = GroupJudge(group, rule, divisor);
                }
              });
   const auto for_advantages = [&](std::int64_t block_size, std::int64_t work, const auto& write) {
@@ -317,7 +391,9 @@ std::int64_t compute_advantages(const Rollouts<Real>& rollouts, const Groups& gr
   Scratch<MomentsAccumulator> collected(at(groups.count));
   collect_moments(rollouts, groups, collected.data(), threads);
   const std::span<const MomentsAccumulator> of_groups(collected.data(), at(groups.count));
-  const auto judge = rule.leave_one_out ? judge_rows<LeaveOneOutJudge, Real, Out> : judge_rows<Judge, Real, Out>;
+  const auto leave_one_out = rule.baseline == Baseline::kCalibrated ? judge_rows<CalibratedLeaveOneOutJudge, Real, Out>
+                                                                    : judge_rows<LeaveOneOutJudge, Real, Out>;
+  const auto judge = rule.leave_one_out ? leave_one_out : judge_rows<Judge, Real, Out>;
   judge(rollouts, groups, of_groups, prior, rule, advantages, statistics, steps, threads);
   return nonfinite;
 }

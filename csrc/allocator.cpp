@@ -539,8 +539,8 @@ double RolloutAllocator::gain_of(const Group& group) {
     for (const double reward : valid_) {
       successes += scaled(reward);
     }
-    return calibrated_gain(
-        calibrated(static_cast<std::int64_t>(valid_.size()), successes, scaled(group.prior), *options_.calibration));
+    const Belief belief = believe(scaled(group.prior), *options_.calibration);
+    return calibrated_gain(calibrated(static_cast<std::int64_t>(valid_.size()), successes, belief));
   }
   const Moments sample = moments(valid_);
   return osla_gain(sample.count, shrinkage(sample.count, sample.mean, group.prior, width / 2.0).squared_bias);

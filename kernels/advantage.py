@@ -10,12 +10,26 @@ graph.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
-from v05.kernels.fusion import GROUP_MEAN, SHRINKAGE, baseline_of, is_nan, osla_take_more, p_value, shrinkage
+from v05.kernels.fusion import (
+    CALIBRATED,
+    GROUP_MEAN,
+    SHRINKAGE,
+    baseline_of,
+    believe,
+    calibrated,
+    calibrated_take_more,
+    is_nan,
+    osla_take_more,
+    p_value,
+    shrinkage,
+    successes_of,
+)
 
 # Shared by number with v05.ops.SCALES and advantage.hpp.
 UNSCALED = tl.constexpr(0)
@@ -24,6 +38,7 @@ BATCH_SCALE = tl.constexpr(2)
 
 BLOCK_T = 2048  # 4 warps of 32 threads that each load 16 bytes of a uint8 mask
 MAX_BLOCK_ROWS = 512
+CALIBRATED_BLOCK_ROWS = 128  # under leave-one-out, where a thread's registers hold the fusion of one row
 ENOUGH_PROGRAMS = 8192  # a few waves on any GPU: beyond it, programs loop
 
 # NVIDIA's assembler, left alone, spills a few values to fit 40 registers; given a bound above its need it does not.
@@ -104,23 +119,35 @@ def advantage_of(
     count,
     mean,
     prior,
+    successes,
+    believed_a,
+    believed_b,
+    log_odds,
     divisor,
-    half_range,
+    low,
+    high,
     BASELINE: tl.constexpr,
     LEAVE_ONE_OUT: tl.constexpr,
     RAW_SINGLETON: tl.constexpr,
 ):
     """Advantages of a group's rollouts, scalars or blocks; 0 where not usable."""
-    if LEAVE_ONE_OUT:
+    if BASELINE == CALIBRATED:
+        if LEAVE_ONE_OUT:
+            count = tl.maximum(count - 1, 0)
+            b_scaled = (b_reward - low) / (high - low)
+            successes = tl.minimum(tl.maximum(successes - b_scaled, 0.0), count.to(tl.float64))
+        b_baseline = low + (high - low) * calibrated(count, successes, believed_a, believed_b, log_odds)[0]
+    elif LEAVE_ONE_OUT:
         b_others = mean + (mean - b_reward) / tl.maximum(count - 1, 1).to(tl.float64)
-        b_baseline = baseline_of(BASELINE, count - 1, b_others, prior, half_range)
+        b_baseline = baseline_of(BASELINE, count - 1, b_others, prior, (high - low) / 2)
     else:
-        b_baseline = baseline_of(BASELINE, count, mean, prior, half_range)
+        b_baseline = baseline_of(BASELINE, count, mean, prior, (high - low) / 2)
     b_advantage = (b_reward - b_baseline) / divisor
-    alone = count == 1  # with nothing to be compared with
-    if BASELINE != GROUP_MEAN:
-        alone &= is_nan(prior)
-    b_advantage = tl.where(alone, b_reward if RAW_SINGLETON else 0.0, b_advantage)
+    if BASELINE != CALIBRATED:
+        alone = count == 1  # with nothing to be compared with
+        if BASELINE != GROUP_MEAN:
+            alone &= is_nan(prior)
+        b_advantage = tl.where(alone, b_reward if RAW_SINGLETON else 0.0, b_advantage)
     return tl.where(b_usable, b_advantage, 0.0)
 
 
@@ -174,7 +201,7 @@ def fused_advantage_kernel(
     p_counted,  # (N,) bool, or None: as valid
     p_batch_divisor,  # (1,) float64, with BATCH_SCALE
     p_out,  # (N, T), (total_tokens,) or (N,)
-    p_moments,  # (7, G) float64, or None
+    p_moments,  # (v05.ops.MOMENTS, G) float64, or None
     p_count,  # (G,) int64, or None
     p_take_more,  # (G,) bool, or None
     p_counters,  # (2,) int64: non-finite, clipped
@@ -185,6 +212,10 @@ def fused_advantage_kernel(
     eps: tl.float64,
     max_rollouts,
     cost: tl.float64,
+    alpha: tl.float64,  # of the calibration, as are beta and kappa
+    beta: tl.float64,
+    kappa: tl.float64,
+    log_odds: tl.float64,  # that a prior is not hallucinated
     BASELINE: tl.constexpr,
     SCALE: tl.constexpr,
     LEAVE_ONE_OUT: tl.constexpr,
@@ -209,6 +240,13 @@ def fused_advantage_kernel(
         clipped += ((prior < low) | (prior > high)).to(tl.int64)
         prior = tl.where(prior < low, low, tl.where(prior > high, high, prior))
 
+    successes = tl.full((), 0.0, tl.float64)
+    believed_a, believed_b, believed_log_odds = successes, successes, successes
+    if BASELINE == CALIBRATED:
+        successes = successes_of(count, mean, low, high)
+        scaled_prior = (prior - low) / (high - low)
+        believed_a, believed_b, believed_log_odds = believe(scaled_prior, alpha, beta, kappa, log_odds)
+
     divisor = tl.full((), 1.0, tl.float64)
     if SCALE == GROUP_SCALE:
         divisor = tl.where(all_equal, 1.0, tl.sqrt(variance) + eps)
@@ -222,13 +260,23 @@ def fused_advantage_kernel(
             tl.store(p_count + group, count)
             tl.store(p_moments + group, mean)
             tl.store(p_moments + G + group, variance)
-            tl.store(p_moments + 2 * G + group, baseline_of(BASELINE, count, mean, prior, (high - low) / 2))
+            if BASELINE == CALIBRATED:
+                rate, complement, rate_variance, hallucination = calibrated(
+                    count, successes, believed_a, believed_b, believed_log_odds
+                )
+                tl.store(p_moments + 2 * G + group, low + (high - low) * rate)
+                tl.store(p_moments + 3 * G + group, rate_variance * (high - low) * (high - low))
+                tl.store(p_moments + 4 * G + group, hallucination)
+                more = calibrated_take_more(count, rate, complement, rate_variance, max_rollouts, cost)
+                tl.store(p_take_more + group, more)
+            else:
+                tl.store(p_moments + 2 * G + group, baseline_of(BASELINE, count, mean, prior, (high - low) / 2))
             if BASELINE == SHRINKAGE:
                 _, weight, statistic, squared_bias, mse = shrinkage(count, mean, prior, (high - low) / 2)
-                tl.store(p_moments + 3 * G + group, weight)
-                tl.store(p_moments + 4 * G + group, statistic)
-                tl.store(p_moments + 5 * G + group, p_value(statistic))
-                tl.store(p_moments + 6 * G + group, mse)
+                tl.store(p_moments + 3 * G + group, mse)
+                tl.store(p_moments + 4 * G + group, weight)
+                tl.store(p_moments + 5 * G + group, statistic)
+                tl.store(p_moments + 6 * G + group, p_value(statistic))
                 tl.store(p_take_more + group, osla_take_more(count, squared_bias, max_rollouts, cost))
 
     if p_mask is None and p_cu_seqlens is None:
@@ -242,8 +290,13 @@ def fused_advantage_kernel(
                 count,
                 mean,
                 prior,
+                successes,
+                believed_a,
+                believed_b,
+                believed_log_odds,
                 divisor,
-                (high - low) / 2,
+                low,
+                high,
                 BASELINE,
                 LEAVE_ONE_OUT,
                 RAW_SINGLETON,
@@ -253,7 +306,21 @@ def fused_advantage_kernel(
         for member in range(split, size, tl.num_programs(1)):
             row, reward, usable, _, _ = load_rewards(p_rewards, p_order, p_valid, first + member, member < size, low, high)
             advantage = advantage_of(
-                reward, usable, count, mean, prior, divisor, (high - low) / 2, BASELINE, LEAVE_ONE_OUT, RAW_SINGLETON
+                reward,
+                usable,
+                count,
+                mean,
+                prior,
+                successes,
+                believed_a,
+                believed_b,
+                believed_log_odds,
+                divisor,
+                low,
+                high,
+                BASELINE,
+                LEAVE_ONE_OUT,
+                RAW_SINGLETON,
             )
             if p_cu_seqlens is not None:
                 start = tl.load(p_cu_seqlens + row)
@@ -306,13 +373,14 @@ def fused_advantage(
     eps: float,
     max_rollouts: int,
     cost: float,
+    calibration: Sequence[float],
 ) -> None:
     """Write the advantages into `out` and, where given, the statistics; the caller is `v05.ops.fused_advantage`.
 
     Shapes and dtypes are those that `fused_advantage_kernel` notes; rewards may also be (N, T), float32 or float64.
     Only what `baseline` defines is written: the rows mean, var, baseline of `moments` and `count`, and with SHRINKAGE
-    all of it. Non-finite rewards of valid rows are left out, and with a bounded baseline rewards and priors outside
-    [low, high] clipped; `counters`, which start at 0, count both.
+    and CALIBRATED their other rows and `take_more`. Non-finite rewards of valid rows are left out, and with a bounded
+    baseline rewards and priors outside [low, high] clipped; `counters`, which start at 0, count both.
 
     Raises:
         ValueError: CPU tensors without the interpreter.
@@ -326,6 +394,7 @@ def fused_advantage(
     if G == 0:
         return
     T = 0 if mask is None else mask.shape[1]
+    alpha, beta, kappa, calibration_eps = calibration
     if baseline == GROUP_MEAN.value:  # takes any finite reward
         low, high = -math.inf, math.inf
     with torch.cuda.device_of(rewards):  # type: ignore[no-untyped-call]
@@ -337,7 +406,8 @@ def fused_advantage(
             divisor = _batch_divisor(rewards, valid if counted is None else counted, low, high, eps)
 
         row_length = None if mask is None and cu_seqlens is None else triton.cdiv(out.numel(), max(N, 1))
-        block_rows, splits, chunks = launch_shape(N, G, row_length)
+        each_its_own = leave_one_out and baseline == CALIBRATED.value
+        block_rows, splits, chunks = launch_shape(N, G, row_length, CALIBRATED_BLOCK_ROWS if each_its_own else MAX_BLOCK_ROWS)
         fused_advantage_kernel[(G, splits, chunks)](
             rewards,
             offsets,
@@ -360,6 +430,10 @@ def fused_advantage(
             eps,
             max_rollouts,
             cost,
+            alpha,
+            beta,
+            kappa,
+            math.log1p(-calibration_eps) - math.log(calibration_eps),
             BASELINE=baseline,
             SCALE=scale,
             LEAVE_ONE_OUT=leave_one_out,
@@ -370,13 +444,13 @@ def fused_advantage(
         )
 
 
-def launch_shape(N: int, G: int, row_length: int | None) -> tuple[int, int, int]:
+def launch_shape(N: int, G: int, row_length: int | None, max_block_rows: int) -> tuple[int, int, int]:
     """(BLOCK_ROWS, splits, chunks) for N rollouts in G groups with rows of `row_length` tokens, None for per-rollout output.
 
     Chosen for groups and rows of average size; any size is handled.
     """
     group_size = triton.cdiv(N, G)
-    block_rows = min(max(triton.next_power_of_2(group_size), 16), MAX_BLOCK_ROWS)
+    block_rows = min(max(triton.next_power_of_2(group_size), 16), max_block_rows)
     if row_length is None:
         return block_rows, max(triton.cdiv(group_size, block_rows), 1), 1
     chunks = min(max(triton.cdiv(row_length, BLOCK_T), 1), ENOUGH_PROGRAMS)

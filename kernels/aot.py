@@ -106,7 +106,7 @@ def traffic(variant: Variant) -> tuple[int, int]:
         once = tokens * (size["p_token_rewards"] + size["p_mask"]) + ROLLOUTS * size["p_rewards"]
         return once, once
     per_rollout = not {"p_mask", "p_cu_seqlens"} & variant.pointers.keys()
-    _, splits, chunks = advantage.launch_shape(ROLLOUTS, GROUPS, None if per_rollout else TOKENS)
+    _, splits, chunks = advantage.launch_shape(ROLLOUTS, GROUPS, None if per_rollout else TOKENS, advantage.MAX_BLOCK_ROWS)
     row = sum(size.get(name, 0) for name in ("p_rewards", "p_order", "p_valid"))  # what a rollout is read as
     group = 2 * size["p_offsets"] + size.get("p_prior", 0)
     outputs = (ROLLOUTS if per_rollout else tokens) * size["p_out"] + tokens * size.get("p_mask", 0)
@@ -128,11 +128,17 @@ def occupancy(target: str, registers: int, warps: int) -> float:
 
 
 def variants() -> Iterator[Variant]:
-    """Every layout with every baseline in float32, then each other choice once, on padded shrinkage."""
+    """Every layout with every baseline in float32, then each other choice once, on padded shrinkage; calibrated, whose baseline
+    differs from rollout to rollout under leave-one-out, has that on scalars and on the largest blocks."""
     statistics = {"p_moments": "fp64", "p_count": "i64", "p_take_more": "u1", "p_counters": "i64"}
     inputs = {"p_rewards": "fp32", "p_offsets": "i64", "p_order": "i64", "p_prior": "fp64"}
     layouts = {"padded": {"p_mask": "u8"}, "packed": {"p_cu_seqlens": "i64"}, "per-rollout": {}}
-    baselines = {"mean": fusion.GROUP_MEAN, "prior": fusion.PRIOR, "shrinkage": fusion.SHRINKAGE}
+    baselines = {
+        "mean": fusion.GROUP_MEAN,
+        "prior": fusion.PRIOR,
+        "shrinkage": fusion.SHRINKAGE,
+        "calibrated": fusion.CALIBRATED,
+    }
     plain = {
         "SCALE": advantage.UNSCALED.value,
         "LEAVE_ONE_OUT": False,
@@ -161,6 +167,9 @@ def variants() -> Iterator[Variant]:
     yield base.but("padded-shrinkage-float32-mask", p_mask="fp32")
     yield base.but("padded-shrinkage-bfloat16", p_out="bf16")
     yield base.but("padded-shrinkage-float64", p_rewards="fp64", p_out="fp64")
+    yield made["padded-calibrated"].but("padded-calibrated-leave-one-out", {"LEAVE_ONE_OUT": True})
+    blocks = {"LEAVE_ONE_OUT": True, "BLOCK_ROWS": advantage.CALIBRATED_BLOCK_ROWS}
+    yield made["per-rollout-calibrated"].but("per-rollout-calibrated-leave-one-out", blocks)
     for mask, element in {"uint8": "u8", "int64": "i64", "float32": "fp32"}.items():
         yield Variant(
             f"{mask}-mask",

@@ -1,8 +1,10 @@
-"""Every baseline and stopping rule as a pure device function of a group's count, mean and prior, in reward units.
+"""Every baseline and stopping rule as a pure device function of a group's count, mean and prior, in reward units;
+calibrated fusion of rewards and priors scaled to [0, 1].
 
 The same arithmetic as `csrc/include/v05/fusion.hpp` and `stopping.hpp`; `v05/reference.py` is the specification of all
-three. Float64 throughout, elementwise over scalars or blocks; counts are int64. No operand ever divides by zero, also
-not where a `tl.where` discards the quotient: Triton's interpreter would warn.
+three. Float64 throughout, elementwise over scalars or blocks; counts are int64. Two habits are for Triton's
+interpreter. No operand ever divides by zero, also not where a `tl.where` discards the quotient: it would warn. No bare
+number is assigned to a variable or passed to tl.log: it would become float32.
 """
 
 import triton
@@ -12,6 +14,7 @@ import triton.language as tl
 GROUP_MEAN = tl.constexpr(0)
 PRIOR = tl.constexpr(1)
 SHRINKAGE = tl.constexpr(2)
+CALIBRATED = tl.constexpr(3)
 
 
 @triton.jit
@@ -43,7 +46,7 @@ def shrinkage(count, mean, prior, half_range):
 
 @triton.jit
 def baseline_of(RULE: tl.constexpr, count, mean, prior, half_range):
-    """The baseline of any method. Without a prior the group mean stands in, without a rollout the prior."""
+    """The baseline of any method but calibrated fusion. Without a prior the group mean stands in, without a rollout the prior."""
     if RULE == SHRINKAGE:
         return shrinkage(count, mean, prior, half_range)[0]
     elif RULE == PRIOR:
@@ -88,3 +91,108 @@ def erfc_of_sqrt(y):
 def p_value(statistic):
     """Of a test statistic under chi-square with one degree of freedom; NaN stays NaN."""
     return erfc_of_sqrt(0.5 * statistic)
+
+
+@triton.jit
+def believe(prior, alpha, beta, kappa, log_odds):
+    """(a, b, log_odds): Beta(a, b) of the success rate that a prior in [0, 1] is taken for, and the log odds that it is not
+    hallucinated, as given. A NaN prior is no prior: odds of 0.
+    """
+    no_prior = is_nan(prior)
+    v = tl.where(no_prior, 0.5, tl.where(prior < 0.005, 0.005, tl.where(prior > 0.995, 0.995, prior)))
+    success = tl.exp(alpha + beta * tl.log(v / (1.0 - v)))  # its odds
+    log_odds = tl.where(no_prior, float("-inf"), log_odds + v * 0.0)  # a bare number would count as float32
+    return kappa * (success / (1.0 + success)), kappa / (1.0 + success), log_odds
+
+
+@triton.jit
+def stirling(r):
+    """log Gamma(1 / r) less its leading terms, to 1e-13 for r up to 1/8."""
+    r2 = r * r
+    return (
+        ((8.417508417508418e-4 * r2 - 5.952380952380953e-4) * r2 + 7.936507936507937e-4) * r2 - 2.777777777777778e-3
+    ) * r2 * r + r / 12.0
+
+
+@triton.jit
+def log_rising(a, x):
+    """log Gamma(a + x) - log Gamma(a) for a > 0, x >= 0, to 1e-12; as in fusion.hpp a is raised to where Stirling's series
+    holds, which here starts earlier and has more terms: a thread's registers are few.
+    """
+    above = a * 0.0 + 1.0
+    below = above + x * 0.0
+    for _ in range(8):
+        low = a < 8.0
+        above *= tl.where(low, a, 1.0)
+        below *= tl.where(low, a + x, 1.0)
+        a += tl.where(low, 1.0, 0.0)
+    r, r_end = 1.0 / a, 1.0 / (a + x)
+    share = x * r
+    u = 1.0 + share
+    log_u = tl.log(u) + (share - (u - 1.0)) * (a * r_end)  # what the sum rounds away is put back
+    return tl.log(above / below) + (a - 0.5) * log_u + x * (tl.log(a + x) - 1.0) + stirling(r_end) - stirling(r)
+
+
+@triton.jit
+def likelihood_term(term, a, b, successes, failures):
+    """The logarithm of how much likelier a group is under Beta(a, b) than under Beta(1/2, 1/2) is the sum of terms 0 to 7."""
+    start = tl.where(term == 0, a, tl.where(term == 1, b, tl.where(term == 2, a + b, tl.where(term == 5, 1.0, 0.5))))
+    steps = tl.where(term % 3 == 0, successes, tl.where(term % 3 == 1, failures, successes + failures))
+    rising = log_rising(start, steps)
+    return tl.where(term > 5, 0.0, tl.where((term < 2) | (term == 5), rising, -rising))
+
+
+@triton.jit
+def log_likelihood_ratio(a, b, successes, failures):
+    """That sum, for scalars or 1-D blocks of rewards; the terms lie side by side, a thread each."""
+    ratio = successes * 0.0
+    for term in range(6):
+        ratio += likelihood_term(term, a, b, successes, failures)
+    return ratio
+
+
+@triton.jit
+def beta_moments(a, b):
+    """(mean, 1 - mean with all its digits, variance) of Beta(a, b)."""
+    mean, complement = a / (a + b), b / (a + b)
+    return mean, complement, mean * complement / (a + b + 1.0)
+
+
+@triton.jit
+def calibrated(count, successes, a, b, log_odds):
+    """Calibrated fusion: (baseline, 1 - baseline, variance, hallucination) of the success rate, rewards scaled to [0, 1].
+
+    `successes` is the sum of `count` such rewards; a, b and log_odds are what `believe` makes of the prior.
+    """
+    failures = count.to(tl.float64) - successes
+    log_odds += log_likelihood_ratio(a, b, successes, failures)
+    rival = tl.exp(-tl.abs(log_odds))  # never overflows
+    w0 = tl.where(log_odds > 0.0, rival, 1.0) / (1.0 + rival)
+    w1 = tl.where(log_odds > 0.0, 1.0, rival) / (1.0 + rival)
+    vague, vague_complement, vague_variance = beta_moments(0.5 + successes, 0.5 + failures)
+    informed, complement, variance = beta_moments(a + successes, b + failures)
+    difference = informed - vague
+    return (
+        w1 * informed + w0 * vague,
+        w1 * complement + w0 * vague_complement,
+        w1 * variance + w0 * vague_variance + w0 * w1 * difference * difference,
+        w0,
+    )
+
+
+@triton.jit
+def successes_of(count, mean, low, high):
+    """The sum of a group's rewards scaled to [0, 1]; a whole number is one again after rounding, as in advantage.cpp."""
+    k = count.to(tl.float64)
+    total = tl.where(count == 0, 0.0, k * ((mean - low) / (high - low)))
+    total = tl.minimum(tl.maximum(total, 0.0), k)
+    whole = tl.floor(total + 0.5)
+    largest = tl.maximum(tl.abs(k * low), tl.abs(k * high)) / (high - low)
+    return tl.where(tl.abs(total - whole) <= 8.0 * 2.220446049250313e-16 * largest, whole, total)
+
+
+@triton.jit
+def calibrated_take_more(count, baseline, complement, variance, max_rollouts, cost):
+    """Another rollout while the variance of the success rate would fall by more than its cost, as in stopping.hpp."""
+    gain = 4.0 * variance * (variance / (baseline * complement))
+    return (count < max_rollouts) & (gain > cost)

@@ -22,7 +22,7 @@ void add(const std::vector<T>& values) {
 }
 
 template <class Real, class Mask>
-void run(v05::Scale scale) {
+void run(v05::Baseline baseline, bool leave_one_out, v05::Scale scale) {
   constexpr std::size_t kRows = 211;
   constexpr std::size_t kTokens = 75;  // no multiple of any vector
   constexpr std::int64_t kGroups = 50;
@@ -38,7 +38,7 @@ void run(v05::Scale scale) {
     offsets[static_cast<std::size_t>(g)] = g * 4;
   }
   const std::vector<double> prior(kGroups, 0.4);
-  const v05::AdvantageRule rule{.baseline = v05::Baseline::kShrinkage, .scale = scale};
+  const v05::AdvantageRule rule{.baseline = baseline, .scale = scale, .leave_one_out = leave_one_out};
   std::vector<double> outcomes(kRows);
   std::vector<double> advantages(kRows);
   std::vector<Real> spread(tokens.size());
@@ -62,13 +62,16 @@ void run(v05::Scale scale) {
 }  // namespace
 
 int main() {
+  constexpr auto kShrinkage = v05::Baseline::kShrinkage;
   for (const v05::Scale scale : {v05::Scale::kNone, v05::Scale::kGroup, v05::Scale::kBatch}) {
-    run<float, std::uint8_t>(scale);
-    run<float, std::int64_t>(scale);
-    run<float, float>(scale);
-    run<double, std::uint8_t>(scale);
-    run<double, std::int64_t>(scale);
-    run<double, float>(scale);
+    run<float, std::uint8_t>(kShrinkage, false, scale);
+    run<float, std::int64_t>(kShrinkage, false, scale);
+    run<float, float>(kShrinkage, false, scale);
+    run<double, std::uint8_t>(kShrinkage, false, scale);
+    run<double, std::int64_t>(kShrinkage, false, scale);
+    run<double, float>(kShrinkage, false, scale);
+    run<double, float>(v05::Baseline::kCalibrated, false, scale);
+    run<double, float>(v05::Baseline::kCalibrated, true, scale);
   }
   std::printf("%016llx\n", static_cast<unsigned long long>(hash));
 }

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from v05.methods import Calibration
 from v05.ops import fused_advantage
 
 IDS = np.array(["a", "b", "a", "c", "b", "a", "d", "c", "a", "b", "d", "e"])
@@ -31,7 +32,8 @@ def arguments(rows, method):
         response_mask=torch.arange(3) < LENGTHS[rows][:, None],
         method=method,
         scale="batch",
-        leave_one_out=method == "v05",
+        leave_one_out=method != "grpo",
+        calibration=Calibration(0.2, 0.9, 8.0, 0.3),
         dtype=torch.float64,
     )
 
@@ -41,9 +43,9 @@ def work(rank, folder, ranks):
     last = rank == ranks - 1
     rows = np.flatnonzero(rank == SPLITS[ranks])
     results = {}
-    for method in ("v05", "grpo"):
+    for method in ("v05", "calibrated", "grpo"):
         out = fused_advantage(**arguments(rows, method), process_group=dist.group.WORLD)
-        results[method] = (out.advantages, out.stats.count, out.stats.baseline, out.stats.prior)
+        results[method] = (out.advantages, out.stats.count, out.stats.baseline, out.stats.prior, out.stats.mse)
     numeric = {key: i for i, key in enumerate(PRIOR)}
     out = fused_advantage(
         REWARDS[rows].float(),

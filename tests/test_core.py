@@ -40,6 +40,12 @@ def digest() -> str:
         for dtype in (torch.float32, torch.float64):
             out = fused_advantage(tokens[:, 0], prior, dtype=dtype, cu_seqlens=cu_seqlens, **options)
             seen.update(out.advantages.numpy().tobytes())
+        for rewards in (tokens[:, 0], (tokens[:, 0] * t > 0.5).float()):
+            for leave_one_out in (False, True):
+                fused = options | dict(method="calibrated", leave_one_out=leave_one_out)
+                out = fused_advantage(rewards, prior, dtype=torch.float64, **fused)
+                for tensor in (out.advantages, out.stats.moments, out.stats.take_more):
+                    seen.update(tensor.numpy().tobytes())
         many = torch.from_numpy(rng.random(200_000))
         out = fused_advantage(many, group_offsets=torch.arange(0, 200_001, 4), scale=scale, method="grpo")
         seen.update(out.advantages.numpy().tobytes())

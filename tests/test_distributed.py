@@ -16,18 +16,19 @@ def ranks(request, tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
-@pytest.mark.parametrize("method", ["v05", "grpo"])
+@pytest.mark.parametrize("method", ["v05", "calibrated", "grpo"])
 def test_split_groups_are_judged_whole(ranks, method):
     whole = fused_advantage(**arguments(np.arange(len(IDS)), method))
     order = list(dict.fromkeys(IDS))
     for rank, results in enumerate(ranks):
         rows = np.flatnonzero(rank == SPLITS[len(ranks)])
-        advantages, count, baseline, prior = results[method]
+        advantages, count, baseline, prior, mse = results[method]
         torch.testing.assert_close(advantages, whole.advantages[rows], rtol=0, atol=0)
         groups = [order.index(i) for i in dict.fromkeys(IDS[rows])]
         torch.testing.assert_close(count, whole.stats.count[groups])
         torch.testing.assert_close(baseline, whole.stats.baseline[groups], rtol=0, atol=0)
         torch.testing.assert_close(prior, whole.stats.prior[groups], equal_nan=True)
+        torch.testing.assert_close(mse, None if mse is None else whole.stats.mse[groups], rtol=0, atol=0)
 
 
 def test_numeric_ids_and_packed_output(ranks):

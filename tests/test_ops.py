@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from v05 import reference
-from v05.methods import METHODS
+from v05.methods import METHODS, Calibration
 from v05.ops import factorize, first_of_trajectory, fused_advantage, group_rows_on_device
 
 FLOAT32 = 1e-6
-STATISTICS = ("count", "mean", "var", "prior", "baseline", "weight", "statistic", "p_value", "mse", "take_more")
 
 
 def assert_statistics(stats, expected, tolerance):
@@ -52,6 +51,9 @@ def test_golden(case, dtype):
     assert_statistics(out.stats, statistics, tolerance)
 
 
+CALIBRATIONS = st.builds(Calibration, st.floats(-2, 2), st.floats(-1, 2), st.floats(0.05, 200), st.floats(0.001, 0.999))
+
+
 @st.composite
 def batches(draw):
     n = draw(st.integers(1, 40))
@@ -72,6 +74,7 @@ def batches(draw):
         "leave_one_out": draw(st.booleans()),
         "singleton": draw(st.sampled_from(["zero", "raw"])),
         "reward_range": (low, high),
+        "calibration": draw(st.none() | CALIBRATIONS),
         "max_rollouts": draw(st.integers(1, 32)),
     }
 
@@ -285,6 +288,40 @@ def test_singletons():
     assert alone.advantages.item() == 0.75  # the prior is all that is left
 
 
+def test_calibrated_has_a_baseline_for_every_rollout():
+    fused = dict(group_offsets=[0, 1, 2, 2], leave_one_out=True, method="calibrated", dtype=torch.float64)
+    calibration = Calibration(0.0, 1.0, 4.0, 0.2)
+    out = fused_advantage([1.0, 1.0], [0.25, math.nan, 0.25], calibration=calibration, **fused)
+    calibrated_prior = 0.8 * 0.25 + 0.2 * 0.5  # of a rollout that is alone, and of a group without one
+    assert out.advantages.tolist() == pytest.approx([1 - calibrated_prior, 0.5])  # no prior: the vague one, which is even
+    assert out.stats.baseline[2].item() == pytest.approx(calibrated_prior)
+    assert out.stats.hallucination.tolist() == pytest.approx([0.2 * 0.5 / (0.2 * 0.5 + 0.8 * 0.25), 1.0, 0.2])
+    assert out.stats.take_more.all()
+    assert out.stats.weight is out.stats.p_value is None
+    by_default = fused_advantage([1.0, 1.0], [0.25, math.nan, 0.25], **fused)
+    explicit = fused_advantage([1.0, 1.0], [0.25, math.nan, 0.25], calibration=Calibration(), **fused)
+    assert torch.equal(by_default.advantages, explicit.advantages)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.0, 5.0), (0.1, 0.7), (1000.0, 1001.0), (-0.3, 0.0)])
+def test_calibrated_sums_are_whole_where_rewards_are_binary(low, high):
+    """A certain prior: 1e-16 of a success where there is none would be taken for one."""
+    rng = np.random.default_rng(0)
+    sizes = np.repeat([3, 7, 49, 1024], 4)
+    wins = [rng.permutation(size) < count for size, count in zip(sizes, [0, 1, 2, 3] * 4, strict=True)]
+    rewards = np.where(np.concatenate(wins), high, low)
+    fused = dict(group_offsets=[0, *np.cumsum(sizes)], method="calibrated", dtype=torch.float64)
+    fused |= dict(calibration=Calibration(-100.0, 1.0, 1e-3, 1e-9))
+    for leave_one_out in (False, True):
+        out = fused_advantage(
+            rewards, np.full(16, (low + high) / 2), reward_range=(low, high), leave_one_out=leave_one_out, **fused
+        )
+        unit = fused_advantage(np.concatenate(wins), np.full(16, 0.5), leave_one_out=leave_one_out, **fused)
+        scale = high - low
+        torch.testing.assert_close(out.advantages, scale * unit.advantages, rtol=1e-9, atol=1e-15 * max(abs(low), abs(high)))
+        torch.testing.assert_close(out.stats.hallucination, unit.stats.hallucination, rtol=1e-9, atol=0)
+
+
 @pytest.mark.parametrize("scale", ["group", "batch"])
 def test_equal_rewards_do_not_explode(scale):
     out = fused_advantage([1.0] * 4, [0.75], group_offsets=[0, 4], method="v05", scale=scale)
@@ -370,6 +407,10 @@ BAD_INPUT = {
     "out dtype": (dict(group_offsets=[0, 4], out=torch.empty(4, dtype=torch.float64)), "out: .*torch.float32"),
     "out is rewards": (dict(group_offsets=[0, 4], rewards=SHARED, out=SHARED), "out: shares memory with rewards"),
     "integer dtype": (dict(group_offsets=[0, 4], dtype=torch.int64), "dtype=torch.int64 cannot hold advantages"),
+    "calibration": (
+        dict(group_offsets=[0, 4], calibration=(0, 1, 4, 0.1)),
+        r"calibration=\(0, 1, 4, 0.1\) is no v05.ops.Calibration",
+    ),
     "max_rollouts": (dict(group_offsets=[0, 4], max_rollouts=0), "max_rollouts=0"),
 }
 

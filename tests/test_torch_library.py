@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
-from v05.methods import METHODS, Baseline
+from v05.methods import METHODS, Baseline, Calibration
 from v05.ops import AdvantageOutput, fused_advantage
 
 # Inductor's and the tracer's own imports and autotuning are not ours to keep free of warnings.
@@ -46,8 +46,10 @@ def _fresh_compiler():
 
 def assert_same(seen: AdvantageOutput, expected: AdvantageOutput) -> None:
     torch.testing.assert_close(seen.advantages, expected.advantages, rtol=0, atol=0)
-    for name in ("count", "mean", "var", "prior", "baseline", "weight", "statistic", "p_value", "mse", "take_more", "nonfinite"):
+    for name in ("moments", "counts", "prior", "take_more"):
         torch.testing.assert_close(getattr(seen.stats, name), getattr(expected.stats, name), rtol=0, atol=0, equal_nan=True)
+    for name in ("mse", "weight", "hallucination"):
+        assert (getattr(seen.stats, name) is None) == (getattr(expected.stats, name) is None)
 
 
 def operands(layout, grouping="offsets", *, stats=True, baseline=2):
@@ -68,8 +70,8 @@ def operands(layout, grouping="offsets", *, stats=True, baseline=2):
     )
     scale, leave_one_out, raw_singleton, exclude_nonfinite = 0, False, False, False
     switches = (stats, baseline, scale, leave_one_out, raw_singleton, exclude_nonfinite)
-    low, high, eps, max_rollouts, cost = 0.0, 1.0, 1e-6, 16, 0.01
-    return (*tensors, *switches, low, high, eps, max_rollouts, cost)
+    low, high, eps, max_rollouts, cost, calibration = 0.0, 1.0, 1e-6, 16, 0.01, [0.0, 1.0, 4.5, 0.12]
+    return (*tensors, *switches, low, high, eps, max_rollouts, cost, calibration)
 
 
 @pytest.mark.parametrize("baseline", [int(baseline) for baseline in Baseline])
@@ -238,13 +240,25 @@ def test_what_cannot_be_traced_breaks_the_graph(arguments, message):
         torch.testing.assert_close(torch.compile(call, backend="eager")(REWARDS), call(REWARDS))
 
 
+@pytest.mark.parametrize("calibration", [None, Calibration(0.3, 0.8, 9.0, 0.2)], ids=["default", "fitted"])
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_calibration_is_compiled_in(backend, calibration):
+    def call(rewards, prior):
+        return fused_advantage(rewards, prior, group_offsets=OFFSETS, method="calibrated", calibration=calibration)
+
+    seen = torch.compile(call, fullgraph=True, backend=backend)(REWARDS, PRIOR)
+    assert_same(seen, call(REWARDS, PRIOR))
+    assert seen.stats.hallucination is not None
+
+
+@pytest.mark.parametrize("method", ["v05", "calibrated"])
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("grouping", GROUPINGS)
-def test_export_round_trip(grouping, strict, tmp_path):
+def test_export_round_trip(grouping, strict, method, tmp_path):
     class Advantage(torch.nn.Module):
         def forward(self, rewards, prior, groups, mask):
             named = {"group_offsets": groups} if grouping == "offsets" else {"group_ids": groups, "num_groups": 4}
-            out = fused_advantage(rewards, prior, response_mask=mask, **named)
+            out = fused_advantage(rewards, prior, response_mask=mask, method=method, **named)
             return out.advantages, out.stats  # a plain tuple: torch.export cannot save a named one
 
     groups = next(iter(GROUPINGS[grouping].values()))

@@ -36,6 +36,7 @@ def fused_advantage(
     eps: float,
     max_rollouts: int,
     cost: float,
+    calibration: Sequence[float],
     /,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_]]: ...
 

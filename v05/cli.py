@@ -1,4 +1,4 @@
-"""The command line: `v05 train`, `compare` and `fit-prior`. Each command teaches in its --help; the work is done elsewhere."""
+"""The command line: `v05 train`, `compare`, `simulate`, `fit-prior`. Each teaches in its --help; the work is done elsewhere."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ except ImportError as error:
     sys.exit(f"v05: the command line needs the package {error.name!r}; install it with: pip install 'v05[train]'")
 
 if TYPE_CHECKING:  # heavy imports wait until a command runs, so that --help is quick
+    import numpy as np
+
+    from v05.simulate.outcomes import Outcomes
+    from v05.simulate.replay import Record
     from v05.train.config import RunConfig
 
 app = typer.Typer(
@@ -43,7 +47,9 @@ def train(
     preset: Preset = "tiny",
     method: Annotated[
         str,
-        typer.Option(help="v05, grpo, dr_grpo, rloo, prior or dapo; v05@4 fixes the group size, v05@4..16 tests up to 16."),
+        typer.Option(
+            help="calibrated, v05, grpo, dr_grpo, rloo, prior or dapo; v05@4 fixes the group size, v05@4..16 tests up to 16."
+        ),
     ] = "v05",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     rollouts: Rollouts = None,
@@ -121,7 +127,7 @@ def compare(
     preset: Preset = "tiny",
     methods: Annotated[
         str, typer.Option(help="Comma-separated; grpo@8 fixes the group size, v05@4..16 tests from 4 up to 16.")
-    ] = "grpo,dr_grpo,dapo,v05",
+    ] = "grpo,dr_grpo,dapo,v05,calibrated",
     seeds: Annotated[int, typer.Option(help="Seeds a method.", min=1)] = 3,
     rollouts: Rollouts = None,
     learning_rate: LearningRate = None,
@@ -271,6 +277,129 @@ def _prior_table(records: list[dict[str, Any]]) -> Table:
             f"{r['brier']:.4f}",
             f"{r['cross_entropy']:.3f}",
             " ".join(f"{predicted:.2f}->{rate:.2f}" for predicted, rate, _ in r["calibration"]),
+        )
+    return table
+
+
+@app.command()
+def simulate(
+    outcomes: Annotated[
+        Path, typer.Argument(help="CSV file with columns model, question, successes, trials; or a run directory (or one of runs).")
+    ],
+    prior: Annotated[
+        str,
+        typer.Option(
+            help="irt (one-parameter logistic, cross-fitted); a number: the truth with normal noise of that standard deviation "
+            "on its logit; or a column of the file with predicted success rates."
+        ),
+    ] = "irt",
+    replay: Annotated[
+        str,
+        typer.Option(
+            help="superpopulation: fresh draws from the rates that may lie behind the outcomes; finite: the recorded trials."
+        ),
+    ] = "superpopulation",
+    initial: Annotated[int, typer.Option(help="Rollouts of a prompt before its first test.", min=1)] = 4,
+    maximum: Annotated[
+        int | None, typer.Option(help="Most rollouts of a prompt; 16, or with --replay finite all trials if fewer.", min=1)
+    ] = None,
+    cost: Annotated[
+        float | None, typer.Option(help="Of one rollout in v05+osla, squared error (centred units); 1 / maximum^2.", min=0.0)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    plot: Annotated[Path, typer.Option(help="Where to draw error over mean rollouts (PNG).")] = Path("runs/simulate.png"),
+    json: Annotated[Path | None, typer.Option(help="Also write a record for each method and budget to this file.")] = None,
+) -> None:
+    """What would adaptive rollout budgets save? Replay recorded outcomes under each method and budget.
+
+    Measures how far each baseline is from the true success rate, and says how many rollouts a prompt each method needs for
+    the error of GRPO at 16 (or the maximum, if less).
+
+    Example: v05 simulate outcomes.csv --initial 4 --maximum 16 --json simulate.json
+    """
+    from dataclasses import asdict
+
+    import numpy as np
+
+    from v05.simulate.plot import draw
+    from v05.simulate.replay import MEASURED, REFERENCE, WARM_UP, Replay, Source
+    from v05.train.metrics import write_json
+
+    try:
+        noise = _number(prior)
+        column = None if prior == "irt" or noise is not None else prior
+        with _progress() as progress:
+            read = _read(outcomes, column, progress)
+            if maximum is None:
+                maximum = REFERENCE if replay != "finite" else min(REFERENCE, int(read.trials.max()))
+            rng = np.random.default_rng(seed)
+            if prior == "irt":
+                read = _with_item_response(read, rng, progress)
+            source = Source(read, noise, replay, maximum, rng)
+            simulation = Replay(source.draw, initial, maximum, cost)
+            bar = progress.add_task("replay", total=WARM_UP + MEASURED, note="")
+            for _ in range(WARM_UP + MEASURED):
+                simulation.step()
+                progress.advance(bar)
+        records = simulation.records
+        draw(records, f"{outcomes.name}, prior {prior}, {replay}", plot)
+        if json is not None:
+            write_json(json, [asdict(record) for record in records])
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    except (ValueError, OSError) as error:
+        _fail(error)
+    left_out = f"; {read.left_out} rows without a trial left out" if read.left_out else ""
+    Console(width=None if sys.stdout.isatty() else 180).print(_simulation_table(records, initial, maximum))
+    console.out(f"{source.cells} cells of {len(read)} replayed{left_out}; plot in {plot}")
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _read(path: Path, column: str | None, progress: Progress) -> Outcomes:
+    from v05.simulate.outcomes import read_outcomes
+
+    bar = progress.add_task("reading", total=None, note="")
+    read = read_outcomes(path, column, lambda lines: progress.update(bar, completed=lines))
+    progress.update(bar, total=len(read), completed=len(read))
+    return read
+
+
+def _with_item_response(outcomes: Outcomes, rng: np.random.Generator, progress: Progress) -> Outcomes:
+    from dataclasses import replace
+
+    from v05.simulate.item_response import FOLDS, cross_fitted
+
+    bar = progress.add_task("prior", total=FOLDS, note="item response, cross-fitted")
+    return replace(outcomes, priors=cross_fitted(outcomes, rng, lambda: progress.advance(bar)))
+
+
+def _simulation_table(records: list[Record], initial: int, maximum: int) -> Table:
+    from v05.simulate.replay import METHODS, REFERENCE, rollouts_needed
+
+    def of(method: str, rollouts: float) -> Record | None:
+        return next((r for r in records if r.method == method and abs(r.mean_rollouts - rollouts) < 1e-9), None)
+
+    osla = next(r for r in records if r.method == "v05+osla").mean_rollouts
+    points = (float(initial), osla, float(maximum))
+    size = max(initial, min(REFERENCE, maximum))
+    target = of("grpo", size)
+    assert target is not None
+    table = Table(title="mean squared error of the baseline, centred units, by mean rollouts a prompt")
+    for column in ("method", *(f"at {mean:.4g}" for mean in points), f"rollouts for the error of grpo at {size}"):
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    for method in METHODS:
+        found = (of(method, mean) for mean in points)
+        needed = rollouts_needed(records, method, target.mse)
+        table.add_row(
+            method,
+            *("" if r is None else f"{r.mse:.4f} ± {r.mse_standard_error:.4f}" for r in found),
+            "not reached" if needed is None else f"{needed:.1f}",
         )
     return table
 

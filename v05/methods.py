@@ -19,6 +19,7 @@ class Baseline(IntEnum):
     GROUP_MEAN = 0
     PRIOR = 1
     SHRINKAGE = 2
+    CALIBRATED = 3
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ METHODS = {
         Method("rloo", Baseline.GROUP_MEAN, "none", True, "RLOO, arXiv 2402.14740"),
         Method("prior", Baseline.PRIOR, "none", False, "V_0, arXiv 2602.03584"),
         Method("dapo", Baseline.GROUP_MEAN, "group", False, "DAPO, arXiv 2503.14476"),
+        Method("calibrated", Baseline.CALIBRATED, "none", False, "ours; robust mixture priors, Schmidli et al. 2014"),
     )
 }
 

@@ -17,10 +17,15 @@ import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 
 from v05 import _core
-from v05.methods import Baseline, Method, Scale, find_method
+from v05.methods import Baseline, Calibration, Method, Scale, find_method
 
 SCALES: tuple[Scale, ...] = ("none", "group", "batch")  # positions are shared with advantage.hpp and kernels/advantage.py
 _DIVIDE_BY = {name: position for position, name in enumerate(SCALES)}
+
+# Rows of `AdvantageStats.moments`, by what the method subtracts. Shared with bindings/advantage.cpp and kernels/advantage.py.
+MEANS = 3  # mean, var, baseline; methods that define no more have no budget rule either
+MOMENTS = {Baseline.GROUP_MEAN: MEANS, Baseline.PRIOR: MEANS, Baseline.SHRINKAGE: 7, Baseline.CALIBRATED: 5}
+DEFAULT_CALIBRATION = Calibration()
 
 Array = torch.Tensor | ArrayLike
 _Kernel = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -40,14 +45,16 @@ class AdvantageStats:
         var: float64, reward units squared, ddof = 1; 0 for a single rollout.
         prior: float64, reward units, as given; None without a prior.
         baseline: float64, reward units.
-        weight: float64 in [0, 1], what the group mean weighs against the prior.
-        statistic: float64, T = k d^2 of the test "the prior is right"; it stands while T <= 1. NaN without a prior.
-        p_value: float64, of T under chi-square with one degree of freedom; a diagnostic.
-        mse: float64, reward units squared, the plug-in estimate of the baseline's error.
-        take_more: bool, the one-step look-ahead rule would buy another rollout.
+        mse: float64, reward units squared, of the baseline: v05's plug-in estimate, or the variance of calibrated's posterior.
+        weight: float64 in [0, 1], what the group mean weighs against the prior (v05).
+        statistic: float64, T = k d^2 of the test "the prior is right"; it stands while T <= 1. NaN without a prior (v05).
+        p_value: float64, of T under chi-square with one degree of freedom; a diagnostic (v05).
+        hallucination: float64 in [0, 1], probability that the prior says nothing of this group (calibrated).
+        take_more: bool, the method's budget rule would buy another rollout: v05's one-step look-ahead, or calibrated's gain.
         nonfinite: int64 scalar, NaN or infinite rewards left out.
         clipped: int64 scalar, rewards and priors clipped to `reward_range` (CUDA only; on the CPU they are an error).
-        moments: float64, (7, G): mean, var, baseline, weight, statistic, p_value, mse; (3, G) where the method defines no more.
+        moments: float64, (3, G): mean, var, baseline; of v05 (7, G), with mse, weight, statistic, p_value after them; of
+            calibrated (5, G), with mse, hallucination.
         counts: int64, (2 + G,): nonfinite, clipped, and the count of each group.
     """
 
@@ -73,20 +80,27 @@ class AdvantageStats:
         return self.moments[2]
 
     @property
-    def weight(self) -> torch.Tensor | None:
+    def mse(self) -> torch.Tensor | None:
         return None if self.take_more is None else self.moments[3]
 
     @property
+    def weight(self) -> torch.Tensor | None:
+        return self._of(Baseline.SHRINKAGE, 4)
+
+    @property
     def statistic(self) -> torch.Tensor | None:
-        return None if self.take_more is None else self.moments[4]
+        return self._of(Baseline.SHRINKAGE, 5)
 
     @property
     def p_value(self) -> torch.Tensor | None:
-        return None if self.take_more is None else self.moments[5]
+        return self._of(Baseline.SHRINKAGE, 6)
 
     @property
-    def mse(self) -> torch.Tensor | None:
-        return None if self.take_more is None else self.moments[6]
+    def hallucination(self) -> torch.Tensor | None:
+        return self._of(Baseline.CALIBRATED, 4)
+
+    def _of(self, baseline: Baseline, row: int) -> torch.Tensor | None:
+        return self.moments[row] if self.moments.shape[0] == MOMENTS[baseline] else None
 
     @property
     def nonfinite(self) -> torch.Tensor:
@@ -125,6 +139,7 @@ def fused_advantage(
     reward_range: tuple[float, float] = (0.0, 1.0),
     eps: float = 1e-6,
     singleton: Literal["zero", "raw"] = "zero",
+    calibration: Calibration | None = None,
     max_rollouts: int = 16,
     cost: float | None = None,
     nonfinite: Literal["raise", "exclude"] = "raise",
@@ -151,7 +166,7 @@ def fused_advantage(
             rounded to `dtype`, up to (k + 4) 2^-52 max |reward| in a group of k (over the divisor, under a scale); the same bits
             on any thread count.
         prior: (G,) predicted mean reward of each group, in reward units; NaN where there is none, and the group mean then
-            stands in. Needed by the methods "v05" and "prior".
+            stands in (of "calibrated", its vague prior). Needed by the methods "v05", "prior" and "calibrated".
         group_ids: (N,) integers in any order, or a sequence of N strings. Exactly one of `group_ids` and `group_offsets`.
         group_offsets: (G+1,) integers from 0 to N: the rollouts of group g are rows offsets[g] .. offsets[g+1] - 1.
         response_mask: (N, T) of bool, integer or floating dtype: advantages come back (N, T), zero where the mask is zero.
@@ -167,6 +182,8 @@ def fused_advantage(
         leave_one_out: the baseline of a rollout is computed from the group's other rollouts.
         reward_range: (lo, hi) that holds rewards and priors; read by the methods with a prior.
         eps: added to the standard deviation, reward units.
+        calibration: how far priors are to be trusted, read by "calibrated"; `v05.prior.calibration` fits it to past groups. None is
+            `Calibration()`, for before there are any.
         singleton: advantage of a group's only rollout when nothing but itself could be its baseline: "zero" or its "raw" reward.
         max_rollouts, cost: of the budget rule behind `stats.take_more`; cost None is 1 / max_rollouts^2 (centred units).
         nonfinite: what a NaN or infinite reward does: "raise", or "exclude" it like valid=False and count it. CUDA always
@@ -225,6 +242,12 @@ def fused_advantage(
         raise ValueError(f"cost={cost}; give 0 or more, or None for 1 / max_rollouts^2")
     if eps < 0:
         raise ValueError(f"eps={eps}; give 0 or more")
+    if calibration is None:
+        calibration = DEFAULT_CALIBRATION
+    elif not isinstance(calibration, Calibration):
+        raise ValueError(
+            f"calibration={calibration!r} is no v05.ops.Calibration; give Calibration(alpha, beta, kappa, eps) or None"
+        )
 
     # A fake tensor has no values either.
     tracing = torch.compiler.is_compiling() or (isinstance(rewards, torch.Tensor) and type(rewards) is not torch.Tensor)
@@ -234,6 +257,7 @@ def fused_advantage(
             raise ValueError("process_group: gathers through the host, which torch cannot trace; call outside torch.compile")
         options: dict[str, Any] = dict(method=method, scale=scale, leave_one_out=leave_one_out, reward_range=reward_range, eps=eps)
         options |= dict(singleton=singleton, max_rollouts=max_rollouts, cost=cost, nonfinite=nonfinite, backend=backend)
+        options |= dict(calibration=calibration)
         out, statistics = _across_ranks(process_group, given, prior, group_ids, group_offsets, num_groups, **options)
         return AdvantageOutput(out, statistics if stats else None)
     rewards, mask, cu, valid, trajectory_ids, out = _rollouts(*given)
@@ -263,10 +287,11 @@ def fused_advantage(
         float(eps),
         max_rollouts,
         1.0 / max_rollouts**2 if cost is None else float(cost),
+        [calibration.alpha, calibration.beta, calibration.kappa, calibration.eps],
     )
     if not stats:
         return AdvantageOutput(out, None)
-    return AdvantageOutput(out, AdvantageStats(prior, moments, counts, take_more if rule.baseline is Baseline.SHRINKAGE else None))
+    return AdvantageOutput(out, AdvantageStats(prior, moments, counts, take_more if MOMENTS[rule.baseline] > MEANS else None))
 
 
 def _tensor(name: str, value: Array) -> torch.Tensor:
@@ -756,14 +781,14 @@ def _run_triton(
 def _empty_statistics(
     rewards: torch.Tensor, num_groups: int, stats: bool, baseline: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(counts (2 + G,), moments (7, G), take_more (G,)) as in `AdvantageStats`: what the baseline defines, of no group without
-    `stats`."""
+    """(counts (2 + G,), moments (MOMENTS, G), take_more (G,)) as in `AdvantageStats`: what the baseline defines, of no group
+    without `stats`."""
     groups = num_groups if stats else 0
-    shrinkage = baseline == Baseline.SHRINKAGE
+    rows = MOMENTS[Baseline(baseline)]
     return (
         rewards.new_empty(2 + groups, dtype=torch.int64),
-        rewards.new_empty((7 if shrinkage else 3, groups), dtype=torch.float64),
-        rewards.new_empty(groups if shrinkage else 0, dtype=torch.bool),
+        rewards.new_empty((rows, groups), dtype=torch.float64),
+        rewards.new_empty(groups if rows > MEANS else 0, dtype=torch.bool),
     )
 
 
@@ -798,7 +823,7 @@ _LIBRARY.define(
     "fused_advantage(Tensor rewards, Tensor? offsets, Tensor? ids, SymInt num_groups, Tensor? prior, Tensor? mask, "
     "Tensor? cu_seqlens, Tensor? valid, Tensor? trajectory_ids, Tensor(a!) out, bool stats, int baseline, int scale, "
     "bool leave_one_out, bool raw_singleton, bool exclude_nonfinite, float low, float high, float eps, int max_rollouts, "
-    "float cost) -> (Tensor counts, Tensor moments, Tensor take_more)",
+    "float cost, float[] calibration) -> (Tensor counts, Tensor moments, Tensor take_more)",
     tags=_TAGS,
 )
 for _device, _name in _BACKEND_OF_DEVICE.items():

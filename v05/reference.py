@@ -21,7 +21,7 @@ class GroupStatistics:
     """What is known of one group. A statistic that the method does not define is None.
 
     count: valid rollouts. mean, prior, baseline: reward units. var (ddof = 1), mse: reward units squared.
-    weight, statistic, p_value: dimensionless. take_more: the budget rule wants another rollout.
+    weight, statistic, p_value, hallucination: dimensionless. take_more: the budget rule wants another rollout.
     """
 
     count: int
@@ -32,6 +32,7 @@ class GroupStatistics:
     weight: float | None = None
     statistic: float | None = None
     p_value: float | None = None
+    hallucination: float | None = None
     mse: float | None = None
     take_more: bool | None = None
 
@@ -137,6 +138,14 @@ def calibrated_gain(count: int, successes: float, prior: float, calibration: Cal
     return 4 * (now.variance - now.baseline * success.variance - (1 - now.baseline) * failure.variance)
 
 
+def calibrated_take_more(
+    count: int, successes: float, prior: float, calibration: Calibration, max_rollouts: int = 16, cost: float | None = None
+) -> bool:
+    """Whether the calibrated budget rule takes one more rollout. `cost` None is 1 / max_rollouts^2."""
+    cost = 1 / max_rollouts**2 if cost is None else cost
+    return count < max_rollouts and calibrated_gain(count, successes, prior, calibration) > cost
+
+
 def fused_advantage(
     rewards: ArrayLike,
     group_ids: ArrayLike,
@@ -153,6 +162,7 @@ def fused_advantage(
     singleton: str = "zero",
     max_rollouts: int = 16,
     cost: float | None = None,
+    calibration: Calibration | None = None,
 ) -> tuple[NDArray[np.float64], list[GroupStatistics]]:
     """Advantages (N,) in reward units and the statistics of each group.
 
@@ -166,6 +176,7 @@ def fused_advantage(
         others: as in `v05.ops.fused_advantage`.
     """
     rule = find_method(method)
+    calibration = Calibration() if calibration is None else calibration
     scale = rule.scale if scale is None else scale
     leave_one_out = leave_one_out or rule.leave_one_out
     r = np.asarray(rewards, dtype=np.float64)
@@ -184,7 +195,12 @@ def fused_advantage(
     def uncentred(u: float) -> float:
         return (u + 1) * half + lo
 
-    def baseline_of(count: int, mean: float, value: float) -> float:
+    def scaled(x: float) -> float:
+        return (x - lo) / (hi - lo)
+
+    def baseline_of(count: int, mean: float, successes: float, value: float) -> float:
+        if rule.baseline is Baseline.CALIBRATED:
+            return lo + (hi - lo) * calibrated(count, successes, scaled(value), calibration).baseline
         if rule.baseline is Baseline.GROUP_MEAN:
             return mean
         if rule.baseline is Baseline.PRIOR:
@@ -207,7 +223,8 @@ def fused_advantage(
         k = len(x)
         mean = float(np.mean(x)) if k else math.nan
         var = float(np.var(x, ddof=1)) if k > 1 else 0.0
-        baseline = baseline_of(k, mean, v[g])
+        successes = math.fsum(map(scaled, x))
+        baseline = baseline_of(k, mean, successes, v[g])
         if k == 0 and rule.baseline is Baseline.GROUP_MEAN:
             baseline = v[g]
         extra: dict[str, float | bool] = {}
@@ -220,6 +237,13 @@ def fused_advantage(
                 "mse": fused.mse * half**2,
                 "take_more": osla_take_more(k, fused.squared_bias, max_rollouts, cost),
             }
+        if rule.baseline is Baseline.CALIBRATED:
+            belief = calibrated(k, successes, scaled(v[g]), calibration)
+            extra = {
+                "hallucination": belief.hallucination,
+                "mse": belief.variance * (hi - lo) ** 2,
+                "take_more": calibrated_take_more(k, successes, scaled(v[g]), calibration, max_rollouts, cost),
+            }
         statistics.append(GroupStatistics(k, mean, var, None if prior is None else v[g], baseline, **extra))  # type: ignore[arg-type]
 
         population = x if scale == "group" else everything
@@ -229,13 +253,13 @@ def fused_advantage(
         for i in rows[(ids == g) & is_valid]:
             if leave_one_out and k > 1:
                 mean_of_others = mean + (mean - r[i]) / (k - 1)
-                b = baseline_of(k - 1, mean_of_others, v[g])
+                b = baseline_of(k - 1, mean_of_others, successes - scaled(r[i]), v[g])
             elif leave_one_out:
-                b = baseline_of(0, math.nan, v[g])
+                b = baseline_of(0, math.nan, 0.0, v[g])
             else:
                 b = baseline
-            no_prior = rule.baseline is Baseline.GROUP_MEAN or math.isnan(v[g])
-            if k == 1 and no_prior:  # nothing to be compared with
+            without = rule.baseline is Baseline.GROUP_MEAN or (rule.baseline is not Baseline.CALIBRATED and math.isnan(v[g]))
+            if k == 1 and without:  # nothing to be compared with
                 advantages[i] = r[i] if singleton == "raw" else 0.0
             else:
                 advantages[i] = (r[i] - b) / divisor

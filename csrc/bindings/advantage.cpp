@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <functional>
 #include <optional>
 #include <stdexcept>
@@ -49,20 +50,28 @@ const T* mask_data(const Array<T>& mask) {
 const std::uint8_t* mask_data(const Array<bool>& mask) { return reinterpret_cast<const std::uint8_t*>(mask.data()); }
 
 // What v05.ops.AdvantageStats is made of: counts (2 + G,) of non-finite rewards, clipped ones (never: they are refused)
-// and each group's rollouts; moments (7, G), or (3, G) where the baseline defines no more; take_more (G,) or (0,). Of
-// no group where statistics are not wanted.
+// and each group's rollouts; moments (3, G), more where the baseline defines more; take_more (G,) or (0,). Of no group
+// where statistics are not wanted.
 struct Statistics {
+  static constexpr py::ssize_t kMeans = 3;  // mean, variance, baseline
+  v05::Baseline baseline;
   py::ssize_t groups;
   Array<std::int64_t> counts;
   Array<double> moments;
   Array<bool> take_more;
 
-  Statistics(py::ssize_t wanted, v05::Baseline baseline)
-      : groups(wanted),
+  Statistics(py::ssize_t wanted, v05::Baseline rule)
+      : baseline(rule),
+        groups(wanted),
         counts(2 + wanted),
-        moments({baseline == v05::Baseline::kShrinkage ? py::ssize_t{7} : py::ssize_t{3}, wanted}),
-        take_more(baseline == v05::Baseline::kShrinkage ? wanted : 0) {
+        moments({rows(), wanted}),
+        take_more(rows() > kMeans ? wanted : 0) {
     std::fill_n(counts.mutable_data(), 2, 0);
+  }
+
+  // Of moments. Those of kShrinkage after mse are weight, statistic and p_value, that of kCalibrated is hallucination.
+  [[nodiscard]] py::ssize_t rows() const {
+    return baseline == v05::Baseline::kShrinkage ? 7 : baseline == v05::Baseline::kCalibrated ? 5 : kMeans;
   }
 
   v05::StatisticsOut out() {
@@ -75,10 +84,11 @@ struct Statistics {
             .mean = row(0),
             .variance = row(1),
             .baseline = row(2),
-            .weight = row(3),
-            .statistic = row(4),
-            .p_value = row(5),
-            .mse = row(6),
+            .mse = row(3),
+            .weight = row(4),
+            .statistic = row(5),
+            .p_value = row(6),
+            .hallucination = row(4),
             .take_more = mutable_view(take_more)};
   }
 };
@@ -110,17 +120,19 @@ py::tuple fused_advantage(const RealArray& rewards, const MaybeArray<std::int64_
                           const MaybeArray<bool>& valid, const MaybeArray<std::int64_t>& trajectory_ids, RealArray& out,
                           int threads, bool stats, int baseline, int scale, bool leave_one_out, bool raw_singleton,
                           bool exclude_nonfinite, double low, double high, double eps, std::int64_t max_rollouts,
-                          double cost) {
-  const v05::AdvantageRule rule{.baseline = static_cast<v05::Baseline>(baseline),
-                                .scale = static_cast<v05::Scale>(scale),
-                                .leave_one_out = leave_one_out,
-                                .raw_singleton = raw_singleton,
-                                .exclude_nonfinite = exclude_nonfinite,
-                                .low = low,
-                                .high = high,
-                                .eps = eps,
-                                .max_rollouts = max_rollouts,
-                                .cost = cost};
+                          double cost, const std::array<double, 4>& calibration) {
+  const v05::AdvantageRule rule{
+      .baseline = static_cast<v05::Baseline>(baseline),
+      .scale = static_cast<v05::Scale>(scale),
+      .leave_one_out = leave_one_out,
+      .raw_singleton = raw_singleton,
+      .exclude_nonfinite = exclude_nonfinite,
+      .low = low,
+      .high = high,
+      .eps = eps,
+      .max_rollouts = max_rollouts,
+      .cost = cost,
+      .calibration = {.alpha = calibration[0], .beta = calibration[1], .kappa = calibration[2], .eps = calibration[3]}};
   const auto rows = static_cast<std::size_t>(std::visit([](const auto& array) { return array.shape(0); }, rewards));
   if (offsets) {
     check_offsets("group_offsets", *offsets, static_cast<std::int64_t>(rows));
@@ -202,5 +214,5 @@ void register_advantage(py::module_& m) {
   m.def("fused_advantage", &fused_advantage, py::arg().noconvert(), py::arg().noconvert(), py::arg().noconvert(),
         py::arg(), py::arg().noconvert(), py::arg().noconvert(), py::arg().noconvert(), py::arg().noconvert(),
         py::arg().noconvert(), py::arg().noconvert(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
-        py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg());
+        py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg());
 }

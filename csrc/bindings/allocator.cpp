@@ -169,7 +169,7 @@ void register_allocator(py::module_& m) {
   m.def(
       "calibrated",
       [](std::int64_t count, double successes, double prior, const FourNumbers& calibration) {
-        const auto fusion = v05::calibrated(count, successes, prior, to_calibration(calibration));
+        const auto fusion = v05::calibrated(count, successes, v05::believe(prior, to_calibration(calibration)));
         return py::make_tuple(fusion.baseline, fusion.variance, fusion.hallucination, v05::calibrated_gain(fusion));
       },
       py::arg("count"), py::arg("successes"), py::arg("prior"), py::arg("calibration"));

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from v05 import reference
 from v05.kernels import advantage
-from v05.methods import METHODS, Baseline
+from v05.methods import METHODS, Baseline, Calibration
 from v05.ops import SCALES, AdvantageOutput, fused_advantage
 
 # Four groups of 1 to 7 rollouts in shuffled rows; a prior that is right, one that is wrong, one that is missing.
@@ -37,7 +37,7 @@ def assert_advantages(got: torch.Tensor, wanted, rtol: float = 1e-6) -> None:
 
 
 def assert_stats(stats, wanted: list[reference.GroupStatistics]) -> None:
-    for name in ("count", "mean", "var", "baseline", "weight", "statistic", "p_value", "mse", "take_more"):
+    for name in ("count", "mean", "var", "baseline", "weight", "statistic", "p_value", "hallucination", "mse", "take_more"):
         values, column = getattr(stats, name), [getattr(group, name) for group in wanted]
         if values is None:
             assert set(column) <= {None}, name
@@ -295,6 +295,9 @@ def test_cpu_tensors_need_the_interpreter(monkeypatch):
         run()
 
 
+UNIT = st.floats(0.01, 0.99)
+
+
 @st.composite
 def problems(draw):
     ids = draw(st.lists(st.integers(0, 2), min_size=1, max_size=12))
@@ -313,6 +316,7 @@ def problems(draw):
             "singleton": draw(st.sampled_from(["zero", "raw"])),
             "valid": torch.tensor(draw(st.lists(st.booleans(), **each))),
             "reward_range": draw(st.sampled_from([(0.0, 1.0), (-0.5, 3.0)])),
+            "calibration": draw(st.none() | st.builds(Calibration, st.floats(-1, 1), st.floats(0, 2), st.floats(0.1, 50), UNIT)),
             "max_rollouts": draw(st.integers(1, 16)),
         },
     )

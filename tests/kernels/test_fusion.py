@@ -1,6 +1,7 @@
 """The device functions of `kernels/fusion.py`, each run by a tiny kernel, against `v05.reference` and `math.erfc`."""
 
 import math
+from dataclasses import astuple
 from itertools import product
 
 import numpy as np
@@ -9,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from v05 import reference
+from v05 import _core, reference
 from v05.kernels import fusion
-from v05.methods import Baseline
+from v05.methods import Baseline, Calibration
 
 LOW, HIGH = -3.0, 5.0
 HALF_RANGE = (HIGH - LOW) / 2
@@ -45,6 +46,31 @@ def baseline_kernel(p_count, p_mean, p_prior, p_out, N, half_range: tl.float64, 
 
 
 @triton.jit
+def calibrated_kernel(
+    p_count,
+    p_mean,
+    p_prior,
+    p_out,
+    N,
+    alpha: tl.float64,
+    beta: tl.float64,
+    kappa: tl.float64,
+    log_odds: tl.float64,
+    BLOCK: tl.constexpr,
+):
+    i = tl.arange(0, BLOCK)
+    count, mean = tl.load(p_count + i, i < N, other=1), tl.load(p_mean + i, i < N, other=0.0)
+    prior = tl.load(p_prior + i, i < N, other=0.5)
+    a, b, odds = fusion.believe(prior, alpha, beta, kappa, log_odds)
+    successes = fusion.successes_of(count, mean, -3.0, 5.0)
+    baseline, complement, variance, hallucination = fusion.calibrated(count, successes, a, b, odds)
+    tl.store(p_out + i, baseline, i < N)
+    tl.store(p_out + N + i, complement, i < N)
+    tl.store(p_out + 2 * N + i, variance, i < N)
+    tl.store(p_out + 3 * N + i, hallucination, i < N)
+
+
+@triton.jit
 def p_value_kernel(p_statistic, p_out):
     tl.store(p_out + tl.program_id(0), fusion.p_value(tl.load(p_statistic + tl.program_id(0))))
 
@@ -56,11 +82,7 @@ def columns() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_numbers_of_the_baseline_rules():
-    assert (fusion.GROUP_MEAN, fusion.PRIOR, fusion.SHRINKAGE) == (
-        Baseline.GROUP_MEAN,
-        Baseline.PRIOR,
-        Baseline.SHRINKAGE,
-    )
+    assert tuple(Baseline) == (fusion.GROUP_MEAN, fusion.PRIOR, fusion.SHRINKAGE, fusion.CALIBRATED)
 
 
 def test_shrinkage_and_osla():
@@ -79,7 +101,7 @@ def test_shrinkage_and_osla():
     assert take_more.tolist() == wants_more
 
 
-@pytest.mark.parametrize("rule", list(Baseline), ids=lambda rule: rule.name.lower())
+@pytest.mark.parametrize("rule", [Baseline.GROUP_MEAN, Baseline.PRIOR, Baseline.SHRINKAGE], ids=lambda rule: rule.name.lower())
 def test_baseline_of(rule):
     got = torch.empty(len(CASES), dtype=torch.float64)
     counts, means, priors = columns()
@@ -91,6 +113,26 @@ def test_baseline_of(rule):
         Baseline.SHRINKAGE: torch.tensor(fused, dtype=torch.float64),
     }
     torch.testing.assert_close(got, wanted[rule], rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [Calibration(), Calibration(-1.0, 0.3, 30.0, 0.5), Calibration(2.0, -1.0, 1e-4, 1e-12), Calibration(0.1, 1.5, 1e8, 0.01)],
+    ids=str,
+)
+def test_calibrated_fusion(calibration):
+    """Against the core, which tests/budget/test_calibrated.py holds to arithmetic of 400 digits."""
+    samples = [(0, 0.0), (1, 0.0), (1, 1.0), (4, 0.0), (4, 2.5), (4, 4.0), (16, 1.0), (17, 17.0), (300, 7.0), (1024, 700.25)]
+    cases = [(count, successes, prior) for count, successes in samples for prior in (0.0, 0.004, 0.3, 0.97, 1.0, math.nan)]
+    count, successes, prior = (torch.tensor(column, dtype=torch.float64) for column in zip(*cases, strict=True))
+    mean = LOW + (HIGH - LOW) * successes / count
+    got = torch.empty(4, len(cases), dtype=torch.float64)
+    numbers = (calibration.alpha, calibration.beta, calibration.kappa, math.log1p(-calibration.eps) - math.log(calibration.eps))
+    calibrated_kernel[(1,)](count.long(), mean, prior, got, len(cases), *numbers, BLOCK=64)
+    core = np.array([_core.calibrated(*case, astuple(calibration))[:3] for case in cases]).T
+    # A log-likelihood near count * log(count * kappa) is right to its last digits, and so is what follows from it.
+    np.testing.assert_allclose(got[[0, 2, 3]].numpy(), core, rtol=2e-10, atol=1e-300)
+    np.testing.assert_allclose((got[0] + got[1]).numpy(), 1.0, rtol=1e-14)
 
 
 def test_p_value_keeps_its_digits_in_the_tail():

@@ -1,5 +1,6 @@
 """Whole runs of the smoke preset: every method trains, repeats itself, and logs what it spent."""
 
+import gc
 import json
 import math
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from v05.methods import METHODS
+from v05.methods import METHODS, Calibration
 from v05.prior.v0.logs import read_logs
 from v05.train.config import BudgetConfig, LossConfig, OptimizerConfig, OverlongConfig, RunConfig, label_of, run_config
 from v05.train.engine import engine_of_folder
@@ -62,6 +63,31 @@ def test_training_moves_the_policy_towards_reward(method, tmp_path):
     if method == "v05":
         errors = [s["prior_gap"] for s in steps]
         assert np.median(errors[-5:]) < errors[0] / 2  # and the prior keeps up
+
+
+@pytest.mark.parametrize("spec", ["calibrated@2..8", "calibrated@2..8~3"])
+def test_the_budget_follows_the_fit(spec, tmp_path):
+    """Later steps allocate by what earlier ones have taught of the prior; a run that is resumed goes on by it."""
+    config = run_config("smoke", spec, rollouts_per_step=256, total_rollouts=1600, checkpoint_seconds=0.0)
+    trainer = Trainer(config, tmp_path / "torn", lambda line: None)
+    run = trainer.run()
+    while trainer.state.steps < 4:
+        next(run)
+    fitted = trainer.calibrator.state_dict()
+    assert trainer.calibrator.calibration != Calibration()
+    del run, trainer
+    gc.collect()  # lets go of the run's files
+    resumed = Trainer(config, tmp_path / "torn", lambda line: None)
+    for name, value in resumed.calibrator.state_dict().items():
+        np.testing.assert_array_equal(value, fitted[name])
+    list(resumed.run())
+    train(config, tmp_path / "whole")
+    assert untimed(tmp_path / "torn") == untimed(tmp_path / "whole")
+    steps = read_metrics(tmp_path / "torn", "step")
+    assert steps[0]["failed_fits"] == steps[-1]["failed_fits"] == 0
+    assert len({s["calibration_kappa"] for s in steps}) > 1
+    if "~" in spec:
+        assert all(s["spent"] == 3 * s["prompts"] for s in steps)
 
 
 def test_dynamic_sampling_throws_away_and_counts(tmp_path):
@@ -229,16 +255,26 @@ def test_specs_and_presets():
     assert run_config("tiny", "v05@4").budget == BudgetConfig(rule="uniform", initial=4, maximum=4)
     assert run_config("tiny", "v05@2..8").budget == BudgetConfig(rule="osla", initial=2, maximum=8)
     assert label_of(run_config("tiny", "grpo")) == "grpo@16"
+    assert label_of(run_config("tiny", "calibrated")) == "calibrated@4..16"
+    assert run_config("tiny", "calibrated@2..16").budget == BudgetConfig(rule="calibrated", initial=2, maximum=16)
+    assert label_of(run_config("tiny", "calibrated@2..16~3.5")) == "calibrated@2..16~3.5"
+    assert run_config("tiny", "v05@2..16~4").budget == BudgetConfig(rule="total", initial=2, maximum=16, mean=4.0)
     with pytest.raises(ValueError, match="overlong: shaped rewards leave"):
         run_config("tiny", "v05", overlong=OverlongConfig())
     for spec, message in {
         "ppo": "method='ppo' is unknown; choose one of v05, grpo",
         "v05@": "method='v05@' is malformed",
         "grpo@4..16": "budget.rule='osla' tests a prior, which method='grpo' has not",
+        "dr_grpo@4..16~6": "budget.rule='total' tests a prior, which method='dr_grpo' has not",
+        "calibrated@4..16~3": "budget.mean=3.0 is not between budget.initial=4 and budget.maximum=16",
         "v05@8..4": "budget.maximum=4 is below budget.initial=8",
         "v05@1000": "rollouts_per_step=512 does not hold one prompt",
     }.items():
         with pytest.raises(ValueError, match=message):
             run_config("tiny", spec)
+    with pytest.raises(ValueError, match=r"budget.rule='calibrated' needs the fit of method='calibrated', not 'v05'"):
+        run_config("tiny", "v05", budget=BudgetConfig(rule="calibrated"))
+    with pytest.raises(ValueError, match=r"budget.mean=5.0 with budget.rule='uniform'"):
+        run_config("tiny", "v05", budget=BudgetConfig(mean=5.0))
     with pytest.raises(ValueError, match="preset='huge' is unknown; choose one of tiny, small, smoke"):
         run_config("huge", "v05")

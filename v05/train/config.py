@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from v05.methods import METHODS, Scale, find_method
+from v05.methods import METHODS, Baseline, Scale, find_method
 from v05.tasks import ReasoningGymConfig, Source, TaskConfig
 
 Aggregation = Literal["token", "sequence"]
@@ -61,10 +61,11 @@ class PolicyConfig(Settings):
 class BudgetConfig(Settings):
     """How many rollouts a prompt gets: `initial`, then what `rule` asks for up to `maximum` (v05.budget.RolloutAllocator)."""
 
-    rule: Literal["uniform", "osla"] = "uniform"
+    rule: Literal["uniform", "osla", "calibrated", "total"] = "uniform"
     initial: int = Field(default=16, ge=1)
     maximum: int = Field(default=16, ge=1)
     cost: float | None = Field(default=None, ge=0)
+    mean: float | None = Field(default=None, gt=0, description="rollouts that rule 'total' has for a prompt, on average")
     chunk: int = Field(default=1, ge=1)
 
 
@@ -169,11 +170,21 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        find_method(self.method)
         if self.budget.maximum < self.budget.initial:
             raise ValueError(f"budget.maximum={self.budget.maximum} is below budget.initial={self.budget.initial}; raise it")
-        if self.budget.rule == "osla" and not find_method(self.method).needs_prior:
-            raise ValueError(f"budget.rule='osla' tests a prior, which method={self.method!r} has not; use rule='uniform'")
+        budget, method = self.budget, find_method(self.method)
+        if budget.rule != "uniform" and not method.needs_prior:
+            raise ValueError(f"budget.rule={budget.rule!r} tests a prior, which method={self.method!r} has not; use rule='uniform'")
+        if budget.rule == "calibrated" and method.baseline is not Baseline.CALIBRATED:
+            raise ValueError(f"budget.rule='calibrated' needs the fit of method='calibrated', not {self.method!r}; use rule='osla'")
+        if (budget.rule == "total") != (budget.mean is not None):
+            raise ValueError(
+                f"budget.mean={budget.mean} with budget.rule={budget.rule!r}; rule 'total' needs it, no other reads it"
+            )
+        if budget.mean is not None and not budget.initial <= budget.mean <= budget.maximum:
+            raise ValueError(
+                f"budget.mean={budget.mean} is not between budget.initial={budget.initial} and budget.maximum={budget.maximum}"
+            )
         if self.overlong is not None and self.overlong.buffer >= self.policy.max_new_tokens:
             raise ValueError(
                 f"overlong.buffer={self.overlong.buffer} leaves no length unpunished under "
@@ -196,6 +207,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "prior": {"budget": {"initial": 4, "maximum": 4}},
     "dapo": {"budget": {"initial": 16, "maximum": 16}, "loss": {"clip_high": 0.28}, "max_refills": 3, "overlong": {}},
     "v05": {"budget": {"rule": "osla", "initial": 4, "maximum": 16}, "loss": {"clip_high": 0.28}},
+    "calibrated": {
+        "budget": {"rule": "calibrated", "initial": 4, "maximum": 16},
+        "leave_one_out": True,
+        "loss": {"clip_high": 0.28},
+    },
 }
 
 
@@ -238,7 +254,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-SPEC = re.compile(r"(?P<method>\w+)(@(?P<initial>\d+)(\.\.(?P<maximum>\d+))?)?")
+SPEC = re.compile(r"(?P<method>\w+)(@(?P<initial>\d+)(\.\.(?P<maximum>\d+)(~(?P<mean>\d+(\.\d+)?))?)?)?")
 
 
 def run_config(preset: str, spec: str, **overrides: Any) -> RunConfig:
@@ -246,7 +262,8 @@ def run_config(preset: str, spec: str, **overrides: Any) -> RunConfig:
 
     Args:
         preset: a name of `PRESETS`.
-        spec: "v05", the recipe as it is; "v05@4", exactly 4 rollouts a prompt; "v05@4..16", 4 and up to 16 by the sequential test.
+        spec: "v05", the recipe as it is; "v05@4", exactly 4 rollouts a prompt; "v05@4..16", 4 and up to 16 by the method's
+            sequential test; "v05@4..16~6", 4 and up to 16, 6 on average, where most is gained.
         overrides: replace top-level fields of the run.
 
     Raises:
@@ -256,13 +273,14 @@ def run_config(preset: str, spec: str, **overrides: Any) -> RunConfig:
         raise ValueError(f"preset={preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     parts = SPEC.fullmatch(spec)
     if parts is None:
-        raise ValueError(f"method={spec!r} is malformed; write a method, method@4 or method@4..16")
+        raise ValueError(f"method={spec!r} is malformed; write a method, method@4, method@4..16 or method@4..16~6")
     method = find_method(parts["method"]).name
     fields = {**PRESETS[preset], **RECIPES[method], "method": method, **overrides}
     if parts["initial"]:
         initial, maximum = int(parts["initial"]), int(parts["maximum"] or parts["initial"])
-        rule = "osla" if parts["maximum"] else "uniform"
-        fields["budget"] = {"rule": rule, "initial": initial, "maximum": maximum}
+        sequential = "calibrated" if method == "calibrated" else "osla"
+        rule = "total" if parts["mean"] else sequential if parts["maximum"] else "uniform"
+        fields["budget"] = {"rule": rule, "initial": initial, "maximum": maximum, "mean": parts["mean"]}
     return RunConfig.model_validate(fields)
 
 
@@ -274,7 +292,8 @@ def digest(config: RunConfig) -> str:
 def label_of(config: RunConfig) -> str:
     """A run's method and group size, as `run_config` reads it back: "v05@4..16"."""
     budget = config.budget
-    return f"{config.method}@{budget.initial}" + (f"..{budget.maximum}" if budget.rule == "osla" else "")
+    maximum = "" if budget.rule == "uniform" else f"..{budget.maximum}"
+    return f"{config.method}@{budget.initial}{maximum}" + ("" if budget.mean is None else f"~{budget.mean:g}")
 
 
 assert RECIPES.keys() == METHODS.keys(), "every method has a recipe"

@@ -20,6 +20,9 @@ Departures from the published algorithms:
 - V_0.5 (arXiv 2603.10848): the prior is by default learnt from the run's own rollouts (v05.prior.history) instead of a pre-trained
   value model, and starts knowing nothing. With prior = "v0" it is one (v05.prior.v0); its context is empty in the first step, whose
   groups have no prior.
+- Calibrated: how far the prior can be trusted is fitted after every step to the groups of the last steps (v05.prior.calibration)
+  and used by the next. Under its budget rule a group's size depends on its rewards, which leaves a small bias even with
+  leave-one-out (docs/calibrated.md).
 - All: a rollout whose advantage is zero has no gradient (without a KL term) and is left out of the backward pass. Exact.
 """
 
@@ -39,9 +42,10 @@ import torch
 from numpy.typing import NDArray
 
 from v05.budget import RolloutAllocator
-from v05.methods import find_method
+from v05.methods import Baseline, find_method
 from v05.ops import AdvantageOutput, fused_advantage
 from v05.prior import ConstantPrior, ValuePrior
+from v05.prior.calibration import Calibrator
 from v05.prior.history import HistoryPrior
 from v05.prior.scores import auc, brier, cross_entropy
 from v05.rollout import Completion, Request, generate
@@ -153,20 +157,14 @@ class Trainer:
             weight_decay=config.optimizer.weight_decay,
         )
         self.prior = make_prior(config, folder)
+        self.calibrator = Calibrator() if self.method.baseline is Baseline.CALIBRATED else None
         budget = config.budget
-        self.allocator = RolloutAllocator(
-            rule=budget.rule,
-            initial=budget.initial,
-            maximum=budget.maximum,
-            cost=budget.cost,
-            chunk=budget.chunk,
-            seed=config.seed,
-        )
+        self.allocator = self.new_allocator(0)
         self.heldout = heldout_set(self.task, config.evaluation.prompts)
         self.own_weights = config.engine.kind != "transformers"  # the engine's, to be kept up to date
         self.state = RunState(
             next_prompt=(config.seed + 1) * PROMPTS_BETWEEN_SEEDS,
-            group_size=float(budget.maximum if budget.rule == "osla" else budget.initial),
+            group_size=float(budget.mean or (budget.initial if budget.rule == "uniform" else budget.maximum)),
         )
         self.schedule = CheckpointSchedule(config.checkpoint_seconds)
         self.resume(report)
@@ -186,6 +184,8 @@ class Trainer:
             load_parameters(self.model, checkpoint.tensors["policy"].items())
             load_optimizer_state(self.model, self.optimizer, checkpoint.tensors["optimizer"].items())
             self.prior.load_state_dict({name: value.numpy() for name, value in checkpoint.tensors["prior"].items()})
+            if self.calibrator is not None:
+                self.calibrator.load_state_dict({name: value.numpy() for name, value in checkpoint.tensors["calibrator"].items()})
             self.allocator = RolloutAllocator.restore(checkpoint.allocator)
             torch.set_rng_state(checkpoint.tensors["random"]["torch"])
             self.refresh_sampled()
@@ -205,6 +205,8 @@ class Trainer:
                 "prior": {name: torch.from_numpy(value) for name, value in self.prior.state_dict().items()},
                 "random": {"torch": torch.get_rng_state()},
             }
+            if self.calibrator is not None:
+                tensors["calibrator"] = {name: torch.from_numpy(value) for name, value in self.calibrator.state_dict().items()}
             state = {"config": digest(self.config), "metrics_bytes": self.log.flush(), "run": asdict(self.state)}
             write_checkpoint(self.directory, self.state.steps, Checkpoint(state, tensors, self.allocator.snapshot()))
         self.schedule.written(time.monotonic() - started)
@@ -291,6 +293,7 @@ class Trainer:
             method=config.method,
             scale=config.scale,
             leave_one_out=config.leave_one_out,
+            calibration=None if self.calibrator is None else self.calibrator.calibration,
             max_rollouts=config.budget.maximum,
             cost=config.budget.cost,
             nonfinite="exclude",
@@ -308,11 +311,12 @@ class Trainer:
             sizes = np.diff(batch.offsets)
             successes = np.add.reduceat(batch.rewards, batch.offsets[:-1]) if len(sizes) else np.zeros(0)
             self.prior.observe([p.text for p in batch.prompts], successes, sizes)
+            self.calibrate(successes, sizes, batch.priors)
         state.seconds += time.perf_counter() - started - probed
 
         assert out.stats is not None
         stats = out.stats
-        weight = stats.weight
+        weight, hallucination = stats.weight, stats.hallucination
         self.record(
             "step",
             step=state.steps,
@@ -328,6 +332,8 @@ class Trainer:
             prior_gap=float(torch.mean((stats.mean - stats.prior) ** 2)) if stats.prior is not None else float("nan"),
             weight=float(weight.mean()) if weight is not None else float("nan"),
             prior_rejected=float((weight > 0).double().mean()) if weight is not None else float("nan"),
+            hallucination=float(hallucination.mean()) if hallucination is not None else float("nan"),
+            **self.calibration_figures(),
             invalid=batch.invalid,
             failures=len(batch.failures),
             failure=batch.failures[-1] if batch.failures else None,
@@ -344,6 +350,35 @@ class Trainer:
             **update,
         )
         state.steps += 1
+
+    def calibrate(self, successes: NDArray[np.float64], sizes: NDArray[np.int64], priors: NDArray[np.float64]) -> None:
+        """Fit anew, with the step's (G,) groups, how far the prior can be trusted. All ranks go on with one rank's fit."""
+        if self.calibrator is None:
+            return
+        self.calibrator.observe(successes, sizes, priors)
+        fitted = self.calibrator.fit() if self.world.writes else self.calibrator.calibration
+        self.calibrator.calibration = self.world.broadcast(fitted)
+
+    def calibration_figures(self) -> dict[str, float]:
+        """What the coming step trusts the prior by, and how many fits have failed; nothing for methods that do not ask."""
+        if self.calibrator is None:
+            return {}
+        numbers = {f"calibration_{name}": value for name, value in asdict(self.calibrator.calibration).items()}
+        return numbers | {"failed_fits": self.calibrator.failed_fits}
+
+    def new_allocator(self, prompts: int) -> RolloutAllocator:
+        """With the last fit, and the total that `prompts` are to share where the budget is one."""
+        budget = self.config.budget
+        return RolloutAllocator(
+            rule=budget.rule,
+            initial=budget.initial,
+            maximum=budget.maximum,
+            cost=budget.cost,
+            total=None if budget.mean is None else max(budget.initial, round(budget.mean * prompts)),
+            chunk=budget.chunk,
+            seed=self.config.seed,
+            calibration=self.calibrator.calibration if self.calibrator and budget.rule in ("calibrated", "total") else None,
+        )
 
     def refresh_sampled(self) -> None:
         """Bring the unsharded copy of a sharded policy up to date."""
@@ -374,6 +409,8 @@ class Trainer:
         prompts = [prompt for _, prompt in drawn]
         mine = self.world.block(count)
         priors = self.prior.predict([p.text for p in prompts]) if self.method.needs_prior else np.full(len(prompts), np.nan)
+        if self.config.budget.rule in ("calibrated", "total"):  # no group is open: what was fitted since may take its place
+            self.allocator = self.new_allocator(len(prompts[mine]))
         part = collect(
             self.allocator,
             self.engine,

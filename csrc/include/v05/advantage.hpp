@@ -28,9 +28,16 @@ struct AdvantageRule {
   double eps = 1e-6;
   std::int64_t max_rollouts = 16;
   double cost = 1.0 / 256.0;
+  Calibration calibration;
 
   [[nodiscard]] bool bounded() const { return baseline != Baseline::kGroupMean; }
   [[nodiscard]] double half_range() const { return (high - low) / 2.0; }
+  [[nodiscard]] double scaled(double reward) const { return (reward - low) / (high - low); }  // to [0, 1]
+  [[nodiscard]] double unscaled(double rate) const { return low + (high - low) * rate; }
+  // What rounding may do to a mean once it is scaled.
+  [[nodiscard]] double scaled_rounding() const {
+    return 8.0 * std::numeric_limits<double>::epsilon() * std::max(std::abs(low), std::abs(high)) / (high - low);
+  }
   // What a bound may be exceeded by: 0.3 in float32 is above 0.3, and sums of token rewards round.
   [[nodiscard]] double rounding_slack() const {
     return std::numeric_limits<float>::epsilon() * std::max(std::abs(low), std::abs(high));
@@ -55,10 +62,12 @@ struct Rollouts {
   [[nodiscard]] bool is_usable(std::size_t row) const { return is_valid(row) && std::isfinite(rewards[row]); }
 };
 
-// Where statistics go, one element a group; all empty if nobody asked. What comes after baseline is kShrinkage's.
+// Where statistics go, one element a group; all empty if nobody asked. Only what the baseline defines is written: mse
+// and take_more by kShrinkage and kCalibrated, weight, statistic and p_value by the former, hallucination by the
+// latter.
 struct StatisticsOut {
   std::span<std::int64_t> count;
-  std::span<double> mean, variance, baseline, weight, statistic, p_value, mse;
+  std::span<double> mean, variance, baseline, mse, weight, statistic, p_value, hallucination;
   std::span<bool> take_more;
 };
 

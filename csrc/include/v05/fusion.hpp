@@ -1,4 +1,5 @@
-// Every baseline as a pure function of a group's count, mean and prior, in reward units.
+// Every baseline as a pure function of a group's count, mean and prior, in reward units; calibrated fusion of rewards
+// and priors scaled to [0, 1].
 // `kernels/fusion.py` is the same arithmetic for the GPU; `v05/reference.py` is the specification of both.
 #pragma once
 
@@ -10,7 +11,7 @@
 namespace v05 {
 
 // Shared by number with v05.methods.Baseline.
-enum class Baseline : std::uint8_t { kGroupMean = 0, kPrior = 1, kShrinkage = 2 };
+enum class Baseline : std::uint8_t { kGroupMean = 0, kPrior = 1, kShrinkage = 2, kCalibrated = 3 };
 
 struct Fusion {
   double baseline = std::numeric_limits<double>::quiet_NaN();     // reward units
@@ -49,7 +50,8 @@ inline Fusion shrinkage(std::int64_t count, double mean, double prior, double ha
   return fusion;
 }
 
-// The baseline of any method. Where there is no prior the group mean stands in, where there is no rollout the prior.
+// The baseline of any method but calibrated fusion. Where there is no prior the group mean stands in, where there is no
+// rollout the prior.
 inline double baseline_of(Baseline rule, std::int64_t count, double mean, double prior, double half_range) {
   if (rule == Baseline::kShrinkage) {
     return shrinkage(count, mean, prior, half_range).baseline;
@@ -80,28 +82,76 @@ struct Beta {
   [[nodiscard]] double mean() const { return a / (a + b); }
   [[nodiscard]] double complement() const { return b / (a + b); }  // 1 - mean, with all its digits
   [[nodiscard]] double variance() const { return mean() * complement() / (a + b + 1.0); }
+  [[nodiscard]] Beta after(double successes, double failures) const { return {.a = a + successes, .b = b + failures}; }
 };
+
+inline constexpr Beta kVague{.a = 0.5, .b = 0.5};
+
+// What a prior is taken for: a distribution of the success rate, and the odds that it is not hallucinated. By default
+// there is no prior: what is vague has no rival.
+struct Belief {
+  Beta rate = kVague;
+  double odds = 0.0;
+};
+
+// Of a prior in [0, 1]; NaN is no prior.
+inline Belief believe(double prior, const Calibration& calibration) {
+  constexpr double kLeastPrior = 0.005;
+  if (std::isnan(prior)) {
+    return {};
+  }
+  const double v = std::clamp(prior, kLeastPrior, 1.0 - kLeastPrior);
+  const double success = std::exp(calibration.alpha + calibration.beta * std::log(v / (1.0 - v)));  // its odds
+  return {
+      .rate = {.a = calibration.kappa * (success / (1.0 + success)), .b = calibration.kappa / (1.0 + success)},
+      .odds = std::min((1.0 - calibration.eps) / calibration.eps, std::numeric_limits<double>::max()),
+  };
+}
 
 // log Gamma(a + x) - log Gamma(a) for a > 0, x >= 0. Differences of lgamma lose their digits where a is large: here a
 // is raised to where Stirling's series is exact to rounding, and its leading terms are subtracted on paper.
 inline double log_rising(double a, double x) {
   constexpr double kStirling = 16.0;
-  double raised = 1.0;
+  double above = 1.0;
+  double below = 1.0;
   while (a < kStirling) {
-    raised *= a / (a + x);
+    above *= a;
+    below *= a + x;
     a += 1.0;
   }
   const auto series = [](double z) {
     const double z2 = z * z;
     return (1.0 - (1.0 - (2.0 / 7.0 - 3.0 / (14.0 * z2)) / z2) / (30.0 * z2)) / (12.0 * z);
   };
-  return std::log(raised) + (a - 0.5) * std::log1p(x / a) + x * (std::log(a + x) - 1.0) + series(a + x) - series(a);
+  return std::log(above / below) + (a - 0.5) * std::log1p(x / a) + x * (std::log(a + x) - 1.0) + series(a + x) -
+         series(a);
 }
 
-// Log probability of a sequence with these successes and failures, its rate drawn from `prior`.
-inline double log_evidence(const Beta& prior, double successes, double failures) {
-  return log_rising(prior.a, successes) + log_rising(prior.b, failures) -
-         log_rising(prior.a + prior.b, successes + failures);
+// Log probability of a sequence with these successes and failures, its rate drawn from `rate`.
+inline double log_evidence(const Beta& rate, double successes, double failures) {
+  return log_rising(rate.a, successes) + log_rising(rate.b, failures) -
+         log_rising(rate.a + rate.b, successes + failures);
+}
+
+// How many times likelier the group is under `rate` than under the vague distribution. A few whole rollouts are
+// multiplied out: within the bounds of a Calibration these products neither overflow nor vanish.
+inline double likelihood_ratio(const Beta& rate, double successes, double failures) {
+  constexpr double kFew = 16.0;
+  const double count = successes + failures;
+  if (count > kFew || static_cast<double>(static_cast<int>(successes)) != successes) {
+    return std::exp(log_evidence(rate, successes, failures) - log_evidence(kVague, successes, failures));
+  }
+  double above = 1.0;
+  double below = 1.0;
+  for (int rollout = 0; rollout < static_cast<int>(count);
+       ++rollout) {  // successes first: the order is nothing to them
+    const auto n = static_cast<double>(rollout);
+    const bool success = n < successes;
+    const double before = success ? n : n - successes;  // of its kind
+    above *= ((success ? rate.a : rate.b) + before) * (1.0 + n);
+    below *= (kVague.a + before) * (rate.a + rate.b + n);
+  }
+  return above / below;
 }
 
 struct CalibratedFusion {
@@ -111,31 +161,15 @@ struct CalibratedFusion {
   double hallucination = 1.0;  // probability that the prior says nothing here
 };
 
-// Calibrated fusion of `count` rewards, each scaled to [0, 1] and `successes` their sum, with a prior in [0, 1].
-// A NaN prior is no prior: the vague component alone.
-inline CalibratedFusion calibrated(std::int64_t count, double successes, double prior, const Calibration& calibration) {
-  constexpr Beta kVague{.a = 0.5, .b = 0.5};
-  constexpr double kLeastPrior = 0.005;
+// Calibrated fusion of `count` rewards, each scaled to [0, 1] and `successes` their sum, with what is believed.
+inline CalibratedFusion calibrated(std::int64_t count, double successes, const Belief& belief) {
   const double failures = static_cast<double>(count) - successes;
-  const Beta vague{.a = kVague.a + successes, .b = kVague.b + failures};
-  if (std::isnan(prior)) {
-    return {
-        .baseline = vague.mean(),
-        .complement = vague.complement(),
-        .variance = vague.variance(),
-    };
-  }
-  const double v = std::clamp(prior, kLeastPrior, 1.0 - kLeastPrior);
-  const double logit = calibration.alpha + calibration.beta * std::log(v / (1.0 - v));
-  const Beta believed{
-      .a = calibration.kappa / (1.0 + std::exp(-logit)),
-      .b = calibration.kappa / (1.0 + std::exp(logit)),
-  };
-  const double log_odds = std::log1p(-calibration.eps) - std::log(calibration.eps) +
-                          log_evidence(believed, successes, failures) - log_evidence(kVague, successes, failures);
-  const double w0 = 1.0 / (1.0 + std::exp(log_odds));
-  const double w1 = 1.0 / (1.0 + std::exp(-log_odds));
-  const Beta informed{.a = believed.a + successes, .b = believed.b + failures};
+  const Beta vague = kVague.after(successes, failures);
+  const Beta informed = belief.rate.after(successes, failures);
+  const double odds =
+      std::min(belief.odds * likelihood_ratio(belief.rate, successes, failures), std::numeric_limits<double>::max());
+  const double w0 = 1.0 / (1.0 + odds);
+  const double w1 = odds / (1.0 + odds);
   const double difference = informed.mean() - vague.mean();
   return {
       .baseline = w1 * informed.mean() + w0 * vague.mean(),

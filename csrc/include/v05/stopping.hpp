@@ -30,6 +30,12 @@ inline double calibrated_gain(const CalibratedFusion& fusion) {
   return 4.0 * fusion.variance * (fusion.variance / (fusion.baseline * fusion.complement));
 }
 
+// Take another rollout while that gain is more than its cost.
+inline bool calibrated_take_more(std::int64_t count, const CalibratedFusion& fusion, std::int64_t max_rollouts,
+                                 double cost) {
+  return count < max_rollouts && calibrated_gain(fusion) > cost;
+}
+
 // What a group of `count` rollouts is worth before any of them is run (V0, arXiv 2602.03584): B (1 - p) (1 - (1 - p)^(B
 // - 1)).
 inline double predicted_utility(std::int64_t count, double rate) {

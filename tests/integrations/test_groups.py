@@ -1,0 +1,97 @@
+"""What the integrations share, without a host."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from host_situations import TOLERANCE, FixedPrior, situations
+
+from v05.integrations.groups import PromptPriors, Settings, in_reward_units, outcome_advantages, prompt_text
+
+
+def advantages_of(case, priors, **options):
+    settings = Settings(reward_range=case.reward_range, leave_one_out=case.leave_one_out)
+    return outcome_advantages(
+        case.token_rewards,
+        case.mask,
+        np.array(case.ids, dtype=object),
+        **dict(method=case.method, settings=settings, priors=priors, normalize=True, remedy="open them") | options,
+    )
+
+
+def opened(case, prior=None):
+    """The table after the prompts of a situation were drawn; a group's prompt is its id."""
+    priors = PromptPriors(prior or FixedPrior(case.priors))
+    groups = [group for group in dict.fromkeys(case.ids) if group != "pad-0"]
+    priors.open(groups, groups)
+    return priors
+
+
+# Nobody tells a padded estimator which rows are of one trajectory.
+@pytest.mark.parametrize("case", situations("trajectory"))
+def test_padded_estimators(case):
+    advantages, returns = advantages_of(case, opened(case))
+    torch.testing.assert_close(advantages, case.expected_tokens, rtol=0, atol=TOLERANCE)
+    assert returns is advantages
+
+
+def test_a_reward_outside_the_mask_counts():
+    """An agent loop may end with a tool's token, which the mask leaves out; its reward stands there."""
+    rewards, mask = torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.tensor([[1, 0], [1, 0]])
+    advantages, _ = outcome_advantages(
+        rewards, mask, ["a", "a"], method="dr_grpo", settings=Settings(), priors=PromptPriors(), normalize=True, remedy=""
+    )
+    assert advantages.tolist() == [[0.5, 0.0], [-0.5, 0.0]]
+
+
+def test_the_prior_learns_what_its_groups_came_to():
+    prior = FixedPrior()
+    priors = PromptPriors(prior)
+    assert priors.open(["a", "b", "pad"], ["x", "y", "z"]).tolist() == [0.5, 0.5, 0.5]
+    rewards = torch.tensor([[1.0], [-1.0], [math.nan], [1.0], [0.5]])
+    settings = Settings(reward_range=(-1.0, 1.0))
+    outcome_advantages(
+        rewards,
+        torch.ones(5, 1),
+        ["a", "b", "a", "a", "pad"],
+        method="v05",
+        settings=settings,
+        priors=priors,
+        normalize=True,
+        remedy="",
+    )
+    assert prior.learnt == {"x": (2.0, 2.0), "y": (0.0, 1.0), "z": (0.0, 0.0)}
+    assert np.isnan(priors.rates(["a", "b"])).all()
+
+
+def test_a_group_keeps_its_prediction_while_it_is_open():
+    prior = FixedPrior({"x": 0.2})
+    priors = PromptPriors(prior, capacity=2)
+    priors.open(["a", "a"], ["x", "x"])
+    prior.rates["x"] = 0.9
+    assert priors.open(["a"], ["x"]).tolist() == [0.2]
+    priors.open(["b", "c"], ["x", "x"])  # more than the table holds: the first goes
+    assert priors.rates(["a", "b", "c"]).tolist() == pytest.approx([math.nan, 0.9, 0.9], nan_ok=True)
+
+
+def test_what_is_missing_is_named():
+    case = situations()[1].values[0]
+    with pytest.raises(ValueError, match="prior: none for 2 of 2 groups, the first is 'a'; open them"):
+        advantages_of(case, PromptPriors(FixedPrior()))
+    with pytest.raises(
+        ValueError, match=r"v05\.inital=3 is not a setting; choose from chunk, initial, leave_one_out, reward_range"
+    ):
+        Settings.read({"inital": 3})
+    with pytest.raises(ValueError, match="reward"):
+        advantages_of(case, opened(case), settings=Settings(reward_range=(0.0, 0.5)))
+
+
+def test_settings_and_texts():
+    assert Settings.read(None) == Settings()
+    assert Settings.read({"reward_range": [-1, 1], "chunk": 2}) == Settings(reward_range=(-1.0, 1.0), chunk=2)
+    assert prompt_text("2+2=") == "2+2="
+    parts = [{"type": "text", "text": "2+2="}]
+    messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "2+2="}, {"role": "user", "content": parts}]
+    assert prompt_text(messages) == "Add.\n2+2=\n2+2="
+    assert in_reward_units(np.array([0.0, 0.25, 1.0]), (-1.0, 1.0)).tolist() == [-1.0, -0.5, 1.0]

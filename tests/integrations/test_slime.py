@@ -1,0 +1,107 @@
+"""slime's hooks on objects with the attributes of its Sample and arguments (source of release 0.4.0); slime itself is not run."""
+
+import enum
+import math
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from host_situations import TOLERANCE, FixedPrior, situations
+
+from v05.integrations import slime
+from v05.integrations.groups import PromptPriors
+
+LOSES_ROWS = ("padding",)  # slime has no padding rows
+
+
+class Status(enum.Enum):
+    COMPLETED = "completed"
+    ABORTED = "aborted"
+
+
+@dataclass
+class Sample:
+    group_index: int | None
+    reward: float | dict[str, float] | None
+    prompt: Any = ""
+    rollout_id: int | None = None
+    remove_sample: bool = False
+    status: Status = Status.COMPLETED
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def get_reward_value(self, args):
+        return self.reward if not args.reward_key else self.reward[args.reward_key]
+
+
+@pytest.fixture
+def prior(monkeypatch):
+    prior = FixedPrior()
+    monkeypatch.setattr(slime, "PRIORS", PromptPriors(prior))
+    return prior
+
+
+def arguments(**v05):
+    return SimpleNamespace(reward_key=None, use_rollout_logprobs=False, v05=v05)
+
+
+@pytest.mark.parametrize("case", situations(*LOSES_ROWS))
+def test_situations(case, prior):
+    prior.rates = case.priors
+    rollouts = [None] * len(case.rewards) if case.trajectories is None else case.trajectories
+    samples = [
+        Sample(ord(group), reward, group, rollout)
+        for group, reward, rollout in zip(case.groups, case.rewards, rollouts, strict=True)
+    ]
+    args = arguments(method=case.method, leave_one_out=case.leave_one_out, reward_range=list(case.reward_range))
+    raw, advantages = slime.custom_reward_post_process(args, samples)
+    assert advantages == pytest.approx(case.expected, abs=TOLERANCE)
+    # What slime logs, and what its dynamic sampling filter reads, stays what the verifier gave.
+    np.testing.assert_array_equal(raw, case.rewards)
+    assert [sample.reward for sample in samples] == raw
+
+
+def test_aborted_removed_and_unscored_samples_are_left_out(prior):
+    samples = [Sample(0, 1.0), Sample(0, 0.0), Sample(0, None), Sample(0, 1.0, status=Status.ABORTED)]
+    samples.append(Sample(0, 0.0, remove_sample=True))
+    _, advantages = slime.custom_reward_post_process(arguments(method="dr_grpo"), samples)
+    assert advantages == [0.5, -0.5, 0.0, 0.0, 0.0]
+
+
+def test_a_split_over_ranks_changes_nothing(prior):
+    """slime splits what the hook returns, by length as it likes; each rank spreads its own."""
+    samples = [Sample(group, reward) for group, reward in zip([0, 1] * 3, [1.0, 0.0, 0.0, 0.0, 1.0, 1.0], strict=True)]
+    _, advantages = slime.custom_reward_post_process(arguments(), samples)
+    for rank in (0, 1):
+        rows = range(rank, 6, 2)
+        data = {"rewards": [advantages[i] for i in rows], "log_probs": [torch.zeros(i + 1, dtype=torch.bfloat16) for i in rows]}
+        slime.custom_advantage(arguments(), data)
+        for i, tokens in zip(rows, data["advantages"], strict=True):
+            assert tokens.tolist() == pytest.approx([advantages[i]] * (i + 1))
+            assert tokens.dtype == torch.float32
+        assert data["returns"] is data["advantages"]
+
+
+def test_rewards_by_key_and_the_prior_that_learns(prior):
+    samples = [
+        Sample(7, {"acc": 1.0, "format": 0.0}, [{"role": "user", "content": "2+2="}]),
+        Sample(7, {"acc": 0.0, "format": 1.0}),
+    ]
+    samples[1].prompt = samples[0].prompt
+    args = arguments()
+    args.reward_key = "acc"
+    raw, advantages = slime.custom_reward_post_process(args, samples)
+    assert raw == [1.0, 0.0]
+    assert advantages == [0.5, -0.5]
+    assert prior.learnt == {"2+2=": (1.0, 2.0)}
+
+
+def test_what_is_missing_is_named(prior):
+    with pytest.raises(ValueError, match="group_index: None for sample 1"):
+        slime.custom_reward_post_process(arguments(), [Sample(0, 1.0), Sample(None, 1.0)])
+    with pytest.raises(ValueError, match=r"v05.metod='v05' is not a setting"):
+        slime.custom_reward_post_process(arguments(metod="v05"), [Sample(0, 1.0)])
+    with pytest.raises(ValueError, match="reward_range"):
+        slime.custom_reward_post_process(arguments(), [Sample(0, -1.0), Sample(0, math.nan)])

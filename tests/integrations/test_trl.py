@@ -1,0 +1,210 @@
+"""V05Trainer in TRL, on CPU with a tiny model, against GRPOTrainer; `make test-integrations` installs it."""
+
+import numpy as np
+import pytest
+import torch
+from host_situations import STEP, TOLERANCE, FixedPrior, situations
+
+pytest.importorskip("trl", exc_type=ImportError)
+from datasets import Dataset
+from tiny_policy import tiny_model, tiny_tokenizer
+from trl import GRPOConfig, GRPOTrainer
+
+from v05.integrations.trl import EPS, V05Config, V05Trainer
+
+pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("default")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def starts_with_a_low_digit(completions, **_):
+    """Success rates near a half under a random policy, learnt in a few steps."""
+    return [float(completion[:1] in "01234" and completion != "") for completion in completions]
+
+
+def make(kind, config, tokenizer, folder, reward=starts_with_a_low_digit, **options):
+    settings = dict(
+        output_dir=str(folder),
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=4,
+        num_generations=8,
+        max_completion_length=4,
+        max_steps=1,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        use_cpu=True,
+        seed=0,
+        disable_tqdm=True,
+        learning_rate=1e-2,
+    )
+    prompts = [{"prompt": f"{a}+{b}="} for a in range(8) for b in range(8)]
+    return kind(
+        model=tiny_model(),
+        reward_funcs=reward,
+        args=config(**settings | options.pop("settings", {})),
+        train_dataset=Dataset.from_list(prompts),
+        processing_class=tokenizer,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("scale", [("grpo", "group"), ("dr_grpo", "none")])
+def test_parity_with_grpo_trainer(tokenizer, tmp_path, scale):
+    """The same completions, a reward that now and then is None: the advantages of GRPOTrainer, to 1e-6."""
+    method, scale_rewards = scale
+    batches = []
+    for kind, config, more in (
+        (GRPOTrainer, GRPOConfig, {"scale_rewards": scale_rewards}),
+        (V05Trainer, V05Config, {"method": method, "initial_generations": None}),
+    ):
+        rng = np.random.default_rng(0)
+
+        def noisy(completions, rng=rng, **_):
+            return [None if rng.random() < 0.1 else float(rng.normal()) for _ in completions]
+
+        trainer = make(kind, config, tokenizer, tmp_path, noisy, settings=more)
+        trainer.model.train()
+        torch.manual_seed(1)
+        batches.append(trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader()))))
+    theirs, ours = batches
+    assert torch.equal(ours["completion_ids"], theirs["completion_ids"])
+    assert (theirs["advantages"] == 0).any()
+    torch.testing.assert_close(ours["advantages"], theirs["advantages"], rtol=0, atol=1e-6)
+
+
+def test_twenty_steps(tokenizer, tmp_path):
+    """It trains: the reward rises, and prompts that are settled take the fewest completions."""
+    trainer = make(V05Trainer, V05Config, tokenizer, tmp_path, settings={"max_steps": 20, "initial_generations": 2})
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "reward" in entry]
+    assert len(log) == 20
+    assert np.mean([entry["reward"] for entry in log[-5:]]) > np.mean([entry["reward"] for entry in log[:5]]) + 0.1
+    sizes = [entry["v05/group_size"] for entry in log]
+    assert 2 <= min(sizes) < max(sizes) <= 8
+
+
+def adaptive_batch(trainer):
+    trainer.model.train()
+    torch.manual_seed(1)
+    return trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
+
+
+def test_rounds_ask_where_prior_and_rewards_disagree(tokenizer, tmp_path):
+    calls = []
+
+    def by_prompt(prompts, completions, **_):
+        calls.append(list(prompts))
+        return [float(int(prompt[0]) % 2) for prompt in prompts]
+
+    prior = FixedPrior({f"{a}+{b}=": 0.95 if a % 2 else 0.9 for a in range(8) for b in range(8)})
+    trainer = make(V05Trainer, V05Config, tokenizer, tmp_path, by_prompt, prior=prior, settings={"initial_generations": 2})
+    batch = adaptive_batch(trainer)
+    sizes = {prompt: trials for prompt, (_, trials) in prior.learnt.items()}
+    assert len(sizes) == 4  # prompts of the batch
+    for prompt, (successes, trials) in prior.learnt.items():
+        # All succeed as predicted: 2 are enough. All fail against it: up to the last.
+        assert (successes, trials) == ((2, 2) if int(prompt[0]) % 2 else (0, 8)), prompt
+    assert len(calls[0]) == 2 * 4
+    assert sum(map(len, calls)) == sum(sizes.values())  # every completion scored once, no padding row ever
+    sampled = int(sum(sizes.values()))
+    rows = len(batch["advantages"])
+    assert sampled <= rows < sampled + trainer.args.steps_per_generation
+    assert rows % trainer.args.steps_per_generation == 0
+    padding = batch["tool_mask"].mul(batch["completion_mask"]).sum(1) == 0
+    assert int(padding.sum()) == rows - sampled
+    assert (batch["advantages"][padding] == 0).all()
+    assert batch["num_items_in_batch"] == (batch["completion_mask"] * batch["tool_mask"]).sum()
+
+
+def test_padding_rows_change_neither_loss_nor_gradient(tokenizer, tmp_path):
+    def random_reward(completions, **_):
+        return [float(len(completion) % 2) for completion in completions]
+
+    settings = {"initial_generations": 2, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1}
+    trainer = make(V05Trainer, V05Config, tokenizer, tmp_path, random_reward, settings=settings, prior=FixedPrior())
+    kept = []
+    trainer._without_padding = lambda output, padding: kept.append(padding) or output  # leave all of them in
+    batch = adaptive_batch(trainer)
+    (padding,) = kept
+    assert 0 < padding.sum() < 32
+    trainer.current_gradient_accumulation_steps = 1
+
+    def loss_and_gradient(inputs):
+        trainer.model.zero_grad()
+        loss = trainer._compute_loss(trainer.model, inputs)
+        loss.backward()
+        return loss.item(), torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+
+    with_padding, without = loss_and_gradient(batch), loss_and_gradient(V05Trainer._without_padding(trainer, batch, padding))
+    assert with_padding[0] == pytest.approx(without[0], abs=1e-7)
+    torch.testing.assert_close(with_padding[1], without[1], rtol=1e-5, atol=1e-8)
+    assert with_padding[1].abs().max() > 0
+
+
+# TRL's groups are of one size, in adjacent rows, a rollout a row; sizes differ after rounds, and where completions have no reward.
+@pytest.mark.parametrize("case", situations("uneven", "singleton", "adjacent", "trajectory", "padding", "all alike", "nearly"))
+def test_situations(tokenizer, tmp_path, case):
+    size = len(case.rewards) // len(set(case.groups))
+    tolerance = 5e-4 if case.method == "grpo" else TOLERANCE  # TRL's eps
+    assert situated(case, size, tokenizer, tmp_path) == pytest.approx(case.expected, abs=tolerance)
+
+
+def test_nearly_equal_rewards_at_a_large_offset(tokenizer, tmp_path):
+    (case,) = (parameter.values[0] for parameter in situations() if "nearly" in parameter.id)
+    scaled = STEP / (STEP + EPS)
+    assert situated(case, 3, tokenizer, tmp_path) == pytest.approx([-scaled, 0, scaled], abs=TOLERANCE)
+
+
+def situated(case, size, tokenizer, folder):
+    """V05Trainer's advantages when the completions of a batch get the rewards of a situation."""
+    count = len(case.rewards)
+    settings = {
+        "method": case.method,
+        "initial_generations": None,
+        "leave_one_out": case.leave_one_out,
+        "reward_range": list(case.reward_range),
+        "num_generations": size,
+        "per_device_train_batch_size": count,
+        "gradient_accumulation_steps": 1,
+    }
+
+    def given(completions, **_):
+        return [None if np.isnan(reward) else reward for reward in case.rewards]
+
+    trainer = make(V05Trainer, V05Config, tokenizer, folder, given, settings=settings, prior=FixedPrior())
+    return adaptive_batch(trainer)["advantages"].tolist()
+
+
+def test_an_interrupted_run_keeps_its_prior(tokenizer, tmp_path):
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "initial_generations": 2}
+    first = make(V05Trainer, V05Config, tokenizer, tmp_path, settings=settings)
+    first.train()
+    second = make(V05Trainer, V05Config, tokenizer, tmp_path, settings=settings | {"max_steps": 3})
+    resumed = []
+    second.prior.load_state_dict = lambda state: resumed.append(state)
+    second.train(resume_from_checkpoint=True)
+    for name, learnt in first.prior.state_dict().items():
+        np.testing.assert_array_equal(resumed[0][name], learnt)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "grpo"}, r"initial_generations=4 with method='grpo'; choose a method with a prior, or give None"),
+        ({"loss_type": "grpo"}, r"initial_generations=4 with loss_type='grpo'; choose dapo or cispo or vespo, or give None"),
+        ({"method": "gpro"}, r"method='gpro' is unknown"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "V_0.5 judges sums of rewards"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tokenizer, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make(V05Trainer, V05Config, tokenizer, tmp_path, settings=settings)
+
+
+def test_another_configuration_is_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="args: GRPOConfig; give V05Trainer a V05Config"):
+        make(V05Trainer, GRPOConfig, tokenizer, tmp_path)

@@ -1,0 +1,158 @@
+"""The asynchronous rollout loop of TRL with V_0.5, on a fake vLLM server; `make test-integrations` installs it."""
+
+import asyncio
+import multiprocessing
+import queue
+import warnings
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from host_situations import TOLERANCE, FixedPrior, situations
+
+from v05.integrations.groups import Settings
+
+pytest.importorskip("trl", exc_type=ImportError)
+from accelerate import PartialState
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # that experimental interfaces may change
+    from trl.experimental.async_grpo import async_rollout_worker as host
+
+    from v05.integrations import trl_async
+
+pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("default")]
+WORDS = ["<pad>", "<eos>", "sure", "hopeless", "fair", "yes", "no"]
+YES = WORDS.index("yes")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    tokenizer.response_template = {"version": 1}  # TRL would look for a known chat template's
+    return tokenizer
+
+
+def judge(prompts, completions, answer, **_):
+    assert len(prompts) == len(completions) == len(answer) == 1  # one conversation at a time, as it ends
+    return [None if answer[0] == "unknown" else float(completions[0][-1]["content"] == answer[0])]
+
+
+@pytest.fixture
+def loop(tokenizer, monkeypatch):
+    """A loop that has prompts with known success rates, and a server that always says yes."""
+
+    PartialState(cpu=True)  # as TRL's process does; its log wants it
+
+    def make(prompts, prior=None, settings=None, generations=8, reward_funcs=(judge,)):
+        rows = [{"prompt": [{"role": "user", "content": text}], "answer": answer} for text, answer in prompts]
+        loop = trl_async.V05RolloutLoop(
+            settings=settings or Settings(initial=2),
+            reward_funcs=list(reward_funcs),
+            prior=prior or FixedPrior(),
+            num_generations=generations,
+            model_name="none",
+            dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            eos_token_ids=[1],
+            rollout_buffer=queue.Queue(),
+            model_version_value=multiprocessing.Value("i", 0),
+            heartbeat_value=multiprocessing.Value("d", 0.0),
+            failed_event=multiprocessing.Event(),
+            exception_info_queue=queue.Queue(),
+            metrics_queue=queue.Queue(),
+            max_inflight_tasks=32,
+        )
+        loop.asked = 0
+
+        async def answer(prompt_ids):
+            loop.asked += 1
+            await asyncio.sleep(0)
+            return [YES, 1], [-0.5, -0.5]
+
+        monkeypatch.setattr(loop, "_generate_one_turn", answer)
+        monkeypatch.setattr(host, "parse_response", lambda tokenizer, ids, **_: {"role": "assistant", "content": "yes"})
+        return loop
+
+    return make
+
+
+def collect(loop, groups):
+    """Run TRL's generation and scoring loops until so many groups have reached the trainer's buffer; their samples by group."""
+    taken = defaultdict(list)
+
+    async def run():
+        stop = asyncio.Event()
+
+        async def watch():
+            while len(taken) < groups or not loop.rollout_buffer.empty():
+                while not loop.rollout_buffer.empty():
+                    sample = loop.rollout_buffer.get()
+                    taken[sample.group_id].append(sample)
+                await asyncio.sleep(0.01)
+            stop.set()
+
+        tasks = [asyncio.create_task(t) for t in (loop._generate_loop(stop), loop._score_loop(stop), watch())]
+        await asyncio.wait_for(asyncio.gather(*tasks), 60)
+
+    asyncio.set_event_loop(loop._loop)
+    loop._loop.run_until_complete(run())
+    return taken
+
+
+def test_the_doors_have_the_shape_they_were_written_for():
+    assert trl_async.V05RolloutWorker._loop_cls is trl_async.V05RolloutLoop
+    assert host._AsyncRolloutLoop._provides_rollout_reward is False
+    assert "group_id" in host._AsyncRolloutLoop._generate_one.__code__.co_varnames
+    assert set(trl_async.PER_CONVERSATION) <= set(host.RolloutGroup.__slots__)
+
+
+def test_groups_take_what_they_need(loop):
+    prior = FixedPrior({"sure": 0.95, "hopeless": 0.95, "fair": 0.5})
+    made = loop([("sure", "yes"), ("hopeless", "no"), ("fair", "unknown")], prior)
+    made.dataset = made.dataset.select(range(2))  # the next round's prompts
+    samples = collect(made, 2)
+    assert len(samples[0]) == 2
+    assert len(samples[1]) == 8
+    assert [sample.advantage for sample in samples[0]] == pytest.approx([0.05] * 2)
+    assert all(sample.advantage < 0 for sample in samples[1])
+    assert prior.learnt["sure"] == (2, 2)
+    assert prior.learnt["hopeless"] == (0, 8)
+    assert all(sample.completion_mask.sum() == 2 for sample in samples[1])
+
+
+# The worker's method is v05; with a prior that agrees, rows of one trajectory get what a mean would give them.
+REACHED = [case for case in situations("padding") if case.values[0].method == "v05" or case.values[0].trajectories]
+
+
+@pytest.mark.parametrize("case", REACHED)
+def test_situations(loop, case):
+    """The loop's own scoring of one group, the first of each situation; several sequences are one conversation's."""
+    first = [i for i, group in enumerate(case.groups) if group == case.groups[0]]
+    conversations = list(dict.fromkeys(first if case.trajectories is None else case.trajectories))
+    made = loop([("fair", "yes")], FixedPrior({"fair": case.priors.get(case.groups[0], 0.5)}), generations=len(conversations))
+    next(made._repeat_iterator())
+    rows = {c: [i for i in first if (i if case.trajectories is None else case.trajectories[i]) == c] for c in conversations}
+    sequences = [[host.TrainingSequence([2, 5], [0, 1], [0.0, -0.5], str(c))] * len(rows[c]) for c in conversations]
+    rewards = [case.rewards[rows[c][0]] for c in conversations]
+    group = host.RolloutGroup(
+        prompts=[[]] * len(conversations),
+        reward_kwargs={},
+        completions=[[{"role": "assistant", "content": "yes"}]] * len(conversations),
+        completions_ids=[[5]] * len(conversations),
+        completions_sequences=sequences,
+        tool_call_counts=[0] * len(conversations),
+        tool_failure_counts=[0] * len(conversations),
+        model_version=0,
+        group_id=0,
+        env_rewards=[],
+        rollout_rewards=[None if np.isnan(reward) else reward for reward in rewards],
+    )
+    samples = asyncio.run(made._score_group(group))
+    assert [sample.advantage for sample in samples] == pytest.approx([case.expected[i] for i in first], abs=TOLERANCE)

@@ -1,0 +1,163 @@
+"""The sequential agent loop manager with verl's workers and TransferQueue, a fake LLM server and a fake reward worker, on a local
+Ray; `make test-integrations` installs them. The trainer between sampling and advantages is written out: it needs GPUs.
+"""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import verl_fakes
+from host_situations import FixedPrior
+from verl_fakes import FakeRewards, FakeServer
+
+from v05.integrations.groups import PromptPriors
+
+pytest.importorskip("verl", exc_type=ImportError)
+pytest.importorskip("transfer_queue", exc_type=ImportError)
+pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("default")]
+PATIENCE = 300  # seconds until all groups are there
+PROMPTS = {"sure": 0.95, "hopeless": 0.95, "fair": 0.5, "broken": 0.5}  # prompt -> its prior
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """verl's own defaults, a small model, and what a user of v05 sets."""
+    import verl
+    from omegaconf import OmegaConf
+    from tiny_policy import tiny_model, tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    tiny_model().save_pretrained(folder)
+    config = OmegaConf.load(f"{verl.__path__[0]}/trainer/config/_generated_ppo_trainer.yaml")
+    return OmegaConf.merge(
+        config,
+        {
+            "actor_rollout_ref": {
+                "model": {"path": str(folder)},
+                "rollout": {
+                    "name": "vllm",
+                    "n": 8,
+                    "prompt_length": 8,
+                    "response_length": 4,
+                    "agent": {
+                        "num_workers": 1,
+                        "agent_loop_manager_class": "v05.integrations.verl_rollout.SequentialAgentLoopManager",
+                    },
+                },
+            },
+            "transfer_queue": {"backend": {"SimpleStorage": {"num_data_storage_units": 1}}},
+            "algorithm": {"adv_estimator": "v05", "v05": {"reward_range": [-1, 1], "initial": 2}},
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def manager(config):
+    import ray
+    import transfer_queue as tq
+    from verl.utils.import_utils import load_class_from_fqn
+
+    path = {"PYTHONPATH": str(Path(verl_fakes.__file__).parent)}
+    ray.init(num_cpus=16, include_dashboard=False, runtime_env={"env_vars": path})  # 16 by Ray's count; every actor takes some
+    tq.init(config.transfer_queue)
+    name = config.actor_rollout_ref.rollout.agent.agent_loop_manager_class
+    yield load_class_from_fqn(name, "AgentLoopManager").create(
+        config=config, llm_client=FakeServer(), reward_loop_worker_handles=[ray.remote(FakeRewards).remote()]
+    )
+    tq.close()
+    ray.shutdown()
+
+
+def draw(manager, prompts, **more):
+    """Submit prompts as verl's trainer does, wait for their groups; uid of each, and all keys with their tags."""
+    import transfer_queue as tq
+    from verl.utils import tensordict_utils as tu
+
+    uids = [f"uid-{prompt}" for prompt in prompts]
+    batch = tu.get_tensordict(
+        {
+            "uid": np.array(uids, dtype=object),
+            "raw_prompt": np.array([[{"role": "user", "content": prompt}] for prompt in prompts] + [None], dtype=object)[:-1],
+            "index": np.arange(len(prompts)),
+        }
+    )
+    tu.assign_non_tensor_data(batch, "global_steps", 1)
+    for name, value in more.items():
+        tu.assign_non_tensor_data(batch, name, value)
+    partition = "val" if more.get("validate") else "train"
+    tags = [{"is_prompt": True, "status": "pending", "global_steps": 1}] * len(uids)
+    tq.kv_batch_put(keys=uids, partition_id=partition, tags=tags)
+    manager.generate_sequences(batch)
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        items = tq.kv_list(partition)[partition]
+        if all(items[uid]["status"] in ("finished", "failure") for uid in uids):
+            return dict(zip(prompts, uids, strict=True)), items
+        assert time.monotonic() < deadline, items
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def drawn(manager):
+    from v05.integrations import verl
+
+    prior = FixedPrior(PROMPTS)
+    verl.PRIORS.prior = prior
+    uids, items = draw(manager, list(PROMPTS))
+    yield prior, uids, items
+    verl.PRIORS = PromptPriors()
+
+
+def sessions(uid, items):
+    return sorted(key for key in items if key.startswith(f"{uid}_"))
+
+
+def test_prompts_get_the_rollouts_they_need(drawn):
+    _, uids, items = drawn
+    assert len(sessions(uids["sure"], items)) == 2  # as predicted: no more than the first
+    assert len(sessions(uids["hopeless"], items)) == 8  # against all prediction: up to rollout.n
+    assert 2 <= len(sessions(uids["fair"], items)) <= 8
+    assert {uid: items[uid]["status"] for uid in uids.values()} == {
+        uid: "failure" if prompt == "broken" else "finished" for prompt, uid in uids.items()
+    }
+
+
+def test_the_trainer_gets_v05s_advantages(drawn, config):
+    """What verl's trainer does with these groups, to which it adds padding rows."""
+    import transfer_queue as tq
+    from verl import DataProto
+    from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
+
+    prior, uids, items = drawn
+    keys = [key for prompt in ("sure", "hopeless", "fair") for key in sessions(uids[prompt], items)]
+    data = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=["uid", "response_mask", "rm_scores"])
+    data = DataProto(batch=data.to_padded_tensor())
+    data.non_tensor_batch["uid"] = np.array(data.batch.pop("uid").tolist(), dtype=object)
+    data.batch["token_level_rewards"] = data.batch["rm_scores"]
+    batch = DataProto.concat([data, data[:1]])
+    batch.non_tensor_batch["uid"][-1] = "pad_0"
+    keys.append("pad_0_0")
+    compute_advantage_for_multi_trajectories(batch, keys, "v05", config=config.algorithm)
+    advantages = batch.batch["advantages"]
+    assert advantages.shape == (len(keys), 3)
+    assert advantages[:2].flatten().tolist() == pytest.approx([0.1] * 6)  # 1 less the prior, 0.9
+    assert (advantages[2:10] < 0).all()
+    assert (advantages[-1] == 0).all()
+    fair = len(keys) - 11
+    assert prior.learnt == {"sure": (2, 2), "hopeless": (0, 8), "fair": (fair // 2 + fair % 2, fair)}
+
+
+def test_validation_is_verls(manager):
+    uids, items = draw(manager, ["sure"], validate=True)
+    assert len(sessions(uids["sure"], items)) == 1  # val_kwargs.n
+
+
+def test_rewards_that_come_after_the_rollouts_are_refused(config):
+    from v05.integrations.verl_rollout import SequentialAgentLoopManager
+
+    with pytest.raises(ValueError, match=r"enable_resource_pool=False: V_0\.5 tests rewards while it samples"):
+        SequentialAgentLoopManager(config, FakeServer())

@@ -1,0 +1,174 @@
+"""What the hosts share: settings, priors that wait for the rewards of their groups, advantages in a padded trainer's tensors."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from v05.methods import find_method
+from v05.ops import AdvantageStats, fused_advantage
+from v05.prior import ValuePrior
+
+Range = tuple[float, float]
+PADDING = "pad"  # what the group ids of rows that fill up a batch begin with, in verl and here
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user may set, under the name `v05` in the host's configuration.
+
+    Attributes:
+        reward_range: (lo, hi) that holds all rewards, reward units.
+        leave_one_out: the baseline of a rollout is computed from the group's other rollouts.
+        initial: rollouts of a prompt before its first test, where the host samples in rounds.
+        chunk: rollouts added at a time after that.
+    """
+
+    reward_range: Range = (0.0, 1.0)
+    leave_one_out: bool = False
+    initial: int = 4
+    chunk: int = 1
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any] | None) -> Settings:
+        """The settings of a mapping; a ValueError names what is not one."""
+        known = {field.name for field in fields(cls)}
+        given = dict(given or {})
+        if unknown := sorted(given.keys() - known):
+            raise ValueError(f"v05.{unknown[0]}={given[unknown[0]]!r} is not a setting; choose from {', '.join(sorted(known))}")
+        if "reward_range" in given:
+            given["reward_range"] = tuple(float(bound) for bound in given["reward_range"])
+        return cls(**given)
+
+
+def prompt_text(prompt: Any) -> str:
+    """A prompt as the text a prior reads: itself, or the texts of its messages, one a line."""
+    if isinstance(prompt, str):
+        return prompt
+    contents = [message["content"] for message in prompt]
+    parts = [[{"text": content}] if isinstance(content, str) else content for content in contents]
+    return "\n".join(part["text"] for content in parts for part in content if "text" in part)
+
+
+class PromptPriors:
+    """Predicts a group's success rate when its prompt is drawn, keeps it until its rewards are there, and learns from them.
+
+    Hosts name groups by ids and show their estimators no prompt: this is the table between the two.
+
+    Args:
+        prior: predicts and learns; None is a `HistoryPrior`, made when it is first asked.
+        capacity: groups remembered; those opened first, whose rewards never came, go first.
+    """
+
+    def __init__(self, prior: ValuePrior | None = None, capacity: int = 1_000_000) -> None:
+        self._prior = prior
+        self._capacity = capacity
+        self._open: OrderedDict[str, tuple[str, float]] = OrderedDict()
+
+    @property
+    def prior(self) -> ValuePrior:
+        if self._prior is None:
+            from v05.prior.history import HistoryPrior
+
+            self._prior = HistoryPrior()
+        return self._prior
+
+    @prior.setter
+    def prior(self, prior: ValuePrior) -> None:
+        self._prior = prior
+
+    def open(self, group_ids: Sequence[str], prompts: Sequence[Any]) -> NDArray[np.float64]:
+        """(G,) predicted success rates of G prompts, texts or lists of messages, remembered under their ids.
+
+        A group that is open already keeps its prediction, so that rows of one group may come in several calls.
+        """
+        new = {group: prompt_text(prompt) for group, prompt in zip(group_ids, prompts, strict=True) if group not in self._open}
+        rates = self.prior.predict(list(new.values()))
+        self._open.update((group, (text, float(rate))) for (group, text), rate in zip(new.items(), rates, strict=True))
+        predicted = self.rates(group_ids)
+        while len(self._open) > self._capacity:
+            self._open.popitem(last=False)
+        return predicted
+
+    def rates(self, group_ids: Sequence[str]) -> NDArray[np.float64]:
+        """(G,) success rates predicted when the groups were opened; NaN for a group that was not."""
+        return np.array([self._open[group][1] if group in self._open else np.nan for group in group_ids], dtype=np.float64)
+
+    def close(self, group_ids: Sequence[str], successes: NDArray[np.float64], trials: NDArray[np.float64]) -> None:
+        """Learn what (G,) trials of each group came to, and forget the groups; those that are not open teach nothing."""
+        learnt = [g for g, group in enumerate(group_ids) if group in self._open]
+        prompts = [self._open.pop(group_ids[g])[0] for g in learnt]
+        self.prior.observe(prompts, successes[learnt], trials[learnt])
+
+
+def in_reward_units(rates: NDArray[np.float64], reward_range: Range) -> NDArray[np.float64]:
+    """Success rates in [0, 1] as rewards."""
+    low, high = reward_range
+    return low + rates * (high - low)
+
+
+def outcomes(stats: AdvantageStats, reward_range: Range) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(successes, trials), each (G,), that a prior learns from; rewards scaled from their range to [0, 1]."""
+    low, high = reward_range
+    trials = stats.count.cpu().numpy().astype(np.float64)
+    mean = np.where(trials > 0, stats.mean.cpu().numpy(), low)
+    return np.clip((mean - low) / (high - low), 0.0, 1.0) * trials, trials
+
+
+def outcome_advantages(
+    token_level_rewards: torch.Tensor,
+    response_mask: torch.Tensor,
+    index: Sequence[Any] | NDArray[np.object_],
+    *,
+    method: str,
+    settings: Settings,
+    priors: PromptPriors,
+    normalize: bool,
+    remedy: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Advantages in the tensors that verl and SkyRL give their estimators; the groups' prior learns from the rewards.
+
+    Args:
+        token_level_rewards: (N, T), reward units. A rollout's reward is the sum of its whole row, as in the hosts: where the last
+            token is a tool's, or there is none, the reward stands outside the mask. A row that is not finite is left out.
+        response_mask: (N, T), 1 for the policy's own tokens.
+        index: (N,) ids of the groups, rows in any order. Rows whose id starts with "pad" fill up the batch and are left out.
+        method: a name of `v05.methods.METHODS`.
+        normalize: False takes away the division by the deviation from a method that has one, as the hosts' own switches do.
+        remedy: what to do about groups without a prior.
+
+    Returns:
+        advantages and returns, both the same (N, T) float32 tensor.
+
+    Raises:
+        ValueError: the method needs a prior and a group has none; a reward is outside `settings.reward_range`.
+    """
+    rule = find_method(method)
+    ids = [str(group) for group in index]
+    groups = list(dict.fromkeys(ids))
+    rates = priors.rates(groups)
+    if rule.needs_prior:
+        missing = [group for group, rate in zip(groups, rates, strict=True) if np.isnan(rate) and not group.startswith(PADDING)]
+        if missing:
+            raise ValueError(f"prior: none for {len(missing)} of {len(groups)} groups, the first is {missing[0]!r}; {remedy}")
+    out = fused_advantage(
+        token_level_rewards.sum(-1, dtype=torch.float64),
+        in_reward_units(rates, settings.reward_range) if rule.needs_prior else None,
+        group_ids=ids,
+        response_mask=response_mask,
+        valid=np.array([not group.startswith(PADDING) for group in ids], dtype=bool),
+        method=method,
+        scale=None if normalize else "none",
+        leave_one_out=settings.leave_one_out,
+        reward_range=settings.reward_range,
+        nonfinite="exclude",
+    )
+    assert out.stats is not None
+    priors.close(groups, *outcomes(out.stats, settings.reward_range))
+    return out.advantages, out.advantages

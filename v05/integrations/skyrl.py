@@ -1,0 +1,75 @@
+"""V_0.5 in SkyRL: estimators for `trainer.algorithm.advantage_estimator`. Tested with SkyRL 0.3.0.
+
+    from v05.integrations.skyrl import PromptedGenerator, register
+
+    register(reward_range=(0.0, 1.0))       any of `v05.integrations.groups.Settings`
+
+SkyRL has no configuration of its own for estimators, so the settings are given when they are registered, in the process that
+trains. An estimator is shown no prompt: wrap the generator in `PromptedGenerator`, which predicts the priors on the way.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from skyrl.backends.skyrl_train.utils.ppo_utils import register_advantage_estimator
+from skyrl.train.generators.base import GeneratorInput, GeneratorInterface, GeneratorOutput
+
+from v05.integrations.groups import PromptPriors, Settings, outcome_advantages
+
+PRIORS = PromptPriors()
+ESTIMATORS = {"v05": "v05", "v05_grpo": "grpo", "v05_rloo": "rloo"}  # the last two for comparison with SkyRL's own
+REMEDY = "wrap the generator in v05.integrations.skyrl.PromptedGenerator"
+
+
+def register(**settings: Any) -> None:
+    """Register the estimators with these settings (`v05.integrations.groups.Settings`); once a process."""
+    read = Settings.read(settings)
+    for name, method in ESTIMATORS.items():
+        register_advantage_estimator(name)(functools.partial(estimate, method, read))
+
+
+def estimate(
+    method: str,
+    settings: Settings,
+    token_level_rewards: torch.Tensor,
+    response_mask: torch.Tensor,
+    index: NDArray[np.object_],
+    grpo_norm_by_std: bool = True,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(advantages, returns), each (B, T), of rewards (B, T), a mask (B, T) and (B,) uids.
+
+    Raises ValueError as `outcome_advantages` does.
+    """
+    return outcome_advantages(
+        token_level_rewards,
+        response_mask,
+        index,
+        method=method,
+        settings=settings,
+        priors=PRIORS,
+        normalize=grpo_norm_by_std,
+        remedy=REMEDY,
+    )
+
+
+class PromptedGenerator(GeneratorInterface):  # type: ignore[misc]
+    """A generator that predicts the prior of every prompt it is given for training, and leaves the sampling to another.
+
+    Args:
+        generator: SkyRL's own, or any other.
+    """
+
+    def __init__(self, generator: GeneratorInterface) -> None:
+        self.generator = generator
+
+    async def generate(self, input_batch: GeneratorInput, *args: Any, **kwargs: Any) -> GeneratorOutput:
+        phase, trajectories = input_batch["batch_metadata"], input_batch["trajectory_ids"]
+        if trajectories is not None and (phase is None or phase.training_phase == "train"):
+            PRIORS.open([trajectory.instance_id for trajectory in trajectories], input_batch["prompts"])
+        return await self.generator.generate(input_batch, *args, **kwargs)

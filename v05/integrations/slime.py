@@ -1,0 +1,84 @@
+"""V_0.5 in slime: two functions that its options name. slime is not on the package index; this was written against the source of
+release 0.4.0 and is tested with objects that have its attributes, not with slime itself.
+
+    --custom-reward-post-process-path v05.integrations.slime.custom_reward_post_process
+    --custom-advantage-function-path v05.integrations.slime.custom_advantage
+    --custom-config-path v05.yaml           with a mapping `v05`: `method`, and any of `v05.integrations.groups.Settings`
+
+The first sees whole groups, in the process that samples, and turns rewards into advantages there; slime then splits them over its
+ranks. So a group may be split in any way, and sizes may differ, which slime's own normalisation takes for one group. The second
+spreads them over the tokens on each rank; with `--advantage-estimator grpo` slime does the same, unless told to whiten.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from v05.integrations.groups import PromptPriors, Settings, in_reward_units, outcomes
+from v05.methods import find_method
+from v05.ops import fused_advantage
+
+PRIORS = PromptPriors()
+
+
+def custom_reward_post_process(args: Any, samples: list[Any]) -> tuple[list[Any], list[float]]:
+    """slime's hook between sampling and training.
+
+    Args:
+        args: slime's arguments; `args.v05` is a mapping of settings, `args.reward_key` as in slime.
+        samples: N samples. Those of one `group_index` are a group, in any order. Those that share a `rollout_id` are one
+            trajectory and count once. A sample that was aborted or removed, or whose reward is None or NaN, is left out: 0.
+
+    Returns:
+        raw rewards (N,), untouched, which slime logs and its dynamic sampling filter reads, and advantages (N,), which go to
+        the trainer as `rewards`.
+
+    Raises:
+        ValueError: a sample has no `group_index`; a reward is outside `reward_range`; a setting is unknown.
+    """
+    given = dict(getattr(args, "v05", None) or {})
+    method = given.pop("method", "v05")
+    settings = Settings.read(given)
+    rule = find_method(method)
+    groups = [sample.group_index for sample in samples]
+    if None in groups:
+        raise ValueError(
+            f"group_index: None for sample {groups.index(None)}; give the samples of a prompt one, as slime's data source"
+        )
+    raw = [sample.get_reward_value(args) for sample in samples]
+    rewards = np.array([np.nan if reward is None else reward for reward in raw], dtype=np.float64)
+    names = list(dict.fromkeys(str(group) for group in groups))
+    prompts = {str(sample.group_index): sample.prompt for sample in samples}
+    rates = PRIORS.open(names, [prompts[name] for name in names])
+    rollouts = [getattr(sample, "rollout_id", None) for sample in samples]
+    named = {rollout: position for position, rollout in enumerate(dict.fromkeys(rollouts)) if rollout is not None}
+    out = fused_advantage(
+        rewards,
+        in_reward_units(rates, settings.reward_range) if rule.needs_prior else None,
+        group_ids=[str(group) for group in groups],
+        valid=np.array([not sample.remove_sample and sample.status.value != "aborted" for sample in samples], dtype=bool),
+        trajectory_ids=np.array([named.get(rollout, len(named) + i) for i, rollout in enumerate(rollouts)], dtype=np.int64),
+        method=method,
+        leave_one_out=settings.leave_one_out,
+        reward_range=settings.reward_range,
+        nonfinite="exclude",
+    )
+    assert out.stats is not None
+    PRIORS.close(names, *outcomes(out.stats, settings.reward_range))
+    return raw, out.advantages.tolist()
+
+
+def custom_advantage(args: Any, rollout_data: dict[str, Any]) -> None:
+    """Spread the advantages in `rewards`, one a sample, over the tokens that this rank holds of each sample.
+
+    Writes `advantages` and `returns`, lists of tensors shaped like the samples' log-probabilities.
+    """
+    log_probs = rollout_data["rollout_log_probs" if args.use_rollout_logprobs else "log_probs"]
+    rollout_data["advantages"] = [
+        torch.full_like(tokens, advantage, dtype=torch.float32)
+        for tokens, advantage in zip(log_probs, rollout_data["rewards"], strict=True)
+    ]
+    rollout_data["returns"] = rollout_data["advantages"]

@@ -1,0 +1,214 @@
+"""V_0.5 in TRL: `V05Trainer` in place of `GRPOTrainer`. Tested with TRL 1.16.0, on CPU, sampling with transformers.
+
+    trainer = V05Trainer(model=..., reward_funcs=..., train_dataset=..., args=V05Config(num_generations=16, initial_generations=4))
+
+What is replaced is the advantages, and, where sizes are adaptive, the sampling: a prompt starts with `initial_generations`
+completions and is tested after every round, up to `num_generations`. The places of completions that were not needed hold padding
+rows (the prompt and one token that the loss does not see). Once all is scored they are dropped, but for the few that make the batch
+divide into micro-batches. Evaluation is TRL's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from safetensors.numpy import load_file, save_file
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl import GRPOConfig, GRPOTrainer
+
+from v05.budget import RolloutAllocator
+from v05.integrations.groups import in_reward_units, outcomes, prompt_text
+from v05.methods import find_method
+from v05.ops import fused_advantage
+from v05.prior import ValuePrior
+from v05.prior.history import HistoryPrior
+
+EPS = 1e-4  # what GRPOTrainer adds to a deviation
+LOSSES_BY_TOKEN = ("dapo", "cispo", "vespo")  # divided by `num_items_in_batch`; the others count rows, and padding rows with them
+PRIOR_FILE = "v05_prior.safetensors"
+
+
+@dataclass
+class V05Config(GRPOConfig):  # type: ignore[misc]
+    """GRPOConfig and what V_0.5 adds.
+
+    Attributes:
+        method: a name of `v05.methods.METHODS`. It says how advantages are scaled; `scale_rewards` is not read.
+        reward_range: [lo, hi] that holds all weighted sums of rewards; read by methods with a prior.
+        leave_one_out: the baseline of a completion is computed from the prompt's other completions.
+        initial_generations: completions of a prompt before its first test, up to `num_generations`; None samples all of them.
+        chunk_generations: completions added at a time after that.
+
+    Raises:
+        ValueError: adaptive sizes with a method, a loss or a number of processes that they do not work with.
+    """
+
+    method: str = "v05"
+    reward_range: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    leave_one_out: bool = False
+    initial_generations: int | None = 4
+    chunk_generations: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        needs_prior = find_method(self.method).needs_prior
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                f"multi_objective_aggregation={self.multi_objective_aggregation!r}: V_0.5 judges sums of rewards; "
+                "choose 'sum_then_normalize'"
+            )
+        if not self.adaptive:
+            return
+        for problem, found, remedy in (
+            (not needs_prior, f"method={self.method!r}", "choose a method with a prior"),
+            (self.loss_type not in LOSSES_BY_TOKEN, f"loss_type={self.loss_type!r}", f"choose {' or '.join(LOSSES_BY_TOKEN)}"),
+            (self.world_size > 1, f"{self.world_size} processes", "train in one"),
+        ):
+            if problem:
+                raise ValueError(f"initial_generations={self.initial_generations} with {found}; {remedy}, or give None")
+
+    @property
+    def adaptive(self) -> bool:
+        return self.initial_generations is not None and self.initial_generations < self.num_generations
+
+
+class V05Trainer(GRPOTrainer):  # type: ignore[misc]
+    """GRPOTrainer with V_0.5's advantages and, where `args` asks for it, its sequential budget.
+
+    Args:
+        prior: predicts success rates from prompt texts and learns from the rewards; a `HistoryPrior` if None. Checkpoints hold
+            what it learnt.
+        args: a V05Config. All other arguments are GRPOTrainer's.
+
+    Raises:
+        ValueError: `args` is no V05Config; adaptive sizes with an environment or a rollout function, which sample by themselves.
+    """
+
+    def __init__(self, *args: Any, prior: ValuePrior | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, V05Config):
+            raise ValueError(f"args: {type(self.args).__name__}; give V05Trainer a V05Config")
+        if self.args.adaptive and (self.environment_factories is not None or self.rollout_func is not None):
+            raise ValueError("initial_generations: environments and rollout functions sample by themselves; give None")
+        self.prior: ValuePrior = HistoryPrior() if prior is None else prior
+        self._batch: list[dict[str, Any]] = []  # the rows that are being sampled
+        self._rates = np.zeros(0)  # of their prompts
+        self._scored: torch.Tensor | None = None  # (N, functions), of rows that were scored while they were sampled
+        self._rewards = torch.zeros(0)  # (N, functions), of all processes' rows
+        self._padding: torch.Tensor | None = None  # (N,) rows that stand for completions that were not needed
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self.model.training:
+            return dict(super()._generate_and_score_completions(inputs))
+        args, size = self.args, self.num_generations
+        rule = find_method(args.method)
+        prompts = [prompt_text(prompt) for prompt in gather_object([row["prompt"] for row in inputs])[::size]]
+        self._batch, self._scored, self._padding = inputs, None, None
+        self._rates = self.prior.predict(prompts) if rule.needs_prior else np.full(len(prompts), np.nan)
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+
+        out = fused_advantage(
+            self._total(self._rewards).double().cpu(),
+            in_reward_units(self._rates, self._range) if rule.needs_prior else None,
+            group_offsets=np.arange(0, len(self._rewards) + 1, size),
+            method=args.method,
+            leave_one_out=args.leave_one_out,
+            reward_range=self._range,
+            eps=EPS,
+            nonfinite="exclude",
+        )
+        assert out.stats is not None
+        if rule.needs_prior:
+            self.prior.observe(prompts, *outcomes(out.stats, self._range))
+        self._logs["advantages"].extend(out.advantages.tolist())
+        self._metrics["train"]["v05/group_size"].append(out.stats.count.double().mean().item())
+        if out.stats.weight is not None:
+            self._metrics["train"]["v05/weight"].append(out.stats.weight.mean().item())
+        first = self.accelerator.process_index * len(inputs)
+        output["advantages"] = out.advantages[first : first + len(inputs)].to(self.accelerator.device)
+        return output if self._padding is None else self._without_padding(output, self._padding)
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
+        """(N, functions) of all processes' rows; remembered, since TRL hands on only what it made of them."""
+        if self._scored is None or not self.model.training:
+            self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        else:
+            self._rewards = self._scored
+        return self._rewards
+
+    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        """What TRL's method returns, with the completions sampled in rounds and padding rows in the places left over."""
+        if not (self.model.training and self.args.adaptive):
+            return tuple(super()._generate(prompts))
+        args, size = self.args, self.num_generations
+        generate, score = super()._generate, super()._calculate_rewards
+        allocator = RolloutAllocator(
+            initial=args.initial_generations, maximum=size, chunk=args.chunk_generations, reward_range=self._range
+        )
+        allocator.open(np.arange(len(prompts) // size), in_reward_units(self._rates, self._range))
+        rows: dict[int, tuple[Any, ...]] = {}  # prompt ids, completion ids, tool mask, completion, log-probabilities
+        scored = torch.full((len(prompts), len(self.reward_funcs)), torch.nan, device=self.accelerator.device)
+        while not allocator.done:
+            leases = allocator.lease(len(prompts))
+            chosen = (np.asarray(leases.group) * size + leases.index).tolist()
+            drawn = [prompts[row] for row in chosen]
+            prompt_ids, ids, tool_mask, completions, logprobs, extra, images, _ = generate(drawn)
+            if extra or images is not None:
+                raise ValueError("initial_generations: sampling in rounds takes text prompts only; give None")
+            scored[chosen] = score([self._batch[row] for row in chosen], drawn, completions, ids)
+            allocator.report(leases.lease_id, self._total(scored[chosen]).double().cpu().numpy())
+            tool_mask = [[1] * len(tokens) for tokens in ids] if tool_mask is None else tool_mask
+            logprobs = [None] * len(ids) if logprobs is None else logprobs
+            rows.update(zip(chosen, zip(prompt_ids, ids, tool_mask, completions, logprobs, strict=True), strict=True))
+
+        nothing = "" if isinstance(rows[0][3], str) else [{"role": "assistant", "content": ""}]
+        padding = [row not in rows for row in range(len(prompts))]
+        for row in np.flatnonzero(padding).tolist():
+            alike = rows[row - row % size]  # the first completion of the same prompt
+            rows[row] = (alike[0], [self.eos_token_ids[0]], [0], nothing, None if alike[4] is None else [0.0])
+        self._scored, self._padding = scored, torch.tensor(padding)
+        columns = [list(column) for column in zip(*(rows[row] for row in range(len(prompts))), strict=True)]
+        return (*columns[:4], None if rows[0][4] is None else columns[4], {}, None, [])
+
+    def _generate_single_turn(
+        self, prompt_ids: Any, images: Any, multimodal_fields: Any, num_generations: int, has_tool_images: bool = False
+    ) -> tuple[Any, ...]:
+        """vLLM is told how many rows in a row are alike; those of a round are not."""
+        alike = 1 if self.model.training and self.args.adaptive else num_generations
+        return tuple(super()._generate_single_turn(prompt_ids, images, multimodal_fields, alike, has_tool_images))
+
+    def _without_padding(self, output: dict[str, Any], padding: torch.Tensor) -> dict[str, Any]:
+        """The rows of `output` that were sampled, and as many padding rows as make it divide into micro-batches."""
+        sampled = torch.nonzero(~padding).flatten()
+        fill = torch.nonzero(padding).flatten()[: -len(sampled) % self.args.steps_per_generation]
+        rows = torch.cat((sampled, fill))
+        return {
+            name: value[rows.to(value.device)] if isinstance(value, torch.Tensor) and value.ndim else value
+            for name, value in output.items()
+        }
+
+    @property
+    def _range(self) -> tuple[float, float]:
+        low, high = self.args.reward_range
+        return low, high
+
+    def _total(self, rewards: torch.Tensor) -> torch.Tensor:
+        """(N,) weighted sums of (N, functions) rewards as GRPOTrainer takes them; NaN where no function gave one."""
+        total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        return torch.where(rewards.isnan().all(dim=1), torch.nan, total)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            save_file(self.prior.state_dict(), folder / PRIOR_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (file := Path(checkpoint) / PRIOR_FILE).exists():
+            self.prior.load_state_dict(load_file(file))

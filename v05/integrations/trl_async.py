@@ -1,0 +1,165 @@
+"""V_0.5 in TRL's asynchronous trainer: a rollout worker for `AsyncGRPOTrainer`. Tested with TRL 1.16.0 and a fake vLLM server.
+
+    worker = V05RolloutWorker(settings=Settings(initial=4), reward_funcs=[...], num_generations=16, ...)
+    trainer = AsyncGRPOTrainer(..., rollout_worker=worker)
+
+A prompt starts with `settings.initial` conversations, each scored as it ends, and gets more while the test asks for them. A sample
+carries its own advantage to the trainer, so groups differ in size and nothing is padded. A conversation that waits for its group's
+test holds one of `max_inflight_tasks`: raise that by num_generations / initial. The prior lives in the worker's process and starts
+anew with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker, RolloutGroup, RolloutSample, _AsyncRolloutLoop
+from trl.trainer.utils import get_callable_name, is_async_callable
+
+from v05.budget import RolloutAllocator
+from v05.integrations.groups import Settings, in_reward_units, outcomes, prompt_text
+from v05.ops import fused_advantage
+from v05.prior import ValuePrior
+from v05.prior.history import HistoryPrior
+
+PER_CONVERSATION = (  # lists of a RolloutGroup; those that nothing fills stay empty
+    "prompts",
+    "completions",
+    "completions_ids",
+    "completions_sequences",
+    "tool_call_counts",
+    "tool_failure_counts",
+    "env_rewards",
+    "rollout_rewards",
+)
+NOT_NEEDED: tuple[Any, ...] = (None, [], [], 0, 0, None)  # a conversation's result, when its group stopped before
+
+
+@dataclass
+class _Group:
+    """A prompt whose conversations are under way."""
+
+    row: dict[str, Any]
+    text: str
+    prior: float  # reward units
+    allocator: RolloutAllocator
+    started: int = 0
+    leases: dict[int, int] = field(default_factory=dict)  # index of a conversation that may run -> its lease
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    def lease(self) -> None:
+        leases = self.allocator.lease(2**31)
+        self.leases.update(zip(leases.index.tolist(), leases.lease_id.tolist(), strict=True))
+
+
+class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
+    """TRL's loop, in the worker's process, where conversations wait for the test and are scored one by one.
+
+    Args:
+        settings: of V_0.5.
+        reward_funcs: called with one conversation at a time, as soon as it ends.
+        prior: as in `V05Trainer`; picklable.
+    """
+
+    _provides_rollout_reward = True
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        reward_funcs: list[Callable[..., Any]],
+        prior: ValuePrior | None = None,
+        num_generations: int = 16,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(reward_funcs=[], num_generations=num_generations, **kwargs)
+        self.reward_func_names.append("+".join(get_callable_name(function) for function in reward_funcs))
+        self._settings = settings
+        self._judges = reward_funcs
+        self._prior: ValuePrior = HistoryPrior() if prior is None else prior
+        self._groups: dict[int, _Group] = {}
+
+    def _repeat_iterator(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """TRL's rows, `num_generations` times each; the group is opened when its first comes by."""
+        for group_id, row in super()._repeat_iterator():
+            if group_id not in self._groups:
+                self._groups[group_id] = self._open(row)
+            yield group_id, row
+
+    def _open(self, row: dict[str, Any]) -> _Group:
+        settings, text = self._settings, prompt_text(row["prompt"])
+        allocator = RolloutAllocator(
+            initial=min(settings.initial, self.num_generations),
+            maximum=self.num_generations,
+            chunk=settings.chunk,
+            reward_range=settings.reward_range,
+        )
+        prior = in_reward_units(self._prior.predict([text]), settings.reward_range)
+        allocator.open([0], prior)
+        group = _Group(row, text, float(prior[0]), allocator)
+        group.lease()
+        return group
+
+    async def _generate_one(self, prompt: Any, tool_dict: Any, tools: Any, group_id: int = 0) -> tuple[Any, ...]:
+        """A conversation and its reward, once its group wants it; NOT_NEEDED if the group stops first."""
+        group = self._groups[group_id]
+        index = group.started
+        group.started += 1
+        async with group.changed:
+            await group.changed.wait_for(lambda: index in group.leases or group.allocator.done)
+        if index not in group.leases:
+            return NOT_NEEDED
+        result = await super()._generate_one(prompt, tool_dict, tools, group_id)
+        reward = await self._judge(group.row, prompt, result[0], result[1])
+        async with group.changed:
+            group.allocator.report([group.leases[index]], [np.nan if reward is None else reward])
+            group.lease()
+            group.changed.notify_all()
+        return (*result[:-1], reward)
+
+    async def _judge(self, row: dict[str, Any], prompt: Any, completion: Any, completion_ids: list[int]) -> float | None:
+        """Sum of what the reward functions give; None if none of them gives anything."""
+        columns = {name: [value] for name, value in row.items() if name not in ("prompt", "completion", "completion_ids")}
+        given = dict(prompts=[prompt], completions=[completion], completion_ids=[completion_ids], **columns)
+        rewards = [
+            (await judge(**given) if is_async_callable(judge) else await asyncio.to_thread(judge, **given))[0]
+            for judge in self._judges
+        ]
+        known = [reward for reward in rewards if reward is not None and not np.isnan(reward)]
+        return float(sum(known)) if known else None
+
+    async def _score_group(self, group: RolloutGroup) -> list[RolloutSample]:
+        """TRL's samples of the conversations that took place, with V_0.5's advantages."""
+        state = self._groups.pop(group.group_id)
+        held = [i for i, completion in enumerate(group.completions) if completion is not None]
+        group = replace(
+            group,
+            reward_kwargs={name: [values[i] for i in held] for name, values in group.reward_kwargs.items()},
+            **{name: [values[i] for i in held] for name in PER_CONVERSATION if (values := getattr(group, name))},
+        )
+        samples: list[RolloutSample] = await super()._score_group(group)
+        settings = self._settings
+        out = fused_advantage(
+            np.array([np.nan if reward is None else reward for reward in group.rollout_rewards], dtype=np.float64),
+            [state.prior],
+            group_offsets=[0, len(held)],
+            leave_one_out=settings.leave_one_out,
+            reward_range=settings.reward_range,
+            nonfinite="exclude",
+        )
+        assert out.stats is not None
+        self._prior.observe([state.text], *outcomes(out.stats, settings.reward_range))
+        rows = [len(sequences) for sequences in group.completions_sequences]
+        for sample, advantage in zip(samples, np.repeat(out.advantages.numpy(), rows).tolist(), strict=True):
+            sample.advantage = advantage
+        return samples
+
+
+class V05RolloutWorker(AsyncRolloutWorker):  # type: ignore[misc]
+    """TRL's worker with that loop in its process. Takes the loop's arguments."""
+
+    _loop_cls = V05RolloutLoop

@@ -1,0 +1,61 @@
+"""V_0.5 in verl: estimators that `algorithm.adv_estimator` finds by name. Tested with verl 0.9.1.
+
+verl loads this file by itself, through the entry-point group `verl.plugins`, wherever `import verl` runs.
+
+    algorithm.adv_estimator=v05
+    +actor_rollout_ref.rollout.agent.agent_loop_manager_class=v05.integrations.verl_rollout.SequentialAgentLoopManager
+    +algorithm.v05.reward_range=[-1,1]      any of `v05.integrations.groups.Settings`
+
+An estimator is shown no prompt, so the prior of a prompt is predicted where the prompts are drawn, by the agent loop manager,
+which runs in the trainer's process as the estimator does. Another manager can fill the table itself:
+`PRIORS.open(uids, raw_prompts)`. Estimators are not told which rows are of one session: an agent loop with several outputs counts
+each of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from verl.trainer.ppo.core_algos import register_adv_est
+
+from v05.integrations.groups import PromptPriors, Settings, outcome_advantages
+
+PRIORS = PromptPriors()
+ESTIMATORS = {"v05": "v05", "v05_grpo": "grpo", "v05_rloo": "rloo"}  # the last two for comparison with verl's own
+REMEDY = (
+    "set +actor_rollout_ref.rollout.agent.agent_loop_manager_class=v05.integrations.verl_rollout.SequentialAgentLoopManager, "
+    "or call v05.integrations.verl.PRIORS.open(uids, raw_prompts) where the prompts are drawn"
+)
+
+
+def estimate(
+    method: str,
+    token_level_rewards: torch.Tensor,
+    response_mask: torch.Tensor,
+    index: NDArray[np.object_],
+    config: Any = None,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(advantages, returns), each (B, T), of rewards (B, T), a mask (B, T) and (B,) uids; `config` is verl's `algorithm`.
+
+    Raises ValueError as `outcome_advantages` does.
+    """
+    config = {} if config is None else config
+    return outcome_advantages(
+        token_level_rewards,
+        response_mask,
+        index,
+        method=method,
+        settings=Settings.read(config.get("v05")),
+        priors=PRIORS,
+        normalize=config.get("norm_adv_by_std_in_grpo", True),
+        remedy=REMEDY,
+    )
+
+
+for _name, _method in ESTIMATORS.items():
+    register_adv_est(_name)(functools.partial(estimate, _method))

@@ -1,0 +1,105 @@
+"""V_0.5's sequential rollouts in verl: an agent loop manager that gives every prompt the rollouts it needs. Tested with verl 0.9.1,
+its TransferQueue and a fake LLM server; not with its trainer on GPUs.
+
+    +actor_rollout_ref.rollout.agent.agent_loop_manager_class=v05.integrations.verl_rollout.SequentialAgentLoopManager
+    actor_rollout_ref.rollout.n=16          the most rollouts of a prompt
+    +algorithm.v05.initial=4                rollouts before its first test
+
+A prompt's sessions start in rounds: `initial`, and `chunk` more as long as the test asks for them. Its group is published when the
+last has been scored, so verl sees groups of different sizes, which its batches pad with rows that the estimators leave out. The
+manager also predicts the priors, for the test and for `v05.integrations.verl`. Validation is verl's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import transfer_queue as tq
+from tensordict import TensorDict
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
+
+from v05.budget import RolloutAllocator
+from v05.integrations.groups import Settings, in_reward_units
+from v05.integrations.verl import PRIORS
+
+logger = logging.getLogger(__name__)
+PRIOR_FIELD = "__v05_prior__"  # a prompt's prior in reward units, on its way from the manager to a worker
+_Worker = AgentLoopWorkerTQ.__ray_metadata__.modified_class.__ray_actor_class__  # Ray's actor classes have no subclasses
+
+
+class SequentialAgentLoopWorker(_Worker):  # type: ignore[misc, valid-type]
+    """verl's worker, which runs the sessions of a prompt in rounds and tests after each."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Ray sends an actor's methods by value, and with verl's own __init__ a copy of its class, in which `super()` finds no base.
+        super().__init__(*args, **kwargs)
+
+    async def _run_prompt(
+        self, prompt: dict[str, Any], sampling_params: dict[str, Any], trajectory: Any, trace: bool = False
+    ) -> None:
+        """Run the sessions of one prompt and publish it as finished, or as failure once a session raised, as verl does."""
+        if trajectory["validate"]:
+            await super()._run_prompt(prompt, sampling_params, trajectory, trace)
+            return
+        prior = float(prompt.pop(PRIOR_FIELD))
+        uid, settings = prompt["uid"], Settings.read(self.config.algorithm.get("v05"))
+        maximum = int(prompt.pop("__rollout_n__", self.config.actor_rollout_ref.rollout.n))
+        prompt.pop("__do_sample__", None)  # for another estimator's greedy rollouts
+        allocator = RolloutAllocator(
+            initial=min(settings.initial, maximum), maximum=maximum, chunk=settings.chunk, reward_range=settings.reward_range
+        )
+        allocator.open([0], [prior])
+        await tq.async_kv_put(key=uid, partition_id="train", tag={"status": "running"})
+        status = "finished"
+        while status == "finished" and not allocator.done:
+            leases = allocator.lease(maximum)
+            sessions = [
+                self._run_agent_loop(dict(sampling_params), trajectory=trajectory, trace=trace, session_id=index, **prompt)
+                for index in leases.index.tolist()
+            ]
+            rewards = await asyncio.gather(*sessions, return_exceptions=True)
+            try:
+                for reward in rewards:
+                    if isinstance(reward, BaseException):
+                        raise reward
+                allocator.report(leases.lease_id, np.array(rewards, dtype=np.float64))
+            except Exception:
+                logger.exception("a session of uid=%s failed, or its reward", uid)
+                status = "failure"
+        await tq.async_kv_put(key=uid, partition_id="train", tag={"status": status})
+
+    async def _agent_loop_postprocess(self, output: Any, validate: bool, **kwargs: Any) -> float:
+        """Publish a session as verl does; its reward, NaN if it came to nothing."""
+        await super()._agent_loop_postprocess(output, validate, **kwargs)
+        outputs = output if isinstance(output, list) else [output]
+        return float("nan") if not outputs or outputs[-1].reward_score is None else float(outputs[-1].reward_score)
+
+
+class SequentialAgentLoopManager(AgentLoopManagerTQ):  # type: ignore[misc]
+    """verl's manager with these workers. Takes its arguments.
+
+    Raises:
+        ValueError: rewards come from a model that shares the rollouts' GPUs, and so after all rollouts.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.reward_loop_worker_handles is None:
+            raise ValueError(
+                "reward.reward_model.enable_resource_pool=False: V_0.5 tests rewards while it samples, and a reward model on the "
+                "rollouts' GPUs gives none until then; set it to True, or use a reward function"
+            )
+        self.agent_loop_workers_class = ray.remote(SequentialAgentLoopWorker)
+
+    def generate_sequences(self, prompts: TensorDict) -> None:
+        """Predict the priors of the prompts and hand them to the workers; does not wait."""
+        if not ("validate" in prompts and prompts["validate"]):  # noqa: RUF019  # so it is a bool
+            settings = Settings.read(self.config.algorithm.get("v05"))
+            rates = PRIORS.open(list(prompts["uid"]), list(prompts["raw_prompt"]))
+            prompts[PRIOR_FIELD] = torch.from_numpy(in_reward_units(rates, settings.reward_range))
+        super().generate_sequences(prompts)

@@ -1,0 +1,145 @@
+"""Unbiased advantages for groups whose size depended on their own rewards.
+
+A budget that stops where the rewards agree favours agreement: the mean over such a group is biased, and so is its policy gradient,
+with leave-one-out too. The gradient of the first `initial` rollouts alone, leave-one-out among themselves, is unbiased, because
+their number is fixed; but it throws the rest away. Averaged over all orders of the group's rewards under which the rule would have
+stopped at the same place, it stays unbiased, gives every rollout a say and is less noisy (Rao-Blackwell; for a mean: Girshick,
+Mosteller & Savage 1946). Orders are counted as paths over the lattice of (rollouts, successes). docs/calibrated.md has figures.
+"""
+
+from __future__ import annotations
+
+from math import comb
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from v05.methods import Calibration
+from v05.ops import fused_advantage
+
+
+def path_counting_advantages(
+    rewards: ArrayLike,
+    prior: ArrayLike,
+    group_offsets: ArrayLike,
+    *,
+    method: str,
+    initial: int,
+    maximum: int,
+    cost: float | None = None,
+    chunk: int = 1,
+    calibration: Calibration | None = None,
+    reward_range: tuple[float, float] = (0.0, 1.0),
+) -> torch.Tensor:
+    """Advantages whose mean over a group, times the scores, is an unbiased policy gradient although the group was stopped early.
+
+    Args:
+        rewards: (N,) each the lowest or the highest of `reward_range`; rollouts of a group are contiguous.
+        prior: (G,) reward units; NaN is no prior.
+        group_offsets: (G + 1,) ints.
+        method: "v05" for groups of budget rule "osla", "calibrated" for those of rule "calibrated"; it makes the baselines too.
+        initial, maximum, cost, chunk, calibration: what the groups were sampled with.
+        reward_range: (lowest, highest).
+
+    Returns:
+        (N,) float64, reward units. To be averaged within groups, then over groups.
+
+    Raises:
+        ValueError: a reward is between the two, the method has no such rule, a group has a size at which the rule does not stop.
+    """
+    if method not in ("v05", "calibrated"):
+        raise ValueError(f"method={method!r} has no stopping rule of its own; give 'v05' or 'calibrated'")
+    low, high = reward_range
+    r, v = np.asarray(rewards, dtype=np.float64), np.asarray(prior, dtype=np.float64)
+    offsets = np.asarray(group_offsets, dtype=np.int64)
+    if not np.isin(r, (low, high)).all():
+        row = int(np.flatnonzero(~np.isin(r, (low, high)))[0])
+        raise ValueError(f"rewards[{row}]={r[row]} is neither {low} nor {high}; paths are counted for such rewards only")
+    succeeds = r == high
+    size = np.diff(offsets)
+    successes = np.diff(np.concatenate([[0], np.cumsum(succeeds)])[offsets])
+    goes_on, of_success, of_failure = _rule(v, method, initial, maximum, cost, chunk, calibration, reward_range)
+    weights = count_paths(goes_on, of_success, of_failure, initial)
+    group = np.arange(len(size))
+    inside = (size >= initial) & (size <= maximum)
+    stopped = inside & ~np.isnan(weights[0, group, np.where(inside, size, 0), np.where(inside, successes, 0)])
+    if not stopped.all():
+        g = int(np.flatnonzero(~stopped)[0])
+        raise ValueError(
+            f"group {g} of {size[g]} rollouts, {successes[g]} successes, is not where the rule stops; "
+            "give initial, maximum, cost, chunk and calibration as they were when it was sampled"
+        )
+    owner = np.repeat(group, size)
+    place = (owner, size[owner], successes[owner])
+    return torch.from_numpy(np.where(succeeds, weights[0][place], weights[1][place]))
+
+
+def count_paths(
+    goes_on: NDArray[np.bool_], of_success: NDArray[np.float64], of_failure: NDArray[np.float64], initial: int
+) -> NDArray[np.float64]:
+    """(2, G, K + 1, K + 1) advantages of a success and of a failure in a group that stopped at k rollouts with x successes.
+
+    Args:
+        goes_on: (G, K + 1, K + 1): the rule takes another rollout at (k, x). NaN is returned where it does, or never comes.
+        of_success, of_failure: (G, initial + 1) leave-one-out advantages among `initial` rollouts with x successes.
+    """
+    groups, rows, _ = goes_on.shape
+    x = np.arange(initial + 1)
+    paths = np.array([comb(initial, int(successes)) for successes in x], dtype=np.float64)
+    totals = np.zeros(
+        (3, groups, rows, rows)
+    )  # paths to (k, x); over these the sum of the block's terms, of successes and failures
+    totals[0, :, initial, : initial + 1] = paths
+    totals[1, :, initial, : initial + 1] = paths * np.where(x > 0, x * of_success, 0.0) / initial
+    totals[2, :, initial, : initial + 1] = paths * np.where(x < initial, (initial - x) * of_failure, 0.0) / initial
+    for k in range(initial, rows - 1):
+        onward = np.where(goes_on[:, k], totals[:, :, k], 0.0)
+        totals[:, :, k + 1] += onward
+        totals[:, :, k + 1, 1:] += onward[:, :, :-1]
+    sizes, successes = np.indices((rows, rows))
+    reached = (totals[0] > 0) & ~goes_on
+    with np.errstate(divide="ignore", invalid="ignore"):
+        block = np.where(reached, totals[1:] / totals[0], np.nan)  # expected share of the block's gradient
+        shared_out = np.stack([block[0] * sizes / np.maximum(successes, 1), block[1] * sizes / np.maximum(sizes - successes, 1)])
+    return shared_out
+
+
+def _rule(
+    prior: NDArray[np.float64],
+    method: str,
+    initial: int,
+    maximum: int,
+    cost: float | None,
+    chunk: int,
+    calibration: Calibration | None,
+    reward_range: tuple[float, float],
+) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]:
+    """What `count_paths` needs, from the op: it is asked about every (k, x) at which a group may be tested."""
+    if not 1 <= initial <= maximum or chunk < 1:
+        raise ValueError(f"initial={initial}, maximum={maximum}, chunk={chunk}; give 1 <= initial <= maximum and chunk >= 1")
+    states = [(k, x) for k in range(initial, maximum + 1, chunk) for x in range(k + 1)]
+    low, high = reward_range
+    template = np.concatenate([np.repeat((high, low), (x, k - x)) for k, x in states])
+    lengths = np.tile([k for k, _ in states], len(prior))
+    asked = fused_advantage(
+        np.tile(template, len(prior)),
+        np.repeat(prior, len(states)),
+        group_offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        method=method,
+        leave_one_out=True,
+        reward_range=reward_range,
+        max_rollouts=maximum,
+        cost=cost,
+        calibration=calibration,
+        dtype=torch.float64,
+    )
+    assert asked.stats is not None
+    assert asked.stats.take_more is not None
+    tested, successes = np.array(states).T
+    goes_on = np.zeros((len(prior), maximum + 1, maximum + 1), dtype=bool)
+    untested = np.array([k > initial and k < maximum and (k - initial) % chunk > 0 for k in range(maximum + 1)])
+    goes_on[:, untested] = True
+    goes_on[:, tested, successes] = asked.stats.take_more.numpy().reshape(len(prior), len(states))
+    block = asked.advantages.numpy().reshape(len(prior), -1)[:, : initial * (initial + 1)].reshape(len(prior), initial + 1, initial)
+    return goes_on, block[:, :, 0], block[:, :, -1]
