@@ -14,7 +14,7 @@ CPP_ALL := $(CPP) $(wildcard csrc/bindings/*.cpp csrc/include/v05/*.hpp)
 export OMP_NUM_THREADS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test test-vllm test-integrations soak lint sanitize sanitize-threads bench format clean
+.PHONY: help setup demo test test-vllm test-tabpfn test-integrations soak lint sanitize sanitize-threads bench format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
@@ -29,7 +29,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.ready: $(VENV)/.torch pyproject.toml CMakeLists.txt $(CPP_ALL)
-	$(BIN)/pip install --quiet --editable '.[train,dev]'
+	$(BIN)/pip install --quiet --editable '.[train,value,dev]'
 	touch $@
 
 demo: setup  ## compare V0.5 with GRPO, Dr. GRPO and DAPO on a policy trained here; table and plots in runs/demo
@@ -48,6 +48,16 @@ $(VENV)-vllm/.ready: pyproject.toml CMakeLists.txt $(CPP_ALL)
 
 test-vllm: $(VENV)-vllm/.ready  ## the tests of the vLLM and Ray engines, in an environment of their own (4 GB)
 	$(VENV)-vllm/bin/python -m pytest -q --durations=10 -m 'vllm or ray' tests/rollout
+
+$(VENV)-tabpfn/.ready: pyproject.toml CMakeLists.txt $(CPP_ALL)
+	$(PYTHON) -m venv $(VENV)-tabpfn
+	$(VENV)-tabpfn/bin/pip install --quiet --upgrade pip
+	$(VENV)-tabpfn/bin/pip install --quiet $(TORCH)
+	$(VENV)-tabpfn/bin/pip install --quiet tabpfn==9.2.0 pytest --editable '.[train]'
+	touch $@
+
+test-tabpfn: $(VENV)-tabpfn/.ready  ## the tests of TabPFN as the value model's head, in an environment of its own
+	$(VENV)-tabpfn/bin/python -m pytest -q -m tabpfn tests/prior
 
 # TRL with its requirements; the others pin what contradicts each other or needs a GPU, and come with what they import.
 HOST_trl := trl==1.16.0
@@ -113,4 +123,4 @@ format:  ## rewrite the sources in the project's format
 	$(BIN)/clang-format -i $(CPP_ALL)
 
 clean:  ## remove the virtual environment and build folders
-	rm -rf $(VENV) $(VENV)-vllm $(HOSTS:%=$(VENV)-%) $(BENCH) build dist
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-tabpfn $(HOSTS:%=$(VENV)-%) $(BENCH) build dist

@@ -55,7 +55,7 @@ def test_the_commands_exist():
 
     from v05.cli import app
 
-    for command, options in re.findall(r"^v05 (\w+)\s+(.*)$", README, flags=re.MULTILINE):
+    for command, options in re.findall(r"^v05 ([\w-]+)\s+(.*)$", README, flags=re.MULTILINE):
         text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).stdout
         for option in re.findall(r"--\w+", options):
             assert option in text, (command, option)

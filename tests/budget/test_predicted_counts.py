@@ -1,4 +1,4 @@
-"""V0's budget before any rollout: the greedy counts are those of a plain greedy search, and a group is tested after its own count."""
+"""V0's budget before any rollout: the counts are those of a plain greedy search, and a group is tested after its own count."""
 
 import itertools
 

@@ -228,9 +228,9 @@ def train(config, directory, until=None):
     return lines
 
 
-@pytest.mark.parametrize("method", ["v05", "dapo"])
-def test_an_interrupted_run_goes_on(method, tmp_path):
-    config = smoke(8, method)
+@pytest.mark.parametrize(("method", "prior"), [("v05", "history"), ("v05", "v0"), ("dapo", "history")])
+def test_an_interrupted_run_goes_on(method, prior, tmp_path):
+    config = smoke(8, method).model_copy(update={"prior": prior})
     train(config, tmp_path / "whole")
     assert train(config, tmp_path / "halves", until=3) == []
     recorded = read_metrics(tmp_path / "halves")

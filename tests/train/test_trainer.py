@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from v05.methods import METHODS, Calibration
+from v05.prior.v0.logs import read_logs
 from v05.train.config import BudgetConfig, LossConfig, OptimizerConfig, OverlongConfig, RunConfig, label_of, run_config
 from v05.train.engine import engine_of_folder
 from v05.train.metrics import read_metrics
@@ -179,6 +180,33 @@ def test_rescoring_the_engines_rollouts_changes_rounding_only(tmp_path):
     for a, b in zip(plain, weighted, strict=True):
         assert a["accuracy"] == b["accuracy"]
         assert (a["grad_norm"] or 0) == pytest.approx(b["grad_norm"] or 0, rel=1e-3)
+
+
+def test_the_value_model_is_the_prior_and_runs_leave_logs_for_it(tmp_path):
+    train(run_config("smoke", "v05", prior="v0"), tmp_path)
+    first, *later = read_metrics(tmp_path, "step")
+    assert first["prior_mean"] is None  # nothing is known before the first outcome
+    assert all(0 < s["prior_mean"] < 1 for s in later)
+    before, *after = read_metrics(tmp_path, "evaluation")
+    assert before["prior_brier"] is None
+    assert all(0 <= e["prior_brier"] < 0.3 and e["prior_cross_entropy"] > 0 for e in after)
+    logs = sorted((tmp_path / "outcomes").iterdir())
+    assert len(logs) == 1 + len(after)
+    rows = read_logs(logs)
+    assert {row.model for row in rows} == {"v05@4..16-seed0"}
+    assert sum(row.rate for row in rows if row.step == 0) / 16 == pytest.approx(before["accuracy"])
+
+
+def test_the_history_prior_is_scored_on_held_out_prompts(tmp_path):
+    train(run_config("smoke", "v05"), tmp_path / "v05")
+    train(run_config("smoke", "grpo"), tmp_path / "grpo")
+    evaluations = read_metrics(tmp_path / "v05", "evaluation")
+    assert evaluations[0]["prior_brier"] == pytest.approx(np.mean([(0.5 - row.rate) ** 2 for row in first_rows(tmp_path / "v05")]))
+    assert all("prior_auc" not in e for e in read_metrics(tmp_path / "grpo", "evaluation"))
+
+
+def first_rows(directory):
+    return read_logs([directory / "outcomes" / "00000000.jsonl"])
 
 
 def replica(trainer, factor=1.0):

@@ -13,7 +13,7 @@ class ValuePrior(Protocol):
     """Predicts the success rate of prompts under the current policy and learns from what its rollouts were worth."""
 
     def predict(self, prompts: Sequence[str]) -> NDArray[np.float64]:
-        """(G,) success rates in [0, 1] of G prompt texts."""
+        """(G,) success rates in [0, 1] of G prompt texts; NaN is no prior."""
         ...
 
     def observe(self, prompts: Sequence[str], successes: NDArray[np.float64], trials: NDArray[np.float64]) -> None:

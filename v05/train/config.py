@@ -122,6 +122,15 @@ class EngineConfig(Settings):
     actor_engine: Literal["transformers", "vllm"] = Field(default="transformers", description="inside the actors of ray")
 
 
+class V0Config(Settings):
+    """The generalist value model as the prior (v05.prior.v0)."""
+
+    backbone: Path | None = Field(default=None, description="model folder that reads prompts; none is the policy's own warm start")
+    adapter: Path | None = Field(default=None, description="adapter that v05 fit-prior trained on that backbone")
+    context: int = Field(default=256, ge=1, le=1024, description="prompts of the run's latest that it infers from")
+    diverse: bool = Field(default=False, description="half of the context covers more of the past instead")
+
+
 class EvaluationConfig(Settings):
     """Held-out accuracy and the baseline's error against a large-sample truth; neither counts as training rollouts."""
 
@@ -139,7 +148,8 @@ class RunConfig(Settings):
     seed: int = Field(default=0, ge=0)
     task: TaskConfig
     policy: PolicyConfig
-    prior: Literal["history", "constant"] = "history"
+    prior: Literal["history", "constant", "v0"] = "history"
+    v0: V0Config = V0Config()
     leave_one_out: bool = False
     scale: Scale | None = None
     budget: BudgetConfig = BudgetConfig()

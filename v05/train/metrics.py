@@ -1,6 +1,7 @@
 """A run directory's records: metrics.jsonl, one JSON object a line, written as they happen and readable at any time.
 
-Kinds: "step" (one optimiser step), "probe" (the baseline against a large-sample truth), "evaluation" (held-out accuracy).
+Kinds: "step" (one optimiser step), "probe" (the baseline against a large-sample truth), "evaluation" (held-out accuracy, and how
+well the prior predicted held-out prompts). Beside them outcomes/ holds what each held-out prompt came to, a file an evaluation.
 """
 
 from __future__ import annotations
@@ -10,14 +11,18 @@ import json
 import math
 import os
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from v05.train.config import RunConfig, label_of
 from v05.train.files import explained, flush
 
-METRICS, CONFIG, RESULT = "metrics.jsonl", "config.json", "result.json"
+METRICS, CONFIG, RESULT, OUTCOMES = "metrics.jsonl", "config.json", "result.json", "outcomes"
 
 
 def refuse_to_overwrite(config: BaseModel, directory: Path) -> None:
@@ -82,6 +87,22 @@ def write_json(path: Path, value: Any) -> None:
     scratch.write_text(json.dumps(_plain(value), indent=1, default=str, allow_nan=False) + "\n", encoding="utf-8")
     flush(scratch)
     os.replace(scratch, path)
+
+
+def write_outcomes(
+    directory: Path, config: RunConfig, step: int, prompts: Sequence[str], rates: NDArray[np.float64], trials: int
+) -> None:
+    """Write what the policy came to on (P,) prompts to outcomes/STEP.jsonl, as `v05 fit-prior` reads it."""
+    path = directory / OUTCOMES / f"{step:08d}.jsonl"
+    policy = f"{label_of(config)}-seed{config.seed}@{step}"
+    rows = [
+        {"policy": policy, "prompt": p, "score": 2 * r - 1, "trials": trials} for p, r in zip(prompts, rates.tolist(), strict=True)
+    ]
+    with explained(path, "the run goes on from its checkpoint"):
+        path.parent.mkdir(exist_ok=True)
+        scratch = path.with_suffix(".partial")
+        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(scratch, path)
 
 
 def _plain(value: Any) -> Any:

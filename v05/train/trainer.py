@@ -17,8 +17,9 @@ Departures from the published algorithms:
 - DAPO (arXiv 2503.14476): groups whose rewards are all equal are replaced by fresh prompts, as many as are missing and at most
   `max_refills` times; the paper draws whole batches without end. What is thrown away counts as rollouts spent. The filter reads
   the verifier's reward, not the shaped one. Overlong shaping scales with this task's lengths.
-- V_0.5 (arXiv 2603.10848): the prior is learnt from the run's own rollouts (v05.prior.history) instead of a pre-trained value
-  model, and starts knowing nothing.
+- V_0.5 (arXiv 2603.10848): the prior is by default learnt from the run's own rollouts (v05.prior.history) instead of a pre-trained
+  value model, and starts knowing nothing. With prior = "v0" it is one (v05.prior.v0); its context is empty in the first step, whose
+  groups have no prior.
 - Calibrated: how far the prior can be trusted is fitted after every step to the groups of the last steps (v05.prior.calibration)
   and used by the next. Under its budget rule a group's size depends on its rewards, which leaves a small bias even with
   leave-one-out (docs/calibrated.md).
@@ -46,6 +47,7 @@ from v05.ops import AdvantageOutput, fused_advantage
 from v05.prior import ConstantPrior, ValuePrior
 from v05.prior.calibration import Calibrator
 from v05.prior.history import HistoryPrior
+from v05.prior.scores import auc, brier, cross_entropy
 from v05.rollout import Completion, Request, generate
 from v05.rollout.scheduler import RolloutBatch, collect, join, select
 from v05.rollout.transformers_engine import completion_logprobs
@@ -72,8 +74,8 @@ from v05.train.distributed import (
 from v05.train.engine import make_engine, make_verifier, sync_weights
 from v05.train.files import explained, flush
 from v05.train.loss import importance_weights, mismatch, policy_loss, rollout_weights, token_weights
-from v05.train.metrics import CONFIG, RESULT, MetricsLog, refuse_to_overwrite, write_json
-from v05.train.policy import load_policy, policy_folder
+from v05.train.metrics import CONFIG, RESULT, MetricsLog, refuse_to_overwrite, write_json, write_outcomes
+from v05.train.policy import cache_root, load_policy, policy_folder
 
 PROMPTS_BETWEEN_SEEDS = 10_000_000  # runs of different seeds read different stretches of the task's prompts
 EVALUATION_SEED = 1 << 40  # apart from the seeds of training rollouts, and the same for every method
@@ -154,7 +156,7 @@ class Trainer:
             lr=config.optimizer.learning_rate,
             weight_decay=config.optimizer.weight_decay,
         )
-        self.prior: ValuePrior = HistoryPrior() if config.prior == "history" else ConstantPrior()
+        self.prior = make_prior(config, folder)
         self.calibrator = Calibrator() if self.method.baseline is Baseline.CALIBRATED else None
         budget = config.budget
         self.allocator = self.new_allocator(0)
@@ -531,8 +533,19 @@ class Trainer:
         accuracy = float(rewards.mean())
         entropy = -float(np.mean(np.concatenate([c.logprobs for c in completions])))
         state = self.state
-        self.record("evaluation", rollouts=state.rollouts, seconds=state.seconds, accuracy=accuracy, entropy=entropy)
+        rates = rewards.mean(-1)
+        prior = self.prior_scores(rates) if self.method.needs_prior else {}
+        self.record("evaluation", rollouts=state.rollouts, seconds=state.seconds, accuracy=accuracy, entropy=entropy, **prior)
+        if self.world.writes:
+            write_outcomes(self.directory, self.config, state.steps, [p.text for p in self.heldout], rates, samples)
         return accuracy, rewards.sum(-1).astype(int).tolist()
+
+    def prior_scores(self, rates: NDArray[np.float64]) -> dict[str, float]:
+        """How well the prior, which never observes held-out prompts, predicts their (P,) success rates."""
+        predicted = self.prior.predict([prompt.text for prompt in self.heldout])
+        scores = {"auc": auc, "brier": brier, "cross_entropy": cross_entropy}
+        known = not np.isnan(predicted).any()  # a prior without any outcome yet predicts nothing
+        return {f"prior_{name}": score(predicted, rates) if known else float("nan") for name, score in scores.items()}
 
     def probe(self, batch: RolloutBatch, out: AdvantageOutput) -> float:
         """Log the baseline's squared error against many fresh rollouts of the same policy; returns the seconds it took.
@@ -563,6 +576,23 @@ class Trainer:
         parts = self.world.gather((rewards, completions))
         matrix = np.array([reward for part, _ in parts for reward in part]).reshape(len(prompts), samples)
         return matrix, [completion for _, part in parts for completion in part]
+
+
+def make_prior(config: RunConfig, policy: Path) -> ValuePrior:
+    """The prior of the run's configuration; `policy` is the folder of its warm start."""
+    if config.prior == "history":
+        return HistoryPrior()
+    if config.prior == "constant":
+        return ConstantPrior()
+    from v05.prior.v0 import V0Prior
+    from v05.prior.v0.adapter import AdaptedBackbone, load_adapter
+    from v05.prior.v0.backbone import Backbone
+    from v05.prior.v0.head import load_head
+
+    settings = config.v0
+    backbone = Backbone(settings.backbone or policy, cache_root())
+    reader = AdaptedBackbone(backbone, load_adapter(settings.adapter, backbone)) if settings.adapter else backbone
+    return V0Prior(reader, load_head(), settings.context, settings.diverse)
 
 
 def rollouts_of(batch: RolloutBatch, rows: torch.Tensor) -> tuple[list[tuple[int, ...]], list[Completion]]:

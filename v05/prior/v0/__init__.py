@@ -1,0 +1,134 @@
+"""V0, the generalist value model (arXiv 2602.03584): a prior that reads the policy's own history.
+
+A prompt's success rate is inferred from a context of other prompts and what the policy came to on them. A frozen text backbone
+turns prompts into features (`backbone`), by way of a trained adapter if there is one (`adapter`); an in-context head, which was
+trained on other policies' histories, does the rest (`head`), after `features` has put the context in terms that fit any backbone.
+Nothing is trained while a policy trains but the two numbers of a sigmoid that the predictions go through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import expit, logit
+
+from v05.prior.calibration import LEAST_PRIOR, Calibrator
+from v05.prior.v0.adapter import AdaptedBackbone
+from v05.prior.v0.backbone import Backbone
+from v05.prior.v0.context import Context, History, Past
+from v05.prior.v0.head import LARGEST_CONTEXT, Head
+from v05.prior.v0.surface import surface_features
+
+CONTEXT_SIZE = 256  # as in the paper
+CANDIDATES = 4  # contexts' worth of recent prompts that a diverse one is chosen from
+
+
+class V0Prior:
+    """The prior of a training run.
+
+    Args:
+        backbone: what reads prompts, with a trained adapter or without.
+        head: the in-context classifier.
+        context_size: rows of the context, the prompts seen last.
+        diverse: half of the context is chosen to cover what came before: of the latest prompts, again and again the one farthest
+            from those chosen.
+
+    Raises:
+        ValueError: the context size is out of bounds.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone | AdaptedBackbone,
+        head: Head,
+        context_size: int = CONTEXT_SIZE,
+        diverse: bool = False,
+    ) -> None:
+        if not 1 <= context_size <= LARGEST_CONTEXT:
+            raise ValueError(f"context_size={context_size} is not between 1 and {LARGEST_CONTEXT}; the paper's is {CONTEXT_SIZE}")
+        self._backbone, self._head = backbone, head
+        self._context_size, self._diverse = context_size, diverse
+        self.history = History()
+        self.calibrator = Calibrator()
+        self._context: Context | None = None  # of the history as it stands
+        self._predicted: dict[str, float] = {}  # before the sigmoid, since the last outcomes
+
+    def predict(self, prompts: Sequence[str]) -> NDArray[np.float64]:
+        """(G,) success rates; NaN, which means no prior, before the first outcomes: without a context V0 knows nothing."""
+        if not prompts or not len(self.history):
+            return np.full(len(prompts), np.nan)
+        if self._context is None:
+            self._context = self._choose()
+        raw = self.infer(self._context, prompts, self.history.past(prompts))
+        self._predicted |= zip(prompts, raw.tolist(), strict=True)
+        return self.calibrated(raw)
+
+    def observe(self, prompts: Sequence[str], successes: NDArray[np.float64], trials: NDArray[np.float64]) -> None:
+        """Learn one step's outcomes; groups without a trial teach nothing."""
+        known = np.flatnonzero(np.asarray(trials) > 0)
+        if not len(known):
+            return
+        prompts = [prompts[i] for i in known.tolist()]
+        successes, trials = np.asarray(successes, dtype=float)[known], np.asarray(trials, dtype=float)[known]
+        self.calibrator.observe(successes, trials, [self._predicted.get(prompt, np.nan) for prompt in prompts])
+        self.calibrator.fit()
+        self.history.add(prompts, successes / trials, trials)
+        self._context, self._predicted = None, {}
+
+    def infer(self, context: Context, prompts: Sequence[str], past: Past) -> NDArray[np.float64]:
+        """(G,) success rates before the sigmoid, from a context of N >= 1 rows; `past` is of the G prompts."""
+        if not len(context):
+            raise ValueError("context is empty; V0 infers from outcomes of the policy, observe some first")
+        texts = [*context.prompts, *prompts]
+        place = {prompt: i for i, prompt in enumerate(context.prompts)}
+        same = np.array([place.get(prompt, -1) for prompt in prompts])
+        with torch.no_grad():
+            views = (self.meaning(texts), torch.from_numpy(surface_features(texts)))
+            logits = self._head.infer(views, context, past, same)
+        rates: NDArray[np.float64] = expit(logits.double().numpy())
+        return rates
+
+    def meaning(self, prompts: Sequence[str]) -> torch.Tensor:
+        """(G, D) float64 features of what the prompts mean."""
+        return torch.from_numpy(self._backbone.features(prompts)).double()
+
+    def calibrated(self, raw: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Predictions as past ones turned out to be meant."""
+        fit = self.calibrator.calibration
+        rates: NDArray[np.float64] = expit(fit.alpha + fit.beta * logit(np.clip(raw, LEAST_PRIOR, 1 - LEAST_PRIOR)))
+        return rates
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """The history and the calibration; backbone and head never change."""
+        parts = {"history": self.history.state_dict(), "calibration": self.calibrator.state_dict()}
+        return {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
+
+    def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
+        parts: dict[str, History | Calibrator] = {"history": self.history, "calibration": self.calibrator}
+        for part, holder in parts.items():
+            holder.load_state_dict({name.removeprefix(f"{part}."): v for name, v in state.items() if name.startswith(f"{part}.")})
+        self._context, self._predicted = None, {}
+
+    def _choose(self) -> Context:
+        if not self._diverse:
+            return self.history.context(self._context_size)
+        candidates = self.history.context(CANDIDATES * self._context_size)
+        return candidates[farthest_first(self.meaning(candidates.prompts).numpy(), self._context_size)]
+
+
+def farthest_first(features: NDArray[np.float64], size: int) -> NDArray[np.int64]:
+    """At most `size` of M rows, sorted: half as they come, then again and again the row farthest from all chosen."""
+    chosen = list(range(min((size + 1) // 2, len(features))))
+    norms = (features**2).sum(1)
+    distance = np.full(len(features), np.inf)
+    for count in range(min(size, len(features))):
+        if count >= len(chosen):
+            chosen.append(int(distance.argmax()))
+        new = features[chosen[count]]
+        distance = np.minimum(distance, norms - 2 * features @ new + new @ new)
+        distance[chosen[count]] = -np.inf
+    return np.array(sorted(chosen), dtype=np.int64)

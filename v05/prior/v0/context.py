@@ -1,0 +1,174 @@
+"""What a policy's history holds at a moment: the context rows that V0 infers from, and what is known of a prompt's own past.
+
+A history is a list of versions: a version is one checkpoint of the policy, or one training step, and the outcomes of some prompts
+under it. A prompt has at most one row in a context, its latest outcome. What it did under versions before that is its own past, a
+feature of the row. So no row is ever predicted from its own label, and a prompt to be predicted looks like the rows do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+KEPT_OUTCOMES = 8  # of a prompt
+LEVEL_STRENGTH = 32.0  # prompts that the level of the version before counts for in a version's
+FIRST_LEVEL, FIRST_STRENGTH = 0.5, 2.0  # the same for the first version
+PAST_STRENGTH = 2.0  # trials that "as the others" counts for in a prompt's own past
+PAST_MEMORY = 0.8  # factor a version on the trials of a prompt's own past
+
+
+class Outcome(NamedTuple):
+    """What one prompt's rollouts under one version came to."""
+
+    version: int
+    rate: float
+    trials: float
+
+
+@dataclass(frozen=True)
+class Past:
+    """What Q prompts did under earlier versions, all (Q,) float64.
+
+    Attributes:
+        surplus: success rate less that version's level, shrunk to 0; 0 without a past.
+        trials: discounted rollouts behind it.
+        age: versions since the last of them.
+    """
+
+    surplus: NDArray[np.float64]
+    trials: NDArray[np.float64]
+    age: NDArray[np.float64]
+
+    def __getitem__(self, rows: NDArray[np.int64]) -> Past:
+        return Past(self.surplus[rows], self.trials[rows], self.age[rows])
+
+
+@dataclass(frozen=True)
+class Context:
+    """N rows, one a prompt. Arrays are (N,) float64.
+
+    Attributes:
+        prompts: N distinct prompt texts.
+        rate: success rate of the row's rollouts.
+        trials: how many there were.
+        age: versions since, 0 for the newest version.
+        level: success rate of the row's version over all its prompts, smoothed.
+        past: of each prompt before the row.
+        current: level of the newest version.
+    """
+
+    prompts: list[str]
+    rate: NDArray[np.float64]
+    trials: NDArray[np.float64]
+    age: NDArray[np.float64]
+    level: NDArray[np.float64]
+    past: Past
+    current: float
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, rows: NDArray[np.int64]) -> Context:
+        return Context(
+            [self.prompts[i] for i in rows],
+            self.rate[rows],
+            self.trials[rows],
+            self.age[rows],
+            self.level[rows],
+            self.past[rows],
+            self.current,
+        )
+
+
+class History:
+    """Outcomes of prompts under the versions of one policy, the latest `KEPT_OUTCOMES` of each prompt.
+
+    Args:
+        capacity: prompts remembered; the longest unseen goes first.
+    """
+
+    def __init__(self, capacity: int = 100_000) -> None:
+        self._capacity = capacity
+        self._outcomes: OrderedDict[str, list[Outcome]] = OrderedDict()
+        self.levels: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._outcomes)
+
+    def add(self, prompts: Sequence[str], rates: NDArray[np.float64], trials: NDArray[np.float64]) -> None:
+        """A new version: (G,) success rates in [0, 1] of G prompts in (G,) > 0 trials each."""
+        before, strength = (self.levels[-1], LEVEL_STRENGTH) if self.levels else (FIRST_LEVEL, FIRST_STRENGTH)
+        self.levels.append(float((rates.sum() + strength * before) / (len(rates) + strength)))
+        self.extend(prompts, rates, trials)
+
+    def extend(self, prompts: Sequence[str], rates: NDArray[np.float64], trials: NDArray[np.float64]) -> None:
+        """More outcomes of the newest version, whose level stays. A prompt given twice is pooled."""
+        version = len(self.levels) - 1
+        for prompt, rate, n in zip(prompts, rates.tolist(), trials.tolist(), strict=True):
+            outcomes = self._outcomes.setdefault(prompt, [])
+            if outcomes and outcomes[-1].version == version:
+                last = outcomes.pop()
+                rate, n = (last.rate * last.trials + rate * n) / (last.trials + n), last.trials + n
+            outcomes.append(Outcome(version, rate, n))
+            del outcomes[:-KEPT_OUTCOMES]
+            self._outcomes.move_to_end(prompt)
+        while len(self._outcomes) > self._capacity:
+            self._outcomes.popitem(last=False)
+
+    def context(self, size: int) -> Context:
+        """The `size` prompts seen last, newest first."""
+        newest = [prompt for prompt, _ in zip(reversed(self._outcomes), range(size), strict=False)]
+        rows = [self._outcomes[prompt][-1] for prompt in newest]
+        versions = np.array([row.version for row in rows], dtype=np.int64)
+        return Context(
+            newest,
+            np.array([row.rate for row in rows]),
+            np.array([row.trials for row in rows]),
+            (len(self.levels) - 1 - versions).astype(np.float64),
+            np.array(self.levels)[versions],
+            self._past([self._outcomes[prompt][:-1] for prompt in newest], versions),
+            self.levels[-1],
+        )
+
+    def past(self, prompts: Sequence[str]) -> Past:
+        """What the prompts did under all versions so far."""
+        return self._past([self._outcomes.get(prompt, []) for prompt in prompts], np.full(len(prompts), len(self.levels)))
+
+    def _past(self, outcomes: list[list[Outcome]], now: NDArray[np.int64]) -> Past:
+        """Of each list of outcomes, as seen from version `now`."""
+        surplus, trials, age = np.zeros((3, len(outcomes)))
+        for i, earlier in enumerate(outcomes):
+            for outcome in earlier:
+                weight = outcome.trials * PAST_MEMORY ** (now[i] - 1 - outcome.version)
+                surplus[i] += weight * (outcome.rate - self.levels[outcome.version])
+                trials[i] += weight
+            if earlier:
+                age[i] = now[i] - earlier[-1].version
+        return Past(surplus / (trials + PAST_STRENGTH), trials, age)
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """(V,) levels; of P prompts, least recent first, their texts as JSON, how many outcomes each has, and those in turn."""
+        outcomes = [outcome for kept in self._outcomes.values() for outcome in kept]
+        return {
+            "levels": np.array(self.levels, dtype=np.float64),
+            "prompts": np.frombuffer(json.dumps(list(self._outcomes)).encode(), dtype=np.uint8).copy(),
+            "counts": np.array([len(kept) for kept in self._outcomes.values()], dtype=np.int64),
+            "versions": np.array([o.version for o in outcomes], dtype=np.int64),
+            "rates": np.array([o.rate for o in outcomes], dtype=np.float64),
+            "trials": np.array([o.trials for o in outcomes], dtype=np.float64),
+        }
+
+    def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
+        self.levels = state["levels"].tolist()
+        rows = zip(state["versions"].tolist(), state["rates"].tolist(), state["trials"].tolist(), strict=True)
+        prompts = json.loads(state["prompts"].tobytes())
+        self._outcomes = OrderedDict(
+            (prompt, [Outcome(*next(rows)) for _ in range(count)])
+            for prompt, count in zip(prompts, state["counts"].tolist(), strict=True)
+        )

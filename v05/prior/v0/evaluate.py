@@ -1,0 +1,111 @@
+"""V0 beside three references on the same queries and contexts: the policy's mean, nearest neighbours, logistic regression."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsRegressor
+
+from v05.prior.calibration import Calibrator
+from v05.prior.scores import auc, auc_interval, brier, calibration_curve, cross_entropy
+from v05.prior.v0 import V0Prior
+from v05.prior.v0.logs import Queries, Row
+
+NEIGHBOURS = 16
+FOLDS = 4  # of a context, each predicted from the others to calibrate on
+SETTINGS = ("unseen", "seen")
+
+Predictor = Callable[[Queries], NDArray[np.float64]]
+Track = Callable[[Sequence[Queries], str], Iterable[Queries]]
+
+
+def predictors(prior: V0Prior) -> dict[str, Predictor]:
+    """By name: success rates of the queries from their context, (Q,)."""
+
+    def features(queries: Queries) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        texts = [*queries.context.prompts, *(row.prompt for row in queries.rows)]
+        split = prior.meaning(texts).numpy()
+        return split[: len(queries.context)], split[len(queries.context) :]
+
+    def v0(queries: Queries) -> NDArray[np.float64]:
+        prior.calibrator = calibrator_of(prior, queries)
+        return prior.calibrated(prior.infer(queries.context, [row.prompt for row in queries.rows], queries.past))
+
+    def mean(queries: Queries) -> NDArray[np.float64]:
+        return np.full(len(queries.rows), queries.context.rate[queries.context.age == 0].mean())
+
+    def knn(queries: Queries) -> NDArray[np.float64]:
+        known, asked = features(queries)
+        neighbours = KNeighborsRegressor(min(NEIGHBOURS, len(known)), weights="distance").fit(known, queries.context.rate)
+        rates: NDArray[np.float64] = neighbours.predict(asked)
+        return rates
+
+    def logistic(queries: Queries) -> NDArray[np.float64]:
+        known, asked = features(queries)
+        rate = queries.context.rate
+        if rate.max() == 0 or rate.min() == 1:  # one class: nothing to regress on
+            return np.full(len(asked), rate.mean())
+        twice = np.repeat([True, False], len(known))  # every row once as a success and once as a failure, by its rate
+        model = LogisticRegression(max_iter=1000).fit(np.tile(known, (2, 1)), twice, sample_weight=np.concatenate((rate, 1 - rate)))
+        rates: NDArray[np.float64] = model.predict_proba(asked)[:, 1]
+        return rates
+
+    return {"v0": v0, "mean": mean, "knn": knn, "logistic": logistic}
+
+
+def calibrator_of(prior: V0Prior, queries: Queries) -> Calibrator:
+    """Fitted on the context's newest version, each fold of which is predicted from all other rows."""
+    context = queries.context
+    calibrator = Calibrator(half_life=None)
+    newest = np.flatnonzero(context.age == 0)
+    for fold in range(FOLDS):
+        asked = newest[fold::FOLDS]
+        others = np.setdiff1d(np.arange(len(context)), asked)
+        if len(asked) and len(others):
+            predicted = prior.infer(context[others], [context.prompts[i] for i in asked], context.past[asked])
+            calibrator.observe(context.rate[asked] * context.trials[asked], context.trials[asked], predicted)
+    calibrator.fit()
+    return calibrator
+
+
+def evaluate(prior: V0Prior, tasks: Sequence[Queries], track: Track, seed: int = 0) -> list[dict[str, Any]]:
+    """A record a predictor and setting: auc with its interval, brier, cross_entropy, how many queries, the calibration curve.
+
+    AUC counts pairs of queries of one policy; the scores are those of `v05.prior.scores`. A setting without queries has no record.
+    """
+    asked = [queries for queries in tasks if queries.setting in SETTINGS]
+    named = predictors(prior)
+    predicted: dict[tuple[str, str], list[NDArray[np.float64]]] = {}
+    for queries in track(asked, "predicting"):
+        for name, predict in named.items():
+            predicted.setdefault((name, queries.setting), []).append(predict(queries))
+    records = []
+    for setting in SETTINGS:
+        chosen = [queries for queries in asked if queries.setting == setting]
+        if not chosen:
+            continue
+        rows: list[Row] = [row for queries in chosen for row in queries.rows]
+        rates = np.array([row.rate for row in rows])
+        policy = np.repeat(np.arange(len(chosen)), [len(queries.rows) for queries in chosen])
+        for name in named:
+            values = np.concatenate(predicted[name, setting])
+            low, high = auc_interval(values, rates, policy, seed)
+            records.append(
+                {
+                    "predictor": name,
+                    "setting": setting,
+                    "prompts": len(rows),
+                    "policies": len(chosen),
+                    "auc": auc(values, rates, policy),
+                    "auc_low": low,
+                    "auc_high": high,
+                    "brier": brier(values, rates),
+                    "cross_entropy": cross_entropy(values, rates),
+                    "calibration": calibration_curve(values, rates),
+                }
+            )
+    return records

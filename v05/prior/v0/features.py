@@ -1,0 +1,141 @@
+"""What the head reads of a row: what the others say of it, and what its own past says. Differentiable in the prompts' features.
+
+The policy's surplus on a prompt, its success rate less the level of its version, is regressed on each view of the prompts (what
+they mean, how they read, both) by kernel ridge regression. A context row gets the prediction of the regression without it, in
+closed form (Rasmussen and Williams 2006, eq. 5.12), a query that of the whole; so both mean the same to the head, and the head
+learns from the rows, where it sees the labels, how far the predictions can be trusted. Ridges are averaged by how well they predict
+the rows left out; "the level and no more" is one of them, so where the prompts say nothing, so do the features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from v05.prior.v0.context import Context, Past
+
+RIDGES = (0.1, 0.5, 2.0, 10.0, 50.0, 250.0)  # of kernels with a mean diagonal of 1
+NEIGHBOURS = 16
+NEAR, NEAREST = 0.5, 0.1  # squared distances, of which two rows at random have 2: counts for one row; for many, up to 25
+COORDINATES = 8  # leading principal components
+AGE_DISCOUNT = 0.1  # a row a version old weighs 1 / 1.1 of a new one
+TRIAL_NOISE = 1.0  # a row of n rollouts weighs n / (n + TRIAL_NOISE)
+JITTER = 1e-6  # keeps a kernel of equal rows invertible
+LOWEST, HIGHEST = 0.02, 0.98  # of the base prediction
+COLUMNS = 3 + 3 + 2 + COORDINATES + 3 + 4
+
+
+@dataclass(frozen=True)
+class Task:
+    """An in-context task in the head's terms: N context rows, then Q queries. Tensors are float32.
+
+    Attributes:
+        rows: (N + Q, COLUMNS) features.
+        labels: (N, 2) surplus and its precision, which only context rows have.
+        base: (N + Q,) log-odds of the level plus what both views together predict.
+    """
+
+    rows: Tensor
+    labels: Tensor
+    base: Tensor
+
+
+def in_context_task(views: tuple[Tensor, Tensor], context: Context, past: Past, same: NDArray[np.int64]) -> Task:
+    """The task of predicting Q queries from a context.
+
+    Args:
+        views: of meaning (N + Q, D1) and of surface (N + Q, D2), context rows first; float64.
+        context: N >= 1 rows.
+        past: of the queries.
+        same: (Q,) int64, the context row with the query's prompt, or -1. Such a query gets that row's left-out predictions: its own
+            outcome is in its past and counts once.
+    """
+    count = len(context)
+    surplus = torch.from_numpy(context.rate - context.level)
+    weight = torch.from_numpy(context.trials / (context.trials + TRIAL_NOISE) / (1 + AGE_DISCOUNT * context.age))
+    meaning, surface = views
+    by_meaning, meaning_norms = _kernel(meaning, count, gaussian=True)
+    by_surface, surface_norms = _kernel(surface, count, gaussian=False)
+    both, norms = by_meaning + by_surface, meaning_norms + surface_norms
+    predictions, gains = zip(*(_regress(kernel, surplus, weight) for kernel in (by_meaning, by_surface, both)), strict=True)
+    columns = [*predictions, *[gain.expand(len(meaning)) for gain in gains], *_neighbours(both, norms, surplus, weight)]
+    text = torch.cat((torch.stack(columns, -1), _coordinates(both, count)), -1)
+    seen = torch.from_numpy(np.flatnonzero(same >= 0))
+    if len(seen):
+        text = torch.cat((text[:count], text[count:].index_put((seen,), text[torch.from_numpy(same[same >= 0])])))
+    own = torch.from_numpy(
+        np.stack([np.concatenate((getattr(context.past, name), getattr(past, name))) for name in ("surplus", "trials", "age")], -1)
+    )
+    age = torch.cat((torch.from_numpy(np.log1p(context.age)), torch.zeros(len(text) - count, dtype=torch.float64)))
+    situation = torch.tensor([context.current, float(surplus.std(correction=0)), np.log(count) / 5])
+    rows = torch.cat((text, own[:, :1], torch.log1p(own[:, 1:]), age[:, None], situation.expand(len(text), 3)), -1)
+    labels = torch.stack((surplus, weight), -1)
+    base = torch.logit((context.current + text[:, 2]).clamp(LOWEST, HIGHEST))
+    return Task(rows.float(), labels.float(), base.float())
+
+
+def _kernel(features: Tensor, count: int, gaussian: bool) -> tuple[Tensor, Tensor]:
+    """(M, N) kernel of M rows with their first N, the context, centred on these; and (M,) of rows with themselves, mean 1 there.
+
+    Linear, or Gaussian and as wide as the context rows are apart.
+    """
+    centred = features - features[:count].mean(0)
+    kernel = centred @ centred[:count].T
+    norms = (centred**2).sum(-1)
+    if gaussian:
+        distances = norms[:, None] + norms[None, :count] - 2 * kernel
+        kernel = torch.exp(-distances / (distances[:count].mean() + JITTER))
+        norms = torch.ones_like(norms)
+    rows, columns = kernel.mean(-1), kernel[:count].mean(0)
+    kernel = kernel - rows[:, None] - columns + columns.mean()
+    norms = norms - 2 * rows + columns.mean()
+    scale = norms[:count].mean() + JITTER
+    return kernel / scale, norms / scale
+
+
+def _regress(kernel: Tensor, surplus: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(M,) predicted surplus, of context rows by the others; and by how much the left-out error is below that of predicting 0."""
+    count = len(surplus)
+    gram = kernel[:count]
+    error = [(weight * surplus**2).mean() + JITTER]  # of the ridge without end
+    predictions = [torch.zeros(len(kernel), dtype=kernel.dtype)]
+    for ridge in RIDGES:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + torch.diag(ridge / weight)))
+        dual = inverse @ surplus
+        left_out = surplus - dual / inverse.diagonal()
+        error.append((weight * (surplus - left_out) ** 2).mean() + JITTER)
+        predictions.append(torch.cat((left_out, kernel[count:] @ dual)))
+    errors = torch.stack(error)
+    share = torch.softmax(-0.5 * count * torch.log(errors), 0)  # as Gaussian pseudo-likelihoods of the ridges
+    return share @ torch.stack(predictions), 1 - (share @ errors) / errors[0]
+
+
+def _neighbours(kernel: Tensor, norms: Tensor, surplus: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(M,) surplus of the nearest context rows, the nearer the more, shrunk to 0, and how near they are; not of a row itself.
+
+    Prompts that are almost the same go almost the same way, which a regression over all rows smooths away.
+    """
+    count = len(surplus)
+    similarity = kernel.detach().clone()
+    similarity[:count].fill_diagonal_(-torch.inf)
+    nearest = similarity.topk(min(NEIGHBOURS, count)).indices
+    distance = (norms[:, None] + norms[nearest] - 2 * kernel.gather(-1, nearest)).clamp(min=0) / (norms[:count].mean() + JITTER)
+    near = weight[nearest] * (NEAR / (distance + NEAREST)) ** 2 * (nearest != torch.arange(len(kernel))[:, None])
+    return (near * surplus[nearest]).sum(-1) / (near.sum(-1) + 1), torch.log1p(near.sum(-1))
+
+
+def _coordinates(kernel: Tensor, count: int) -> Tensor:
+    """(M, COORDINATES) leading principal components, largest of mean square 1; zero where the kernel has fewer."""
+    fixed = kernel.detach()
+    values, vectors = torch.linalg.eigh(fixed[:count])
+    kept = min(COORDINATES, count)
+    values, vectors = values[-kept:].flip(0), vectors[:, -kept:].flip(1)
+    vectors = vectors * torch.where(vectors.abs().amax(0) == vectors.amax(0), 1.0, -1.0)
+    coordinates = (
+        fixed @ (vectors / values.clamp(min=1e-3)) * (count / values[0].clamp(min=1e-3)).sqrt() * values.clamp(min=0).sqrt()
+    )
+    return torch.nn.functional.pad(coordinates, (0, COORDINATES - kept))

@@ -1,0 +1,164 @@
+"""Histories of policies on disk: JSON lines of (policy, prompt, score, trials), V0's own format, and what they are split into.
+
+`policy` is model@step; the versions of a model follow each other by step. `score` is the mean reward in [-1, 1] of `trials`
+rollouts. Where rows have a `split`, "test" are queries to report on, "train" queries to train on, all others context; where they
+have none, a prompt's split is a hash of its text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from v05.prior.v0.context import Context, History, Past
+
+TEST_SHARE, TRAIN_SHARE = 0.2, 0.1  # of prompts, where the logs do not say
+SEEN_SHARE = 0.25  # of a version's context at most that is held back as queries seen before
+
+
+@dataclass(frozen=True)
+class Row:
+    """Outcome of one prompt under one version of a policy.
+
+    Attributes:
+        model, step: the policy's name before and after its last "@"; step is the order of appearance where it is no number.
+        rate: success rate in [0, 1].
+        split: "context", "train" or "test".
+    """
+
+    model: str
+    step: float
+    prompt: str
+    rate: float
+    trials: float
+    split: str
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What is to be predicted under one version, from the context that the policy's history held then.
+
+    Attributes:
+        policy: model@step.
+        setting: "unseen", prompts that the history never held, or "seen", under earlier versions; "train", to train on.
+        rows: Q rows to predict.
+    """
+
+    policy: str
+    setting: str
+    context: Context
+    past: Past
+    rows: list[Row]
+
+
+def read_logs(paths: Sequence[Path]) -> list[Row]:
+    """The rows of JSON-lines files.
+
+    Raises:
+        ValueError: names the file and line of a row that lacks a field or has a value out of bounds; there is no row.
+        OSError: a file cannot be read.
+    """
+    rows: list[Row] = []
+    order: dict[str, int] = {}
+    for path in paths:
+        with Path(path).open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    rows.append(_row(line, f"{path}, line {number}", order))
+    if not rows:
+        raise ValueError(f"{', '.join(map(str, paths))}: no rows; a line is {{policy, prompt, score, trials}}")
+    return rows
+
+
+def _row(line: str, where: str, order: dict[str, int]) -> Row:
+    try:
+        fields: dict[str, Any] = json.loads(line)
+        policy, prompt = str(fields["policy"]), fields["prompt"]
+        score, trials = float(fields["score"]), float(fields["trials"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{where}: {error!r}; a line is a JSON object with policy, prompt, score and trials") from None
+    if not isinstance(prompt, str):
+        raise ValueError(f"{where}: prompt={prompt!r} is no text; give the prompt as the policy reads it")
+    if not -1 <= score <= 1:
+        raise ValueError(f"{where}: score={score} is outside [-1, 1]; give the mean of rewards scaled to -1 (wrong) and 1 (right)")
+    if not (trials >= 1 and math.isfinite(trials)):
+        raise ValueError(f"{where}: trials={trials} is not a number of rollouts; leave prompts without a rollout out")
+    model, _, step = policy.rpartition("@")
+    appearance = order.setdefault(policy, len(order))
+    split = fields.get("split")
+    split = _split_of(prompt) if split is None else split if split in ("train", "test") else "context"
+    return Row(model or policy, float(step) if model and _is_number(step) else appearance, prompt, (score + 1) / 2, trials, split)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def share(text: str) -> float:
+    """A number in [0, 1), a hash of the text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def _split_of(prompt: str) -> str:
+    number = share(prompt)
+    return "test" if number < TEST_SHARE else "train" if number < TEST_SHARE + TRAIN_SHARE else "context"
+
+
+def walk(rows: Sequence[Row], context_size: int) -> Iterator[Queries]:
+    """The queries of every version of every model, each with the context of its moment: earlier versions and the rest of its own.
+
+    Test prompts never enter a history, so they stay unseen. Seen queries are rows of a version whose prompts the history has held
+    under earlier versions: at most a share of them, which its context then does without.
+    """
+    for model in dict.fromkeys(row.model for row in rows):
+        history, held = History(), set[str]()
+        mine = [row for row in rows if row.model == model]
+        for step in sorted({row.step for row in mine}):
+            policy = f"{model}@{step:g}"
+            version = _pooled([row for row in mine if row.step == step])
+            context = [row for row in version if row.split != "test"]
+            again = sorted((row for row in context if row.prompt in held), key=lambda row: share(f"{policy} {row.prompt}"))
+            seen = again[: max(1, int(SEEN_SHARE * len(context)))] if len(context) > 1 else []
+            asked = {
+                "unseen": [row for row in version if row.split == "test" and row.prompt not in held],
+                "seen": seen + [row for row in version if row.split == "test" and row.prompt in held],
+                "train": [row for row in context if row.split == "train" and row not in seen],
+            }
+            pasts = {setting: history.past([row.prompt for row in queries]) for setting, queries in asked.items()}
+            kept = [row for row in context if row.split == "context" and row not in seen]
+            if not kept:
+                continue
+            history.add(*_columns(kept))
+            now = history.context(context_size)
+            for setting, queries in asked.items():
+                if queries:
+                    yield Queries(policy, setting, now, pasts[setting], queries)
+            history.extend(*_columns([row for row in context if row not in kept]))
+            held |= {row.prompt for row in context}
+
+
+def _columns(rows: list[Row]) -> tuple[list[str], NDArray[np.float64], NDArray[np.float64]]:
+    return [row.prompt for row in rows], np.array([row.rate for row in rows]), np.array([row.trials for row in rows])
+
+
+def _pooled(rows: list[Row]) -> list[Row]:
+    """One row a prompt: rollouts of a prompt that occurs several times are put together."""
+    pooled: dict[str, Row] = {}
+    for row in rows:
+        old = pooled.get(row.prompt)
+        if old is not None:
+            trials = old.trials + row.trials
+            row = replace(old, rate=(old.rate * old.trials + row.rate * row.trials) / trials, trials=trials)
+        pooled[row.prompt] = row
+    return list(pooled.values())

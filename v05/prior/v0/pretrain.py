@@ -1,0 +1,293 @@
+"""Made the weights of the embedded head: synthetic policies with a latent skill profile, and the head that learns to infer them.
+
+    python -m v05.prior.v0.pretrain --work runs/pretrain --out v05/prior/v0/head.safetensors --tasks 1000 --epochs 10
+
+A synthetic policy succeeds on a prompt with log-odds level + skill(prompt) + difficulty: skill is a random function of the prompt's
+features (directions, bumps, clusters, letters), difficulty what no feature says, though prompts that are almost the same share it.
+How much of the spread is skill is drawn too, from almost nothing to almost all, so the head learns to shrink. Level, skill and
+difficulty drift from version to version, and some prompts come again. Half of the prompts are reasoning-gym's with the sentence
+model's features, half are random points. The target is the true success rate: no policy, prompt or outcome of a real run is in it.
+
+Tasks are made in shards and training goes epoch by epoch; interrupted, the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from scipy.special import expit
+
+from v05.prior.v0.backbone import Backbone
+from v05.prior.v0.context import History, Past
+from v05.prior.v0.features import COORDINATES, Task, in_context_task
+from v05.prior.v0.head import InContextHead, save_head
+from v05.prior.v0.surface import surface_features
+
+SHARD = 50  # tasks
+QUERIES = 64
+LARGEST = 320  # context rows
+PROMPTS_A_DATASET = 20
+FIRST_COORDINATE = 8
+VALIDATION_SHARDS = 4
+ACCUMULATED = 2  # tasks an update
+LEARNING_RATE = 2e-3
+
+
+@dataclass(frozen=True)
+class Points:
+    """P prompts: (P, D1) meaning, (P, D2) surface, (P,) cluster."""
+
+    meaning: NDArray[np.float64]
+    surface: NDArray[np.float64]
+    cluster: NDArray[np.int64]
+
+
+def gym_points(cache: Path) -> Points:
+    """Prompts of every second reasoning-gym dataset, as far as they can be had without further downloads. Kept in `cache`."""
+    kept = cache / "points.npz"
+    if kept.is_file():
+        with np.load(kept) as arrays:
+            return Points(**arrays)
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    texts, clusters = [], []
+    for number, name in enumerate(sorted(DATASETS)[::2]):
+        if name == "composite":
+            continue
+        try:
+            dataset = reasoning_gym.create_dataset(name, size=PROMPTS_A_DATASET, seed=0)
+            questions = [str(item["question"])[:400] for item in dataset]
+        except Exception:  # a few need packages or data of their own
+            continue
+        texts += questions
+        clusters += [number] * len(questions)
+    points = Points(Backbone(cache=cache).features(texts).astype(np.float64), surface_features(texts), np.array(clusters))
+    np.savez(kept, **vars(points))
+    return points
+
+
+def random_points(rng: np.random.Generator, count: int) -> Points:
+    """A cloud of some clusters with a spectrum that falls like a power."""
+    dimensions = int(rng.integers(4, 65))
+    spectrum = np.arange(1.0, dimensions + 1) ** -rng.uniform(0, 1.5)
+    cluster = rng.integers(0, rng.integers(1, 30), count)
+    centres = rng.normal(size=(cluster.max() + 1, dimensions)) * rng.uniform(0, 2)
+    meaning = (centres[cluster] + rng.normal(size=(count, dimensions))) * spectrum
+    mixed = meaning @ rng.normal(size=(dimensions, 16)) / np.sqrt(dimensions)
+    surface = rng.uniform() * mixed / mixed.std() + rng.normal(size=mixed.shape)
+    return Points(meaning, surface, cluster)
+
+
+def some_of(points: Points, rng: np.random.Generator, count: int) -> Points:
+    """`count` prompts of a few clusters."""
+    clusters = np.unique(points.cluster)
+    few = rng.permutation(clusters)[: int(np.exp(rng.uniform(np.log(5), np.log(len(clusters)))))]
+    rows = np.flatnonzero(np.isin(points.cluster, few))
+    rows = rng.permutation(rows)[:count]
+    return Points(points.meaning[rows], points.surface[rows], points.cluster[rows])
+
+
+def with_twins(points: Points, rng: np.random.Generator) -> tuple[Points, NDArray[np.int64]]:
+    """The points, some of which are now almost copies of another; and (P,) whose difficulty each has."""
+    count = len(points.cluster)
+    original = np.arange(count)
+    pairs = rng.permutation(count)[: 2 * int(count * rng.choice([0.0, rng.uniform(0, 0.15)]))].reshape(2, -1)
+    original[pairs[0]] = pairs[1]
+    blur = rng.uniform(0, 0.4)
+
+    def copied(features: NDArray[np.float64]) -> NDArray[np.float64]:
+        noise = rng.permutation(features)[: pairs.shape[1]] - features.mean(0)
+        result = features[original]
+        result[pairs[0]] += blur * rng.uniform(size=(pairs.shape[1], 1)) * noise
+        return result
+
+    return Points(copied(points.meaning), copied(points.surface), points.cluster[original]), original
+
+
+def skill(points: Points, rng: np.random.Generator) -> NDArray[np.float64]:
+    """A random function of the prompts' features, of mean 0 and variance 1 over them."""
+    meaning = points.meaning - points.meaning.mean(0)
+    meaning = meaning / np.sqrt((meaning**2).sum(1).mean())
+    directions = meaning @ rng.normal(size=meaning.shape[1])
+    bumps = int(rng.integers(2, 40))
+    width = np.exp(rng.uniform(np.log(0.5), np.log(3)))
+    phases = meaning @ rng.normal(size=(meaning.shape[1], bumps)) / width + rng.uniform(0, 2 * np.pi, bumps)
+    waves = np.cos(phases) @ rng.normal(size=bumps)
+    clusters = rng.normal(size=points.cluster.max() + 1)[points.cluster]
+    letters = points.surface @ rng.normal(size=points.surface.shape[1])
+    shares = rng.dirichlet(np.full(4, 0.5))
+    parts = np.stack([(part - part.mean()) / (part.std() + 1e-9) for part in (directions, waves, clusters, letters)])
+    mixed = np.sqrt(shares) @ parts
+    result: NDArray[np.float64] = (mixed - mixed.mean()) / (mixed.std() + 1e-9)
+    return result
+
+
+def synthetic_task(points: Points, rng: np.random.Generator) -> tuple[Task, NDArray[np.float64]]:
+    """A task of `QUERIES` queries, and their true success rates."""
+    count = int(np.exp(rng.uniform(np.log(24), np.log(LARGEST))))
+    pool = some_of(points, rng, 900) if rng.uniform() < 0.5 else random_points(rng, 900)
+    pool, original = with_twins(pool, rng)
+    prompts = len(pool.cluster)
+    wording = rng.uniform(0, 0.5)  # what twins differ by
+
+    def drawn_difficulty() -> NDArray[np.float64]:
+        shared, apart = rng.normal(size=(2, prompts))
+        result: NDArray[np.float64] = np.sqrt(1 - wording**2) * shared[original] + wording * apart
+        return result
+
+    spread = np.exp(rng.uniform(np.log(0.4), np.log(6)))
+    share = rng.beta(0.6, 0.8)  # of the variance of the log-odds that is skill
+    level, ability, difficulty = rng.normal(0, 1.3), skill(pool, rng), drawn_difficulty()
+    versions = int(rng.integers(1, 5))
+    drift = rng.uniform(0, 0.6, 3)
+    recurrence = rng.choice([0.0, rng.uniform(0, 0.6)])
+    trials = float(rng.choice([1, 2, 4, 4, 8, 10, 16]))
+    sizes = rng.multinomial(count, rng.dirichlet(np.full(versions, 2.0))) + 1
+    ahead = rng.uniform() < 0.3  # queries are of the version after the context's, as in a trainer, else of the context's newest
+    history = History()
+    seen: list[int] = []
+
+    def ask() -> tuple[NDArray[np.int64], Past]:
+        old = rng.permutation(seen)[: rng.binomial(QUERIES, recurrence)]
+        asked = np.concatenate((old, rng.permutation(np.arange(prompts - QUERIES, prompts))))[:QUERIES].astype(np.int64)
+        return asked, history.past([str(i) for i in asked])
+
+    for version in range(versions):
+        last = version == versions - 1
+        rates = expit(level + spread * (np.sqrt(share) * ability + np.sqrt(1 - share) * difficulty))
+        if last and not ahead:
+            queries, past = ask()
+        known = np.setdiff1d(seen, queries) if last and not ahead else np.array(seen)
+        fresh = rng.permutation(np.setdiff1d(np.arange(prompts - QUERIES), seen))
+        again = rng.permutation(known)[: rng.binomial(sizes[version], recurrence)]
+        rows = np.concatenate((again, fresh[: max(sizes[version] - len(again), 1)])).astype(int)
+        seen = sorted({*seen, *rows.tolist()})
+        history.add([str(i) for i in rows], rng.binomial(int(trials), rates[rows]) / trials, np.full(len(rows), trials))
+        if not last or ahead:
+            level += rng.normal(0.2, 1) * drift[0]
+            ability = np.sqrt(1 - drift[1] ** 2) * ability + drift[1] * skill(pool, rng)
+            difficulty = np.sqrt(1 - drift[2] ** 2) * difficulty + drift[2] * drawn_difficulty()
+    if ahead:
+        queries, past = ask()
+        rates = expit(level + spread * (np.sqrt(share) * ability + np.sqrt(1 - share) * difficulty))
+    context = history.context(count)
+    rows = np.array([*map(int, context.prompts), *queries])
+    place = {prompt: i for i, prompt in enumerate(context.prompts)}
+    same = np.array([place.get(str(i), -1) for i in queries])
+    views = (torch.from_numpy(pool.meaning[rows]), torch.from_numpy(pool.surface[rows]))
+    return in_context_task(views, context, past, same), rates[queries]
+
+
+def make_shard(path: Path, points: Points, seed: tuple[int, int]) -> None:
+    """Write `SHARD` tasks; the same seed gives the same."""
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for i in range(SHARD):
+        task, rates = synthetic_task(points, rng)
+        tensors |= {
+            f"{i}.rows": task.rows,
+            f"{i}.labels": task.labels,
+            f"{i}.base": task.base,
+            f"{i}.rates": torch.from_numpy(rates).float(),
+        }
+    save_file(tensors, path.with_suffix(".partial"))
+    os.replace(path.with_suffix(".partial"), path)
+
+
+def load_shard(path: Path) -> list[tuple[Task, torch.Tensor]]:
+    tensors = load_file(path)
+    return [(Task(*(tensors[f"{i}.{part}"] for part in ("rows", "labels", "base"))), tensors[f"{i}.rates"]) for i in range(SHARD)]
+
+
+def excess(logits: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the last Q predictions above that of the true rates, nats."""
+    floor = torch.nn.functional.binary_cross_entropy(rates, rates)
+    return torch.nn.functional.binary_cross_entropy_with_logits(logits[-len(rates) :], rates) - floor
+
+
+@torch.no_grad()
+def validate(head: InContextHead, tasks: list[tuple[Task, torch.Tensor]]) -> tuple[float, float]:
+    """Mean excess of the head and of the base prediction."""
+    pairs = [(excess(head(task), rates).item(), excess(task.base, rates).item()) for task, rates in tasks]
+    ours, base = np.mean(pairs, axis=0)
+    return float(ours), float(base)
+
+
+def flipped(task: Task, generator: torch.Generator) -> Task:
+    """The same task with the signs of the principal components, which mean nothing, drawn anew."""
+    signs = torch.ones(task.rows.shape[1])
+    signs[FIRST_COORDINATE : FIRST_COORDINATE + COORDINATES] = torch.randint(0, 2, (COORDINATES,), generator=generator) * 2.0 - 1
+    return Task(task.rows * signs, task.labels, task.base)
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="Where shards and checkpoints are kept.")],
+    out: Annotated[Path, typer.Option(help="The weight file to write.")],
+    tasks: Annotated[int, typer.Option(help="Synthetic tasks.", min=SHARD)] = 1000,
+    epochs: Annotated[int, typer.Option(min=1)] = 10,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Make tasks, train, write the weights."""
+    torch.set_num_threads(1)
+    work.mkdir(parents=True, exist_ok=True)
+    shards = [work / f"tasks-{seed}-{i}.safetensors" for i in range(tasks // SHARD + VALIDATION_SHARDS)]
+    missing = [(i, path) for i, path in enumerate(shards) if not path.is_file()]
+    if missing:
+        points = gym_points(work)
+        for i, path in track(missing, "tasks"):
+            make_shard(path, points, (seed, i))
+    validation = [task for path in shards[:VALIDATION_SHARDS] for task in load_shard(path)]
+    training = [task for path in shards[VALIDATION_SHARDS:] for task in load_shard(path)]
+
+    torch.manual_seed(seed)
+    head = InContextHead()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98))
+    steps = epochs * (len(training) // ACCUMULATED)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps + 1, pct_start=0.1)
+    checkpoint, first = work / f"checkpoint-{seed}.pt", 0
+    if checkpoint.is_file():
+        state: dict[str, Any] = torch.load(checkpoint, weights_only=True)
+        head.load_state_dict(state["head"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        first = state["epoch"]
+    for epoch in range(first, epochs):
+        generator = torch.Generator().manual_seed(seed * 1000 + epoch)
+        order = torch.randperm(len(training), generator=generator)[: len(training) // ACCUMULATED * ACCUMULATED]
+        for batch in track(order.split(ACCUMULATED), f"epoch {epoch + 1} of {epochs}"):
+            optimizer.zero_grad()
+            for i in batch.tolist():
+                task, rates = training[i]
+                (excess(head(flipped(task, generator)), rates) / ACCUMULATED).backward()
+            torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        ours, base = validate(head, validation)
+        print(f"epoch {epoch + 1}: cross-entropy above the truth's {ours:.4f}, of the regressions alone {base:.4f}", flush=True)
+        state = {
+            "head": head.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "epoch": epoch + 1,
+        }
+        torch.save(state, checkpoint.with_suffix(".partial"))
+        os.replace(checkpoint.with_suffix(".partial"), checkpoint)
+    ours, base = validate(head, validation)
+    settings = dict(
+        tasks=str(len(training)), epochs=str(epochs), seed=str(seed), excess=f"{ours:.4f}", excess_of_base=f"{base:.4f}"
+    )
+    save_head(head, out, settings)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,176 @@
+"""Trains the residual query adapter on histories of policies; backbone and head stay as they are.
+
+A training task is one version of a policy: a few rows of its context to infer from, and queries: its training prompts and context
+rows that are left out. The loss is 0.25 Bradley-Terry over pairs of queries, where any bias of the context cancels, and 0.75
+cross-entropy (arXiv 2602.03584). Prompts of the validation share, a hash of their text, are never trained on; the adapter that
+predicts them best is kept, and none at all if that is no better than the backbone's own features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from v05.prior.v0.adapter import Adapter, joined, save_adapter
+from v05.prior.v0.backbone import BATCH, Backbone
+from v05.prior.v0.context import Context, Past
+from v05.prior.v0.head import InContextHead
+from v05.prior.v0.logs import Queries, share
+from v05.prior.v0.surface import surface_features
+
+PAIRWISE, POINTWISE = 0.25, 0.75  # weights of the loss
+CONTEXT, QUERIES = 128, 48  # rows of a training task
+VALIDATION_SHARE = 0.25  # of prompts
+LEARNING_RATE = 1e-3
+STEPS_BETWEEN_VALIDATIONS = 20
+LEAST_GAIN = 1e-3  # nats by which an adapter must beat the backbone's own features to be kept
+
+Track = Callable[[Sequence[int], str], Iterable[int]]
+
+
+def v0_loss(logits: Tensor, rates: Tensor) -> Tensor:
+    """0.25 pairwise + 0.75 soft cross-entropy of (Q,) log-odds against (Q,) success rates.
+
+    Pairwise: -log sigmoid of the difference of log-odds, weighted by the difference of rates, over pairs whose rates differ.
+    """
+    pointwise = torch.nn.functional.binary_cross_entropy_with_logits(logits, rates)
+    margins = (rates[:, None] - rates[None]).clamp(min=0)
+    losses = margins * torch.nn.functional.softplus(logits[None] - logits[:, None])
+    return PAIRWISE * losses.sum() / margins.sum().clamp(min=1e-9) + POINTWISE * pointwise
+
+
+class _TokenStates:
+    """Token states of all prompts of some tasks, half precision, computed once."""
+
+    def __init__(self, backbone: Backbone, prompts: Sequence[str], track: Track) -> None:
+        ordered = sorted(set(prompts), key=len)
+        self._states: dict[str, Tensor] = {}
+        for start in track(range(0, len(ordered), BATCH), "reading prompts"):
+            part = ordered[start : start + BATCH]
+            states, mask = backbone.token_states(part)
+            self._states |= {p: s[m].half() for p, s, m in zip(part, states, mask, strict=True)}
+        self.pooled = dict(zip(ordered, torch.from_numpy(backbone.features(ordered)), strict=True))
+        self.surface = dict(zip(ordered, torch.from_numpy(surface_features(ordered)), strict=True))
+
+    def views(self, prompts: Sequence[str], adapter: Adapter | None) -> tuple[Tensor, Tensor]:
+        """What the head gets of the prompts, float64."""
+        meaning = torch.stack([self.pooled[prompt] for prompt in prompts])
+        if adapter is not None:
+            kept = [self._states[prompt] for prompt in prompts]
+            states = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True).float()
+            mask = torch.arange(states.shape[1]) < torch.tensor([len(s) for s in kept])[:, None]
+            meaning = joined(meaning, adapter(states, mask))
+        return meaning.double(), torch.stack([self.surface[prompt] for prompt in prompts])
+
+
+class _Sample(NamedTuple):
+    """Some rows of a context, and prompts to predict with their success rates and pasts."""
+
+    context: Context
+    prompts: list[str]
+    rates: NDArray[np.float64]
+    past: Past
+
+
+def _draw(task: Queries, rng: np.random.Generator, *, validation: bool) -> _Sample | None:
+    """A random part of a version: its queries are validation prompts or none is, context rows never are; None without either."""
+    context = task.context
+    held_out = np.array([share(f"validation {prompt}") < VALIDATION_SHARE for prompt in context.prompts])
+    order = rng.permutation(np.flatnonzero(~held_out))
+    if validation:
+        rows, asked = order[:CONTEXT], np.flatnonzero(held_out)[:CONTEXT]
+    else:
+        asked, rows = order[:QUERIES], order[QUERIES : QUERIES + CONTEXT]
+    if len(rows) < 2 or not len(asked):
+        return None
+    trained_on = [] if validation or task.setting != "train" else task.rows
+    pasts = [
+        (getattr(context.past, name)[asked], getattr(task.past, name)[: len(trained_on)]) for name in ("surplus", "trials", "age")
+    ]
+    return _Sample(
+        context[rows],
+        [context.prompts[i] for i in asked] + [row.prompt for row in trained_on],
+        np.concatenate((context.rate[asked], [row.rate for row in trained_on])),
+        Past(*(np.concatenate(parts) for parts in pasts)),
+    )
+
+
+def train_adapter(
+    backbone: Backbone, head: InContextHead, tasks: Sequence[Queries], path: Path, *, steps: int, seed: int, track: Track
+) -> dict[str, Any]:
+    """Train an adapter for `steps` updates and write the best to `path`; nothing is written if none is better than no adapter.
+
+    What was reached is kept beside `path` as a .training file; called again, an interrupted training goes on from there.
+
+    Returns:
+        `before` and `after`, the validation loss without an adapter and with the best; `kept`, whether that was written.
+
+    Raises:
+        ValueError: the histories hold too few prompts to train and validate on.
+    """
+    versions = [task for task in tasks if len(task.context) >= 8]
+    states = _TokenStates(
+        backbone, [p for task in versions for p in (*task.context.prompts, *(row.prompt for row in task.rows))], track
+    )
+    rng = np.random.default_rng(seed)
+    drawn = [_draw(task, rng, validation=True) for task in versions]
+    held_out = [sample for sample in drawn if sample is not None]
+    if not held_out or all(_draw(task, np.random.default_rng(seed), validation=False) is None for task in versions):
+        raise ValueError(
+            f"the logs hold {len(versions)} versions with 8 prompts or more, too few to train an adapter on; give more"
+        )
+
+    def loss_of(sample: _Sample, adapter: Adapter | None) -> Tensor:
+        context, rows, rates, past = sample
+        views = states.views([*context.prompts, *rows], adapter)
+        logits = head.infer(views, context, past, np.full(len(rows), -1))
+        return v0_loss(logits, torch.from_numpy(rates).float())
+
+    @torch.no_grad()
+    def validate(adapter: Adapter | None) -> float:
+        return float(np.mean([loss_of(sample, adapter).item() for sample in held_out]))
+
+    torch.manual_seed(seed)
+    adapter = Adapter(backbone.width, backbone.key)
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    before = validate(None)
+    best, first = before, 0
+    resume = path.with_suffix(".training")
+    if resume.is_file():
+        state: dict[str, Any] = torch.load(resume, weights_only=True)
+        if state["run"] != [seed, backbone.key, len(states.pooled)]:
+            raise ValueError(f"{resume} is of another training; delete it, or give another file")
+        adapter.load_state_dict(state["adapter"])
+        optimizer.load_state_dict(state["optimizer"])
+        best, first = state["best"], state["step"]
+    for step in track(range(first, steps), "adapter"):
+        draws = np.random.default_rng((seed, step))
+        sample = _draw(versions[draws.integers(len(versions))], draws, validation=False)
+        if sample is None:
+            continue
+        optimizer.zero_grad()
+        loss_of(sample, adapter).backward()
+        torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % STEPS_BETWEEN_VALIDATIONS == 0 or step + 1 == steps:
+            now = validate(adapter)
+            if now < min(best, before - LEAST_GAIN):
+                best = now
+                save_adapter(adapter, path)
+            run = [seed, backbone.key, len(states.pooled)]
+            state = {
+                "adapter": adapter.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "best": best,
+                "step": step + 1,
+                "run": run,
+            }
+            torch.save(state, resume)
+    resume.unlink(missing_ok=True)
+    return {"before": before, "after": best, "kept": best < before}
