@@ -138,8 +138,7 @@ class RolloutAllocator:
 
         Raises:
             ValueError: an id repeats or its group is not drained yet, the lengths differ, a count is out of bounds, a prior is
-            outside
-                `reward_range`, a dtype does not fit, the initial rollouts are more than is left of `total`. No group is
+                outside `reward_range`, a dtype does not fit, the initial rollouts are more than is left of `total`. No group is
                 opened then.
         """
         chosen = np.zeros(0, dtype=np.int64) if counts is None else _vector("counts", counts, np.int64)
@@ -238,8 +237,7 @@ def predicted_counts(rates: ArrayLike, total: int, lowest: int = 2, highest: int
     """V0's budget before any rollout (arXiv 2602.03584): (G,) int64 rollouts of G groups, at most `total` in all.
 
     A group of B rollouts is worth B (1 - p) (1 - (1 - p)^(B - 1)). Every group has `lowest`; the next rollout goes to the group
-    whose worth grows most, the first if equal, and none has more than `highest`. What
-    would add to no group's worth is left.
+    whose worth grows most, the first if equal, and none has more than `highest`. What would add to no group's worth is left.
 
     Args:
         rates: (G,) float64 predicted success rates p in [0, 1]; NaN, no prediction, counts as 1/2.

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from v05.methods import METHODS, Calibration
 from v05.prior.v0.logs import read_logs
+from v05.stopping import path_counting_advantages
 from v05.train.config import BudgetConfig, LossConfig, OptimizerConfig, OverlongConfig, RunConfig, label_of, run_config
 from v05.train.engine import engine_of_folder
 from v05.train.metrics import read_metrics
@@ -86,8 +88,24 @@ def test_the_budget_follows_the_fit(spec, tmp_path):
     steps = read_metrics(tmp_path / "torn", "step")
     assert steps[0]["failed_fits"] == steps[-1]["failed_fits"] == 0
     assert len({s["calibration_kappa"] for s in steps}) > 1
+    assert all(s["unbiased"] == ("~" not in spec) for s in steps)
     if "~" in spec:
         assert all(s["spent"] == 3 * s["prompts"] for s in steps)
+
+
+def test_paths_are_counted_where_they_can_be(tmp_path):
+    trainer = Trainer(run_config("smoke", "calibrated@2..8"), tmp_path, lambda line: None)
+    batch, _ = trainer.sample()
+    sizes = np.diff(batch.offsets)
+    assert len(set(sizes.tolist())) > 1
+    mask = torch.arange(3) < 1 + torch.arange(len(batch.rewards))[:, None] % 3
+    advantages = trainer.unbiased_advantages(batch, mask)
+    counted = path_counting_advantages(
+        batch.rewards, batch.priors, batch.offsets, method="calibrated", initial=2, maximum=8, calibration=Calibration()
+    )
+    torch.testing.assert_close(advantages, counted[:, None].float() * mask)
+    assert trainer.unbiased_advantages(replace(batch, invalid=1), mask) is None
+    assert trainer.unbiased_advantages(replace(batch, rewards=batch.rewards * 0.5), mask) is None
 
 
 def test_dynamic_sampling_throws_away_and_counts(tmp_path):
@@ -256,7 +274,7 @@ def test_specs_and_presets():
     assert run_config("tiny", "v05@2..8").budget == BudgetConfig(rule="osla", initial=2, maximum=8)
     assert label_of(run_config("tiny", "grpo")) == "grpo@16"
     assert label_of(run_config("tiny", "calibrated")) == "calibrated@4..16"
-    assert run_config("tiny", "calibrated@2..16").budget == BudgetConfig(rule="calibrated", initial=2, maximum=16)
+    assert run_config("tiny", "calibrated@2..16").budget == BudgetConfig(rule="calibrated", initial=2, maximum=16, unbiased=True)
     assert label_of(run_config("tiny", "calibrated@2..16~3.5")) == "calibrated@2..16~3.5"
     assert run_config("tiny", "v05@2..16~4").budget == BudgetConfig(rule="total", initial=2, maximum=16, mean=4.0)
     with pytest.raises(ValueError, match="overlong: shaped rewards leave"):
@@ -272,6 +290,10 @@ def test_specs_and_presets():
     }.items():
         with pytest.raises(ValueError, match=message):
             run_config("tiny", spec)
+    with pytest.raises(ValueError, match=r"counts paths of .* not of method='v05' under rule='uniform'"):
+        run_config("tiny", "v05", budget=BudgetConfig(unbiased=True))
+    with pytest.raises(ValueError, match=r"budget.unbiased with scale='group'"):
+        run_config("tiny", "calibrated", scale="group")
     with pytest.raises(ValueError, match=r"budget.rule='calibrated' needs the fit of method='calibrated', not 'v05'"):
         run_config("tiny", "v05", budget=BudgetConfig(rule="calibrated"))
     with pytest.raises(ValueError, match=r"budget.mean=5.0 with budget.rule='uniform'"):

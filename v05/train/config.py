@@ -67,6 +67,9 @@ class BudgetConfig(Settings):
     cost: float | None = Field(default=None, ge=0)
     mean: float | None = Field(default=None, gt=0, description="rollouts that rule 'total' has for a prompt, on average")
     chunk: int = Field(default=1, ge=1)
+    unbiased: bool = Field(
+        default=False, description="of rules osla and calibrated: advantages that stopping early does not bias (v05.stopping)"
+    )
 
 
 class LossConfig(Settings):
@@ -177,6 +180,16 @@ class RunConfig(Settings):
             raise ValueError(f"budget.rule={budget.rule!r} tests a prior, which method={self.method!r} has not; use rule='uniform'")
         if budget.rule == "calibrated" and method.baseline is not Baseline.CALIBRATED:
             raise ValueError(f"budget.rule='calibrated' needs the fit of method='calibrated', not {self.method!r}; use rule='osla'")
+        if budget.unbiased and (self.method, budget.rule) not in (("v05", "osla"), ("calibrated", "calibrated")):
+            raise ValueError(
+                f"budget.unbiased counts paths of method v05 under rule 'osla' and of 'calibrated' under its own, not of "
+                f"method={self.method!r} under rule={budget.rule!r}; leave it out"
+            )
+        if budget.unbiased and (self.scale not in (None, "none") or self.loss.group_weighting != "prompt"):
+            raise ValueError(
+                f"budget.unbiased with scale={self.scale!r}, loss.group_weighting={self.loss.group_weighting!r}: the gradient is "
+                "unbiased with scale='none' and group_weighting='prompt' only; set them, or leave it out"
+            )
         if (budget.rule == "total") != (budget.mean is not None):
             raise ValueError(
                 f"budget.mean={budget.mean} with budget.rule={budget.rule!r}; rule 'total' needs it, no other reads it"
@@ -208,7 +221,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "dapo": {"budget": {"initial": 16, "maximum": 16}, "loss": {"clip_high": 0.28}, "max_refills": 3, "overlong": {}},
     "v05": {"budget": {"rule": "osla", "initial": 4, "maximum": 16}, "loss": {"clip_high": 0.28}},
     "calibrated": {
-        "budget": {"rule": "calibrated", "initial": 4, "maximum": 16},
+        "budget": {"rule": "calibrated", "initial": 4, "maximum": 16, "unbiased": True},
         "leave_one_out": True,
         "loss": {"clip_high": 0.28},
     },
@@ -281,6 +294,7 @@ def run_config(preset: str, spec: str, **overrides: Any) -> RunConfig:
         sequential = "calibrated" if method == "calibrated" else "osla"
         rule = "total" if parts["mean"] else sequential if parts["maximum"] else "uniform"
         fields["budget"] = {"rule": rule, "initial": initial, "maximum": maximum, "mean": parts["mean"]}
+        fields["budget"]["unbiased"] = rule == "calibrated"
     return RunConfig.model_validate(fields)
 
 

@@ -21,8 +21,8 @@ Departures from the published algorithms:
   value model, and starts knowing nothing. With prior = "v0" it is one (v05.prior.v0); its context is empty in the first step, whose
   groups have no prior.
 - Calibrated: how far the prior can be trusted is fitted after every step to the groups of the last steps (v05.prior.calibration)
-  and used by the next. Under its budget rule a group's size depends on its rewards, which leaves a small bias even with
-  leave-one-out (docs/calibrated.md).
+  and used by the next. Under its budget rule a group's size depends on its rewards, which biases the gradient even with
+  leave-one-out; its recipe counts paths instead (v05.stopping, docs/calibrated.md).
 - All: a rollout whose advantage is zero has no gradient (without a KL term) and is left out of the backward pass. Exact.
 """
 
@@ -52,6 +52,7 @@ from v05.rollout import Completion, Request, generate
 from v05.rollout.scheduler import RolloutBatch, collect, join, select
 from v05.rollout.transformers_engine import completion_logprobs
 from v05.rollout.verifier import verify_all
+from v05.stopping import path_counting_advantages
 from v05.tasks import Prompt, heldout_set, make_task
 from v05.train.checkpoint import (
     Checkpoint,
@@ -298,11 +299,12 @@ class Trainer:
             cost=config.budget.cost,
             nonfinite="exclude",
         )
+        advantages = self.unbiased_advantages(batch, mask) if config.budget.unbiased else None
         judged = time.perf_counter()
         probed = self.probe(batch, out) if probe and config.evaluation.probe_prompts else 0.0
         updating = time.perf_counter()
         rescored = self.rescore(batch) if self.own_weights or config.loss.importance_cap else None
-        update = self.update(batch, out.advantages, mask, rescored)
+        update = self.update(batch, out.advantages if advantages is None else advantages, mask, rescored)
         self.refresh_sampled()
         updated = time.perf_counter()
         sync_difference = self.sync() if self.own_weights else float("nan")
@@ -334,6 +336,7 @@ class Trainer:
             prior_rejected=float((weight > 0).double().mean()) if weight is not None else float("nan"),
             hallucination=float(hallucination.mean()) if hallucination is not None else float("nan"),
             **self.calibration_figures(),
+            unbiased=advantages is not None,
             invalid=batch.invalid,
             failures=len(batch.failures),
             failure=batch.failures[-1] if batch.failures else None,
@@ -350,6 +353,25 @@ class Trainer:
             **update,
         )
         state.steps += 1
+
+    def unbiased_advantages(self, batch: RolloutBatch, mask: torch.Tensor) -> torch.Tensor | None:
+        """(N, T) advantages by path counting; None where paths cannot be counted: rollouts were lost, or rewards have more than
+        two values."""
+        if batch.invalid or not np.isin(batch.rewards, (0.0, 1.0)).all():
+            return None
+        budget = self.config.budget
+        advantages = path_counting_advantages(
+            batch.rewards,
+            batch.priors,
+            batch.offsets,
+            method=self.config.method,
+            initial=budget.initial,
+            maximum=budget.maximum,
+            cost=budget.cost,
+            chunk=budget.chunk,
+            calibration=None if self.calibrator is None else self.calibrator.calibration,
+        )
+        return torch.where(mask, advantages.float()[:, None], 0.0)
 
     def calibrate(self, successes: NDArray[np.float64], sizes: NDArray[np.int64], priors: NDArray[np.float64]) -> None:
         """Fit anew, with the step's (G,) groups, how far the prior can be trusted. All ranks go on with one rank's fit."""
