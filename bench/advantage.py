@@ -214,6 +214,28 @@ def test_rollouts(measure: Measure, any_value: bool, provider: str) -> None:
     measure(provider, case, b.shape, calls[provider], None if provider == FLOOR else b.expected, 16 * ROLLOUTS)
 
 
+@pytest.mark.parametrize("leave_one_out", [False, True], ids=["full", "leave-one-out"])
+@pytest.mark.parametrize("provider", ["v05", "calibrated"])
+def test_fusion(measure: Measure, leave_one_out: bool, provider: str) -> None:
+    """What fusing with a prior costs: per-rollout output of binary rewards in contiguous groups of 4, no statistics."""
+    generator = torch.Generator().manual_seed(0)
+    rewards = (torch.rand(ROLLOUTS, generator=generator) < 0.4).float()
+    prior = torch.rand(ROLLOUT_GROUPS, generator=generator, dtype=torch.float64)
+    offsets = torch.arange(0, ROLLOUTS + 1, 4)
+
+    def call(groups: int = ROLLOUT_GROUPS) -> torch.Tensor:
+        options = dict(method=provider, leave_one_out=leave_one_out, stats=False)
+        return fused_advantage(rewards[: 4 * groups], prior[:groups], group_offsets=offsets[: groups + 1], **options).advantages
+
+    some = 1000  # the reference takes its time
+    ids = np.arange(4 * some) // 4
+    options = dict(method=provider, leave_one_out=leave_one_out)
+    exact = reference.fused_advantage(rewards[: 4 * some].double().numpy(), ids, prior[:some].numpy(), **options)[0]
+    torch.testing.assert_close(call(some).double(), torch.from_numpy(exact), rtol=1e-6, atol=1e-6)
+    case = "fusion with a prior, groups of 4" + (", leave-one-out" if leave_one_out else "")
+    measure(provider, case, (ROLLOUTS, 1, ROLLOUT_GROUPS), call, None, 8 * ROLLOUTS)
+
+
 @pytest.mark.parametrize("provider", ["v05", "v05, list", "pandas"])
 def test_string_ids(measure: Measure, provider: str) -> None:
     b = rollouts()
@@ -234,7 +256,7 @@ def test_small(measure: Measure, provider: str) -> None:
     rewards, prior = torch.rand(SMALL, generator=torch.Generator().manual_seed(0)), torch.full((4,), 0.5, dtype=torch.float64)
     offsets, out = torch.arange(0, SMALL + 1, GROUP_SIZE), torch.empty(SMALL)
     arrays = (rewards.numpy(), offsets.numpy(), None, 4, prior.numpy(), None, None, None, None, out.numpy())
-    rule = (True, 2, 0, False, False, False, 0.0, 1.0, 1e-6, 16, 1 / 256)
+    rule = (True, 2, 0, False, False, False, 0.0, 1.0, 1e-6, 16, 1 / 256, [0.0, 1.0, 4.5, 0.12])
     calls = {
         "v05": lambda: fused_advantage(rewards, prior, group_offsets=offsets).advantages,
         FLOOR: lambda: (_core.fused_advantage(*arrays, 1, *rule), out)[1],

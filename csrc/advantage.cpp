@@ -91,9 +91,11 @@ std::int64_t check_rewards(const Rollouts<Real>& rollouts, const AdvantageRule& 
 // What the baseline of a group is made of.
 struct Group {
   Moments moments;
-  double prior;      // reward units; NaN: none
-  double successes;  // kCalibrated's: the sum of the rewards scaled to [0, 1]
-  Belief belief;     // kCalibrated's: what the prior is taken for
+  double prior = std::numeric_limits<double>::quiet_NaN();  // reward units; NaN: none
+  // kCalibrated's:
+  double successes = 0.0;   // sum of the rewards scaled to [0, 1]
+  Belief belief;            // what the prior is taken for
+  CalibratedFusion fusion;  // of the two, where it is asked for
 };
 
 // The sum of a group's rewards scaled to [0, 1]. Whole numbers, as of rewards that are low or high, come back whole:
@@ -105,18 +107,22 @@ double successes_of(const Moments& group, const AdvantageRule& rule) {
   return std::abs(sum - whole) <= count * rule.scaled_rounding() ? whole : sum;
 }
 
-Group make_group(const Moments& moments, double prior, const AdvantageRule& rule) {
-  const bool fused = rule.baseline == Baseline::kCalibrated;
-  return {.moments = moments,
-          .prior = prior,
-          .successes = fused ? successes_of(moments, rule) : 0.0,
-          .belief = fused ? believe(rule.scaled(prior), rule.calibration) : Belief{}};
+Group make_group(const Moments& moments, double prior, const AdvantageRule& rule, bool wants_baseline) {
+  Group group;
+  group.moments = moments;
+  group.prior = prior;
+  if (rule.baseline == Baseline::kCalibrated) {
+    group.successes = successes_of(moments, rule);
+    group.belief = believe(rule.scaled(prior), rule.calibration);
+    group.fusion = wants_baseline ? calibrated(moments.count, group.successes, group.belief) : group.fusion;
+  }
+  return group;
 }
 
 double baseline_of(const Group& group, const AdvantageRule& rule) {
   const Moments& m = group.moments;
   return rule.baseline == Baseline::kCalibrated
-             ? rule.unscaled(calibrated(m.count, group.successes, group.belief).baseline)
+             ? rule.unscaled(group.fusion.baseline)
              : baseline_of(rule.baseline, m.count, m.mean, group.prior, rule.half_range());
 }
 
@@ -226,10 +232,9 @@ void write_statistics(const StatisticsOut& out, std::size_t g, const Group& grou
     out.take_more[g] = osla_take_more(m.count, fusion.squared_bias, rule.max_rollouts, rule.cost);
   }
   if (rule.baseline == Baseline::kCalibrated) {
-    const CalibratedFusion fusion = calibrated(m.count, group.successes, group.belief);
-    out.mse[g] = fusion.variance * (rule.high - rule.low) * (rule.high - rule.low);
-    out.hallucination[g] = fusion.hallucination;
-    out.take_more[g] = calibrated_take_more(m.count, fusion, rule.max_rollouts, rule.cost);
+    out.mse[g] = group.fusion.variance * (rule.high - rule.low) * (rule.high - rule.low);
+    out.hallucination[g] = group.fusion.hallucination;
+    out.take_more[g] = calibrated_take_more(m.count, group.fusion, rule.max_rollouts, rule.cost);
   }
 }
 
@@ -338,13 +343,14 @@ void judge_rows(const Rollouts<Real>& rollouts, const Groups& groups, std::span<
                 std::span<const double> prior, const AdvantageRule& rule, std::span<Out> advantages,
                 const StatisticsOut& statistics, const TokenSteps& steps, int threads) {
   const Moments batch = rule.scale == Scale::kBatch ? batch_moments(collected, threads) : Moments{};
+  const bool wants_baseline = !rule.leave_one_out || !statistics.count.empty();
   Scratch<GroupJudge> judges(at(groups.count));
   for_blocks(groups.count, kGroupBlock, groups.count, threads,
              [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
                for (std::int64_t g = begin; g < end; ++g) {
                  const Moments m = collected[at(g)].moments();
                  const double v = prior.empty() ? std::numeric_limits<double>::quiet_NaN() : prior[at(g)];
-                 const Group group = make_group(m, v, rule);
+                 const Group group = make_group(m, v, rule, wants_baseline);
                  write_statistics(statistics, at(g), group, rule);
                  const double divisor = divisor_of(rule.scale == Scale::kBatch ? batch : m, rule);
                  judges.data()[g] = GroupJudge(group, rule, divisor);

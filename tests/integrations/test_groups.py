@@ -65,6 +65,21 @@ def test_the_prior_learns_what_its_groups_came_to():
     assert np.isnan(priors.rates(["a", "b"])).all()
 
 
+def test_calibrated_advantages_follow_the_groups_that_were_closed():
+    """A prior that promises 0.9 where half succeed is believed less after 100 groups."""
+    priors = PromptPriors(FixedPrior({"x": 0.9}))
+    rewards = torch.tensor([[1.0], [0.0], [1.0], [0.0]])
+    given = dict(method="calibrated", settings=Settings(), priors=priors, normalize=True, remedy="")
+    baselines = []
+    for step in range(101):
+        priors.open([f"{step}"], ["x"])
+        advantages, _ = outcome_advantages(rewards, torch.ones(4, 1), [f"{step}"] * 4, **given)
+        baselines.append(1.0 - advantages[0].item())
+    assert baselines[0] == baselines[63] > baselines[100] > 0.49
+    assert baselines[100] == pytest.approx(0.5, abs=0.02)
+    assert priors.calibration("v05") is None
+
+
 def test_a_group_keeps_its_prediction_while_it_is_open():
     prior = FixedPrior({"x": 0.2})
     priors = PromptPriors(prior, capacity=2)

@@ -1,5 +1,11 @@
 """V05Trainer in TRL, on CPU with a tiny model, against GRPOTrainer; `make test-integrations` installs it."""
 
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +17,7 @@ from tiny_policy import tiny_model, tiny_tokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from v05.integrations.trl import EPS, V05Config, V05Trainer
+from v05.methods import Calibration
 
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("default")]
 
@@ -76,15 +83,18 @@ def test_parity_with_grpo_trainer(tokenizer, tmp_path, scale):
     torch.testing.assert_close(ours["advantages"], theirs["advantages"], rtol=0, atol=1e-6)
 
 
-def test_twenty_steps(tokenizer, tmp_path):
+@pytest.mark.parametrize("method", ["v05", "calibrated"])
+def test_twenty_steps(tokenizer, tmp_path, method):
     """It trains: the reward rises, and prompts that are settled take the fewest completions."""
-    trainer = make(V05Trainer, V05Config, tokenizer, tmp_path, settings={"max_steps": 20, "initial_generations": 2})
+    settings = {"method": method, "max_steps": 20, "initial_generations": 2}
+    trainer = make(V05Trainer, V05Config, tokenizer, tmp_path, settings=settings)
     trainer.train()
     log = [entry for entry in trainer.state.log_history if "reward" in entry]
     assert len(log) == 20
     assert np.mean([entry["reward"] for entry in log[-5:]]) > np.mean([entry["reward"] for entry in log[:5]]) + 0.1
     sizes = [entry["v05/group_size"] for entry in log]
     assert 2 <= min(sizes) < max(sizes) <= 8
+    assert (trainer.calibrator.calibration != Calibration()) == (method == "calibrated")  # of 80 groups, from 64 on it is fitted
 
 
 def adaptive_batch(trainer):
@@ -179,6 +189,18 @@ def situated(case, size, tokenizer, folder):
     return adaptive_batch(trainer)["advantages"].tolist()
 
 
+def test_a_group_split_over_two_processes(tmp_path):
+    """One success among four, two on each: every process judges all four, and their priors learn the same."""
+    script = Path(__file__).parents[1] / "trl_ranks.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", str(script), str(tmp_path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=False)
+    ranks = sorted((json.loads(line) for line in re.findall(r"^{.*}$", out.stdout, flags=re.MULTILINE)), key=lambda r: r["rank"])
+    assert [rank["rank"] for rank in ranks] == [0, 1], out.stderr[-2000:]
+    assert ranks[0]["advantages"] + ranks[1]["advantages"] == pytest.approx([0.5, -0.5, -0.5, -0.5])  # the prior, 0.5, stands
+    assert ranks[0]["learnt"] == ranks[1]["learnt"]
+    assert min(ranks[0]["learnt"]) < 0.5
+
+
 def test_an_interrupted_run_keeps_its_prior(tokenizer, tmp_path):
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "initial_generations": 2}
     first = make(V05Trainer, V05Config, tokenizer, tmp_path, settings=settings)
@@ -187,6 +209,7 @@ def test_an_interrupted_run_keeps_its_prior(tokenizer, tmp_path):
     resumed = []
     second.prior.load_state_dict = lambda state: resumed.append(state)
     second.train(resume_from_checkpoint=True)
+    assert resumed[0].keys() == first.prior.state_dict().keys()
     for name, learnt in first.prior.state_dict().items():
         np.testing.assert_array_equal(resumed[0][name], learnt)
 

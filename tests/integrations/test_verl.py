@@ -53,10 +53,11 @@ def prior(monkeypatch):
 def test_verl_finds_the_estimators_by_itself():
     """In a fresh process that has never heard of v05, as verl's workers are."""
     script = (
-        "import verl; from verl.trainer.ppo.core_algos import get_adv_estimator_fn as f; print(f('v05').args, f('v05_rloo').args)"
+        "import verl; from verl.trainer.ppo.core_algos import get_adv_estimator_fn as find; print(*(find(n).args[0] for n in %r))"
     )
-    out = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True).stdout
-    assert out.splitlines()[-1] == "('v05',) ('rloo',)"
+    names = ["v05", "v05_calibrated", "v05_rloo"]
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", script % names], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "v05 calibrated rloo"
 
 
 def test_the_doors_have_the_shape_they_were_written_for(host):

@@ -9,7 +9,7 @@ from scipy.special import expit
 from v05.methods import Calibration
 from v05.prior import calibration as module
 from v05.prior.calibration import BOUNDS, Calibrator, negative_log_likelihood
-from v05.reference import betaln
+from v05.reference import betaln, calibrated
 
 
 def draw(rng, groups, truth):
@@ -55,12 +55,30 @@ def test_value_is_the_marginal_likelihood_and_the_gradient_its_slope(theta):
         m0 = math.exp(betaln(x + 0.5, k - x + 0.5) - betaln(0.5, 0.5))
         likelihoods.append((1 - eps) * m1 + eps * m0)
     default = np.array([0.0, 1.0, math.log(4.5), math.log(0.12 / 0.88)])
-    penalty = weights[-1] * np.sum((theta - default) ** 2) / 2
+    penalty = 0.1 * weights.max() * np.sum((theta - default) ** 2) / 2
     expected = (penalty - weights @ np.log(likelihoods)) / weights.sum()
     assert objective(np.array(theta))[0] == pytest.approx(expected, rel=1e-9)
     steps = 1e-5 * np.eye(4)
     slopes = [(objective(theta + step)[0] - objective(theta - step)[0]) / 2e-5 for step in steps]
     assert objective(np.array(theta))[1] == pytest.approx(slopes, rel=1e-5, abs=1e-8)
+
+
+def test_settled_groups_do_not_decide_for_the_others():
+    """Priors near 0 and 1 that are right, and priors near 1/2 that say nothing: one eps for both, and the latter need it."""
+    rng = np.random.default_rng(9)
+    priors = np.concatenate([np.full(1800, 0.01), rng.uniform(0.3, 0.7, 200)])
+    rates = np.concatenate([np.full(1800, 0.01), rng.beta(0.5, 0.5, 200)])
+    counts = np.full(2000, 8.0)
+    successes = rng.binomial(8, rates).astype(float)
+    calibrator = Calibrator(half_life=None)
+    calibrator.observe(successes, counts, priors)
+    calibrator.fit()
+    error = {}
+    for name, calibration in (("fitted", calibrator.calibration), ("prior is sure", Calibration(0.0, 1.0, 100.0, 1e-3))):
+        fused = [calibrated(8, x, v, calibration).baseline for x, v in zip(successes[1800:], priors[1800:], strict=True)]
+        error[name] = np.mean((fused - rates[1800:]) ** 2)
+    vague = np.mean(((successes[1800:] + 0.5) / 9 - rates[1800:]) ** 2)
+    assert error["fitted"] < 1.05 * vague < error["prior is sure"]
 
 
 def test_follows_a_policy_on_the_move():

@@ -13,7 +13,7 @@ from v05.train import trainer as module
 from v05.train.config import RunConfig
 from v05.train.trainer import Trainer
 
-NAMES = ("ddp", "fsdp2", "refills", "idle")
+NAMES = ("ddp", "fsdp2", "refills", "calibrated", "idle")
 TORN = "torn"  # the run in which rank 1 raises
 MICRO_BATCH = 12  # rollouts a pass and rank: so few that a step takes several passes
 LIVES = 250  # completions that rank 1 reads before it raises

@@ -36,6 +36,7 @@ CONFIGS = {
     "idle": run_config(  # one rollout for two ranks
         "smoke", "prior@1", distributed="fsdp2", rollouts_per_step=1, total_rollouts=6, loss={"importance_cap": 2.0}
     ),
+    "calibrated": run_config("smoke", "calibrated@1..4", rollouts_per_step=128, total_rollouts=640),
     "torn": run_config("smoke", "v05", distributed="fsdp2", total_rollouts=512, checkpoint_seconds=0),
 }
 # Relative; all else is equal.
@@ -90,6 +91,8 @@ def test_two_ranks_train_as_one_process(name, folder):
     if name == "refills":
         assert any(record["thrown_away"] for record in steps(folder / name))
         assert any(record["spent"] % 32 for record in steps(folder / name))  # one prompt for two ranks
+    if name == "calibrated":
+        assert len({record["calibration_alpha"] for record in steps(folder / name)}) > 2  # the fit moves, on both alike
     results = [json.loads((folder / run / "result.json").read_text()) for run in (name, f"{name}-alone")]
     assert results[0]["heldout_successes"] == results[1]["heldout_successes"]
 

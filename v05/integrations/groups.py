@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from v05.methods import find_method
+from v05.methods import Calibration, find_method
 from v05.ops import AdvantageStats, fused_advantage
 from v05.prior import ValuePrior
+
+if TYPE_CHECKING:
+    from v05.prior.calibration import Calibrator
 
 Range = tuple[float, float]
 PADDING = "pad"  # what the group ids of rows that fill up a batch begin with, in verl and here
@@ -68,6 +71,7 @@ class PromptPriors:
 
     def __init__(self, prior: ValuePrior | None = None, capacity: int = 1_000_000) -> None:
         self._prior = prior
+        self._calibrator: Calibrator | None = None
         self._capacity = capacity
         self._open: OrderedDict[str, tuple[str, float]] = OrderedDict()
 
@@ -82,6 +86,19 @@ class PromptPriors:
     @prior.setter
     def prior(self, prior: ValuePrior) -> None:
         self._prior = prior
+
+    def calibration(self, method: str) -> Calibration | None:
+        """How far the priors are to be trusted, fitted to the groups closed since the method "calibrated" first asked for it.
+
+        None for the other methods. The first 64 groups are judged by the default.
+        """
+        if method != "calibrated":
+            return None
+        if self._calibrator is None:
+            from v05.prior.calibration import Calibrator
+
+            self._calibrator = Calibrator()
+        return self._calibrator.fit()
 
     def open(self, group_ids: Sequence[str], prompts: Sequence[Any]) -> NDArray[np.float64]:
         """(G,) predicted success rates of G prompts, texts or lists of messages, remembered under their ids.
@@ -103,6 +120,10 @@ class PromptPriors:
     def close(self, group_ids: Sequence[str], successes: NDArray[np.float64], trials: NDArray[np.float64]) -> None:
         """Learn what (G,) trials of each group came to, and forget the groups; those that are not open teach nothing."""
         learnt = [g for g, group in enumerate(group_ids) if group in self._open]
+        if not learnt:
+            return
+        if self._calibrator is not None:
+            self._calibrator.observe(successes[learnt], trials[learnt], self.rates([group_ids[g] for g in learnt]))
         prompts = [self._open.pop(group_ids[g])[0] for g in learnt]
         self.prior.observe(prompts, successes[learnt], trials[learnt])
 
@@ -167,6 +188,7 @@ def outcome_advantages(
         scale=None if normalize else "none",
         leave_one_out=settings.leave_one_out,
         reward_range=settings.reward_range,
+        calibration=priors.calibration(method),
         nonfinite="exclude",
     )
     assert out.stats is not None

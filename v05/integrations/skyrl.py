@@ -22,7 +22,12 @@ from skyrl.train.generators.base import GeneratorInput, GeneratorInterface, Gene
 from v05.integrations.groups import PromptPriors, Settings, outcome_advantages
 
 PRIORS = PromptPriors()
-ESTIMATORS = {"v05": "v05", "v05_grpo": "grpo", "v05_rloo": "rloo"}  # the last two for comparison with SkyRL's own
+ESTIMATORS = {  # name: method; the last two for comparison with SkyRL's own
+    "v05": "v05",
+    "v05_calibrated": "calibrated",
+    "v05_grpo": "grpo",
+    "v05_rloo": "rloo",
+}
 REMEDY = "wrap the generator in v05.integrations.skyrl.PromptedGenerator"
 
 

@@ -64,6 +64,7 @@ def custom_reward_post_process(args: Any, samples: list[Any]) -> tuple[list[Any]
         method=method,
         leave_one_out=settings.leave_one_out,
         reward_range=settings.reward_range,
+        calibration=PRIORS.calibration(method),
         nonfinite="exclude",
     )
     assert out.stats is not None

@@ -26,6 +26,7 @@ from v05.integrations.groups import in_reward_units, outcomes, prompt_text
 from v05.methods import find_method
 from v05.ops import fused_advantage
 from v05.prior import ValuePrior
+from v05.prior.calibration import Calibrator
 from v05.prior.history import HistoryPrior
 
 EPS = 1e-4  # what GRPOTrainer adds to a deviation
@@ -82,7 +83,7 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
 
     Args:
         prior: predicts success rates from prompt texts and learns from the rewards; a `HistoryPrior` if None. Checkpoints hold
-            what it learnt.
+            what it learnt, and what the method "calibrated" did.
         args: a V05Config. All other arguments are GRPOTrainer's.
 
     Raises:
@@ -96,6 +97,7 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
         if self.args.adaptive and (self.environment_factories is not None or self.rollout_func is not None):
             raise ValueError("initial_generations: environments and rollout functions sample by themselves; give None")
         self.prior: ValuePrior = HistoryPrior() if prior is None else prior
+        self.calibrator = Calibrator()  # read by the method "calibrated"
         self._batch: list[dict[str, Any]] = []  # the rows that are being sampled
         self._rates = np.zeros(0)  # of their prompts
         self._scored: torch.Tensor | None = None  # (N, functions), of rows that were scored while they were sampled
@@ -119,12 +121,17 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
             method=args.method,
             leave_one_out=args.leave_one_out,
             reward_range=self._range,
+            calibration=self.calibrator.calibration,
             eps=EPS,
             nonfinite="exclude",
         )
         assert out.stats is not None
         if rule.needs_prior:
-            self.prior.observe(prompts, *outcomes(out.stats, self._range))
+            successes, trials = outcomes(out.stats, self._range)
+            self.prior.observe(prompts, successes, trials)
+            if args.method == "calibrated":
+                self.calibrator.observe(successes, trials, self._rates)
+                self.calibrator.fit()
         self._logs["advantages"].extend(out.advantages.tolist())
         self._metrics["train"]["v05/group_size"].append(out.stats.count.double().mean().item())
         if out.stats.weight is not None:
@@ -147,8 +154,14 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
             return tuple(super()._generate(prompts))
         args, size = self.args, self.num_generations
         generate, score = super()._generate, super()._calculate_rewards
+        calibrated = args.method == "calibrated"
         allocator = RolloutAllocator(
-            initial=args.initial_generations, maximum=size, chunk=args.chunk_generations, reward_range=self._range
+            rule="calibrated" if calibrated else "osla",
+            initial=args.initial_generations,
+            maximum=size,
+            chunk=args.chunk_generations,
+            reward_range=self._range,
+            calibration=self.calibrator.calibration if calibrated else None,
         )
         allocator.open(np.arange(len(prompts) // size), in_reward_units(self._rates, self._range))
         rows: dict[int, tuple[Any, ...]] = {}  # prompt ids, completion ids, tool mask, completion, log-probabilities
@@ -202,13 +215,22 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
         total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         return torch.where(rewards.isnan().all(dim=1), torch.nan, total)
 
+    def _learners(self) -> dict[str, ValuePrior | Calibrator]:
+        """What learns from the run and is kept in its checkpoints."""
+        return {"prior": self.prior, "calibrator": self.calibrator}
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            save_file(self.prior.state_dict(), folder / PRIOR_FILE)
+            save_file(
+                {f"{name}.{key}": value for name, part in self._learners().items() for key, value in part.state_dict().items()},
+                folder / PRIOR_FILE,
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and (file := Path(checkpoint) / PRIOR_FILE).exists():
-            self.prior.load_state_dict(load_file(file))
+            learnt = load_file(file)
+            for name, part in self._learners().items():
+                part.load_state_dict({key.removeprefix(f"{name}."): v for key, v in learnt.items() if key.startswith(f"{name}.")})

@@ -20,6 +20,7 @@ from v05.methods import Calibration
 
 FEWEST_GROUPS = 64  # below these the default stands
 LEAST_PRIOR = 0.005  # priors are kept within [0.005, 0.995], as in fusion.hpp
+RESTRAINT = 0.1  # what the pull to the default weighs, in groups: enough to settle what the data leave open
 VAGUE = 0.5  # both parameters of the vague Beta
 MAX_ITERATIONS = 200
 TOLERANCE = 1e-4  # of the gradient a group; sampling noise is fifty times that even with 4096 groups
@@ -32,6 +33,10 @@ Objective = Callable[[NDArray[np.float64]], tuple[float, NDArray[np.float64]]]
 
 class Calibrator:
     """Keeps the latest groups and fits the `Calibration` to them that their rewards make likeliest.
+
+    A group with prior v weighs v (1 - v): squared error comes from groups that may go either way, and the many that are as good as
+    settled would otherwise have the last word where the model is too simple. A weight that depends on the prior alone changes
+    nothing where the model is right.
 
     `observe` is cheap; `fit` takes milliseconds and need not run before every step: a step uses the last fit.
 
@@ -47,7 +52,7 @@ class Calibrator:
         ValueError: an argument is out of bounds.
     """
 
-    def __init__(self, window: int = 4096, half_life: float | None = 1024.0) -> None:
+    def __init__(self, window: int = 4096, half_life: float | None = 2048.0) -> None:
         if window < FEWEST_GROUPS:
             raise ValueError(f"window={window} holds fewer than the {FEWEST_GROUPS} groups that a fit needs; give more")
         if half_life is not None and not half_life > 0:
@@ -92,9 +97,10 @@ class Calibrator:
             return self.calibration
         successes, counts, priors = self._groups
         ages = np.arange(len(counts))[::-1]
-        weights = np.ones(len(ages)) if self._half_life is None else np.exp2(-ages / self._half_life)
+        recency = np.ones(len(ages)) if self._half_life is None else np.exp2(-ages / self._half_life)
+        clipped = _clipped(priors)
         found = minimize(
-            negative_log_likelihood(successes, counts, priors, weights),
+            negative_log_likelihood(successes, counts, priors, recency * clipped * (1 - clipped)),
             _numbers(self.calibration),
             method="L-BFGS-B",
             jac=True,
@@ -130,9 +136,9 @@ def negative_log_likelihood(
     """The function that a fit minimises: of theta = (alpha, beta, log kappa, logit eps), its value and (4,) gradient.
 
     It is the weighted mean over G groups, arguments (G,), of -log((1 - eps) m1 + eps m0), m1 and m0 the marginal likelihoods under
-    the calibrated and the vague Beta; plus (theta - default)^2 / 2, which weighs as much as one group of the latest.
+    the calibrated and the vague Beta; plus (theta - default)^2 / 2, which weighs RESTRAINT times the heaviest group.
     """
-    logits = logit(np.clip(priors, LEAST_PRIOR, 1 - LEAST_PRIOR))
+    logits = logit(_clipped(priors))
     failures = counts - successes
     sizes, size_of = np.unique(counts, return_inverse=True)
     log_m0 = betaln(successes + VAGUE, failures + VAGUE) - betaln(VAGUE, VAGUE)
@@ -163,10 +169,14 @@ def negative_log_likelihood(
                 shares @ hallucination - expit(logit_eps),
             ]
         )
-        away = (theta - default) * shares[-1]
+        away = (theta - default) * RESTRAINT * shares.max()
         return float(0.5 * away @ (theta - default) - shares @ evidence), away - gradient
 
     return objective
+
+
+def _clipped(priors: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.clip(priors, LEAST_PRIOR, 1 - LEAST_PRIOR)
 
 
 def _numbers(calibration: Calibration) -> NDArray[np.float64]:

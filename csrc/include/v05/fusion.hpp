@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -108,30 +109,39 @@ inline Belief believe(double prior, const Calibration& calibration) {
   };
 }
 
-// log Gamma(a + x) - log Gamma(a) for a > 0, x >= 0. Differences of lgamma lose their digits where a is large: here a
-// is raised to where Stirling's series is exact to rounding, and its leading terms are subtracted on paper.
-inline double log_rising(double a, double x) {
-  constexpr double kStirling = 16.0;
+// Gamma(z + x) / Gamma(z) for z > 0, x >= 0, as above / below * exp(log). z is raised to where Stirling's series is
+// exact to rounding. Differences of lgamma lose their digits where z is large: there the series' leading terms are
+// subtracted on paper.
+struct Rising {
   double above = 1.0;
   double below = 1.0;
-  while (a < kStirling) {
-    above *= a;
-    below *= a + x;
-    a += 1.0;
-  }
-  const auto series = [](double z) {
-    const double z2 = z * z;
-    return (1.0 - (1.0 - (2.0 / 7.0 - 3.0 / (14.0 * z2)) / z2) / (30.0 * z2)) / (12.0 * z);
-  };
-  return std::log(above / below) + (a - 0.5) * std::log1p(x / a) + x * (std::log(a + x) - 1.0) + series(a + x) -
-         series(a);
-}
+  double log = 0.0;
 
-// Log probability of a sequence with these successes and failures, its rate drawn from `rate`.
-inline double log_evidence(const Beta& rate, double successes, double failures) {
-  return log_rising(rate.a, successes) + log_rising(rate.b, failures) -
-         log_rising(rate.a + rate.b, successes + failures);
-}
+  Rising(double z, double x) {
+    constexpr double kStirling = 10.0;
+    constexpr double kLarge = 32.0;
+    while (z < kStirling) {
+      above *= z;
+      below *= z + x;
+      z += 1.0;
+    }
+    const auto series = [](double y) {
+      const double r = 1.0 / y;
+      const double r2 = r * r;
+      constexpr auto kTerms = std::to_array<double>(
+          {1.0 / 156.0, -691.0 / 360360.0, 1.0 / 1188.0, -1.0 / 1680.0, 1.0 / 1260.0, -1.0 / 360.0, 1.0 / 12.0});
+      double sum = 0.0;
+      for (const double term : kTerms) {
+        sum = sum * r2 + term;
+      }
+      return sum * r;
+    };
+    const double end = z + x;
+    const double log_end = std::log(end);
+    const double grown = z < kLarge ? log_end - std::log(z) : std::log1p(x / z);
+    log = (z - 0.5) * grown + x * (log_end - 1.0) + series(end) - series(z);
+  }
+};
 
 // How many times likelier the group is under `rate` than under the vague distribution. A few whole rollouts are
 // multiplied out: within the bounds of a Calibration these products neither overflow nor vanish.
@@ -139,7 +149,16 @@ inline double likelihood_ratio(const Beta& rate, double successes, double failur
   constexpr double kFew = 16.0;
   const double count = successes + failures;
   if (count > kFew || static_cast<double>(static_cast<int>(successes)) != successes) {
-    return std::exp(log_evidence(rate, successes, failures) - log_evidence(kVague, successes, failures));
+    const Rising a(rate.a, successes);
+    const Rising b(rate.b, failures);
+    const Rising both(rate.a + rate.b, count);
+    const Rising vague_a(kVague.a, successes);
+    const Rising vague_b(kVague.b, failures);
+    const Rising vague_both(kVague.a + kVague.b, count);
+    return (a.above * vague_a.below) / (a.below * vague_a.above) *
+           ((b.above * vague_b.below) / (b.below * vague_b.above)) *
+           ((both.below * vague_both.above) / (both.above * vague_both.below)) *
+           std::exp(a.log - vague_a.log + (b.log - vague_b.log) - (both.log - vague_both.log));
   }
   double above = 1.0;
   double below = 1.0;
