@@ -130,13 +130,15 @@ def walk(rows: Sequence[Row], context_size: int) -> Iterator[Queries]:
             context = [row for row in version if row.split != "test"]
             again = sorted((row for row in context if row.prompt in held), key=lambda row: share(f"{policy} {row.prompt}"))
             seen = again[: max(1, int(SEEN_SHARE * len(context)))] if len(context) > 1 else []
+            held_back = {row.prompt for row in seen}
+            rest = [row for row in context if row.prompt not in held_back]
             asked = {
                 "unseen": [row for row in version if row.split == "test" and row.prompt not in held],
                 "seen": seen + [row for row in version if row.split == "test" and row.prompt in held],
-                "train": [row for row in context if row.split == "train" and row not in seen],
+                "train": [row for row in rest if row.split == "train"],
             }
             pasts = {setting: history.past([row.prompt for row in queries]) for setting, queries in asked.items()}
-            kept = [row for row in context if row.split == "context" and row not in seen]
+            kept = [row for row in rest if row.split == "context"]
             if not kept:
                 continue
             history.add(*_columns(kept))
@@ -144,7 +146,7 @@ def walk(rows: Sequence[Row], context_size: int) -> Iterator[Queries]:
             for setting, queries in asked.items():
                 if queries:
                     yield Queries(policy, setting, now, pasts[setting], queries)
-            history.extend(*_columns([row for row in context if row not in kept]))
+            history.extend(*_columns(seen + asked["train"]))
             held |= {row.prompt for row in context}
 
 
