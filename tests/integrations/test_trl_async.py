@@ -49,6 +49,7 @@ def loop(tokenizer, monkeypatch):
     """A loop that has prompts with known success rates, and a server that always says yes."""
 
     PartialState(cpu=True)  # as TRL's process does; its log wants it
+    loops = []
 
     def make(prompts, prior=None, settings=None, generations=8, reward_funcs=(judge,)):
         rows = [{"prompt": [{"role": "user", "content": text}], "answer": answer} for text, answer in prompts]
@@ -69,10 +70,9 @@ def loop(tokenizer, monkeypatch):
             metrics_queue=queue.Queue(),
             max_inflight_tasks=32,
         )
-        loop.asked = 0
+        loops.append(loop)
 
         async def answer(prompt_ids):
-            loop.asked += 1
             await asyncio.sleep(0)
             return [YES, 1], [-0.5, -0.5]
 
@@ -80,7 +80,10 @@ def loop(tokenizer, monkeypatch):
         monkeypatch.setattr(host, "parse_response", lambda tokenizer, ids, **_: {"role": "assistant", "content": "yes"})
         return loop
 
-    return make
+    yield make
+    for loop in loops:
+        loop._tool_pool.shutdown()
+        loop._loop.close()
 
 
 def collect(loop, groups):
@@ -101,7 +104,6 @@ def collect(loop, groups):
         tasks = [asyncio.create_task(t) for t in (loop._generate_loop(stop), loop._score_loop(stop), watch())]
         await asyncio.wait_for(asyncio.gather(*tasks), 60)
 
-    asyncio.set_event_loop(loop._loop)
     loop._loop.run_until_complete(run())
     return taken
 
