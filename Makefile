@@ -53,11 +53,12 @@ $(VENV)-tabpfn/.ready: pyproject.toml CMakeLists.txt $(CPP_ALL)
 	$(PYTHON) -m venv $(VENV)-tabpfn
 	$(VENV)-tabpfn/bin/pip install --quiet --upgrade pip
 	$(VENV)-tabpfn/bin/pip install --quiet $(TORCH)
-	$(VENV)-tabpfn/bin/pip install --quiet tabpfn==9.2.0 pytest --editable '.[train]'
+	$(VENV)-tabpfn/bin/pip install --quiet pytest --editable '.[train]'
+	$(VENV)-tabpfn/bin/pip install --quiet tabpfn==9.2.0
 	touch $@
 
 test-tabpfn: $(VENV)-tabpfn/.ready  ## the tests of TabPFN as the value model's head, in an environment of its own
-	$(VENV)-tabpfn/bin/python -m pytest -q -m tabpfn tests/prior
+	$(VENV)-tabpfn/bin/python -m pytest -q -m tabpfn tests/prior/test_tabpfn_head.py
 
 # TRL with its requirements; the others pin what contradicts each other or needs a GPU, and come with what they import.
 HOST_trl := trl==1.16.0
