@@ -139,8 +139,8 @@ def test_the_trainer_gets_v05s_advantages(drawn, config):
     data.non_tensor_batch["uid"] = np.array(data.batch.pop("uid").tolist(), dtype=object)
     data.batch["token_level_rewards"] = data.batch["rm_scores"]
     batch = DataProto.concat([data, data[:1]])
-    batch.non_tensor_batch["uid"][-1] = "pad_0"
-    keys.append("pad_0_0")
+    batch.non_tensor_batch["uid"][-1] = "pad0"
+    keys.append("pad0_0_0")
     compute_advantage_for_multi_trajectories(batch, keys, "v05", config=config.algorithm)
     advantages = batch.batch["advantages"]
     assert advantages.shape == (len(keys), 3)

@@ -60,7 +60,7 @@ def custom_reward_post_process(args: Any, samples: list[Any]) -> tuple[list[Any]
         in_reward_units(rates, settings.reward_range) if rule.needs_prior else None,
         group_ids=[str(group) for group in groups],
         valid=np.array([not sample.remove_sample and sample.status.value != "aborted" for sample in samples], dtype=bool),
-        trajectory_ids=np.array([named.get(rollout, len(named) + i) for i, rollout in enumerate(rollouts)], dtype=np.int64),
+        trajectory_ids=np.array([named.get(rollout, len(rollouts) + i) for i, rollout in enumerate(rollouts)], dtype=np.int64),
         method=method,
         leave_one_out=settings.leave_one_out,
         reward_range=settings.reward_range,
