@@ -259,8 +259,8 @@ def fit_prior(
         raise typer.Exit(INTERRUPTED) from None
     except (ValueError, OSError, ImportError) as error:
         _fail(error)
-    if reader.truncated:
-        _say(f"{reader.truncated} prompts are longer than the backbone's {reader.limit} tokens; their ends were not read")
+    if longer := reader.longer_than_limit(prompts):
+        _say(f"{longer} of {len(prompts)} prompts are longer than the backbone's {reader.limit} tokens; their ends were not read")
     Console(width=None if sys.stdout.isatty() else 180).print(_prior_table(records))
 
 
