@@ -327,6 +327,20 @@ def test_adapters_of_another_backbone_are_refused(backbone, tmp_path):
     assert not load_adapter(tmp_path / "a.safetensors", backbone).queries.requires_grad
 
 
+def test_what_cannot_be_learnt_or_inferred_from_is_named(backbone):
+    prior = V0Prior(backbone, load_head())
+    for prompts, successes, trials, message in (
+        (["1", "2"], [1.0], [4.0], r"2 prompts, successes shaped \(1,\), trials \(1,\); give one number a prompt"),
+        (["1"], [5.0], [4.0], r"successes\[0\]=5.0 is out of bounds"),
+        (["1"], [np.nan], [4.0], r"successes\[0\]=nan is out of bounds"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prior.observe(prompts, np.array(successes), np.array(trials))
+    assert len(prior.history) == 0
+    with pytest.raises(ValueError, match="context is empty; V0 infers from outcomes of the policy"):
+        prior.infer(prior.history.context(8), ["1"], prior.history.past(["1"]))
+
+
 @pytest.mark.parametrize("diverse", [False, True])
 def test_the_prior_learns_from_the_runs_own_outcomes(backbone, diverse):
     rng = np.random.default_rng(0)
