@@ -107,6 +107,8 @@ def test_a_sample_without_a_rollout_id_is_a_trajectory_of_its_own(prior):
 def test_what_is_missing_is_named(prior):
     with pytest.raises(ValueError, match="group_index: None for sample 1"):
         slime.custom_reward_post_process(arguments(), [Sample(0, 1.0), Sample(None, 1.0)])
+    with pytest.raises(ValueError, match="reward_key: sample 1 has the rewards acc, format; name one with --reward-key"):
+        slime.custom_reward_post_process(arguments(), [Sample(0, 1.0), Sample(0, {"acc": 1.0, "format": 0.0})])
     with pytest.raises(ValueError, match=r"v05.metod='v05' is not a setting"):
         slime.custom_reward_post_process(arguments(metod="v05"), [Sample(0, 1.0)])
     with pytest.raises(ValueError, match="reward_range"):

@@ -63,6 +63,9 @@ def test_mistakes_in_priors_are_named(tmp_path):
     file = write(tmp_path, "model,question,successes,trials,guess\na,q,1,2,1.5\n")
     with pytest.raises(ValueError, match=r"row 1 has the prior 1.5"):
         read_outcomes(file, prior="guess")
+    empty = write(tmp_path, "model,question,successes,trials,guess\na,q,1,2,\na,r,0,0,0.5\n")
+    with pytest.raises(ValueError, match="has no prior in any row with trials > 0; fill the column"):
+        read_outcomes(empty, prior="guess")
     with pytest.raises(ValueError, match="has no column other"):
         read_outcomes(file, prior="other")
 

@@ -56,8 +56,8 @@ def read_outcomes(path: Path, prior: str | None = None, progress: Callable[[int]
         progress: called now and then with the lines read so far.
 
     Raises:
-        ValueError: a column is missing, a value is no number (with its line) or impossible (with its row), nothing is left, the
-            file is no CSV; the directory holds no finished run, or one that is damaged.
+        ValueError: a column is missing, a value is no number (with its line) or impossible (with its row), nothing is left or
+            no row has a prior, the file is no CSV; the directory holds no finished run, or one that is damaged.
     """
     if path.is_dir():
         if prior is not None:
@@ -135,6 +135,8 @@ def _cells(
     tried = trials > 0
     if not tried.any():
         raise ValueError(f"{source} has no row with trials > 0 ({len(trials)} rows); there is nothing to replay")
+    if priors is not None and np.isnan(priors[tried]).all():
+        raise ValueError(f"{source} has no prior in any row with trials > 0; fill the column, or use --prior irt or a noise level")
     width = int(question.max()) + 1
     keys, cell = np.unique((model * width + question)[tried], return_inverse=True)
 
