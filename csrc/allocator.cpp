@@ -189,11 +189,13 @@ std::vector<std::int64_t> predicted_counts(std::span<const double> rates, std::i
     return predicted_utility(counts[g] + 1, rate) - predicted_utility(counts[g], rate);
   };
   std::vector<Next> heap;
-  for (std::int64_t group = 0; group < groups && lowest < highest; ++group) {
+  for (std::int64_t group = 0; group < groups; ++group) {
     if (const double rate = rates[static_cast<std::size_t>(group)]; rate < 0.0 || rate > 1.0) {
       refuse("rates[", group, "]=", rate, " is outside [0, 1]; scale predictions, or pass NaN where there is none");
     }
-    heap.push_back({.gain = gain_of(group), .group = group});
+    if (lowest < highest) {
+      heap.push_back({.gain = gain_of(group), .group = group});
+    }
   }
   std::ranges::make_heap(heap, std::less{});
   for (std::int64_t left = total - (groups * lowest); left > 0 && !heap.empty() && heap.front().gain > 0.0; --left) {

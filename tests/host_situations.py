@@ -39,7 +39,7 @@ class Situation:
 
     @property
     def ids(self) -> list[str]:
-        return ["pad-0" if group == "_" else group for group in self.groups]
+        return ["pad0" if group == "_" else group for group in self.groups]
 
     @property
     def valid(self) -> list[bool]:
@@ -49,7 +49,7 @@ class Situation:
     def prior(self) -> list[float]:
         """Rewards predicted for the groups in order of their first rows; none for padding."""
         low, high = self.reward_range
-        rates = {"pad-0": NAN} | self.priors
+        rates = {"pad0": NAN} | self.priors
         return [low + rates.get(group, 0.5) * (high - low) for group in dict.fromkeys(self.ids)]
 
     @property

@@ -71,6 +71,10 @@ def test_a_group_that_did_not_go_on_has_leave_one_out_advantages():
     assert found.numpy() == pytest.approx(expected.numpy(), rel=1e-6)
 
 
+def test_no_group_has_no_advantages():
+    assert path_counting_advantages([], [], [0], method="v05", initial=4, maximum=16).shape == (0,)
+
+
 def test_reward_units_are_kept():
     small, large = (stopped("calibrated", 0.3 * high, 2, 6, 0.02, 1, high)[1] for high in (1.0, 10.0))
     settings = {"method": "calibrated", "initial": 2, "maximum": 6, "cost": 0.02, "calibration": CALIBRATION}
@@ -94,3 +98,22 @@ def test_mistakes_are_named(rewards, changed, message):
     settings = {"method": "calibrated", "initial": 2, "maximum": 4, "cost": 0.5, "calibration": CALIBRATION, **changed}
     with pytest.raises(ValueError, match=message):
         path_counting_advantages(rewards, [0.5], [0, len(rewards)], **settings)
+
+
+@pytest.mark.parametrize(
+    ("prior", "offsets", "message"),
+    [
+        ([0.5], [0, 2, 4], r"prior has shape \(1,\), group_offsets make 2 groups; give one prior a group"),
+        ([0.5, 0.5, 0.5], [0, 2, 4], r"prior has shape \(3,\)"),
+        (0.5, [0, 4], r"prior has shape \(\)"),
+        ([0.5, 1.5], [0, 2, 4], r"prior\[1\]=1.5 is outside reward_range=\(0.0, 1.0\)"),
+        ([0.5], [0, 2], r"group_offsets=\[0, 2\] do not rise from 0 to the length of rewards, shaped \(4,\)"),
+        ([0.5, 0.5], [0, 2, 6], r"group_offsets=\[0, 2, 6\] do not rise"),
+        ([0.5], [2, 4], r"group_offsets=\[2, 4\] do not rise"),
+        ([0.5, 0.5, 0.5], [0, 4, 2, 4], r"group_offsets=\[0, 4, 2, 4\] do not rise"),
+        ([], [0], r"group_offsets=\[0\] do not rise"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(prior, offsets, message):
+    with pytest.raises(ValueError, match=message):
+        path_counting_advantages([1.0, 0.0, 1.0, 0.0], prior, offsets, method="calibrated", initial=2, maximum=4, cost=0.5)

@@ -43,12 +43,13 @@ Threads = Annotated[int, typer.Option(help="Threads a run; 1 is fastest for smal
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="Run directory: config.json, metrics.jsonl, result.json, policy/.")],
+    out: Annotated[Path, typer.Option(help="Run directory: config.json, metrics.jsonl, outcomes/, result.json, policy/.")],
     preset: Preset = "tiny",
     method: Annotated[
         str,
         typer.Option(
-            help="calibrated, v05, grpo, dr_grpo, rloo, prior or dapo; v05@4 fixes the group size, v05@4..16 tests up to 16."
+            help="calibrated, v05, grpo, dr_grpo, rloo, prior or dapo; v05@4 fixes the group size, v05@4..16 tests up to 16, "
+            "v05@4..16~6 spends 6 on average where they gain most."
         ),
     ] = "v05",
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -126,7 +127,10 @@ def train(
 def compare(
     preset: Preset = "tiny",
     methods: Annotated[
-        str, typer.Option(help="Comma-separated; grpo@8 fixes the group size, v05@4..16 tests from 4 up to 16.")
+        str,
+        typer.Option(
+            help="Comma-separated; grpo@8 fixes the group size, v05@4..16 tests from 4 up to 16, v05@4..16~6 spends 6 on average."
+        ),
     ] = "grpo,dr_grpo,dapo,v05,calibrated",
     seeds: Annotated[int, typer.Option(help="Seeds a method.", min=1)] = 3,
     rollouts: Rollouts = None,
@@ -192,7 +196,8 @@ def fit_prior(
     ] = None,
     steps: Annotated[int, typer.Option(help="Updates of the adapter.", min=1)] = 300,
     backbone: Annotated[
-        Path | None, typer.Option(help="Hugging Face model folder that reads prompts; left out, the sentence model of v05[value].")
+        Path | None,
+        typer.Option(help="Hugging Face model folder that reads prompts; left out, the sentence model of the extra 'value'."),
     ] = None,
     tabpfn: Annotated[
         Path | None, typer.Option(help="Use TabPFN with this checkpoint file as the head, in place of the embedded one.")
@@ -259,8 +264,8 @@ def fit_prior(
         raise typer.Exit(INTERRUPTED) from None
     except (ValueError, OSError, ImportError) as error:
         _fail(error)
-    if reader.truncated:
-        _say(f"{reader.truncated} prompts are longer than the backbone's {reader.limit} tokens; their ends were not read")
+    if longer := reader.longer_than_limit(prompts):
+        _say(f"{longer} of {len(prompts)} prompts are longer than the backbone's {reader.limit} tokens; their ends were not read")
     Console(width=None if sys.stdout.isatty() else 180).print(_prior_table(records))
 
 

@@ -46,16 +46,34 @@ def path_counting_advantages(
         (N,) float64, reward units. To be averaged within groups, then over groups.
 
     Raises:
-        ValueError: a reward is between the two, the method has no such rule, a group has a size at which the rule does not stop.
+        ValueError: a reward is between the two, the method has no such rule, a group has a size at which the rule does not stop, a
+            shape does not fit, a prior is outside `reward_range`.
     """
     if method not in ("v05", "calibrated"):
         raise ValueError(f"method={method!r} has no stopping rule of its own; give 'v05' or 'calibrated'")
     low, high = reward_range
     r, v = np.asarray(rewards, dtype=np.float64), np.asarray(prior, dtype=np.float64)
     offsets = np.asarray(group_offsets, dtype=np.int64)
+    if (
+        r.ndim != 1
+        or offsets.ndim != 1
+        or not len(offsets)
+        or offsets[0] != 0
+        or offsets[-1] != len(r)
+        or (np.diff(offsets) < 0).any()
+    ):
+        raise ValueError(
+            f"group_offsets={offsets.tolist()[:8]} do not rise from 0 to the length of rewards, shaped {r.shape}; give (G + 1,)"
+        )
+    if v.shape != (len(offsets) - 1,):
+        raise ValueError(f"prior has shape {v.shape}, group_offsets make {len(offsets) - 1} groups; give one prior a group")
+    if outside := np.flatnonzero((v < low) | (v > high)).tolist():
+        raise ValueError(f"prior[{outside[0]}]={v[outside[0]]} is outside reward_range={reward_range}; give it in reward units")
     if not np.isin(r, (low, high)).all():
         row = int(np.flatnonzero(~np.isin(r, (low, high)))[0])
         raise ValueError(f"rewards[{row}]={r[row]} is neither {low} nor {high}; paths are counted for such rewards only")
+    if not len(v):
+        return torch.zeros(0, dtype=torch.float64)
     succeeds = r == high
     size = np.diff(offsets)
     successes = np.diff(np.concatenate([[0], np.cumsum(succeeds)])[offsets])

@@ -85,6 +85,7 @@ def test_counts_survive_snapshots_expiry_and_a_total():
     ("call", "message"),
     [
         (lambda: predicted_counts([0.5, 1.2], 10), r"rates\[1\]=1.2 is outside \[0, 1\]"),
+        (lambda: predicted_counts([0.5, 1.2], 10, 2, 2), r"rates\[1\]=1.2 is outside \[0, 1\]"),
         (lambda: predicted_counts([0.5, 0.5], 3), "total=3 does not hold lowest=2 rollouts for each of 2 groups"),
         (lambda: predicted_counts([0.5], 3, 3, 2), "lowest=3 and highest=2 are not"),
         (lambda: RolloutAllocator().open([1], [0.5], [3]), "counts holds 3, which is not between initial=4 and maximum=16"),

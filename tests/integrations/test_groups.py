@@ -23,7 +23,7 @@ def advantages_of(case, priors, **options):
 def opened(case, prior=None):
     """The table after the prompts of a situation were drawn; a group's prompt is its id."""
     priors = PromptPriors(prior or FixedPrior(case.priors))
-    groups = [group for group in dict.fromkeys(case.ids) if group != "pad-0"]
+    groups = [group for group in dict.fromkeys(case.ids) if group != "pad0"]
     priors.open(groups, groups)
     return priors
 
@@ -48,13 +48,13 @@ def test_a_reward_outside_the_mask_counts():
 def test_the_prior_learns_what_its_groups_came_to():
     prior = FixedPrior()
     priors = PromptPriors(prior)
-    assert priors.open(["a", "b", "pad"], ["x", "y", "z"]).tolist() == [0.5, 0.5, 0.5]
+    assert priors.open(["a", "b", "pad0"], ["x", "y", "z"]).tolist() == [0.5, 0.5, 0.5]
     rewards = torch.tensor([[1.0], [-1.0], [math.nan], [1.0], [0.5]])
     settings = Settings(reward_range=(-1.0, 1.0))
     outcome_advantages(
         rewards,
         torch.ones(5, 1),
-        ["a", "b", "a", "a", "pad"],
+        ["a", "b", "a", "a", "pad0"],
         method="v05",
         settings=settings,
         priors=priors,
@@ -63,6 +63,24 @@ def test_the_prior_learns_what_its_groups_came_to():
     )
     assert prior.learnt == {"x": (2.0, 2.0), "y": (0.0, 1.0), "z": (0.0, 0.0)}
     assert np.isnan(priors.rates(["a", "b"])).all()
+
+
+@pytest.mark.parametrize("method", ["v05", "calibrated"])
+def test_a_prior_may_say_nothing_of_an_open_group(method):
+    """NaN is no prior, as V0's before the first outcomes, and no group that somebody forgot to open."""
+    priors = PromptPriors(FixedPrior({"x": math.nan}))
+    priors.open(["a"], ["x"])
+    given = dict(method=method, settings=Settings(), priors=priors, normalize=True, remedy="")
+    advantages, _ = outcome_advantages(torch.tensor([[1.0], [0.0]]), torch.ones(2, 1), ["a", "a"], **given)
+    assert advantages.flatten().tolist() == pytest.approx([0.5, -0.5])
+
+
+def test_only_padding_of_the_hosts_is_left_out():
+    ids = ["padlock", "padlock", "pad7", f"pad{'0f' * 16}"]
+    rewards = torch.tensor([[1.0], [0.0], [1.0], [1.0]])
+    given = dict(method="dr_grpo", settings=Settings(), priors=PromptPriors(), normalize=True, remedy="")
+    advantages, _ = outcome_advantages(rewards, torch.ones(4, 1), ids, **given)
+    assert advantages.flatten().tolist() == [0.5, -0.5, 0.0, 0.0]
 
 
 def test_calibrated_advantages_follow_the_groups_that_were_closed():
@@ -98,6 +116,9 @@ def test_what_is_missing_is_named():
         ValueError, match=r"v05\.inital=3 is not a setting; choose from chunk, initial, leave_one_out, reward_range"
     ):
         Settings.read({"inital": 3})
+    for given in (1.0, [0], ["low", "high"]):
+        with pytest.raises(ValueError, match=r"v05\.reward_range=.* is not two numbers; give \[lowest, highest\]"):
+            Settings.read({"reward_range": given})
     with pytest.raises(ValueError, match="reward"):
         advantages_of(case, opened(case), settings=Settings(reward_range=(0.0, 0.5)))
 
@@ -109,4 +130,6 @@ def test_settings_and_texts():
     parts = [{"type": "text", "text": "2+2="}]
     messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "2+2="}, {"role": "user", "content": parts}]
     assert prompt_text(messages) == "Add.\n2+2=\n2+2="
+    calls = [{"role": "assistant", "content": None, "tool_calls": []}, {"role": "assistant", "tool_calls": []}]
+    assert prompt_text([*calls, *messages[:1]]) == "Add."
     assert in_reward_units(np.array([0.0, 0.25, 1.0]), (-1.0, 1.0)).tolist() == [-1.0, -0.5, 1.0]

@@ -66,7 +66,7 @@ def test_parity(skyrl, ours, theirs, normalize):
 def test_situations(skyrl, case):
     skyrl.register(reward_range=case.reward_range, leave_one_out=case.leave_one_out)
     skyrl.PRIORS.prior.rates = case.priors
-    groups = [group for group in case.ids if group != "pad-0"]
+    groups = [group for group in case.ids if group != "pad0"]
     skyrl.PRIORS.open(groups, groups)
     estimator = {"v05": "v05", "grpo": "v05_grpo", "dr_grpo": "v05_grpo"}[case.method]
     result = advantages(estimator, case.token_rewards, case.mask, case.ids, normalize=case.method == "grpo")

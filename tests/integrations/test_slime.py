@@ -98,9 +98,17 @@ def test_rewards_by_key_and_the_prior_that_learns(prior):
     assert prior.learnt == {"2+2=": (1.0, 2.0)}
 
 
+def test_a_sample_without_a_rollout_id_is_a_trajectory_of_its_own(prior):
+    samples = [Sample(0, 1.0), Sample(0, 0.0, rollout_id=5), Sample(0, 0.0, rollout_id=5), Sample(0, 0.0)]
+    _, advantages = slime.custom_reward_post_process(arguments(method="dr_grpo"), samples)
+    assert advantages == pytest.approx([2 / 3, -1 / 3, -1 / 3, -1 / 3])
+
+
 def test_what_is_missing_is_named(prior):
     with pytest.raises(ValueError, match="group_index: None for sample 1"):
         slime.custom_reward_post_process(arguments(), [Sample(0, 1.0), Sample(None, 1.0)])
+    with pytest.raises(ValueError, match="reward_key: sample 1 has the rewards acc, format; name one with --reward-key"):
+        slime.custom_reward_post_process(arguments(), [Sample(0, 1.0), Sample(0, {"acc": 1.0, "format": 0.0})])
     with pytest.raises(ValueError, match=r"v05.metod='v05' is not a setting"):
         slime.custom_reward_post_process(arguments(metod="v05"), [Sample(0, 1.0)])
     with pytest.raises(ValueError, match="reward_range"):

@@ -106,7 +106,7 @@ def test_situations(host, prior, case):
     else:
         estimator, config = {"v05": "v05", "grpo": "v05_grpo"}[case.method], {}
     prior.rates = case.priors
-    verl.PRIORS.open([group for group in case.ids if group != "pad-0"], [group for group in case.ids if group != "pad-0"])
+    verl.PRIORS.open([group for group in case.ids if group != "pad0"], [group for group in case.ids if group != "pad0"])
     config["v05"] = {"reward_range": list(case.reward_range), "leave_one_out": case.leave_one_out}
     advantages = host.advantages(estimator, case.token_rewards, case.mask, case.ids, **config)
     torch.testing.assert_close(advantages, case.expected_tokens, rtol=0, atol=TOLERANCE)

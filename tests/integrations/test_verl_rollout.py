@@ -139,8 +139,8 @@ def test_the_trainer_gets_v05s_advantages(drawn, config):
     data.non_tensor_batch["uid"] = np.array(data.batch.pop("uid").tolist(), dtype=object)
     data.batch["token_level_rewards"] = data.batch["rm_scores"]
     batch = DataProto.concat([data, data[:1]])
-    batch.non_tensor_batch["uid"][-1] = "pad_0"
-    keys.append("pad_0_0")
+    batch.non_tensor_batch["uid"][-1] = "pad0"
+    keys.append("pad0_0_0")
     compute_advantage_for_multi_trajectories(batch, keys, "v05", config=config.algorithm)
     advantages = batch.batch["advantages"]
     assert advantages.shape == (len(keys), 3)
@@ -161,3 +161,13 @@ def test_rewards_that_come_after_the_rollouts_are_refused(config):
 
     with pytest.raises(ValueError, match=r"enable_resource_pool=False: V_0\.5 tests rewards while it samples"):
         SequentialAgentLoopManager(config, FakeServer())
+
+
+def test_settings_out_of_bounds_are_refused_before_anything_is_sampled(config):
+    from omegaconf import OmegaConf
+
+    from v05.integrations.verl_rollout import SequentialAgentLoopManager
+
+    for changed, message in (({"initial": 0}, "initial=0"), ({"chunk": 0}, "chunk=0"), ({"inital": 2}, r"v05\.inital=2 is not")):
+        with pytest.raises(ValueError, match=message):
+            SequentialAgentLoopManager(OmegaConf.merge(config, {"algorithm": {"v05": changed}}), FakeServer())

@@ -220,10 +220,13 @@ def test_many_cache_files_become_one(folder, tmp_path):
     assert np.array_equal(again.features([f"{i}" for i in range(66)]), expected)
 
 
-def test_long_prompts_are_cut_and_counted(folder):
-    backbone = Backbone(folder)
-    backbone.features(["1" * 10, "2" * 1000])
-    assert backbone.truncated == 1
+def test_long_prompts_are_cut_and_counted(folder, tmp_path):
+    prompts = ["1" * 10, "2" * 1000]
+    backbone = Backbone(folder, tmp_path)
+    features = backbone.features([*prompts, "2" * backbone.limit])
+    assert np.array_equal(features[1], features[2])
+    for reader in (backbone, Backbone(folder, tmp_path)):  # counted, whether their features are kept already or not
+        assert reader.longer_than_limit(prompts) == 1
 
 
 def test_backbones_that_cannot_be_loaded_are_named(tmp_path, folder):
@@ -280,7 +283,7 @@ def write_logs(path, rng, versions=4, count=150, splits=False):
 def test_the_adapter_trains_goes_on_and_is_kept_if_it_helps(backbone, tmp_path):
     write_logs(tmp_path / "logs.jsonl", np.random.default_rng(0), count=100)
     tasks = list(walk(read_logs([tmp_path / "logs.jsonl"]), 200))
-    path = tmp_path / "adapter.safetensors"
+    path = tmp_path / "new" / "adapter.safetensors"
     settings = dict(seed=0, track=lambda items, what: items)
 
     class InterruptedTrainingError(Exception):
@@ -307,6 +310,13 @@ def test_the_adapter_trains_goes_on_and_is_kept_if_it_helps(backbone, tmp_path):
         assert adapted.features(["1+1=", "2*2="]).shape == (2, 64 + 1008)
 
 
+def test_too_few_prompts_for_an_adapter_are_named(backbone, tmp_path):
+    write_logs(tmp_path / "logs.jsonl", np.random.default_rng(0), count=20)
+    tasks = list(walk(read_logs([tmp_path / "logs.jsonl"]), 30))
+    with pytest.raises(ValueError, match=r"holds enough context prompts to train an adapter on \(about 67\); give more"):
+        train_adapter(backbone, load_head(), tasks, tmp_path / "a", steps=1, seed=0, track=lambda items, what: items)
+
+
 def test_adapters_of_another_backbone_are_refused(backbone, tmp_path):
     save_adapter(Adapter(backbone.width, "another"), tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="was trained on backbone another, not"):
@@ -315,6 +325,20 @@ def test_adapters_of_another_backbone_are_refused(backbone, tmp_path):
         load_adapter(tmp_path / "none.safetensors", backbone)
     save_adapter(Adapter(backbone.width, backbone.key), tmp_path / "a.safetensors")
     assert not load_adapter(tmp_path / "a.safetensors", backbone).queries.requires_grad
+
+
+def test_what_cannot_be_learnt_or_inferred_from_is_named(backbone):
+    prior = V0Prior(backbone, load_head())
+    for prompts, successes, trials, message in (
+        (["1", "2"], [1.0], [4.0], r"2 prompts, successes shaped \(1,\), trials \(1,\); give one number a prompt"),
+        (["1"], [5.0], [4.0], r"successes\[0\]=5.0 is out of bounds"),
+        (["1"], [np.nan], [4.0], r"successes\[0\]=nan is out of bounds"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prior.observe(prompts, np.array(successes), np.array(trials))
+    assert len(prior.history) == 0
+    with pytest.raises(ValueError, match="context is empty; V0 infers from outcomes of the policy"):
+        prior.infer(prior.history.context(8), ["1"], prior.history.past(["1"]))
 
 
 @pytest.mark.parametrize("diverse", [False, True])

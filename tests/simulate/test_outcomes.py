@@ -63,14 +63,32 @@ def test_mistakes_in_priors_are_named(tmp_path):
     file = write(tmp_path, "model,question,successes,trials,guess\na,q,1,2,1.5\n")
     with pytest.raises(ValueError, match=r"row 1 has the prior 1.5"):
         read_outcomes(file, prior="guess")
+    empty = write(tmp_path, "model,question,successes,trials,guess\na,q,1,2,\na,r,0,0,0.5\n")
+    with pytest.raises(ValueError, match="has no prior in any row with trials > 0; fill the column"):
+        read_outcomes(empty, prior="guess")
     with pytest.raises(ValueError, match="has no column other"):
         read_outcomes(file, prior="other")
 
 
+def test_a_question_may_be_long_and_a_file_no_csv(tmp_path):
+    question = "x" * 200_000
+    assert len(read_outcomes(write(tmp_path, f"model,question,successes,trials\na,{question},1,2\n"))) == 1
+    (tmp_path / "latin.csv").write_bytes("model,question,successes,trials\na,é,1,2\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.csv, near line .*; give a CSV file in UTF-8"):
+        read_outcomes(tmp_path / "latin.csv")
+    with pytest.raises(ValueError, match=r"near line 2: field larger than field limit .*; give a CSV file in UTF-8, quotes closed"):
+        read_outcomes(write(tmp_path, f'model,question,successes,trials\na,"{"x" * (1 << 25)}'))
+
+
+def write_run(directory, successes, task="sums"):
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({"task": {"kind": task}}))
+    (directory / "result.json").write_text(json.dumps({"heldout_successes": successes, "heldout_samples": 4}))
+
+
 def test_runs_are_outcomes_too(tmp_path):
-    for name, successes in (("one", [0, 4, 2]), ("two", [1, 1, 4])):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "result.json").write_text(json.dumps({"heldout_successes": successes, "heldout_samples": 4}))
+    write_run(tmp_path / "one", [0, 4, 2])
+    write_run(tmp_path / "two", [1, 1, 4])
     both = read_outcomes(tmp_path)
     assert both.model.tolist() == [0, 0, 0, 1, 1, 1]
     assert both.question.tolist() == [0, 1, 2, 0, 1, 2]
@@ -81,9 +99,20 @@ def test_runs_are_outcomes_too(tmp_path):
     (tmp_path / "two" / "result.json").write_text("{}")
     with pytest.raises(ValueError, match="has no heldout_successes, heldout_samples"):
         read_outcomes(tmp_path)
+    for damaged in ("[1]", "{"):
+        (tmp_path / "two" / "result.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"two/result\.json .*; the run is damaged, leave its directory out"):
+            read_outcomes(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"holds no finished run: there is no result.json"):
         read_outcomes(tmp_path / "empty")
+
+
+def test_prompts_of_different_tasks_are_different_questions(tmp_path):
+    write_run(tmp_path / "one", [0, 4])
+    write_run(tmp_path / "other", [1, 1, 4], task="products")
+    write_run(tmp_path / "two", [2, 3, 4])
+    assert read_outcomes(tmp_path).question.tolist() == [0, 1, 3, 4, 5, 0, 1, 2]
 
 
 def test_population_is_the_one_that_made_the_outcomes():

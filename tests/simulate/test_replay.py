@@ -157,12 +157,12 @@ def file(tmp_path):
 @pytest.mark.parametrize("prior", ["irt", "0.6", "guess"])
 def test_command_prints_draws_and_writes(file, tmp_path, prior):
     out = tmp_path / "out"
-    result = invoke(file, "--prior", prior, "--maximum", 5, "--plot", out / "plot.png", "--json", tmp_path / "records.json")
+    result = invoke(file, "--prior", prior, "--maximum", 5, "--plot", out / "plot.png", "--json", out / "new" / "records.json")
     assert result.exit_code == 0, result.output
     for text in ("calibrated+budget", "v05+osla", "rollouts for the error of grpo at 5", "1 rows without a trial left out"):
         assert text in result.output
     assert (out / "plot.png").stat().st_size > 10_000
-    records = json.loads((tmp_path / "records.json").read_text())
+    records = json.loads((out / "new" / "records.json").read_text())
     assert {r["method"] for r in records} == {"grpo", "v05", "calibrated", "v05+osla", "mean+budget", "calibrated+budget"}
     assert all(set(r) == {"method", "budget", "mean_rollouts", "mse", "mse_standard_error"} for r in records)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from v05.prior.calibration import Calibrator
 
 Range = tuple[float, float]
-PADDING = "pad"  # what the group ids of rows that fill up a batch begin with, in verl and here
+PADDING = re.compile(r"pad([0-9]+|[0-9a-f]{32})")  # group ids of the rows that fill up a batch, in SkyRL and in verl
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,19 @@ class Settings:
         if unknown := sorted(given.keys() - known):
             raise ValueError(f"v05.{unknown[0]}={given[unknown[0]]!r} is not a setting; choose from {', '.join(sorted(known))}")
         if "reward_range" in given:
-            given["reward_range"] = tuple(float(bound) for bound in given["reward_range"])
+            try:
+                low, high = map(float, given["reward_range"])
+            except (TypeError, ValueError):
+                raise ValueError(f"v05.reward_range={given['reward_range']!r} is not two numbers; give [lowest, highest]") from None
+            given["reward_range"] = (low, high)
         return cls(**given)
 
 
 def prompt_text(prompt: Any) -> str:
-    """A prompt as the text a prior reads: itself, or the texts of its messages, one a line."""
+    """A prompt as the text a prior reads: itself, or the texts of its messages, one a line; a tool call may come without a text."""
     if isinstance(prompt, str):
         return prompt
-    contents = [message["content"] for message in prompt]
+    contents = [message.get("content") or [] for message in prompt]
     parts = [[{"text": content}] if isinstance(content, str) else content for content in contents]
     return "\n".join(part["text"] for content in parts for part in content if "text" in part)
 
@@ -113,8 +118,12 @@ class PromptPriors:
             self._open.popitem(last=False)
         return predicted
 
+    def __contains__(self, group_id: str) -> bool:
+        """Whether the group is open."""
+        return group_id in self._open
+
     def rates(self, group_ids: Sequence[str]) -> NDArray[np.float64]:
-        """(G,) success rates predicted when the groups were opened; NaN for a group that was not."""
+        """(G,) success rates predicted when the groups were opened; NaN for a group that was not, or whose prior says nothing."""
         return np.array([self._open[group][1] if group in self._open else np.nan for group in group_ids], dtype=np.float64)
 
     def close(self, group_ids: Sequence[str], successes: NDArray[np.float64], trials: NDArray[np.float64]) -> None:
@@ -159,23 +168,23 @@ def outcome_advantages(
         token_level_rewards: (N, T), reward units. A rollout's reward is the sum of its whole row, as in the hosts: where the last
             token is a tool's, or there is none, the reward stands outside the mask. A row that is not finite is left out.
         response_mask: (N, T), 1 for the policy's own tokens.
-        index: (N,) ids of the groups, rows in any order. Rows whose id starts with "pad" fill up the batch and are left out.
+        index: (N,) ids of the groups, rows in any order. Rows whose id is one of `PADDING` fill up the batch and are left out.
         method: a name of `v05.methods.METHODS`.
         normalize: False takes away the division by the deviation from a method that has one, as the hosts' own switches do.
-        remedy: what to do about groups without a prior.
+        remedy: what to do about groups that were not opened.
 
     Returns:
         advantages and returns, both the same (N, T) float32 tensor.
 
     Raises:
-        ValueError: the method needs a prior and a group has none; a reward is outside `settings.reward_range`.
+        ValueError: the method needs a prior and a group was not opened; a reward is outside `settings.reward_range`.
     """
     rule = find_method(method)
     ids = [str(group) for group in index]
     groups = list(dict.fromkeys(ids))
     rates = priors.rates(groups)
     if rule.needs_prior:
-        missing = [group for group, rate in zip(groups, rates, strict=True) if np.isnan(rate) and not group.startswith(PADDING)]
+        missing = [group for group in groups if group not in priors and not PADDING.fullmatch(group)]
         if missing:
             raise ValueError(f"prior: none for {len(missing)} of {len(groups)} groups, the first is {missing[0]!r}; {remedy}")
     out = fused_advantage(
@@ -183,7 +192,7 @@ def outcome_advantages(
         in_reward_units(rates, settings.reward_range) if rule.needs_prior else None,
         group_ids=ids,
         response_mask=response_mask,
-        valid=np.array([not group.startswith(PADDING) for group in ids], dtype=bool),
+        valid=np.array([not PADDING.fullmatch(group) for group in ids], dtype=bool),
         method=method,
         scale=None if normalize else "none",
         leave_one_out=settings.leave_one_out,

@@ -37,7 +37,7 @@ def custom_reward_post_process(args: Any, samples: list[Any]) -> tuple[list[Any]
         the trainer as `rewards`.
 
     Raises:
-        ValueError: a sample has no `group_index`; a reward is outside `reward_range`; a setting is unknown.
+        ValueError: a sample has no `group_index`, or several rewards; a reward is outside `reward_range`; a setting is unknown.
     """
     given = dict(getattr(args, "v05", None) or {})
     method = given.pop("method", "v05")
@@ -49,6 +49,10 @@ def custom_reward_post_process(args: Any, samples: list[Any]) -> tuple[list[Any]
             f"group_index: None for sample {groups.index(None)}; give the samples of a prompt one, as slime's data source"
         )
     raw = [sample.get_reward_value(args) for sample in samples]
+    if several := [i for i, reward in enumerate(raw) if isinstance(reward, dict)]:
+        raise ValueError(
+            f"reward_key: sample {several[0]} has the rewards {', '.join(raw[several[0]])}; name one with --reward-key"
+        )
     rewards = np.array([np.nan if reward is None else reward for reward in raw], dtype=np.float64)
     names = list(dict.fromkeys(str(group) for group in groups))
     prompts = {str(sample.group_index): sample.prompt for sample in samples}
@@ -60,7 +64,7 @@ def custom_reward_post_process(args: Any, samples: list[Any]) -> tuple[list[Any]
         in_reward_units(rates, settings.reward_range) if rule.needs_prior else None,
         group_ids=[str(group) for group in groups],
         valid=np.array([not sample.remove_sample and sample.status.value != "aborted" for sample in samples], dtype=bool),
-        trajectory_ids=np.array([named.get(rollout, len(named) + i) for i, rollout in enumerate(rollouts)], dtype=np.int64),
+        trajectory_ids=np.array([named.get(rollout, len(rollouts) + i) for i, rollout in enumerate(rollouts)], dtype=np.int64),
         method=method,
         leave_one_out=settings.leave_one_out,
         reward_range=settings.reward_range,

@@ -46,13 +46,10 @@ class SequentialAgentLoopWorker(_Worker):  # type: ignore[misc, valid-type]
         if trajectory["validate"]:
             await super()._run_prompt(prompt, sampling_params, trajectory, trace)
             return
-        prior = float(prompt.pop(PRIOR_FIELD))
-        uid, settings = prompt["uid"], Settings.read(self.config.algorithm.get("v05"))
+        prior, uid = float(prompt.pop(PRIOR_FIELD)), prompt["uid"]
         maximum = int(prompt.pop("__rollout_n__", self.config.actor_rollout_ref.rollout.n))
         prompt.pop("__do_sample__", None)  # for another estimator's greedy rollouts
-        allocator = RolloutAllocator(
-            initial=min(settings.initial, maximum), maximum=maximum, chunk=settings.chunk, reward_range=settings.reward_range
-        )
+        allocator = _allocator(self.config, maximum)
         allocator.open([0], [prior])
         await tq.async_kv_put(key=uid, partition_id="train", tag={"status": "running"})
         status = "finished"
@@ -80,15 +77,25 @@ class SequentialAgentLoopWorker(_Worker):  # type: ignore[misc, valid-type]
         return float("nan") if not outputs or outputs[-1].reward_score is None else float(outputs[-1].reward_score)
 
 
+def _allocator(config: Any, maximum: int) -> RolloutAllocator:
+    """One prompt's, of at most `maximum` rollouts, by verl's configuration."""
+    settings = Settings.read(config.algorithm.get("v05"))
+    return RolloutAllocator(
+        initial=min(settings.initial, maximum), maximum=maximum, chunk=settings.chunk, reward_range=settings.reward_range
+    )
+
+
 class SequentialAgentLoopManager(AgentLoopManagerTQ):  # type: ignore[misc]
     """verl's manager with these workers. Takes its arguments.
 
     Raises:
-        ValueError: rewards come from a model that shares the rollouts' GPUs, and so after all rollouts.
+        ValueError: a setting is unknown or out of bounds; rewards come from a model that shares the rollouts' GPUs, and so after
+            all rollouts.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        _allocator(self.config, self.config.actor_rollout_ref.rollout.n)  # a worker that raises leaves verl waiting
         if self.reward_loop_worker_handles is None:
             raise ValueError(
                 "reward.reward_model.enable_resource_pool=False: V_0.5 tests rewards while it samples, and a reward model on the "

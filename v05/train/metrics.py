@@ -82,7 +82,8 @@ def read_metrics(directory: Path, kind: str | None = None) -> list[dict[str, Any
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` whole or not at all, NaN and infinity as null."""
+    """Write `value` whole or not at all, NaN and infinity as null; its folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".partial")
     scratch.write_text(json.dumps(_plain(value), indent=1, default=str, allow_nan=False) + "\n", encoding="utf-8")
     flush(scratch)

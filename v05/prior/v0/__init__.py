@@ -68,12 +68,21 @@ class V0Prior:
         return self.calibrated(raw)
 
     def observe(self, prompts: Sequence[str], successes: NDArray[np.float64], trials: NDArray[np.float64]) -> None:
-        """Learn one step's outcomes; groups without a trial teach nothing."""
-        known = np.flatnonzero(np.asarray(trials) > 0)
+        """Learn one step's outcomes; groups without a trial teach nothing.
+
+        Raises:
+            ValueError: lengths differ, or successes are not between 0 and the trials. Nothing is learnt then.
+        """
+        successes, trials = np.asarray(successes, dtype=float), np.asarray(trials, dtype=float)
+        if not (len(prompts),) == successes.shape == trials.shape:
+            raise ValueError(
+                f"{len(prompts)} prompts, successes shaped {successes.shape}, trials {trials.shape}; give one number a prompt"
+            )
+        known = np.flatnonzero(trials > 0)
         if not len(known):
             return
         prompts = [prompts[i] for i in known.tolist()]
-        successes, trials = np.asarray(successes, dtype=float)[known], np.asarray(trials, dtype=float)[known]
+        successes, trials = successes[known], trials[known]
         self.calibrator.observe(successes, trials, [self._predicted.get(prompt, np.nan) for prompt in prompts])
         self.calibrator.fit()
         self.history.add(prompts, successes / trials, trials)

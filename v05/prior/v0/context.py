@@ -133,7 +133,7 @@ class History:
             (len(self.levels) - 1 - versions).astype(np.float64),
             np.array(self.levels)[versions],
             self._past([self._outcomes[prompt][:-1] for prompt in newest], versions),
-            self.levels[-1],
+            self.levels[-1] if self.levels else FIRST_LEVEL,
         )
 
     def past(self, prompts: Sequence[str]) -> Past:

@@ -8,6 +8,8 @@ predicts them best is kept, and none at all if that is no better than the backbo
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,14 +108,17 @@ def train_adapter(
 ) -> dict[str, Any]:
     """Train an adapter for `steps` updates and write the best to `path`; nothing is written if none is better than no adapter.
 
-    What was reached is kept beside `path` as a .training file; called again, an interrupted training goes on from there.
+    What was reached is kept beside `path` as a .training file; called again, an interrupted training goes on from there. The folder
+    of `path` is made if need be.
 
     Returns:
         `before` and `after`, the validation loss without an adapter and with the best; `kept`, whether that was written.
 
     Raises:
         ValueError: the histories hold too few prompts to train and validate on.
+        OSError: `path` cannot be written.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     versions = [task for task in tasks if len(task.context) >= 8]
     states = _TokenStates(
         backbone, [p for task in versions for p in (*task.context.prompts, *(row.prompt for row in task.rows))], track
@@ -121,9 +126,11 @@ def train_adapter(
     rng = np.random.default_rng(seed)
     drawn = [_draw(task, rng, validation=True) for task in versions]
     held_out = [sample for sample in drawn if sample is not None]
-    if not held_out or all(_draw(task, np.random.default_rng(seed), validation=False) is None for task in versions):
+    trained_on = [task for task in versions if _draw(task, np.random.default_rng(seed), validation=False) is not None]
+    if not held_out or not trained_on:
+        needed = round((QUERIES + 2) / (1 - VALIDATION_SHARE))
         raise ValueError(
-            f"the logs hold {len(versions)} versions with 8 prompts or more, too few to train an adapter on; give more"
+            f"no version of a policy in the logs holds enough context prompts to train an adapter on (about {needed}); give more"
         )
 
     def loss_of(sample: _Sample, adapter: Adapter | None) -> Tensor:
@@ -151,9 +158,8 @@ def train_adapter(
         best, first = state["best"], state["step"]
     for step in track(range(first, steps), "adapter"):
         draws = np.random.default_rng((seed, step))
-        sample = _draw(versions[draws.integers(len(versions))], draws, validation=False)
-        if sample is None:
-            continue
+        sample = _draw(trained_on[draws.integers(len(trained_on))], draws, validation=False)
+        assert sample is not None  # whatever is drawn: that depends on the version alone
         optimizer.zero_grad()
         loss_of(sample, adapter).backward()
         torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
@@ -171,6 +177,15 @@ def train_adapter(
                 "step": step + 1,
                 "run": run,
             }
-            torch.save(state, resume)
+            _write(state, resume)
     resume.unlink(missing_ok=True)
     return {"before": before, "after": best, "kept": best < before}
+
+
+def _write(state: dict[str, Any], path: Path) -> None:
+    """Whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    scratch = path.with_suffix(".partial")
+    scratch.write_bytes(buffer.getvalue())
+    os.replace(scratch, path)
