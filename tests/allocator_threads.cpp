@@ -34,7 +34,7 @@ std::size_t run(const v05::AllocatorOptions& options) {
   v05::RolloutAllocator allocator(options);
   std::vector<std::int64_t> ids(kGroups);
   std::iota(ids.begin(), ids.end(), 0);
-  allocator.open(ids, std::vector<double>(kGroups, 0.6));
+  allocator.open(ids, std::vector<double>(kGroups, 0.6), {});
 
   std::atomic<std::int64_t> clock = 0;
   std::mutex collecting;
