@@ -401,10 +401,11 @@ def _simulation_table(records: list[Record], initial: int, maximum: int) -> Tabl
     for method in METHODS:
         found = (of(method, mean) for mean in points)
         needed = rollouts_needed(records, method, target.mse)
+        fewest = min(r.mean_rollouts for r in records if r.method == method)  # fewer were not tried
         table.add_row(
             method,
             *("" if r is None else f"{r.mse:.4f} ± {r.mse_standard_error:.4f}" for r in found),
-            "not reached" if needed is None else f"{needed:.1f}",
+            "not reached" if needed is None else f"≤ {needed:.1f}" if needed == fewest else f"{needed:.1f}",
         )
     return table
 

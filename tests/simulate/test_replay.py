@@ -161,6 +161,10 @@ def test_command_prints_draws_and_writes(file, tmp_path, prior):
     assert result.exit_code == 0, result.output
     for text in ("calibrated+budget", "v05+osla", "rollouts for the error of grpo at 5", "1 rows without a trial left out"):
         assert text in result.output
+    needed = {row.split("│")[1].strip(): row.split("│")[-2].strip() for row in result.output.splitlines() if row.startswith("│")}
+    assert needed["grpo"] == "5.0"
+    if prior == "0.6":  # better with the fewest rollouts there are than grpo with the most
+        assert needed["calibrated+budget"] == "≤ 4.0"
     assert (out / "plot.png").stat().st_size > 10_000
     records = json.loads((out / "new" / "records.json").read_text())
     assert {r["method"] for r in records} == {"grpo", "v05", "calibrated", "v05+osla", "mean+budget", "calibrated+budget"}
