@@ -18,6 +18,7 @@ from v05.prior.v0.head import InContextHead, head_metadata, load_head
 from v05.prior.v0.logs import read_logs, walk
 from v05.prior.v0.pretrain import excess, random_points, synthetic_task
 from v05.prior.v0.train import train_adapter, v0_loss
+from v05.tasks import split_of
 from v05.train.config import PolicyConfig
 from v05.train.policy import character_decoder, character_tokenizer
 
@@ -408,6 +409,15 @@ def test_walking_logs_leaks_nothing(tmp_path):
         if task.setting == "unseen":
             assert not earlier & set(asked)
             assert not task.past.trials.any()
+
+
+def test_held_out_prompts_are_split_like_any_others(tmp_path):
+    prompts = [prompt for i in range(4000) if split_of(prompt := f"{i}+1=") == "heldout"]
+    lines = [json.dumps({"policy": "a@0", "prompt": prompt, "score": 0, "trials": 4}) for prompt in prompts]
+    (tmp_path / "logs.jsonl").write_text("\n".join(lines))
+    splits = [row.split for row in read_logs([tmp_path / "logs.jsonl"])]
+    assert 0.1 < splits.count("test") / len(splits) < 0.3
+    assert 0.6 < splits.count("context") / len(splits) < 0.8
 
 
 @pytest.mark.parametrize(
