@@ -63,9 +63,10 @@ class V0Prior:
             return np.full(len(prompts), np.nan)
         if self._context is None:
             self._context = self._choose()
-        raw = self.infer(self._context, prompts, self.history.past(prompts))
-        self._predicted |= zip(prompts, raw.tolist(), strict=True)
-        return self.calibrated(raw)
+        distinct = list(dict.fromkeys(prompts))
+        raw = self.infer(self._context, distinct, self.history.past(distinct))
+        self._predicted |= zip(distinct, raw.tolist(), strict=True)
+        return self.calibrated(np.array([self._predicted[prompt] for prompt in prompts]))
 
     def observe(self, prompts: Sequence[str], successes: NDArray[np.float64], trials: NDArray[np.float64]) -> None:
         """Learn one step's outcomes; groups without a trial teach nothing."""
