@@ -42,7 +42,7 @@ RUNS = Path("runs") / "unseen-policies"
 TRAINED = (("v05@4..16", 3e-4), ("grpo@8", 1e-3), ("dr_grpo@4", 1e-3), ("calibrated@4", 2e-3))
 ROLLOUTS = 16_000
 EVALUATION = EvaluationConfig(evaluations=4, prompts=512, samples=8, probe_prompts=0)
-CONTEXTS = (64, 1024)  # rows at most; a run has fewer than 1024
+CONTEXTS = (64, 256, 1024)  # rows at most: few, what runs take by default, all that there are
 PENALTIES = 10.0 ** np.arange(-5, 2)  # sklearn's C, of features of variance 1
 FOLDS, DRAWS = 4, 1000
 
