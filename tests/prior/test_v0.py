@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from v05.methods import Calibration
 from v05.prior.v0 import V0Prior, farthest_first
 from v05.prior.v0.adapter import AdaptedBackbone, Adapter, load_adapter, save_adapter
 from v05.prior.v0.backbone import Backbone
@@ -213,6 +214,14 @@ def test_runs_are_tasks_to_train_the_head_on(folder, tmp_path):
 def test_an_untrained_head_predicts_what_the_regressions_do():
     task = in_context_task(*task_of())
     torch.testing.assert_close(InContextHead()(task), task.base)
+
+
+def test_calibrated_predictions_are_the_mean_of_the_fitted_mixture(backbone):
+    prior = V0Prior(backbone, load_head())
+    raw = np.array([0.0, 0.3, 1.0])
+    assert np.array_equal(prior.calibrated(raw), raw)  # nothing was fitted yet
+    prior.calibrator.calibration = Calibration(alpha=0.0, beta=1.0, kappa=4.0, eps=0.2)
+    assert prior.calibrated(raw) == pytest.approx([0.8 * 0.005 + 0.1, 0.8 * 0.3 + 0.1, 0.8 * 0.995 + 0.1])
 
 
 def test_heads_that_do_not_fit_are_refused(tmp_path):

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import expit, logit
 
+from v05.methods import Calibration
 from v05.prior.calibration import LEAST_PRIOR, Calibrator
 from v05.prior.v0.adapter import AdaptedBackbone
 from v05.prior.v0.backbone import Backbone
@@ -98,9 +99,12 @@ class V0Prior:
         return torch.from_numpy(self._backbone.features(prompts)).double()
 
     def calibrated(self, raw: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Predictions as past ones turned out to be meant."""
+        """Predictions as past ones turned out to be meant: the mean of the fitted mixture; as they are until there is a fit."""
         fit = self.calibrator.calibration
-        rates: NDArray[np.float64] = expit(fit.alpha + fit.beta * logit(np.clip(raw, LEAST_PRIOR, 1 - LEAST_PRIOR)))
+        if fit == Calibration():
+            return raw
+        informed = expit(fit.alpha + fit.beta * logit(np.clip(raw, LEAST_PRIOR, 1 - LEAST_PRIOR)))
+        rates: NDArray[np.float64] = (1 - fit.eps) * informed + fit.eps / 2
         return rates
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
