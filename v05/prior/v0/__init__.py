@@ -3,7 +3,7 @@
 A prompt's success rate is inferred from a context of other prompts and what the policy came to on them. A frozen text backbone
 turns prompts into features (`backbone`), by way of a trained adapter if there is one (`adapter`); an in-context head, which was
 trained on other policies' histories, does the rest (`head`), after `features` has put the context in terms that fit any backbone.
-Nothing is trained while a policy trains but the two numbers of a sigmoid that the predictions go through.
+Nothing is trained while a policy trains but the calibration that the predictions go through.
 """
 
 from __future__ import annotations
