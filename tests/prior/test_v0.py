@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from v05.methods import Calibration
 from v05.prior.v0 import V0Prior, farthest_first
 from v05.prior.v0.adapter import AdaptedBackbone, Adapter, load_adapter, save_adapter
 from v05.prior.v0.backbone import Backbone
 from v05.prior.v0.context import Context, History, Past
-from v05.prior.v0.features import COLUMNS, RIDGES, Task, _kernel, _neighbours, _regress, in_context_task
+from v05.prior.v0.features import COLUMNS, RIDGES, Task, _averaged, _kernel, _neighbours, _regress, _standardised, in_context_task
 from v05.prior.v0.head import InContextHead, head_metadata, load_head
 from v05.prior.v0.logs import read_logs, walk
-from v05.prior.v0.pretrain import excess, random_points, synthetic_task
+from v05.prior.v0.pretrain import excess, random_points, run_tasks, synthetic_task
 from v05.prior.v0.train import train_adapter, v0_loss
+from v05.tasks import split_of
 from v05.train.config import PolicyConfig
 from v05.train.policy import character_decoder, character_tokenizer
 
@@ -99,7 +101,7 @@ def test_left_out_predictions_are_those_of_a_regression_without_the_row():
     kernel, _ = _kernel(views[0], count, gaussian=True)
     surplus = torch.from_numpy(context.rate - context.level)
     weight = torch.linspace(0.2, 1, count, dtype=torch.float64)
-    predicted, gain = _regress(kernel, surplus, weight)
+    predicted, gain = _averaged([_regress(kernel, surplus, weight)], surplus, weight)
     errors, predictions = [(weight * surplus**2).mean()], [torch.zeros(count, dtype=torch.float64)]
     for ridge in RIDGES:
         left_out = torch.stack(
@@ -119,9 +121,18 @@ def test_left_out_predictions_are_those_of_a_regression_without_the_row():
 def test_where_prompts_say_nothing_so_do_the_features():
     rng = np.random.default_rng(0)
     kernel, _ = _kernel(torch.from_numpy(rng.normal(size=(300, 20))), 200, gaussian=False)
-    predicted, gain = _regress(kernel, torch.from_numpy(rng.choice([-0.5, 0.5], 200)), torch.ones(200, dtype=torch.float64))
+    surplus, weight = torch.from_numpy(rng.choice([-0.5, 0.5], 200)), torch.ones(200, dtype=torch.float64)
+    predicted, gain = _averaged([_regress(kernel, surplus, weight)], surplus, weight)
     assert predicted.abs().max() < 0.1
     assert gain < 0.05
+
+
+def test_no_feature_outweighs_the_others_and_noise_is_not_blown_up():
+    features = torch.from_numpy(np.random.default_rng(0).normal(size=(80, 3)) * [100.0, 1.0, 1e-3])
+    spread = _standardised(features, 60)[:60].std(0, correction=0)
+    torch.testing.assert_close(spread[0], torch.tensor(0.98, dtype=torch.float64), rtol=0.02, atol=0)
+    assert spread[1] < 0.05
+    assert spread[2] < 1e-3
 
 
 def test_a_near_copy_counts_and_the_row_itself_does_not():
@@ -181,9 +192,36 @@ def test_the_shipped_head_improves_on_the_regressions_on_policies_it_has_not_see
     assert {"tasks", "seed", "excess"} <= head_metadata().keys()
 
 
+def test_runs_are_tasks_to_train_the_head_on(folder, tmp_path):
+    rng = np.random.default_rng(0)
+    prompts, rates = sums(rng, 200)
+    (tmp_path / "config.json").write_text(json.dumps({"policy": {"path": str(folder)}}))
+    (tmp_path / "outcomes").mkdir()
+    for step in range(2):
+        outcomes = zip(prompts, rng.binomial(8, rates) / 8, strict=True)
+        lines = [json.dumps({"policy": f"a@{step}", "prompt": p, "score": 2 * r - 1, "trials": 8}) for p, r in outcomes]
+        (tmp_path / "outcomes" / f"{step}.jsonl").write_text("\n".join(lines))
+    tasks, again = ([*run_tasks(tmp_path, np.random.default_rng(1), 6)] for _ in range(2))
+    for (task, truth), (same, _) in zip(tasks, again, strict=True):
+        assert len(task.rows) == len(task.labels) + len(truth)
+        torch.testing.assert_close(task.rows, same.rows)
+    seen = [bool((task.rows[len(task.labels) :, -6] > 0).all()) for task, _ in tasks]  # trials of the past
+    assert set(seen) == {True, False}
+    predicted = torch.cat([task.base[-len(truth) :] for task, truth in tasks]).numpy()
+    assert np.corrcoef(predicted, np.concatenate([truth for _, truth in tasks]))[0, 1] > 0.7
+
+
 def test_an_untrained_head_predicts_what_the_regressions_do():
     task = in_context_task(*task_of())
     torch.testing.assert_close(InContextHead()(task), task.base)
+
+
+def test_calibrated_predictions_are_the_mean_of_the_fitted_mixture(backbone):
+    prior = V0Prior(backbone, load_head())
+    raw = np.array([0.0, 0.3, 1.0])
+    assert np.array_equal(prior.calibrated(raw), raw)  # nothing was fitted yet
+    prior.calibrator.calibration = Calibration(alpha=0.0, beta=1.0, kappa=4.0, eps=0.2)
+    assert prior.calibrated(raw) == pytest.approx([0.8 * 0.005 + 0.1, 0.8 * 0.3 + 0.1, 0.8 * 0.995 + 0.1])
 
 
 def test_heads_that_do_not_fit_are_refused(tmp_path):
@@ -432,6 +470,15 @@ def test_walking_logs_leaks_nothing(tmp_path):
         if task.setting == "unseen":
             assert not earlier & set(asked)
             assert not task.past.trials.any()
+
+
+def test_held_out_prompts_are_split_like_any_others(tmp_path):
+    prompts = [prompt for i in range(4000) if split_of(prompt := f"{i}+1=") == "heldout"]
+    lines = [json.dumps({"policy": "a@0", "prompt": prompt, "score": 0, "trials": 4}) for prompt in prompts]
+    (tmp_path / "logs.jsonl").write_text("\n".join(lines))
+    splits = [row.split for row in read_logs([tmp_path / "logs.jsonl"])]
+    assert 0.1 < splits.count("test") / len(splits) < 0.3
+    assert 0.6 < splits.count("context") / len(splits) < 0.8
 
 
 @pytest.mark.parametrize(

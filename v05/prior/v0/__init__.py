@@ -3,7 +3,7 @@
 A prompt's success rate is inferred from a context of other prompts and what the policy came to on them. A frozen text backbone
 turns prompts into features (`backbone`), by way of a trained adapter if there is one (`adapter`); an in-context head, which was
 trained on other policies' histories, does the rest (`head`), after `features` has put the context in terms that fit any backbone.
-Nothing is trained while a policy trains but the two numbers of a sigmoid that the predictions go through.
+Nothing is trained while a policy trains but the calibration that the predictions go through.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import expit, logit
 
+from v05.methods import Calibration
 from v05.prior.calibration import LEAST_PRIOR, Calibrator
 from v05.prior.v0.adapter import AdaptedBackbone
 from v05.prior.v0.backbone import Backbone
@@ -63,9 +64,10 @@ class V0Prior:
             return np.full(len(prompts), np.nan)
         if self._context is None:
             self._context = self._choose()
-        raw = self.infer(self._context, prompts, self.history.past(prompts))
-        self._predicted |= zip(prompts, raw.tolist(), strict=True)
-        return self.calibrated(raw)
+        distinct = list(dict.fromkeys(prompts))
+        raw = self.infer(self._context, distinct, self.history.past(distinct))
+        self._predicted |= zip(distinct, raw.tolist(), strict=True)
+        return self.calibrated(np.array([self._predicted[prompt] for prompt in prompts]))
 
     def observe(self, prompts: Sequence[str], successes: NDArray[np.float64], trials: NDArray[np.float64]) -> None:
         """Learn one step's outcomes; groups without a trial teach nothing.
@@ -106,9 +108,12 @@ class V0Prior:
         return torch.from_numpy(self._backbone.features(prompts)).double()
 
     def calibrated(self, raw: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Predictions as past ones turned out to be meant."""
+        """Predictions as past ones turned out to be meant: the mean of the fitted mixture; as they are until there is a fit."""
         fit = self.calibrator.calibration
-        rates: NDArray[np.float64] = expit(fit.alpha + fit.beta * logit(np.clip(raw, LEAST_PRIOR, 1 - LEAST_PRIOR)))
+        if fit == Calibration():
+            return raw
+        informed = expit(fit.alpha + fit.beta * logit(np.clip(raw, LEAST_PRIOR, 1 - LEAST_PRIOR)))
+        rates: NDArray[np.float64] = (1 - fit.eps) * informed + fit.eps / 2
         return rates
 
     def state_dict(self) -> dict[str, NDArray[Any]]:

@@ -3,12 +3,13 @@
 The policy's surplus on a prompt, its success rate less the level of its version, is regressed on each view of the prompts (what
 they mean, how they read, both) by kernel ridge regression. A context row gets the prediction of the regression without it, in
 closed form (Rasmussen and Williams 2006, eq. 5.12), a query that of the whole; so both mean the same to the head, and the head
-learns from the rows, where it sees the labels, how far the predictions can be trusted. Ridges are averaged by how well they predict
-the rows left out; "the level and no more" is one of them, so where the prompts say nothing, so do the features.
+learns from the rows, where it sees the labels, how far the predictions can be trusted. Kernels and ridges are averaged by how well
+they predict the rows left out; "the level and no more" is among them, so where the prompts say nothing, so do the features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from v05.prior.v0.context import Context, Past
 
 RIDGES = (0.1, 0.5, 2.0, 10.0, 50.0, 250.0)  # of kernels with a mean diagonal of 1
+LEAST_VARIANCE = 0.1  # of a feature, in units of their mean: what lies below is as good as constant and is not blown up
 NEIGHBOURS = 16
 NEAR, NEAREST = 0.5, 0.1  # squared distances, of which two rows at random have 2: counts for one row; for many, up to 25
 COORDINATES = 8  # leading principal components
@@ -36,7 +38,7 @@ class Task:
     Attributes:
         rows: (N + Q, COLUMNS) features.
         labels: (N, 2) surplus and its precision, which only context rows have.
-        base: (N + Q,) log-odds of the level plus what both views together predict.
+        base: (N + Q,) log-odds of the level plus what all regressions predict.
     """
 
     rows: Tensor
@@ -57,11 +59,13 @@ def in_context_task(views: tuple[Tensor, Tensor], context: Context, past: Past, 
     count = len(context)
     surplus = torch.from_numpy(context.rate - context.level)
     weight = torch.from_numpy(context.trials / (context.trials + TRIAL_NOISE) / (1 + AGE_DISCOUNT * context.age))
-    meaning, surface = views
-    by_meaning, meaning_norms = _kernel(meaning, count, gaussian=True)
-    by_surface, surface_norms = _kernel(surface, count, gaussian=False)
-    both, norms = by_meaning + by_surface, meaning_norms + surface_norms
-    predictions, gains = zip(*(_regress(kernel, surplus, weight) for kernel in (by_meaning, by_surface, both)), strict=True)
+    meaning, surface = _standardised(views[0], count), views[1]
+    linear, _ = _kernel(meaning, count, gaussian=False)
+    gaussian, gaussian_norms = _kernel(meaning, count, gaussian=True)
+    letters, letters_norms = _kernel(surface, count, gaussian=False)
+    both, norms = gaussian + letters, gaussian_norms + letters_norms
+    fits = [_regress(kernel, surplus, weight) for kernel in (linear, gaussian, letters, linear + letters, both)]
+    predictions, gains = zip(*(_averaged(some, surplus, weight) for some in (fits[:2], fits[2:3], fits)), strict=True)
     columns = [*predictions, *[gain.expand(len(meaning)) for gain in gains], *_neighbours(both, norms, surplus, weight)]
     text = torch.cat((torch.stack(columns, -1), _coordinates(both, count)), -1)
     seen = torch.from_numpy(np.flatnonzero(same >= 0))
@@ -76,6 +80,16 @@ def in_context_task(views: tuple[Tensor, Tensor], context: Context, past: Past, 
     labels = torch.stack((surplus, weight), -1)
     base = torch.logit((context.current + text[:, 2]).clamp(LOWEST, HIGHEST))
     return Task(rows.float(), labels.float(), base.float())
+
+
+def _standardised(features: Tensor, count: int) -> Tensor:
+    """(M, D) features, each centred and scaled by its spread over the first N rows, the context.
+
+    A few outlying features of a language model's hidden states would otherwise make up all distances.
+    """
+    centred = features - features[:count].mean(0)
+    variance = (centred[:count] ** 2).mean(0)
+    return centred / (variance + LEAST_VARIANCE * variance.mean() + JITTER**2).sqrt()
 
 
 def _kernel(features: Tensor, count: int, gaussian: bool) -> tuple[Tensor, Tensor]:
@@ -98,20 +112,26 @@ def _kernel(features: Tensor, count: int, gaussian: bool) -> tuple[Tensor, Tenso
 
 
 def _regress(kernel: Tensor, surplus: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(M,) predicted surplus, of context rows by the others; and by how much the left-out error is below that of predicting 0."""
+    """Of each ridge, (R, M) predicted surplus, of context rows by the others, and (R,) mean squared left-out errors."""
     count = len(surplus)
     gram = kernel[:count]
-    error = [(weight * surplus**2).mean() + JITTER]  # of the ridge without end
-    predictions = [torch.zeros(len(kernel), dtype=kernel.dtype)]
+    errors, predictions = [], []
     for ridge in RIDGES:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram + torch.diag(ridge / weight)))
         dual = inverse @ surplus
         left_out = surplus - dual / inverse.diagonal()
-        error.append((weight * (surplus - left_out) ** 2).mean() + JITTER)
+        errors.append((weight * (surplus - left_out) ** 2).mean() + JITTER)
         predictions.append(torch.cat((left_out, kernel[count:] @ dual)))
-    errors = torch.stack(error)
-    share = torch.softmax(-0.5 * count * torch.log(errors), 0)  # as Gaussian pseudo-likelihoods of the ridges
-    return share @ torch.stack(predictions), 1 - (share @ errors) / errors[0]
+    return torch.stack(predictions), torch.stack(errors)
+
+
+def _averaged(fits: Sequence[tuple[Tensor, Tensor]], surplus: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(M,) predicted surplus over some regressions and "none"; and by how much the left-out error is below that of none."""
+    predictions, errors = (torch.cat(parts) for parts in zip(*fits, strict=True))
+    none = (weight * surplus**2).mean()[None] + JITTER
+    errors = torch.cat((none, errors))
+    share = torch.softmax(-0.5 * len(surplus) * torch.log(errors), 0)  # as Gaussian pseudo-likelihoods
+    return share[1:] @ predictions, 1 - (share @ errors) / none[0]
 
 
 def _neighbours(kernel: Tensor, norms: Tensor, surplus: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 Rows attend to the context rows and to nothing else, so a context may come in any order and queries do not see each other. The
 output layer starts at zero: an untrained head predicts what the regressions predict. `python -m v05.prior.v0.pretrain` trained the
-weights that ship with the package, on synthetic policies.
+weights that ship with the package, on synthetic policies and on runs of small ones.
 """
 
 from __future__ import annotations

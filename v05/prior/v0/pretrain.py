@@ -1,20 +1,27 @@
 """Made the weights of the embedded head: synthetic policies with a latent skill profile, and the head that learns to infer them.
 
-    python -m v05.prior.v0.pretrain --work runs/pretrain --out v05/prior/v0/head.safetensors --tasks 1000 --epochs 10
+    python bench/unseen_policies.py  # leaves runs of four small policies in runs/unseen-policies
+    python -m v05.prior.v0.pretrain --work runs/pretrain --out v05/prior/v0/head.safetensors --tasks 800 --epochs 10 \\
+        runs/unseen-policies/tiny-* runs/unseen-policies/sums-*
 
 A synthetic policy succeeds on a prompt with log-odds level + skill(prompt) + difficulty: skill is a random function of the prompt's
 features (directions, bumps, clusters, letters), difficulty what no feature says, though prompts that are almost the same share it.
 How much of the spread is skill is drawn too, from almost nothing to almost all, so the head learns to shrink. Level, skill and
 difficulty drift from version to version, and some prompts come again. Half of the prompts are reasoning-gym's with the sentence
-model's features, half are random points. The target is the true success rate: no policy, prompt or outcome of a real run is in it.
+model's features, half are random points. The target is the true success rate.
+
+Real policies are the runs that are named: their histories, read by the policy that each began with, are tasks beside the synthetic
+ones. What the head learns from them is how far regressions can be trusted on text that the policy itself reads.
 
 Tasks are made in shards and training goes epoch by epoch; interrupted, the same command goes on where it stopped.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,10 +33,12 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 from scipy.special import expit
 
+from v05.prior.v0 import V0Prior
 from v05.prior.v0.backbone import Backbone
 from v05.prior.v0.context import History, Past
 from v05.prior.v0.features import COORDINATES, Task, in_context_task
 from v05.prior.v0.head import InContextHead, save_head
+from v05.prior.v0.logs import read_logs, walk
 from v05.prior.v0.surface import surface_features
 
 SHARD = 50  # tasks
@@ -188,12 +197,35 @@ def synthetic_task(points: Points, rng: np.random.Generator) -> tuple[Task, NDAr
     return in_context_task(views, context, past, same), rates[queries]
 
 
-def make_shard(path: Path, points: Points, seed: tuple[int, int]) -> None:
-    """Write `SHARD` tasks; the same seed gives the same."""
-    rng = np.random.default_rng(seed)
+def run_tasks(directory: Path, rng: np.random.Generator, draws: int) -> Iterator[tuple[Task, NDArray[np.float64]]]:
+    """Tasks from what a `v05 train` run left, read by the policy folder that it began with; their rates are of its rollouts.
+
+    A draw splits the prompts anew into context and queries, and takes one version and setting with a part of its context.
+    """
+    folder = json.loads((directory / "config.json").read_text())["policy"]["path"]
+    prior = V0Prior(Backbone(Path(folder), directory / "features"), InContextHead())
+    rows = read_logs(sorted(directory.glob("outcomes/*.jsonl")))
+    prompts = sorted({row.prompt for row in rows})
+    for _ in range(draws):
+        held_out = set(rng.permutation(prompts)[: rng.binomial(len(prompts), 0.2)].tolist())
+        split = [replace(row, split="test" if row.prompt in held_out else "context") for row in rows]
+        versions = list(walk(split, len(prompts)))
+        queries = versions[rng.integers(len(versions))]
+        size = int(np.exp(rng.uniform(np.log(24), np.log(LARGEST))))
+        context = queries.context[rng.permutation(len(queries.context))[:size]]
+        asked = rng.permutation(len(queries.rows))[:QUERIES]
+        texts = [*context.prompts, *(queries.rows[i].prompt for i in asked)]
+        place = {prompt: i for i, prompt in enumerate(context.prompts)}
+        same = np.array([place.get(prompt, -1) for prompt in texts[len(context) :]])
+        views = (prior.meaning(texts), torch.from_numpy(surface_features(texts)))
+        rates = np.array([queries.rows[i].rate for i in asked])
+        yield in_context_task(views, context, queries.past[asked], same), rates
+
+
+def make_shard(path: Path, tasks: Iterable[tuple[Task, NDArray[np.float64]]]) -> None:
+    """Write tasks."""
     tensors: dict[str, torch.Tensor] = {}
-    for i in range(SHARD):
-        task, rates = synthetic_task(points, rng)
+    for i, (task, rates) in enumerate(tasks):
         tensors |= {
             f"{i}.rows": task.rows,
             f"{i}.labels": task.labels,
@@ -206,7 +238,8 @@ def make_shard(path: Path, points: Points, seed: tuple[int, int]) -> None:
 
 def load_shard(path: Path) -> list[tuple[Task, torch.Tensor]]:
     tensors = load_file(path)
-    return [(Task(*(tensors[f"{i}.{part}"] for part in ("rows", "labels", "base"))), tensors[f"{i}.rates"]) for i in range(SHARD)]
+    count = sum(name.endswith(".base") for name in tensors)
+    return [(Task(*(tensors[f"{i}.{part}"] for part in ("rows", "labels", "base"))), tensors[f"{i}.rates"]) for i in range(count)]
 
 
 def excess(logits: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
@@ -235,6 +268,9 @@ def main(
     out: Annotated[Path, typer.Option(help="The weight file to write.")],
     tasks: Annotated[int, typer.Option(help="Synthetic tasks.", min=SHARD)] = 1000,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Directories of `v05 train` runs, whose outcomes are tasks too.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Make tasks, train, write the weights."""
@@ -245,7 +281,12 @@ def main(
     if missing:
         points = gym_points(work)
         for i, path in track(missing, "tasks"):
-            make_shard(path, points, (seed, i))
+            rng = np.random.default_rng((seed, i))
+            make_shard(path, (synthetic_task(points, rng) for _ in range(SHARD)))
+    for i, run in enumerate(track(runs or [], "runs")):
+        shards.append(work / f"run-{seed}-{i}.safetensors")
+        if not shards[-1].is_file():
+            make_shard(shards[-1], run_tasks(run, np.random.default_rng((seed, 1, i)), SHARD))
     validation = [task for path in shards[:VALIDATION_SHARDS] for task in load_shard(path)]
     training = [task for path in shards[VALIDATION_SHARDS:] for task in load_shard(path)]
 
@@ -284,7 +325,12 @@ def main(
         os.replace(checkpoint.with_suffix(".partial"), checkpoint)
     ours, base = validate(head, validation)
     settings = dict(
-        tasks=str(len(training)), epochs=str(epochs), seed=str(seed), excess=f"{ours:.4f}", excess_of_base=f"{base:.4f}"
+        tasks=str(len(training)),
+        epochs=str(epochs),
+        seed=str(seed),
+        excess=f"{ours:.4f}",
+        excess_of_base=f"{base:.4f}",
+        runs=str(len(runs or [])),
     )
     save_head(head, out, settings)
 
