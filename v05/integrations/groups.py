@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from v05.prior.calibration import Calibrator
 
 Range = tuple[float, float]
+ESTIMATORS = {  # name in verl and SkyRL: method; the last two for comparison with the host's own
+    "v05": "v05",
+    "v05_calibrated": "calibrated",
+    "v05_grpo": "grpo",
+    "v05_rloo": "rloo",
+}
 PADDING = re.compile(r"pad([0-9]+|[0-9a-f]{32})")  # group ids of the rows that fill up a batch, in SkyRL and in verl
 
 

@@ -19,15 +19,9 @@ from numpy.typing import NDArray
 from skyrl.backends.skyrl_train.utils.ppo_utils import register_advantage_estimator
 from skyrl.train.generators.base import GeneratorInput, GeneratorInterface, GeneratorOutput
 
-from v05.integrations.groups import PromptPriors, Settings, outcome_advantages
+from v05.integrations.groups import ESTIMATORS, PromptPriors, Settings, outcome_advantages
 
 PRIORS = PromptPriors()
-ESTIMATORS = {  # name: method; the last two for comparison with SkyRL's own
-    "v05": "v05",
-    "v05_calibrated": "calibrated",
-    "v05_grpo": "grpo",
-    "v05_rloo": "rloo",
-}
 REMEDY = "wrap the generator in v05.integrations.skyrl.PromptedGenerator"
 
 

@@ -22,15 +22,9 @@ import torch
 from numpy.typing import NDArray
 from verl.trainer.ppo.core_algos import register_adv_est
 
-from v05.integrations.groups import PromptPriors, Settings, outcome_advantages
+from v05.integrations.groups import ESTIMATORS, PromptPriors, Settings, outcome_advantages
 
 PRIORS = PromptPriors()
-ESTIMATORS = {  # name: method; the last two for comparison with verl's own
-    "v05": "v05",
-    "v05_calibrated": "calibrated",
-    "v05_grpo": "grpo",
-    "v05_rloo": "rloo",
-}
 REMEDY = (
     "set +actor_rollout_ref.rollout.agent.agent_loop_manager_class=v05.integrations.verl_rollout.SequentialAgentLoopManager, "
     "or call v05.integrations.verl.PRIORS.open(uids, raw_prompts) where the prompts are drawn"

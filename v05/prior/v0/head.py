@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -102,10 +102,3 @@ def load_head(path: Path = WEIGHTS) -> InContextHead:
             f"head={path} holds no weights of this head ({error}); reinstall v05, or train one: python -m v05.prior.v0.pretrain"
         ) from error
     return head.requires_grad_(False).eval()
-
-
-def head_metadata(path: Path = WEIGHTS) -> dict[str, str]:
-    """What made the weights of a file."""
-    with safe_open(path, framework="pt") as file:
-        made_by: dict[str, str] = json.loads(file.metadata()["made_by"])
-    return made_by

@@ -76,7 +76,8 @@ def gym_points(cache: Path) -> Points:
         try:
             dataset = reasoning_gym.create_dataset(name, size=PROMPTS_A_DATASET, seed=0)
             questions = [str(item["question"])[:400] for item in dataset]
-        except Exception:  # a few need packages or data of their own
+        except Exception as error:  # a few need packages or data of their own, and fail in their own ways
+            typer.echo(f"prompts of {name} are left out: {error!r}")
             continue
         texts += questions
         clusters += [number] * len(questions)
