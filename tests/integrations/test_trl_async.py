@@ -87,18 +87,18 @@ def loop(tokenizer, monkeypatch):
 
 
 def collect(loop, groups):
-    """Run TRL's generation and scoring loops until so many groups have reached the trainer's buffer; their samples by group."""
+    """Run TRL's generation and scoring loops until the first `groups` have reached the buffer; their samples by group."""
     taken = defaultdict(list)
 
     async def run():
         stop = asyncio.Event()
 
         async def watch():
-            while len(taken) < groups or not loop.rollout_buffer.empty():
+            while not taken.keys() >= set(range(groups)):  # whole, in any order; more follow
+                await asyncio.sleep(0.01)
                 while not loop.rollout_buffer.empty():
                     sample = loop.rollout_buffer.get()
                     taken[sample.group_id].append(sample)
-                await asyncio.sleep(0.01)
             stop.set()
 
         tasks = [asyncio.create_task(t) for t in (loop._generate_loop(stop), loop._score_loop(stop), watch())]
