@@ -79,7 +79,7 @@ const CHARTS = [
     draw: (groups) => ({ traces: curves(groups, "baseline_mse", { markers: true, format: ".4f" }), layout: { yaxis: { rangemode: "tozero" } } }),
   },
   {
-    id: "stages", title: "Training time by stage",
+    id: "stages", wide: true, title: "Training time by stage",
     note: "Seconds of 1,000 rollouts. Schedule: what sampling takes beside the engine and the verifier.",
     draw: drawStages,
   },
@@ -92,7 +92,7 @@ function curves(groups, key, { markers = false, format }) {
     return {
       x: [...x, ...x.slice().reverse()],
       y: [...mean.map((m, i) => m + spread[i]), ...mean.map((m, i) => m - spread[i]).reverse()],
-      type: "scatter", mode: "lines", fill: "toself", fillcolor: colour(g) + "26", line: { width: 0 }, hoverinfo: "skip",
+      type: "scatter", mode: "lines", fill: "toself", fillcolor: colour(g) + "26", line: { width: 0, color: colour(g) }, hoverinfo: "skip",
     };
   });
   const lines = known.map((g) => ({
@@ -119,10 +119,10 @@ function drawSaved(groups) {
   return {
     traces: [{
       type: "bar", orientation: "h", y: known.map((g) => g.name), x: known.map((g) => (g.saved.rollouts === null ? 0 : g.saved.rollouts)),
-      marker: { color: known.map(colour) }, text: known.map((g) => text(g.saved)), textposition: "inside", insidetextanchor: "start",
-      textfont: { color: "#fff" }, outsidetextfont: { color: ink() }, cliponaxis: false,
+      marker: { color: known.map(colour) }, text: known.map((g) => text(g.saved)), textposition: known.map((g) => (g.saved.rollouts === null ? "outside" : "inside")), insidetextanchor: "start",
+      insidetextfont: { color: isDark() ? "#10151d" : "#fff" }, outsidetextfont: { color: css("--soft") }, cliponaxis: false,
       error_x: {
-        type: "data", symmetric: false, color: css("--soft"), thickness: 1.2, width: 4,
+        type: "data", symmetric: false, color: ink(), thickness: 1.2, width: 4,
         array: known.map((g) => (g.saved.rollouts === null ? 0 : (g.saved.high === null ? end : g.saved.high) - g.saved.rollouts)),
         arrayminus: known.map((g) => (g.saved.rollouts === null ? 0 : g.saved.rollouts - (g.saved.low === null ? 0 : g.saved.low))),
       },
@@ -131,7 +131,7 @@ function drawSaved(groups) {
     }],
     layout: {
       xaxis: { title: { text: "training rollouts" }, tickformat: "~s", range: [0, end * 1.04] },
-      yaxis: { automargin: true, ticks: "", showgrid: false },
+      ...named(known),
       shapes: [{ type: "line", x0: spent, x1: spent, y0: 0, y1: 1, yref: "paper", line: { color: css("--soft"), width: 1.2, dash: "dot" } }],
     },
   };
@@ -139,13 +139,14 @@ function drawSaved(groups) {
 
 function drawGroupSizes(groups) {
   const known = groups.filter((g) => g.group_sizes);
+  const most = Math.max(0, ...known.map((g) => g.group_sizes.length - 1));
   const least = Math.min(...known.map((g) => g.group_sizes.findIndex((share) => share > 0)));
   return {
     traces: known.map((g) => {
       const sizes = g.group_sizes.map((_, size) => size).slice(least);
-      return bars(g, sizes, g.group_sizes.slice(least), "%{x} rollouts");
+      return { ...bars(g, sizes, g.group_sizes.slice(least), "%{x} rollouts"), opacity: 0.7 };
     }),
-    layout: { barmode: "group", xaxis: { title: { text: "rollouts of a group" }, dtick: known.length && known[0].group_sizes.length > 24 ? undefined : 1 }, yaxis: { tickformat: ".0%" } },
+    layout: { barmode: "overlay", xaxis: { title: { text: "rollouts of a group" }, dtick: most > 24 ? undefined : 1 }, yaxis: { tickformat: ".0%" } },
   };
 }
 
@@ -180,10 +181,15 @@ function drawStages(groups) {
       marker: { color: palette[i % palette.length] }, hovertemplate: `<b>%{y}</b><br>${stage}: %{x:.3f} s<extra></extra>`,
     })),
     layout: {
-      barmode: "stack", showlegend: true, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", traceorder: "normal" },
-      xaxis: { title: { text: "seconds" } }, yaxis: { automargin: true, ticks: "", showgrid: false },
+      barmode: "stack", showlegend: true, legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom", traceorder: "normal" },
+      xaxis: { title: { text: "seconds" } }, ...named(known, 30),
     },
   };
+}
+
+function named(groups, top = 10) {  // room for the groups' names to the left of their bars
+  const longest = Math.max(...groups.map((g) => g.name.length));
+  return { margin: { l: Math.min(260, 16 + (state.printing ? 5.2 : 6.8) * longest), r: 14, t: top, b: 44, autoexpand: false }, yaxis: { ticks: "", showgrid: false } };
 }
 
 function level(y, text) {
@@ -230,12 +236,12 @@ const visible = () => inSetting().filter((g) => !state.hidden.has(g.name));
 
 function drawCharts() {
   const base = {
-    autosize: true, margin: { l: 52, r: 14, t: 10, b: 44 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    autosize: true, margin: { l: 52, r: 14, t: 10, b: 44, autoexpand: false }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: "system-ui, sans-serif", size: state.printing ? 9 : 12, color: css("--soft") }, showlegend: false, hovermode: "closest",
     hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: ink() } }, bargap: 0.25,
     ...(state.printing ? PRINTED : {}),
   };
-  const line = { gridcolor: css("--grid"), linecolor: css("--line"), zeroline: false, automargin: true };
+  const line = { gridcolor: css("--grid"), linecolor: css("--line"), zeroline: false };
   for (const chart of CHARTS) {
     const card = byId(`chart-${chart.id}`), plot = card.querySelector(".plot"), empty = card.querySelector(".empty");
     const { traces, layout } = chart.draw(visible());
