@@ -154,13 +154,10 @@ def axes_of(steps: Sequence[Records]) -> dict[str, tuple[Array, Array]]:
 
 
 def curve(rollouts: Array, values: Array, axes: dict[str, tuple[Array, Array]]) -> Document:
-    """Mean and standard deviation over the (runs, points) `values`, on all axes. A point that no run has is left out."""
-    kept = ~np.isnan(values).all(axis=0)
-    rollouts, values = rollouts[kept], values[:, kept]
-    spread = np.nanstd(values, axis=0, ddof=1) if len(values) > 1 and not np.isnan(values).any() else None
+    """Mean and, of several, standard deviation over the (runs, points) `values`, on all axes."""
     return {
-        "mean": np.nanmean(values, axis=0).tolist(),
-        "spread": None if spread is None else spread.tolist(),
+        "mean": values.mean(axis=0).tolist(),
+        "spread": values.std(axis=0, ddof=1).tolist() if len(values) > 1 else None,
         "rollouts": rollouts.tolist(),
         **{axis: np.interp(rollouts, *conversion).tolist() for axis, conversion in axes.items()},
     }
@@ -185,15 +182,15 @@ def binned(steps: Sequence[Records], key: str, axes: dict[str, tuple[Array, Arra
         return None
     end = min(of_run[-1]["rollouts"] for of_run in known)
     bins = min(POINTS, *(len(of_run) for of_run in known))
-    values = np.full((len(known), bins), np.nan)
-    for row, of_run in zip(values, known, strict=True):
-        rollouts = column(of_run, "rollouts")
-        place = np.ceil(rollouts / end * bins).astype(int) - 1
+    values = []
+    for of_run in known:
+        place = np.ceil(column(of_run, "rollouts") / end * bins).astype(int) - 1
         inside = place < bins
         counts = np.bincount(place[inside], minlength=bins)
         sums = np.bincount(place[inside], column(of_run, key)[inside], bins)
-        row[counts > 0] = sums[counts > 0] / counts[counts > 0]
-    return curve((np.arange(bins) + 1) * end / bins, values, axes)
+        (filled,) = np.nonzero(counts)
+        values.append(np.interp(np.arange(bins), filled, sums[filled] / counts[filled]))
+    return curve((np.arange(bins) + 1) * end / bins, np.stack(values), axes)
 
 
 def shares(steps: Records, key: str) -> list[float] | None:

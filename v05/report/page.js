@@ -119,7 +119,7 @@ function drawSaved(groups) {
   return {
     traces: [{
       type: "bar", orientation: "h", y: known.map((g) => g.name), x: known.map((g) => (g.saved.rollouts === null ? 0 : g.saved.rollouts)),
-      marker: { color: known.map(colour) }, text: known.map((g) => text(g.saved)), textposition: known.map((g) => (g.saved.rollouts === null ? "outside" : "inside")), insidetextanchor: "start",
+      marker: { color: known.map(colour) }, text: known.map((g) => text(g.saved)), textposition: known.map((g) => (g.saved.rollouts === null ? "outside" : "inside")), insidetextanchor: "start", textangle: 0,
       insidetextfont: { color: isDark() ? "#10151d" : "#fff" }, outsidetextfont: { color: css("--soft") }, cliponaxis: false,
       error_x: {
         type: "data", symmetric: false, color: ink(), thickness: 1.2, width: 4,

@@ -36,10 +36,10 @@ class LiveView:
             expand=True,
         )
         self._task = self._bar.add_task("", total=None)
-        self._live = Live(get_renderable=self._panel, console=console) if console.is_terminal else None
         self._state: RunProgress | None = None
         self._accuracies: list[float] = []
         self._told = -math.inf
+        self._live = Live(get_renderable=self._panel, console=console) if console.is_terminal else None
 
     def __enter__(self) -> LiveView:
         if self._live is not None:
