@@ -268,7 +268,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "symbols": {
         "task": ReasoningGymConfig(surface="terse", mix=(*(_programs(n) for n in (8, 10, 12)), _words(4, 10))),
         "policy": PolicyConfig(
-            hidden_size=160, layers=3, intermediate_size=480, max_new_tokens=13, warm_start=WarmStartConfig(decay_steps=20)
+            hidden_size=160,
+            layers=3,
+            intermediate_size=480,
+            max_new_tokens=13,
+            warm_start=WarmStartConfig(decay_steps=20, validate_every=20),
         ),
         "rollouts_per_step": 256,
         "total_rollouts": 50_000,
