@@ -250,6 +250,9 @@ def _words(low: int, high: int) -> Source:
     return Source(dataset="spell_backward", weight=3, settings=dict(min_word_len=low, max_word_len=high))
 
 
+# Stops the warm start while the policy still learns fast, and all of a sudden.
+EARLY: dict[str, Any] = {"target_accuracy": 0.35, "decay_steps": 20, "validate_every": 20}
+
 PRESETS: dict[str, dict[str, Any]] = {
     # 0.6 million parameters; minutes on one core.
     "tiny": {
@@ -257,10 +260,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "policy": PolicyConfig(hidden_size=128, layers=3, intermediate_size=384, max_new_tokens=8),
         "total_rollouts": 80_000,
     },
-    # 1 million parameters, more products.
+    # 1 million parameters, sums and products of up to two digits.
     "arithmetic": {
-        "task": ReasoningGymConfig(surface="terse", operand_width=3, mix=(_sums(2, 3, 1), _products(1, 2, 1))),
-        "policy": PolicyConfig(hidden_size=160, layers=3, intermediate_size=480, max_new_tokens=8),
+        "task": ReasoningGymConfig(surface="terse", operand_width=2, mix=(_sums(1, 2, 3), _products(1, 2, 1))),
+        "policy": PolicyConfig(
+            hidden_size=160, layers=3, intermediate_size=480, max_new_tokens=6, warm_start=WarmStartConfig(**EARLY)
+        ),
         "rollouts_per_step": 256,
         "total_rollouts": 50_000,
     },
@@ -272,28 +277,22 @@ PRESETS: dict[str, dict[str, Any]] = {
             layers=3,
             intermediate_size=480,
             max_new_tokens=13,
-            warm_start=WarmStartConfig(decay_steps=20, validate_every=20),
+            warm_start=WarmStartConfig(**EARLY),
         ),
         "rollouts_per_step": 256,
         "total_rollouts": 50_000,
     },
-    # 1 million parameters, products, multiples and bases; starts below 0.2.
+    # 1 million parameters, sums, programs and words together; starts below 0.2.
     "hard": {
         "task": ReasoningGymConfig(
-            surface="terse",
-            operand_width=2,
-            mix=(
-                _products(2, 2, 1),
-                Source(dataset="lcm", settings=dict(max_value=60)),
-                Source(dataset="base_conversion", settings=dict(min_base=3, max_base=9, min_value=1, max_value=300)),
-            ),
+            surface="terse", operand_width=3, mix=(_sums(3, 3, 2), *(_programs(n) for n in (10, 12)), _words(7, 10))
         ),
         "policy": PolicyConfig(
             hidden_size=160,
             layers=3,
             intermediate_size=480,
-            max_new_tokens=7,
-            warm_start=WarmStartConfig(target_accuracy=0.12, decay_steps=50),
+            max_new_tokens=13,
+            warm_start=WarmStartConfig(**EARLY | {"target_accuracy": 0.1, "decay_steps": 5}),
         ),
         "rollouts_per_step": 256,
         "total_rollouts": 50_000,
