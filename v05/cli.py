@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -504,6 +505,7 @@ def _run_suite(name: str, seeds: int | None, rollouts: int | None, out: Path, jo
 
         def done(name: str) -> None:
             append_row(out, row_of(missing[name], out / name))
+            shutil.rmtree(out / name / "policy", ignore_errors=True)  # hundreds of them
 
         failed = _run_watched({name: run.config for name, run in missing.items()}, out, jobs, done)
         if failed:

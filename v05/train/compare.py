@@ -58,6 +58,7 @@ def run_all(configs: Mapping[str, RunConfig], directory: Path, jobs: int, watch:
     context = multiprocessing.get_context("forkserver")  # one import of torch and transformers for all runs
     context.set_forkserver_preload(["v05.train.trainer", "reasoning_gym"])
     failed: list[str] = []
+    watch(list(states.values()))
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
