@@ -215,10 +215,13 @@ def tuned_rates(suite: Suite, rows: Iterable[Row]) -> dict[tuple[str, str], floa
 
 
 def read_rows(directory: Path) -> list[Row]:
-    """The rows of a suite's directory; none where it has none. ValueError where the file is not one of this program."""
+    """The rows of a suite's directory; none where it has none."""
     path = directory / ROWS
-    if not path.is_file():
-        return []
+    return read_csv(path) if path.is_file() else []
+
+
+def read_csv(path: Path) -> list[Row]:
+    """The rows of a suite's file; ValueError where it has other columns."""
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         names = [field.name for field in fields(Row)]
