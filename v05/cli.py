@@ -1,4 +1,4 @@
-"""The command line: `v05 train`, `compare`, `simulate`, `fit-prior`. Each teaches in its --help; the work is done elsewhere."""
+"""The command line: `v05 train`, `compare`, `report`, `simulate`, `fit-prior`. Each has its --help; the work is done elsewhere."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ Threads = Annotated[int, typer.Option(help="Threads a run; 1 is fastest for smal
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="Run directory: config.json, metrics.jsonl, outcomes/, result.json, policy/.")],
+    out: Annotated[
+        Path, typer.Option(help="Run directory: config.json, metrics.jsonl, outcomes/, tensorboard/, result.json, policy/.")
+    ],
     preset: Preset = "tiny",
     method: Annotated[
         str,
@@ -81,12 +83,14 @@ def train(
         typer.Option(help="Run exactly this config.json; leave the other options of a run out."),
     ] = None,
     distributed: Annotated[str, typer.Option(help="Under torchrun: ddp replicates the policy, fsdp2 shards it.")] = "ddp",
+    wandb: Annotated[str | None, typer.Option(help="Show the figures in this project of Weights & Biases, too.")] = None,
     threads: Threads = 1,
 ) -> None:
     """Train one policy with one method. A run that was interrupted goes on where it stopped when called again.
 
     The first run on a preset warm-starts its policy by supervised training (about two minutes for tiny) and keeps it in
-    $V05_CACHE or ~/.cache/v05. Under torchrun several processes train the one policy.
+    $V05_CACHE or ~/.cache/v05. Under torchrun several processes train the one policy. `v05 report` draws the run, also while it
+    lasts; tensorboard --logdir shows its figures.
 
     Example: v05 train --preset tiny --method v05 --seed 0 --out runs/one
     """
@@ -114,16 +118,20 @@ def train(
         refuse_to_overwrite(run, out)
         _set_threads(threads)
         from v05.train.distributed import leave_world
+        from v05.train.live import LiveView
+        from v05.train.sinks import Sink, TensorBoard, WeightsAndBiases
         from v05.train.trainer import Trainer
 
-        trainer = Trainer(run, out, _say)
+        sinks: list[Sink] = [TensorBoard(out)]
+        if wandb is not None:
+            sinks.append(WeightsAndBiases(out, wandb, run))
+        trainer = Trainer(run, out, _say, sinks)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         _fail(error)
     try:
-        with _progress() as progress:
-            bar = progress.add_task(label_of(run), total=run.total_rollouts, note="")
+        with LiveView(f"{label_of(run)}, seed {run.seed}", Console(stderr=True, quiet=_rank() > 0)) as view:
             for state in trainer.run():
-                progress.update(bar, completed=state.rollouts, note=f"held-out accuracy {state.accuracy:.3f}")
+                view.show(state)
     except KeyboardInterrupt:
         _interrupted(out)
     except (ValueError, OSError, RuntimeError) as error:
@@ -209,6 +217,43 @@ def compare(
     if failed:
         console.out(f"failed: {', '.join(failed)}; see log.txt in each run's directory", style="red")
         raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_DIR...", help="Run directories, or directories of runs as compare's --out.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="The page; left out, report.html in the first directory.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Method whose final accuracy the others are to reach, such as grpo@16; the first grpo.")
+    ] = None,
+) -> None:
+    """Draw runs, finished or not, on one HTML page that needs no network.
+
+    Runs that differ in their seed alone are one curve with a band. The page holds learning curves over rollouts, tokens and
+    seconds, rollouts saved, group sizes, prior against outcome, gradient norm, entropy, where time went, and completions to read.
+
+    Example: v05 report runs/compare --out page.html
+    """
+    from rich.progress import track
+
+    from v05.report.figures import document
+    from v05.report.page import write_page
+    from v05.report.runs import find_runs, read_runs, seeds_of
+
+    def watched(items: Sequence[Any], what: str) -> Iterable[Any]:
+        return track(items, what, console=console)
+
+    try:
+        directories = find_runs(runs)
+        read, empty = read_runs(directories, lambda items: watched(items, "reading runs"))
+        page = out or runs[0] / "report.html"
+        write_page(document(seeds_of(read), read, baseline, watched), ", ".join(place.resolve().name for place in runs), page)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    unread = f"; without an evaluation yet, and left out: {', '.join(empty)}" if empty else ""
+    console.out(f"{len(read)} runs on {page}, {page.stat().st_size / 1e6:.1f} MB{unread}")
 
 
 @app.command("fit-prior")

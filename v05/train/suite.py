@@ -245,12 +245,7 @@ def append_row(directory: Path, row: Row) -> None:
 def row_of(planned: Planned, directory: Path) -> Row:
     """The row of a finished run directory."""
     run = load_run(planned.label, directory)
-    tokens = np.cumsum([step["tokens"] for step in run.steps])
-    spent = np.array([step["rollouts"] for step in run.steps])
-    curve = []
-    for e in run.evaluations:
-        before = int(np.searchsorted(spent, e["rollouts"], side="right"))  # steps
-        curve.append([e["rollouts"], int(tokens[before - 1]) if before else 0, round(e["seconds"], 3), e["accuracy"]])
+    curve = [[e["rollouts"], e["generated_tokens"], round(e["seconds"], 3), e["accuracy"]] for e in run.evaluations]
     aucs = [e["prior_auc"] for e in run.evaluations if e.get("prior_auc") is not None]
     stage, mix, label, seed, rate, total = planned.key
     return Row(
@@ -261,7 +256,7 @@ def row_of(planned: Planned, directory: Path) -> Row:
         learning_rate=rate,
         total_rollouts=total,
         rollouts=run.result["rollouts"],
-        tokens=int(tokens[-1]),
+        tokens=curve[-1][1],
         steps=run.result["steps"],
         accuracy_before=run.result["accuracy_before"],
         accuracy_after=run.result["accuracy_after"],
