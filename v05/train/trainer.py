@@ -44,7 +44,7 @@ from numpy.typing import NDArray
 from v05.budget import RolloutAllocator
 from v05.methods import Baseline, find_method
 from v05.ops import AdvantageOutput, AdvantageStats, fused_advantage
-from v05.prior import ConstantPrior, ValuePrior
+from v05.prior import ConstantPrior, NoisePrior, ValuePrior
 from v05.prior.calibration import Calibrator
 from v05.prior.history import HistoryPrior
 from v05.prior.scores import auc, brier, cross_entropy
@@ -180,7 +180,7 @@ class Trainer:
         self.calibrator = Calibrator() if self.method.baseline is Baseline.CALIBRATED else None
         budget = config.budget
         self.allocator = self.new_allocator(0)
-        self.heldout = heldout_set(self.task, config.evaluation.prompts)
+        self.heldout = heldout_set(self.task, config.evaluation.prompts, config.evaluation.start)
         self.own_weights = config.engine.kind != "transformers"  # the engine's, to be kept up to date
         self.state = RunState(
             next_prompt=(config.seed + 1) * PROMPTS_BETWEEN_SEEDS,
@@ -502,7 +502,7 @@ class Trainer:
         drawn = list(itertools.islice(self.prompts, count))
         prompts = [prompt for _, prompt in drawn]
         mine = self.world.block(count)
-        priors = self.prior.predict([p.text for p in prompts]) if self.method.needs_prior else np.full(len(prompts), np.nan)
+        priors = self.predict(prompts) if self.method.needs_prior else np.full(len(prompts), np.nan)
         if self.config.budget.rule in ("calibrated", "total"):  # no group is open: what was fitted since may take its place
             self.allocator = self.new_allocator(len(prompts[mine]))
         part = collect(
@@ -527,6 +527,31 @@ class Trainer:
         state.generated_tokens += sum(len(c.tokens) for c in batch.completions)
         state.group_size += (1 - GROUP_SIZE_MEMORY) * (len(batch.rewards) / count - state.group_size)
         return batch
+
+    def predict(self, prompts: Sequence[Prompt]) -> NDArray[np.float64]:
+        """(P,) success rates by the prior."""
+        if self.config.prior == "oracle":
+            return self.answer_probability(prompts)
+        return self.prior.predict([prompt.text for prompt in prompts])
+
+    @torch.no_grad()
+    def answer_probability(self, prompts: Sequence[Prompt]) -> NDArray[np.float64]:
+        """(P,) chance that the policy samples the reference answer: the true success rate where no other answer is right."""
+        parts = [np.zeros(0)]
+        for start in range(0, len(prompts), MICRO_BATCH):
+            block = prompts[start : start + MICRO_BATCH]
+            answers = [
+                (*self.tokenizer(p.answer, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id) for p in block
+            ]
+            completions = [Completion(np.array(tokens), np.zeros(len(tokens), dtype=np.float32), True) for tokens in answers]
+            logprobs = completion_logprobs(
+                self.sampled, [self.tokens_of(p) for p in block], completions, self.tokenizer.pad_token_id
+            )
+            lengths = torch.tensor([len(tokens) for tokens in answers], device=logprobs.device)
+            within = torch.arange(logprobs.shape[1], device=logprobs.device) < lengths[:, None]
+            chance = torch.where(within, logprobs, 0.0).sum(-1).exp()
+            parts.append(torch.where(lengths <= self.config.policy.max_new_tokens, chance, 0.0).double().cpu().numpy())
+        return np.concatenate(parts)
 
     def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
         return tuple(self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"])
@@ -645,7 +670,7 @@ class Trainer:
 
     def prior_scores(self, rates: NDArray[np.float64]) -> dict[str, float]:
         """How well the prior, which never observes held-out prompts, predicts their (P,) success rates."""
-        predicted = self.prior.predict([prompt.text for prompt in self.heldout])
+        predicted = self.predict(self.heldout)
         scores = {"auc": auc, "brier": brier, "cross_entropy": cross_entropy}
         known = not np.isnan(predicted).any()  # a prior without any outcome yet predicts nothing
         return {f"prior_{name}": score(predicted, rates) if known else float("nan") for name, score in scores.items()}
@@ -685,7 +710,9 @@ def make_prior(config: RunConfig, policy: Path) -> ValuePrior:
     """The prior of the run's configuration; `policy` is the folder of its warm start."""
     if config.prior == "history":
         return HistoryPrior()
-    if config.prior == "constant":
+    if config.prior == "noise":
+        return NoisePrior(config.seed)
+    if config.prior in ("constant", "oracle"):  # the trainer is the oracle
         return ConstantPrior()
     from v05.prior.v0 import V0Prior
     from v05.prior.v0.adapter import AdaptedBackbone, load_adapter
