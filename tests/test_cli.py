@@ -33,7 +33,7 @@ def test_help_teaches(environment, tmp_path):
     overview = v05("--help", environment=environment, directory=tmp_path)
     assert overview.returncode == 0
     assert "compare" in overview.stdout
-    for command in ("train", "compare", "simulate"):
+    for command in ("train", "compare", "report", "simulate"):
         text = v05(command, "--help", environment=environment, directory=tmp_path).stdout
         assert f"v05 {command}" in text
         assert "Example" in text

@@ -24,6 +24,7 @@ def write_run(directory, spec, seed, *, steps=60, of=60, evaluations=8, new=True
         accuracy = 0.45 + gain * (1 - np.exp(-2.5 * step / of)) + rng.normal(0, 0.006)
         entropy = 0.42 - 0.1 * step / of + rng.normal(0, 0.004)
         newer = {"generated_tokens": tokens} if new else {}
+        newer |= {"prior_auc": 0.5 + 0.3 * step / of if step else None} if sequential else {}
         records.append(
             {"kind": "evaluation", "rollouts": step * 512, "seconds": seconds, "accuracy": accuracy, "entropy": entropy} | newer
         )

@@ -106,6 +106,10 @@ def test_histograms_and_calibration_add_up(place):
 
 def test_runs_of_an_earlier_version_say_what_they_lack(place, tmp_path):
     write_run(tmp_path / "old", "v05@4..16", 7, new=False)
+    settings = json.loads((tmp_path / "old" / "config.json").read_text())
+    settings["task"]["surface"] = "retired"
+    settings["gone"] = settings.pop("evaluation")
+    (tmp_path / "old" / "config.json").write_text(json.dumps(settings))
     page = document_of(tmp_path)
     (group,) = page["groups"]
     assert set(group["accuracy"]) == {"mean", "spread", "rollouts", "seconds"}
@@ -172,6 +176,12 @@ def test_the_command(place, tmp_path):
     early = runner.invoke(app, ["report", str(tmp_path / "early")])
     assert early.exit_code == 2
     assert "none of early has been evaluated yet" in early.output
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "metrics.jsonl").write_text("")
+    (tmp_path / "foreign" / "config.json").write_text('{"model_type": "llama"}')
+    foreign = runner.invoke(app, ["report", str(tmp_path / "foreign")])
+    assert foreign.exit_code == 2
+    assert "is not the configuration of a run (KeyError('budget')); leave the directory out" in foreign.output.replace("\n", "")
     both = runner.invoke(app, ["report", str(tmp_path / "early"), str(place / "grpo@8-seed0"), "--out", str(tmp_path / "p.html")])
     assert both.exit_code == 0, both.output
     assert "left out: early" in both.output

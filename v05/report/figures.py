@@ -80,7 +80,7 @@ def run_line(recorded: Recorded) -> Document:
         "name": recorded.name,
         "label": recorded.run.label,
         "finished": recorded.finished,
-        "share": min(1.0, result["rollouts"] / recorded.config.total_rollouts),
+        "share": min(1.0, result["rollouts"] / recorded.settings["total_rollouts"]),
         "failures": sum(step.get("failures", 0) for step in recorded.run.steps),
         **{key: result[key] for key in keys},
     }
@@ -115,6 +115,7 @@ def summary(group: Seeds, baseline: Seeds | None) -> Document:
         "mean_rejected": mean_of(every_step, "prior_rejected"),
         "accuracy": at_points([run.evaluations for run in runs], "accuracy", axes),
         "entropy": at_points([run.evaluations for run in runs], "entropy", axes),
+        "prior_auc": at_points([run.evaluations for run in runs], "prior_auc", axes),
         "baseline_mse": at_points(probes, "baseline_mse", axes),
         "group_size": over("group_size"),
         "rejected": over("prior_rejected"),

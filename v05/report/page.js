@@ -23,7 +23,7 @@ const CHARTS = [
     },
   },
   {
-    id: "saved", title: "Rollouts to the baseline's final accuracy",
+    id: "saved", wide: true, title: "Rollouts to the baseline's final accuracy",
     note: "Until the mean curve first reaches it; lines: 95 % interval over seeds, an open end never reached it. Dotted: what the baseline spent.",
     draw: drawSaved,
   },
@@ -41,6 +41,11 @@ const CHARTS = [
     id: "calibration", title: "Prior against outcome",
     note: "Groups by predicted success rate, second half of the run; outcome: the first rollouts of a group, before any test. Area: groups.",
     draw: drawCalibration,
+  },
+  {
+    id: "prior-auc", title: "How well the prior ranks held-out prompts",
+    note: "AUC: how often a prompt solved more than half the time is put above one that is not; 0.5 is chance.",
+    draw: (groups) => ({ traces: curves(groups, "prior_auc", { markers: true, format: ".3f" }), layout: {} }),
   },
   {
     id: "rejected", title: "Priors rejected",
@@ -254,7 +259,7 @@ function drawCharts() {
     const over = { title: { text: AXES[state.axis] }, tickformat: "~s", rangemode: "tozero" };
     const whole = { ...base, ...layout, xaxis: { ...line, ...(layout.xaxis || over) }, yaxis: { ...line, ...layout.yaxis } };
     if (chart.id === "stages" || chart.id === "saved") {
-      plot.style.height = state.printing ? "" : `${Math.max(300, 110 + 26 * visible().length)}px`;
+      plot.style.height = state.printing ? "" : `${110 + 30 * visible().length}px`;
     }
     Plotly.react(plot, traces, whole, { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] });
   }

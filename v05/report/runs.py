@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from v05.methods import METHODS
+from v05.methods import METHODS, find_method
 from v05.train.compare import Run
-from v05.train.config import RunConfig, label_of
+from v05.train.config import BudgetConfig, RunConfig, label_of
 from v05.train.metrics import CONFIG, METRICS, RESULT, read_metrics
 
 Track = Callable[[Sequence[Path]], Iterable[Path]]
@@ -25,21 +23,17 @@ class Recorded:
 
     Attributes:
         name: of the run, unique on a page.
-        config: its settings.
+        settings: its config.json as it stands: what an earlier version wrote need not be a valid configuration any more.
         finished: it has a result.
         run: its records as the comparison sees them; the result of an unfinished run is what its last evaluation says.
         samples: its records of kind "group".
     """
 
     name: str
-    config: RunConfig
+    settings: dict[str, Any]
     finished: bool
     run: Run
     samples: list[dict[str, Any]]
-
-    @property
-    def seed(self) -> int:
-        return self.config.seed
 
 
 @dataclass(frozen=True)
@@ -95,9 +89,11 @@ def read_runs(directories: Sequence[Path], track: Track) -> tuple[list[Recorded]
 def read_run(directory: Path, name: str) -> Recorded | None:
     """The run in `directory`; None before its first evaluation."""
     try:
-        config = RunConfig.model_validate_json((directory / CONFIG).read_text())
-    except (OSError, ValidationError) as error:
-        raise ValueError(f"{directory / CONFIG} is not the configuration of a run ({error}); leave the directory out") from error
+        settings = json.loads((directory / CONFIG).read_text())
+        budget = BudgetConfig.model_construct(**settings["budget"])
+        label = label_of(RunConfig.model_construct(method=find_method(settings["method"]).name, budget=budget))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{directory / CONFIG} is not the configuration of a run ({error!r}); leave the directory out") from error
     by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in read_metrics(directory):
         by_kind[record["kind"]].append(record)
@@ -105,16 +101,16 @@ def read_run(directory: Path, name: str) -> Recorded | None:
     if not evaluations:
         return None
     finished = (directory / RESULT).is_file()
-    result = json.loads((directory / RESULT).read_text()) if finished else unfinished_result(config, evaluations, steps)
-    return Recorded(name, config, finished, Run(label_of(config), result, evaluations, steps, by_kind["probe"]), by_kind["group"])
+    result = json.loads((directory / RESULT).read_text()) if finished else unfinished_result(settings, evaluations, steps)
+    return Recorded(name, settings, finished, Run(label, result, evaluations, steps, by_kind["probe"]), by_kind["group"])
 
 
-def unfinished_result(config: RunConfig, evaluations: list[dict[str, Any]], steps: list[dict[str, Any]]) -> dict[str, Any]:
+def unfinished_result(settings: dict[str, Any], evaluations: list[dict[str, Any]], steps: list[dict[str, Any]]) -> dict[str, Any]:
     """What a run's result.json would say, had it ended here; without the successes of each prompt."""
     last = steps[-1] if steps else {"rollouts": 0, "seconds": 0.0}
     return {
-        "method": config.method,
-        "seed": config.seed,
+        "method": settings["method"],
+        "seed": settings["seed"],
         "accuracy_before": evaluations[0]["accuracy"],
         "accuracy_after": evaluations[-1]["accuracy"],
         "rollouts": last["rollouts"],
@@ -135,54 +131,53 @@ def names_of(directories: Sequence[Path]) -> list[str]:
 
 def seeds_of(runs: Sequence[Recorded]) -> list[Seeds]:
     """The runs by what they are seeds of, in the order of the methods. Unfinished ones are left out beside finished ones."""
-    settings = setting_names(runs)
-    by_config: dict[str, list[Recorded]] = defaultdict(list)
+    names = setting_names(runs)
+    by_settings: dict[str, list[Recorded]] = defaultdict(list)
     for recorded in runs:
-        by_config[recorded.config.model_copy(update={"seed": 0}).model_dump_json()].append(recorded)
+        by_settings[json.dumps(flattened(recorded.settings | {"seed": 0}), sort_keys=True)].append(recorded)
     groups = []
-    for same in by_config.values():
+    for same in by_settings.values():
         finished = [recorded for recorded in same if recorded.finished]
-        config, setting = same[0].config, settings[setting_key(same[0].config)]
+        first, setting = same[0], names[setting_key(same[0])]
         rivals = [
-            other[0].config
-            for other in by_config.values()
-            if label_of(other[0].config) == label_of(config) and settings[setting_key(other[0].config)] == setting
+            other[0].settings
+            for other in by_settings.values()
+            if other[0].run.label == first.run.label and names[setting_key(other[0])] == setting
         ]
-        name = label_of(config) + distinction(config, rivals)
-        groups.append(Seeds(name, config.method, setting, bool(finished), finished or same))
+        name = first.run.label + distinction(first.settings, rivals)
+        groups.append(Seeds(name, first.settings["method"], setting, bool(finished), finished or same))
     order = list(METHODS)
     return sorted(groups, key=lambda group: (group.setting, order.index(group.method), budget_of(group)))
 
 
 def budget_of(group: Seeds) -> tuple[int, int, str]:
-    budget = group.runs[0].config.budget
-    return budget.initial, budget.maximum, group.name
+    budget = group.runs[0].settings["budget"]
+    return budget["initial"], budget["maximum"], group.name
 
 
-def setting_key(config: RunConfig) -> str:
+def setting_key(recorded: Recorded) -> str:
     """What has to agree for accuracies to compare."""
-    return config.model_dump_json(include={"task", "policy", "evaluation"})
+    return json.dumps([recorded.settings.get(name) for name in ("task", "policy", "evaluation")], sort_keys=True)
 
 
 def setting_names(runs: Sequence[Recorded]) -> dict[str, str]:
     """A readable name for each setting: its task, and a number where that is not enough."""
     names: dict[str, str] = {}
-    for config in (recorded.config for recorded in runs):
-        key = setting_key(config)
+    for recorded in runs:
+        key, task = setting_key(recorded), recorded.settings["task"]
         if key not in names:
-            task = config.task
-            sources = [source.dataset for source in task.mix] if task.kind == "reasoning_gym" else [task.path.stem]
+            sources = [source["dataset"] for source in task["mix"]] if "mix" in task else [Path(task["path"]).stem]
             name = " + ".join(dict.fromkeys(sources))
             taken = sum(other.partition(" #")[0] == name for other in names.values())
             names[key] = f"{name} #{taken + 1}" if taken else name
     return names
 
 
-def distinction(config: RunConfig, rivals: Sequence[RunConfig]) -> str:
-    """In brackets, the settings in which configurations of one label differ; empty for a single one."""
-    flat = [flattened(rival.model_dump(mode="json", exclude={"seed"})) for rival in rivals]
-    mine = flattened(config.model_dump(mode="json", exclude={"seed"}))
-    differing = [name for name in mine if any(other.get(name) != mine[name] for other in flat)]
+def distinction(settings: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> str:
+    """In brackets, where settings of one label differ from their rivals' beside the seed; empty for a single one."""
+    flat = [flattened(rival) for rival in rivals]
+    mine = flattened(settings)
+    differing = [name for name in mine if name != "seed" and any(other.get(name) != mine[name] for other in flat)]
     told = ", ".join(f"{name.rpartition('.')[2]} {mine[name]}" for name in differing)
     return f" ({told})" if told else ""
 
