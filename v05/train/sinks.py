@@ -74,7 +74,8 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of `project` on Weights & Biases; its id is kept in `directory`, so that an interrupted run goes on under it.
 
-    Figures repeated after an interruption are dropped by Weights & Biases itself, which takes no step earlier than its last.
+    Figures repeated after an interruption carry steps that Weights & Biases has: online it drops what is earlier than its last.
+    With WANDB_MODE=offline each start leaves a folder of its own, under the same id, for `wandb sync`.
 
     Raises:
         ValueError: the package wandb is not installed.
