@@ -332,16 +332,17 @@ def evaluate(
     try:
         if not (model / "config.json").is_file():
             raise ValueError(f"model={model}: no config.json there; give a Hugging Face model folder")
-        config = EvalConfig(
-            model=model.resolve(),
-            weights=fingerprint(model),
-            engine=engine,
-            template=TEMPLATE if template is None else template,
-            temperature=temperature,
-            top_p=top_p,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-        )
+        settings = {
+            "model": model.resolve(),
+            "weights": fingerprint(model),
+            "engine": engine,
+            "template": TEMPLATE if template is None else template,
+            "temperature": temperature,
+            "top_p": top_p,
+            "max_new_tokens": max_new_tokens,
+            "seed": seed,
+        }
+        config = EvalConfig.model_validate(settings)
         names = list(dict.fromkeys(name.strip() for name in benchmarks.split(",")))
         problems = {name: read_benchmark(data, name, config.template) for name in names}
         log = SampleLog(out, config)

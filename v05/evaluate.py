@@ -277,7 +277,7 @@ def _engine(config: EvalConfig, tokenizer: Any, longest: int, capacity: int) -> 
             f"at most {max(0, room - longest)} do"
         )
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    sampling = {
+    sampling: dict[str, Any] = {
         "max_new_tokens": config.max_new_tokens,
         "capacity": capacity,
         "temperature": config.temperature,
