@@ -221,13 +221,12 @@ def fit_prior(
     try:
         from v05.prior.v0 import V0Prior
         from v05.prior.v0.adapter import AdaptedBackbone, load_adapter
-        from v05.prior.v0.backbone import Backbone
+        from v05.prior.v0.backbone import Backbone, cache_root
         from v05.prior.v0.evaluate import evaluate
         from v05.prior.v0.head import Head, load_head
         from v05.prior.v0.logs import read_logs, walk
         from v05.prior.v0.train import train_adapter
         from v05.train.metrics import write_json
-        from v05.train.policy import cache_root
 
         def watched(items: Sequence[Any], what: str) -> Iterable[Any]:
             return track(items, what, console=console)

@@ -89,8 +89,8 @@ class SequentialAgentLoopManager(AgentLoopManagerTQ):  # type: ignore[misc]
     """verl's manager with these workers. Takes its arguments.
 
     Raises:
-        ValueError: a setting is unknown or out of bounds; rewards come from a model that shares the rollouts' GPUs, and so after
-            all rollouts.
+        ValueError: a setting is unknown or out of bounds; the prior's model or outcomes cannot be read; rewards come from a model
+            that shares the rollouts' GPUs, and so after all rollouts.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -102,6 +102,7 @@ class SequentialAgentLoopManager(AgentLoopManagerTQ):  # type: ignore[misc]
                 "rollouts' GPUs gives none until then; set it to True, or use a reward function"
             )
         self.agent_loop_workers_class = ray.remote(SequentialAgentLoopWorker)
+        PRIORS.settle(Settings.read(self.config.algorithm.get("v05")))
 
     def generate_sequences(self, prompts: TensorDict) -> None:
         """Predict the priors of the prompts and hand them to the workers; does not wait."""
