@@ -321,9 +321,10 @@ def evaluate(
 
     Example: v05 eval path/to/model --benchmarks aime24,math500 --data benchmarks --samples 16 --engine vllm
     """
-    from v05.evaluate import TEMPLATE, EvalConfig, Sample, SampleLog, read_benchmark, write_results
+    from v05.evaluate import TEMPLATE, EvalConfig, MathTask, Sample, SampleLog, read_benchmark, write_results
     from v05.evaluate import evaluate as run
     from v05.prior.v0.backbone import fingerprint
+    from v05.rollout.verifier import VerifierPool
     from v05.train.metrics import write_json
 
     out = out or Path("runs/eval") / model.resolve().name
@@ -355,9 +356,11 @@ def evaluate(
                 progress.advance(bars[name])
                 progress.update(bars[name], note=f"{right[name]:.0f} right")
 
-            timed_out = run(
-                config, problems, samples, log, capacity=sampling_batch, workers=workers, time_limit=time_limit, watch=watch
-            )
+            verifier = VerifierPool(MathTask, workers=workers, time_limit=time_limit)
+            try:
+                run(config, problems, samples, log, verifier, capacity=sampling_batch, watch=watch)
+            finally:
+                verifier.close()
         records = write_results(out, config, problems, samples, log)
         if json is not None:
             write_json(json, records)
@@ -365,8 +368,8 @@ def evaluate(
         _interrupted(out)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         _fail(error)
-    if timed_out:
-        _say(f"{timed_out} completions took the verifier more than {time_limit:g} s and count as wrong")
+    if verifier.timed_out:
+        _say(f"{verifier.timed_out} completions took the verifier more than {time_limit:g} s and count as wrong")
     Console(width=None if sys.stdout.isatty() else 180).print(_benchmark_table(records))
     _say(f"samples and records are in {out}")
 

@@ -28,7 +28,7 @@ from transformers import AutoConfig
 from v05.rollout import ATTEMPTS, Completion, Failure, Request, RolloutEngine
 from v05.rollout.scheduler import VERIFIER_GLANCE
 from v05.rollout.transformers_engine import TransformersEngine
-from v05.rollout.verifier import Item, Verifier, VerifierPool
+from v05.rollout.verifier import Item, Verifier
 from v05.tasks import Prompt
 from v05.tasks.jsonl import read_answer, verify_answer
 from v05.train.compare import bootstrap_interval
@@ -98,7 +98,7 @@ class Sample:
 
 
 class MathTask:
-    """What the processes of the verifier pool verify with."""
+    """What completions are verified with."""
 
     def verify(self, prompt: Prompt, completion: str) -> float:
         return verify_answer(prompt.item, completion)
@@ -185,22 +185,30 @@ class SampleLog:
         self._path = directory / SAMPLES
         self._file = self._path.open("a+", encoding="utf-8")
         try:
+            self.samples = self._read(directory / CONFIG, config.model_dump(mode="json"))
+        except Exception:
+            self._file.close()
+            raise
+
+    def _read(self, path: Path, mine: dict[str, Any]) -> dict[tuple[str, str, int], Sample]:
+        """What the file holds, made ready for more; `path` is of the configuration, `mine` is this one."""
+        try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
         except BlockingIOError:
-            raise ValueError(f"{directory} is being written by another process; wait for it or stop it") from None
+            raise ValueError(f"{path.parent} is being written by another process; wait for it or stop it") from None
         self._file.seek(0)
         whole, _, torn = self._file.read().rpartition("\n")
-        mine = config.model_dump(mode="json")
         if whole:
-            theirs = json.loads((directory / CONFIG).read_text())
+            theirs = json.loads(path.read_text())
             if changed := [name for name in mine if mine[name] != theirs.get(name)]:
                 raise ValueError(
-                    f"{directory} holds samples that differ in {', '.join(changed)}; give another directory with --out"
+                    f"{path.parent} holds samples that differ in {', '.join(changed)}; give another directory with --out"
                 )
-        write_json(directory / CONFIG, mine)
+        write_json(path, mine)
         if torn:
             os.truncate(self._path, self._path.stat().st_size - len(torn.encode()))
-        self.samples = {sample.place: sample for sample in (Sample(**json.loads(line)) for line in whole.split("\n") if line)}
+        samples = (Sample(**json.loads(line)) for line in whole.split("\n") if line)
+        return {sample.place: sample for sample in samples}
 
     def add(self, sample: Sample) -> None:
         with explained(self._path, "what was sampled is kept"):
@@ -217,22 +225,17 @@ def evaluate(
     benchmarks: dict[str, list[Problem]],
     samples: int,
     log: SampleLog,
+    verifier: Verifier,
     *,
     capacity: int,
-    workers: int,
-    time_limit: float,
     watch: Callable[[Sample], None],
-) -> int:
+) -> None:
     """Sample and verify what `log` lacks of `samples` completions a problem.
 
     Args:
+        verifier: of a `MathTask`, with nothing under way.
         capacity: completions sampled at once.
-        workers: processes that verify.
-        time_limit: seconds that a verification may take; a completion that takes longer is wrong.
         watch: called with every sample, those that `log` had included.
-
-    Returns:
-        how many completions took the verifier too long.
 
     Raises:
         ValueError: the model folder cannot be used, or its context is too short.
@@ -247,11 +250,10 @@ def evaluate(
             else:
                 watch(done)
     if not missing:
-        return 0
+        return
     tokenizer = load_tokenizer(config.model)
     tokens = {problem.key: prompt_tokens(tokenizer, problem.prompt.text) for problem, _ in missing}
     engine = _engine(config, tokenizer, max(map(len, tokens.values())), capacity)
-    verifier = VerifierPool(MathTask, workers=workers, time_limit=time_limit)
     requests = [
         Request(tokens[problem.key], seed_of(config.seed, problem.benchmark, problem.key, number)) for problem, number in missing
     ]
@@ -261,9 +263,7 @@ def evaluate(
             sample = Sample(problem.benchmark, problem.key, number, reward, len(completion.tokens), completion.finished, text)
             log.add(sample)
             watch(sample)
-        return verifier.timed_out
     finally:
-        verifier.close()
         engine.close()
 
 

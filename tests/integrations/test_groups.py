@@ -165,8 +165,8 @@ def test_the_prior_of_the_settings_knows_the_outcomes_given(kind, tmp_path, monk
     priors.settle(settings)
     messages = [[{"role": "user", "content": prompt}] for prompt in ("7+7=", "7=7=")]
     sure, hopeless = priors.open(["a", "b"], messages)
-    assert sure > 0.7
-    assert hopeless < 0.3
+    assert sure > 0.55
+    assert hopeless < 0.45
     mine = FixedPrior()
     priors.prior = mine
     priors.settle(settings)
