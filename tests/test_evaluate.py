@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 import torch
 from rollout_fakes import CoinEngine
+from typer.testing import CliRunner
 
+from v05.cli import app
 from v05.evaluate import (
+    ANSWER_FIELDS,
+    PROBLEM_FIELDS,
     TEMPLATE,
     EvalConfig,
     MathTask,
@@ -237,6 +241,13 @@ def test_temperature_0_repeats_itself(tmp_path, data, model):
     samples, _ = run(config_of(model, temperature=0.0), data, tmp_path, 3)
     for _, same in itertools.groupby(sorted(samples.values(), key=lambda s: s.place), key=lambda s: s.problem):
         assert len({sample.completion for sample in same}) == 1
+
+
+def test_help_names_the_fields():
+    output = CliRunner().invoke(app, ["eval", "--help"]).output
+    for name in (*PROBLEM_FIELDS, *ANSWER_FIELDS):
+        assert name in output
+    assert "Example: v05 eval" in output
 
 
 def verified(engine, prompts):
