@@ -272,9 +272,8 @@ def test_a_completion_that_always_fails_ends_the_run():
 
 
 def test_killed_from_the_command_line_it_goes_on(tmp_path, data, model):
-    options = ("--data", data, "--samples", 15, "--max-new-tokens", 40, "--sampling-batch", 2, "--template", "{problem}")
-    command = [sys.executable, "-m", "v05", "eval", model, "--benchmarks", "sums", *options, "--out", "out", "--json", "r.json"]
-    command = list(map(str, command))
+    options = "--samples 15 --max-new-tokens 40 --sampling-batch 2 --workers 1 --template {problem} --out out --json r.json".split()
+    command = [sys.executable, "-m", "v05", "eval", str(model), "--benchmarks", "sums", "--data", str(data), *options]
     environment = {**os.environ, "COLUMNS": "200"}
     file = tmp_path / "out" / "samples.jsonl"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path) as process:
@@ -292,6 +291,3 @@ def test_killed_from_the_command_line_it_goes_on(tmp_path, data, model):
     assert file.read_text().count("\n") == 90
     (record,) = json.loads((tmp_path / "r.json").read_text())
     assert record == json.loads((tmp_path / "out" / "result.json").read_text())[0]
-    wrong = subprocess.run([*command, "--temperature", "2"], capture_output=True, text=True, cwd=tmp_path, timeout=600)
-    assert wrong.returncode == 2
-    assert "differ in temperature" in wrong.stderr
