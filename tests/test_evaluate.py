@@ -272,7 +272,8 @@ def test_a_completion_that_always_fails_ends_the_run():
 
 
 def test_killed_from_the_command_line_it_goes_on(tmp_path, data, model):
-    options = "--samples 15 --max-new-tokens 40 --sampling-batch 2 --workers 1 --template {problem} --out out --json r.json".split()
+    options = ["--samples", "15", "--max-new-tokens", "40", "--sampling-batch", "2", "--workers", "1", "--template", "{problem}"]
+    options += ["--out", "out", "--json", "r.json"]
     command = [sys.executable, "-m", "v05", "eval", str(model), "--benchmarks", "sums", "--data", str(data), *options]
     environment = {**os.environ, "COLUMNS": "200"}
     file = tmp_path / "out" / "samples.jsonl"
