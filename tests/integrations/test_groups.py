@@ -114,7 +114,8 @@ def test_what_is_missing_is_named():
     with pytest.raises(ValueError, match="prior: none for 2 of 2 groups, the first is 'a'; open them"):
         advantages_of(case, PromptPriors(FixedPrior()))
     with pytest.raises(
-        ValueError, match=r"v05\.inital=3 is not a setting; choose from chunk, initial, leave_one_out, reward_range"
+        ValueError,
+        match=r"v05\.inital=3 is not a setting; choose from adapter, backbone, chunk, initial",
     ):
         Settings.read({"inital": 3})
     for given in (1.0, [0], ["low", "high"]):
@@ -163,10 +164,10 @@ def test_the_prior_of_the_settings_knows_the_outcomes_given(kind, tmp_path, monk
     settings = Settings.read(given | ({"backbone": str(tmp_path / "model")} if kind == "v0" else {}))
     priors = PromptPriors()
     priors.settle(settings)
-    messages = [[{"role": "user", "content": prompt}] for prompt in ("7+7=", "7=7=")]
+    messages = [[{"role": "user", "content": prompt}] for prompt in ("1+1=", "1=1=")]
     sure, hopeless = priors.open(["a", "b"], messages)
-    assert sure > 0.55
-    assert hopeless < 0.45
+    assert sure > 0.65
+    assert hopeless < 0.35
     mine = FixedPrior()
     priors.prior = mine
     priors.settle(settings)
