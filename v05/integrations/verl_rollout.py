@@ -96,13 +96,13 @@ class SequentialAgentLoopManager(AgentLoopManagerTQ):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _allocator(self.config, self.config.actor_rollout_ref.rollout.n)  # a worker that raises leaves verl waiting
+        PRIORS.settle(Settings.read(self.config.algorithm.get("v05")))
         if self.reward_loop_worker_handles is None:
             raise ValueError(
                 "reward.reward_model.enable_resource_pool=False: V_0.5 tests rewards while it samples, and a reward model on the "
                 "rollouts' GPUs gives none until then; set it to True, or use a reward function"
             )
         self.agent_loop_workers_class = ray.remote(SequentialAgentLoopWorker)
-        PRIORS.settle(Settings.read(self.config.algorithm.get("v05")))
 
     def generate_sequences(self, prompts: TensorDict) -> None:
         """Predict the priors of the prompts and hand them to the workers; does not wait."""
