@@ -179,18 +179,19 @@ def test_the_settings_say_what_the_prior_is_and_has_learnt(config, tmp_path, mon
 
     from v05.integrations import verl_rollout
 
-    def settle(**changed):
+    def refused(message, **changed):
         monkeypatch.setattr(verl_rollout, "PRIORS", PromptPriors())
-        with pytest.raises(ValueError) as caught:  # without rewards, at the latest
+        with pytest.raises(ValueError, match=message):
             verl_rollout.SequentialAgentLoopManager(OmegaConf.merge(config, {"algorithm": {"v05": changed}}), FakeServer())
-        return str(caught.value)
 
-    assert "backbone=absent: no config.json there" in settle(prior="v0", backbone="absent")
+    refused("backbone=absent: no config.json there", prior="v0", backbone="absent")
     rows = [
         {"policy": "p", "prompt": prompt, "score": score, "trials": 16} for prompt, score in (("sure", 1.0), ("hopeless", -1.0))
     ]
     (tmp_path / "outcomes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "enable_resource_pool=False" in settle(outcomes=str(tmp_path / "outcomes.jsonl"))
+    refused(
+        "enable_resource_pool=False", outcomes=str(tmp_path / "outcomes.jsonl")
+    )  # as there are no rewards, but then it is settled
     sure, hopeless = verl_rollout.PRIORS.prior.predict(["sure", "hopeless"])
     assert sure > 0.7
     assert hopeless < 0.3
