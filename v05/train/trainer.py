@@ -76,7 +76,7 @@ from v05.train.engine import make_engine, make_verifier, sync_weights
 from v05.train.files import explained, flush
 from v05.train.loss import importance_weights, mismatch, policy_loss, rollout_weights, token_weights
 from v05.train.metrics import CONFIG, RESULT, MetricsLog, refuse_to_overwrite, write_json, write_outcomes
-from v05.train.policy import cache_root, load_policy, policy_folder
+from v05.train.policy import load_policy, policy_folder
 from v05.train.sinks import Sink, TensorBoard, figures_of
 
 PROMPTS_BETWEEN_SEEDS = 10_000_000  # runs of different seeds read different stretches of the task's prompts
@@ -714,15 +714,9 @@ def make_prior(config: RunConfig, policy: Path) -> ValuePrior:
         return NoisePrior(config.seed)
     if config.prior in ("constant", "oracle"):  # the trainer is the oracle
         return ConstantPrior()
-    from v05.prior.v0 import V0Prior
-    from v05.prior.v0.adapter import AdaptedBackbone, load_adapter
-    from v05.prior.v0.backbone import Backbone
-    from v05.prior.v0.head import load_head
+    from v05.prior.v0 import load_v0
 
-    settings = config.v0
-    backbone = Backbone(settings.backbone or policy, cache_root())
-    reader = AdaptedBackbone(backbone, load_adapter(settings.adapter, backbone)) if settings.adapter else backbone
-    return V0Prior(reader, load_head(), settings.context, settings.diverse)
+    return load_v0(config.v0.backbone or policy, config.v0.adapter, config.v0.context, config.v0.diverse)
 
 
 def rollouts_of(batch: RolloutBatch, rows: torch.Tensor) -> tuple[list[tuple[int, ...]], list[Completion]]:
