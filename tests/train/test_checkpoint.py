@@ -294,7 +294,7 @@ def test_a_disk_that_fills_up_under_the_metrics(tmp_path, monkeypatch):
 
 
 def test_twenty_kills_lose_nothing(tmp_path):
-    runner, config = Runner(), smoke(100)
+    runner, config = Runner(), smoke(120)
     runner.finish(config, tmp_path / "whole")
     injected = runner.kill_and_resume(config, tmp_path / "killed", kills=20)
     assert injected.exit_codes == [-9] * 20

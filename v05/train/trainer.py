@@ -401,7 +401,12 @@ class Trainer:
         state.steps += 1
 
     def record_samples(self, batch: RolloutBatch, out: AdvantageOutput, advantages: Sequence[float]) -> None:
-        """Log the step's first groups with their first completions, long texts cut: at most 200,000 characters in all."""
+        """Log the step's first groups with their first completions, long texts cut: at most 200,000 characters in all.
+
+        They are to be read: sinks, which draw, get none of it.
+        """
+        if not self.world.writes:
+            return
         assert out.stats is not None
         for g, prompt in enumerate(batch.prompts[:SAMPLED_GROUPS]):
             start, end = batch.offsets[g : g + 2].tolist()
@@ -413,7 +418,7 @@ class Trainer:
                 }
                 for i in range(start, min(end, start + SAMPLED_COMPLETIONS))
             ]
-            self.record(
+            self.log.write(
                 "group",
                 step=self.state.steps,
                 rollouts=self.state.rollouts,
