@@ -55,7 +55,7 @@ def write_prompts(out: Path) -> None:
 
 
 def prompt_of(a: int, b: int) -> str:
-    """The model's own chat format, with the answer begun: what is left to learn is the sum, and to end after it."""
+    """The model's own chat format, with the answer begun, so that four tokens hold the sum and cannot hold the question."""
     return f"<|im_start|>user\nWhat is {a} + {b}?<|im_end|>\n<|im_start|>assistant\n{a} + {b} ="
 
 
