@@ -25,6 +25,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import KFold
 from sklearn.preprocessing import StandardScaler
 
+from v05.machine import cache_root
 from v05.prior.scores import LEAST_CONFIDENT, auc, auc_interval, brier, cross_entropy
 from v05.prior.v0 import V0Prior
 from v05.prior.v0.backbone import Backbone
@@ -34,7 +35,7 @@ from v05.prior.v0.logs import Queries, read_logs, walk
 from v05.tasks import ReasoningGymConfig, Source, make_task
 from v05.train.compare import RunState, run_all
 from v05.train.config import PRESETS, EvaluationConfig, OptimizerConfig, PolicyConfig, RunConfig, WarmStartConfig, run_config
-from v05.train.policy import cache_root, policy_folder
+from v05.train.policy import policy_folder
 
 RESULTS = Path(__file__).parent / "results" / "value_model_unseen_policies.csv"
 RUNS = Path("runs") / "unseen-policies"

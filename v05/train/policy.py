@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import string
 import tempfile
@@ -31,6 +30,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from v05.machine import cache_root
 from v05.rollout import Request, RolloutEngine, generate
 from v05.rollout.transformers_engine import TransformersEngine
 from v05.tasks import Prompt, Task, heldout_set
@@ -118,11 +118,6 @@ def policy_folder(config: PolicyConfig, task_config: BaseModel, task: Task, repo
             if not folder.is_dir():  # else another process was first
                 raise
     return folder
-
-
-def cache_root() -> Path:
-    """Where warm starts are kept: $V05_CACHE, or ~/.cache/v05."""
-    return Path(os.environ.get("V05_CACHE", Path.home() / ".cache" / "v05"))
 
 
 def warm_start(config: PolicyConfig, task: Task, report: Callable[[str], None]) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

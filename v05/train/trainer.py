@@ -42,6 +42,7 @@ import torch
 from numpy.typing import NDArray
 
 from v05.budget import RolloutAllocator
+from v05.machine import cache_root
 from v05.methods import Baseline, find_method
 from v05.ops import AdvantageOutput, fused_advantage
 from v05.prior import ConstantPrior, ValuePrior
@@ -76,7 +77,7 @@ from v05.train.engine import make_engine, make_verifier, sync_weights
 from v05.train.files import explained, flush
 from v05.train.loss import importance_weights, mismatch, policy_loss, rollout_weights, token_weights
 from v05.train.metrics import CONFIG, RESULT, MetricsLog, refuse_to_overwrite, write_json, write_outcomes
-from v05.train.policy import cache_root, load_policy, policy_folder
+from v05.train.policy import load_policy, policy_folder
 
 PROMPTS_BETWEEN_SEEDS = 10_000_000  # runs of different seeds read different stretches of the task's prompts
 EVALUATION_SEED = 1 << 40  # apart from the seeds of training rollouts, and the same for every method
