@@ -14,7 +14,7 @@ CPP_ALL := $(CPP) $(wildcard csrc/bindings/*.cpp csrc/include/v05/*.hpp)
 export OMP_NUM_THREADS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test test-vllm test-tabpfn test-integrations soak lint sanitize sanitize-threads bench docs wheel format clean
+.PHONY: help setup demo test test-report test-vllm test-tabpfn test-integrations soak lint sanitize sanitize-threads bench docs wheel format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
@@ -59,6 +59,16 @@ $(VENV)-tabpfn/.ready: pyproject.toml CMakeLists.txt $(CPP_ALL)
 
 test-tabpfn: $(VENV)-tabpfn/.ready  ## the tests of TabPFN as the value model's head, in an environment of its own
 	$(VENV)-tabpfn/bin/python -m pytest -q -m tabpfn tests/prior/test_tabpfn_head.py
+
+$(VENV)/.browser: $(VENV)/.ready
+	command -v chromium > /dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq -o DPkg::Lock::Timeout=300 --no-install-recommends chromium > /dev/null; } || \
+		{ echo "make test-report needs Chromium; install your system's package chromium"; exit 1; }
+	$(BIN)/pip install --quiet 'playwright>=1.50,<2'
+	touch $@
+
+test-report: $(VENV)/.browser  ## the test of the report page in headless Chromium (on Debian, root gets it installed)
+	$(BIN)/python -m pytest -q --durations=5 -m browser tests/report
 
 # TRL with its requirements; the others pin what contradicts each other or needs a GPU, and come with what they import.
 HOST_trl := trl==1.16.0

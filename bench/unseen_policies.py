@@ -57,7 +57,7 @@ def _family(seed: int, width: int, *mix: Source) -> tuple[PolicyConfig, Reasonin
     warm_start = WarmStartConfig(target_accuracy=0.25, decay_steps=50, validate_every=50, seed=seed)
     return (
         PolicyConfig(hidden_size=width, layers=2, intermediate_size=3 * width, max_new_tokens=6, warm_start=warm_start),
-        ReasoningGymConfig(surface="sum", operand_width=2, mix=mix, seed=1000 * seed),
+        ReasoningGymConfig(surface="terse", operand_width=2, mix=mix, seed=1000 * seed),
     )
 
 

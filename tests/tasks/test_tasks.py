@@ -57,7 +57,7 @@ def test_a_small_source_gives_what_it_has():
 
 def test_sum_surface_is_padded_and_reversed():
     config = ReasoningGymConfig(
-        surface="sum",
+        surface="terse",
         operand_width=3,
         mix=(Source(dataset="chain_sum", settings=dict(min_terms=2, max_terms=2, min_digits=2, max_digits=2)),),
     )

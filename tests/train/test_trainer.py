@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from v05.methods import METHODS, Calibration
+from v05.prior import NoisePrior
 from v05.prior.v0.logs import read_logs
 from v05.stopping import path_counting_advantages
 from v05.train.config import BudgetConfig, LossConfig, OptimizerConfig, OverlongConfig, RunConfig, label_of, run_config
@@ -300,3 +301,22 @@ def test_specs_and_presets():
         run_config("tiny", "v05", budget=BudgetConfig(mean=5.0))
     with pytest.raises(ValueError, match="preset='huge' is unknown; choose one of tiny, small, smoke"):
         run_config("huge", "v05")
+
+
+def test_the_oracle_knows_the_success_rate(tmp_path):
+    trainer = Trainer(run_config("smoke", "v05+oracle"), tmp_path, lambda line: None)
+    prompts = trainer.heldout[:8]
+    rewards, _ = trainer.true_rewards(prompts, 1024, seed=1)
+    rates = rewards.mean(-1)
+    assert np.abs(trainer.predict(prompts) - rates).max() < 4 * 0.5 / np.sqrt(1024)
+    assert rates.max() > 0.02
+
+
+def test_the_useless_prior_is_useless_and_always_the_same(tmp_path):
+    config = run_config("smoke", "v05@4+noise", seed=3)
+    trainer, again = (Trainer(config, tmp_path / name, lambda line: None) for name in "ab")
+    predicted = trainer.predict(trainer.heldout)
+    assert np.array_equal(predicted, again.predict(again.heldout))
+    assert ((predicted > 0) & (predicted < 1)).all()
+    assert 0.2 < predicted.std() < 0.4
+    assert not np.array_equal(predicted, NoisePrior(4).predict([prompt.text for prompt in trainer.heldout]))
