@@ -24,7 +24,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DIST = ROOT / "dist"
 SUPPORTED = {"3.10", "3.11", "3.12", "3.13"}
-BELONGS = {"v05/__init__.py", "v05/py.typed", "v05/_core.pyi", "v05/kernels/advantage.py", "v05/prior/v0/head.safetensors"}
+BELONGS = {
+    "v05/__init__.py",
+    "v05/py.typed",
+    "v05/_core.pyi",
+    "v05/kernels/advantage.py",
+    "v05/prior/v0/head.safetensors",
+    "v05/report/page.html",
+}
 FOREIGN = re.compile(r"(tests|bench|docs|csrc|kernels|runs|packaging)/|.*(__pycache__|\.cpp$|\.hpp$|\.png$)")
 USE = """
 from v05.budget import RolloutAllocator
