@@ -1,5 +1,6 @@
 """How `make docs` builds the pages in this folder, with the API reference from the package's docstrings."""
 
+import re
 import subprocess
 import sys
 
@@ -26,7 +27,6 @@ html_theme = "furo"
 html_title = "v05"
 html_copy_source = False
 html_show_copyright = False
-smartquotes = False  # of two hyphens it would make a dash
 
 
 def insert_commands(_: Sphinx, page: str, source: list[str]) -> None:
@@ -34,7 +34,11 @@ def insert_commands(_: Sphinx, page: str, source: list[str]) -> None:
     if page == "command-line":
         command = [sys.executable, "-m", "typer", "v05.cli", "utils", "docs", "--name", "v05"]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        source[0] = source[0].replace("<!-- commands -->", text[text.index("## ") :])
+        text = re.sub(r"^Example: (.*)$", r"Example: `\1`", text[text.index("## ") :], flags=re.MULTILINE)
+        text = re.sub(
+            r"(?<=[ (])--\w[\w-]*(?=[^`\n]*(`[^`\n]*`[^`\n]*)*$)", r"`\g<0>`", text, flags=re.MULTILINE
+        )  # not in code yet
+        source[0] = source[0].replace("<!-- commands -->", text)
 
 
 def indented_is_code(_: Sphinx, kind: str, name: str, member: object, options: object, lines: list[str]) -> None:
@@ -44,6 +48,17 @@ def indented_is_code(_: Sphinx, kind: str, name: str, member: object, options: o
             lines[i:i] = ["::", ""]
 
 
+def short_types(_: Sphinx, kind: str, name: str, member: object, options: object, arguments: str, returns: str) -> tuple[str, str]:
+    """Types as the source writes them."""
+
+    def short(types: str) -> str:
+        types = re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", types)
+        return re.sub(r"ndarray\[tuple\[Any, \.\.\.\], dtype\[(\w+)\]\]", r"NDArray[\1]", types)
+
+    return short(arguments or ""), short(returns or "")
+
+
 def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", indented_is_code, priority=400)  # before napoleon rewrites the sections
+    app.connect("autodoc-process-signature", short_types)
     app.connect("source-read", insert_commands)
