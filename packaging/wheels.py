@@ -121,7 +121,8 @@ def main() -> None:
         print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB, works ({time.monotonic() - start:.0f} s)", flush=True)
     if not tried:
         sys.exit("none of the interpreters starts; name others: make wheel PYTHONS='...'")
-    print(f"Python {', '.join(sorted(SUPPORTED - set(tried))) or 'of no supported version'} was not to be had")
+    if others := sorted(SUPPORTED - set(tried)):
+        print(f"not tried: Python {', '.join(others)}, of which no interpreter was named that starts")
 
 
 if __name__ == "__main__":
