@@ -79,11 +79,11 @@ def character_decoder(config: PolicyConfig, vocabulary: int) -> PreTrainedModel:
     )
 
 
-def load_policy(path: Path) -> tuple[PreTrainedModel, Any]:
-    """Model (float32, on the accelerator if there is one) and tokenizer of a local folder."""
+def load_policy(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
+    """Model (on the accelerator if there is one) and tokenizer of a local folder."""
     if not (path / "config.json").is_file():
         raise ValueError(f"policy.path={path}: no config.json there; give a Hugging Face model folder")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     return model, load_tokenizer(path)
 

@@ -42,7 +42,6 @@ import torch
 from numpy.typing import NDArray
 
 from v05.budget import RolloutAllocator
-from v05.machine import cache_root
 from v05.methods import Baseline, find_method
 from v05.ops import AdvantageOutput, AdvantageStats, fused_advantage
 from v05.prior import ConstantPrior, NoisePrior, ValuePrior
@@ -715,15 +714,9 @@ def make_prior(config: RunConfig, policy: Path) -> ValuePrior:
         return NoisePrior(config.seed)
     if config.prior in ("constant", "oracle"):  # the trainer is the oracle
         return ConstantPrior()
-    from v05.prior.v0 import V0Prior
-    from v05.prior.v0.adapter import AdaptedBackbone, load_adapter
-    from v05.prior.v0.backbone import Backbone
-    from v05.prior.v0.head import load_head
+    from v05.prior.v0 import load_v0
 
-    settings = config.v0
-    backbone = Backbone(settings.backbone or policy, cache_root())
-    reader = AdaptedBackbone(backbone, load_adapter(settings.adapter, backbone)) if settings.adapter else backbone
-    return V0Prior(reader, load_head(), settings.context, settings.diverse)
+    return load_v0(config.v0.backbone or policy, config.v0.adapter, config.v0.context, config.v0.diverse)
 
 
 def rollouts_of(batch: RolloutBatch, rows: torch.Tensor) -> tuple[list[tuple[int, ...]], list[Completion]]:
