@@ -48,14 +48,14 @@ def indented_is_code(_: Sphinx, kind: str, name: str, member: object, options: o
             lines[i:i] = ["::", ""]
 
 
-def short_types(_: Sphinx, kind: str, name: str, member: object, options: object, arguments: str, returns: str) -> tuple[str, str]:
-    """Types as the source writes them."""
+def short_types(_: Sphinx, kind: str, name: str, member: object, options: object, *signature: str | None) -> tuple[str | None, ...]:
+    """Types of arguments and results as the source writes them."""
 
     def short(types: str) -> str:
         types = re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", types)
-        return re.sub(r"ndarray\[tuple\[Any, \.\.\.\], dtype\[(\w+)\]\]", r"NDArray[\1]", types)
+        return re.sub(r"~numpy\.ndarray\[~?tuple\[~typing\.Any, \.\.\.\], ~numpy\.dtype\[~numpy\.(\w+)\]\]", r"NDArray[\1]", types)
 
-    return short(arguments or ""), short(returns or "")
+    return tuple(types and short(types) for types in signature)
 
 
 def setup(app: Sphinx) -> None:
