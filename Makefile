@@ -120,10 +120,10 @@ $(VENV)/.peers: $(VENV)/.ready bench/requirements.txt
 	$(BIN)/pip install --quiet --no-deps verl==0.9.1 skyrl==0.3.0 skyrl-gym==0.4.0
 	touch $@
 
-bench:  ## time the op and the allocator on this machine against their peers; writes bench/results/ and README's table
+bench:  ## time the op and the allocator on this machine against their peers; writes bench/results/ and docs/speed.md's table
 	$(MAKE) VENV=$(BENCH) $(BENCH)/.peers
 	$(BENCH)/bin/python -m pytest -q bench/advantage.py -o pythonpath=bench -W default -rs --benchmark-columns=median,stddev,rounds
-	$(BENCH)/bin/python bench/table.py --write README.md
+	$(BENCH)/bin/python bench/table.py --write docs/speed.md
 	$(BENCH)/bin/python bench/allocator.py
 	$(BENCH)/bin/python bench/gpu_advantage.py
 	cd bench/results && ../../$(BENCH)/bin/python -m v05.kernels.aot --csv aot.csv

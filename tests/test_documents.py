@@ -57,6 +57,8 @@ def test_a_block_may_say_why_it_does_not_run(tmp_path):
     assert namespace["a"] == 1
 
 
-def test_the_table_is_that_of_the_results():
-    readme = (ROOT / "README.md").read_text()
-    assert runpy.run_path(str(ROOT / "bench" / "table.py"))["replaced"](readme) == readme
+def test_the_tables_are_those_of_the_results():
+    page = (ROOT / "docs" / "speed.md").read_text()
+    assert runpy.run_path(str(ROOT / "bench" / "table.py"))["replaced"](page) == page
+    for path, text in runpy.run_path(str(ROOT / "bench" / "headline.py"))["pages"]().items():
+        assert path.read_text() == text

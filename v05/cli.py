@@ -650,6 +650,7 @@ def _run_suite(name: str, seeds: int | None, rollouts: int | None, out: Path, jo
         Planned,
         append_row,
         counted_runs,
+        in_order,
         read_rows,
         row_of,
         summarise,
@@ -685,7 +686,7 @@ def _run_suite(name: str, seeds: int | None, rollouts: int | None, out: Path, jo
     run(tuning_runs(suite))
     rates = tuned_rates(suite, read_rows(out))
     run(counted_runs(suite, rates, seeds or suite.seeds))
-    rows = read_rows(out)
+    rows = in_order(suite, read_rows(out))
     records = summarise(rows)
     for file in filter(None, (out / "compare.json", json_file)):
         write_json(file, records)
