@@ -25,6 +25,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import KFold
 from sklearn.preprocessing import StandardScaler
 
+from v05.machine import cache_root
 from v05.prior.scores import LEAST_CONFIDENT, auc, auc_interval, brier, cross_entropy
 from v05.prior.v0 import V0Prior
 from v05.prior.v0.backbone import Backbone
@@ -34,7 +35,7 @@ from v05.prior.v0.logs import Queries, read_logs, walk
 from v05.tasks import ReasoningGymConfig, Source, make_task
 from v05.train.compare import RunState, run_all
 from v05.train.config import PRESETS, EvaluationConfig, OptimizerConfig, PolicyConfig, RunConfig, WarmStartConfig, run_config
-from v05.train.policy import cache_root, policy_folder
+from v05.train.policy import policy_folder
 
 RESULTS = Path(__file__).parent / "results" / "value_model_unseen_policies.csv"
 RUNS = Path("runs") / "unseen-policies"
@@ -56,7 +57,7 @@ def _family(seed: int, width: int, *mix: Source) -> tuple[PolicyConfig, Reasonin
     warm_start = WarmStartConfig(target_accuracy=0.25, decay_steps=50, validate_every=50, seed=seed)
     return (
         PolicyConfig(hidden_size=width, layers=2, intermediate_size=3 * width, max_new_tokens=6, warm_start=warm_start),
-        ReasoningGymConfig(surface="sum", operand_width=2, mix=mix, seed=1000 * seed),
+        ReasoningGymConfig(surface="terse", operand_width=2, mix=mix, seed=1000 * seed),
     )
 
 

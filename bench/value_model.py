@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from v05.machine import cache_root
 from v05.prior.v0 import V0Prior
 from v05.prior.v0.backbone import Backbone
 from v05.prior.v0.context import Past
 from v05.prior.v0.evaluate import evaluate
 from v05.prior.v0.head import load_head
 from v05.prior.v0.logs import Queries, Row, read_logs, walk
-from v05.train.policy import cache_root
 
 FOLDS = 4
 TIMED_PROMPTS, TIMED_CONTEXT = 1024, 256

@@ -33,7 +33,7 @@ def test_help_teaches(environment, tmp_path):
     overview = v05("--help", environment=environment, directory=tmp_path)
     assert overview.returncode == 0
     assert "compare" in overview.stdout
-    for command in ("train", "compare", "simulate"):
+    for command in ("train", "compare", "report", "simulate"):
         text = v05(command, "--help", environment=environment, directory=tmp_path).stdout
         assert f"v05 {command}" in text
         assert "Example" in text
@@ -42,9 +42,14 @@ def test_help_teaches(environment, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", "--preset", "huge"), "preset='huge' is unknown; choose one of tiny, small, smoke"),
+        (("train", "--preset", "huge"), "preset='huge' is unknown; choose one of tiny, arithmetic, symbols, hard, smoke"),
         (("train", "--method", "ppo"), "method='ppo' is unknown; choose one of v05, grpo"),
         (("compare", "--methods", "grpo,nothing"), "method='nothing' is unknown; choose one of v05, grpo"),
+        (("compare", "--suite", "nothing"), "--suite nothing is unknown; choose one of headline, smoke"),
+        (("compare", "--suite", "smoke", "--preset", "symbols"), "--preset, --methods and --learning-rate cannot be set beside it"),
+        (("train", "--method", "v05@4+magic"), "'history', 'v0', 'constant', 'oracle' or 'noise'"),
+        (("train", "--method", "grpo+oracle"), "prior='oracle': method='grpo' has none"),
+        (("train", "--method", "v05@4+cost=0.1"), "budget.cost=0.1 with budget.rule='uniform', which has no cost"),
         (("train", "--config", "absent.json"), "absent.json"),
         (("train", "--preset", "smoke", "--engine", "vllm"), "cannot import 'vllm'; install it with: pip install 'v05[vllm]'"),
         (("train", "--preset", "smoke", "--engine", "ray"), "needs the package 'ray'; install it with: pip install 'v05[ray]'"),
@@ -77,6 +82,25 @@ def test_compare_ends_with_a_table_plots_and_records(environment, tmp_path):
     written = [run.stat().st_mtime_ns for run in runs]
     assert v05(*arguments, environment=environment, directory=tmp_path).returncode == 0
     assert [run.stat().st_mtime_ns for run in runs] == written
+
+
+def test_a_suite_goes_on_from_its_rows(environment, tmp_path):
+    arguments = ("compare", "--suite", "smoke", "--seeds", 1, "--out", "suite")
+    result = v05(*arguments, environment=environment, directory=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "v05@2..8+oracle" in result.stdout
+    file = tmp_path / "suite" / "runs.csv"
+    rows = file.read_text().splitlines(keepends=True)
+    assert len(rows) == 1 + 4 + 4
+    assert len(list((tmp_path / "suite").glob("*.png"))) == 3
+    assert not list((tmp_path / "suite").rglob("model.safetensors"))
+    # Runs are known by their rows alone; of one that ended without a row only that is made.
+    file.write_text("".join(rows[:-1]))
+    ends = sorted((tmp_path / "suite").rglob("result.json"))
+    written = [end.stat().st_mtime_ns for end in ends]
+    assert v05(*arguments, environment=environment, directory=tmp_path).returncode == 0
+    assert file.read_text().splitlines(keepends=True) == rows
+    assert [end.stat().st_mtime_ns for end in ends] == written
 
 
 def test_a_killed_comparison_goes_on(environment, tmp_path):

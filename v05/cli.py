@@ -1,11 +1,12 @@
-"""The command line: `v05 train`, `compare`, `simulate`, `fit-prior`. Each teaches in its --help; the work is done elsewhere."""
+"""The command line, `v05 COMMAND`. Each command teaches in its --help; the work is done elsewhere."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -15,7 +16,13 @@ try:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
 except ImportError as error:
+    if sys.argv[1:2] == ["doctor"]:  # which says what is missing, and what works without it
+        from v05.doctor import main as examine
+
+        sys.exit(examine(sys.argv[2:]))
     sys.exit(f"v05: the command line needs the package {error.name!r}; install it with: pip install 'v05[train]'")
+
+from v05.machine import cache_root, usable_cores
 
 if TYPE_CHECKING:  # heavy imports wait until a command runs, so that --help is quick
     import numpy as np
@@ -34,8 +41,13 @@ console = Console(stderr=True)
 
 READ_AT_ONCE = 128  # prompts
 INTERRUPTED = 130  # exit status after Ctrl-C
+DEFAULT_METHODS = "grpo,dr_grpo,dapo,v05,calibrated"
+MOST_BARS = 24  # of a progress display; of more runs, only those under way have one
 
-Preset = Annotated[str, typer.Option(help="Task and policy: tiny (0.6M parameters), small (1.3M) or smoke (a test).")]
+Preset = Annotated[
+    str,
+    typer.Option(help="Task and policy: tiny (0.6M parameters); arithmetic, symbols or hard (1M); smoke (a test)."),
+]
 Rollouts = Annotated[int | None, typer.Option(help="Training rollouts of a run; evaluation is not counted.", min=1)]
 LearningRate = Annotated[float | None, typer.Option(help="AdamW's learning rate.")]
 Threads = Annotated[int, typer.Option(help="Threads a run; 1 is fastest for small policies.", min=1)]
@@ -43,13 +55,15 @@ Threads = Annotated[int, typer.Option(help="Threads a run; 1 is fastest for smal
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="Run directory: config.json, metrics.jsonl, outcomes/, result.json, policy/.")],
+    out: Annotated[
+        Path, typer.Option(help="Run directory: config.json, metrics.jsonl, outcomes/, tensorboard/, result.json, policy/.")
+    ],
     preset: Preset = "tiny",
     method: Annotated[
         str,
         typer.Option(
             help="calibrated, v05, grpo, dr_grpo, rloo, prior or dapo; v05@4 fixes the group size, v05@4..16 tests up to 16, "
-            "v05@4..16~6 spends 6 on average where they gain most."
+            "v05@4..16~6 spends 6 on average where they gain most; +PRIOR and +cost=0.01 may follow."
         ),
     ] = "v05",
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -65,19 +79,24 @@ def train(
     ] = None,
     prior: Annotated[
         str,
-        typer.Option(help="Learnt in the run: history; the generalist value model, inferring in context: v0; constant: neither."),
+        typer.Option(
+            help="Learnt in the run: history; the generalist value model, inferring in context: v0. For comparison: constant; "
+            "noise; oracle, the policy's own chance of the reference answer."
+        ),
     ] = "history",
     config: Annotated[
         Path | None,
         typer.Option(help="Run exactly this config.json; leave the other options of a run out."),
     ] = None,
     distributed: Annotated[str, typer.Option(help="Under torchrun: ddp replicates the policy, fsdp2 shards it.")] = "ddp",
+    wandb: Annotated[str | None, typer.Option(help="Show the figures in this project of Weights & Biases, too.")] = None,
     threads: Threads = 1,
 ) -> None:
     """Train one policy with one method. A run that was interrupted goes on where it stopped when called again.
 
     The first run on a preset warm-starts its policy by supervised training (about two minutes for tiny) and keeps it in
-    $V05_CACHE or ~/.cache/v05. Under torchrun several processes train the one policy.
+    $V05_CACHE or ~/.cache/v05. Under torchrun several processes train the one policy. `v05 report` draws the run, also while it
+    lasts; tensorboard --logdir shows its figures.
 
     Example: v05 train --preset tiny --method v05 --seed 0 --out runs/one
     """
@@ -105,16 +124,20 @@ def train(
         refuse_to_overwrite(run, out)
         _set_threads(threads)
         from v05.train.distributed import leave_world
+        from v05.train.live import LiveView
+        from v05.train.sinks import Sink, TensorBoard, WeightsAndBiases
         from v05.train.trainer import Trainer
 
-        trainer = Trainer(run, out, _say)
+        sinks: list[Sink] = [TensorBoard(out)]
+        if wandb is not None:
+            sinks.append(WeightsAndBiases(out, wandb, run))
+        trainer = Trainer(run, out, _say, sinks)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         _fail(error)
     try:
-        with _progress() as progress:
-            bar = progress.add_task(label_of(run), total=run.total_rollouts, note="")
+        with LiveView(f"{label_of(run)}, seed {run.seed}", Console(stderr=True, quiet=_rank() > 0)) as view:
             for state in trainer.run():
-                progress.update(bar, completed=state.rollouts, note=f"held-out accuracy {state.accuracy:.3f}")
+                view.show(state)
     except KeyboardInterrupt:
         _interrupted(out)
     except (ValueError, OSError, RuntimeError) as error:
@@ -129,10 +152,18 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            help="Comma-separated; grpo@8 fixes the group size, v05@4..16 tests from 4 up to 16, v05@4..16~6 spends 6 on average."
+            help="Comma-separated; grpo@8 fixes the group size, v05@4..16 tests from 4 up to 16, v05@4..16~6 spends 6 on average; "
+            "+PRIOR and +cost=0.01 may follow."
         ),
-    ] = "grpo,dr_grpo,dapo,v05,calibrated",
-    seeds: Annotated[int, typer.Option(help="Seeds a method.", min=1)] = 3,
+    ] = DEFAULT_METHODS,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of --preset and --methods: headline (every method at its group sizes on three task mixes, "
+            "learning rates tuned, hours) or smoke (a test)."
+        ),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Seeds a method; 3, or what the suite has.", min=1)] = None,
     rollouts: Rollouts = None,
     learning_rate: LearningRate = None,
     out: Annotated[Path, typer.Option(help="Directory of the comparison; finished runs in it are not run again.")] = Path(
@@ -143,7 +174,8 @@ def compare(
 ) -> None:
     """Train several methods from one warm start on the same prompts and rollout budget, and compare them.
 
-    Ends with a table, plots (PNG) and compare.json in --out. Interrupted, it goes on where it stopped when called again.
+    Ends with a table, plots (PNG) and compare.json in --out. Interrupted, it goes on where it stopped when called again. A suite
+    leaves a row of runs.csv for every run, and all that it reports is made of them.
 
     Example: v05 compare --preset tiny --methods grpo,v05@4,v05@4..16 --seeds 5 --out runs/mine
     """
@@ -153,15 +185,22 @@ def compare(
     try:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise ValueError("v05 compare has a process for each run already; call it without torchrun")
+        out.mkdir(parents=True, exist_ok=True)
+        if suite is not None:
+            if (preset, methods, learning_rate) != ("tiny", DEFAULT_METHODS, None):
+                raise ValueError(f"--suite {suite} is complete, so --preset, --methods and --learning-rate cannot be set beside it")
+            _run_suite(suite, seeds, rollouts, out, jobs or usable_cores(), json)
+            return
         specs = [spec.strip() for spec in methods.split(",")]
         configs = {
             f"{label_of(run)}-seed{seed}": run
-            for seed in range(seeds)  # seed by seed: what is finished early compares all methods
+            for seed in range(seeds or 3)  # seed by seed: what is finished early compares all methods
             for spec in specs
             for run in [run_config(preset, spec, seed=seed, **_overrides(rollouts, learning_rate))]
         }
-        out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
+    except KeyboardInterrupt:
+        _interrupted(out)
+    except (ValueError, OSError, RuntimeError) as error:
         _fail(error)
     _set_threads(1)
     from v05.train.checkpoint import find_checkpoints
@@ -184,6 +223,43 @@ def compare(
     if failed:
         console.out(f"failed: {', '.join(failed)}; see log.txt in each run's directory", style="red")
         raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_DIR...", help="Run directories, or directories of runs as compare's --out.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="The page; left out, report.html in the first directory.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Method whose final accuracy the others are to reach, such as grpo@16; the first grpo.")
+    ] = None,
+) -> None:
+    """Draw runs, finished or not, on one HTML page that needs no network.
+
+    Runs that differ in their seed alone are one curve with a band. The page holds learning curves over rollouts, tokens and
+    seconds, rollouts saved, group sizes, prior against outcome, gradient norm, entropy, where time went, and completions to read.
+
+    Example: v05 report runs/compare --out page.html
+    """
+    from rich.progress import track
+
+    from v05.report.figures import document
+    from v05.report.page import write_page
+    from v05.report.runs import find_runs, read_runs, seeds_of
+
+    def watched(items: Sequence[Any], what: str) -> Iterable[Any]:
+        return track(items, what, console=console)
+
+    try:
+        directories = find_runs(runs)
+        read, empty = read_runs(directories, lambda items: watched(items, "reading runs"))
+        page = out or runs[0] / "report.html"
+        write_page(document(seeds_of(read), read, baseline, watched), ", ".join(place.resolve().name for place in runs), page)
+    except (ValueError, OSError) as error:
+        _fail(error)
+    unread = f"; without an evaluation yet, and left out: {', '.join(empty)}" if empty else ""
+    console.out(f"{len(read)} runs on {page}, {page.stat().st_size / 1e6:.1f} MB{unread}")
 
 
 @app.command("fit-prior")
@@ -227,7 +303,6 @@ def fit_prior(
         from v05.prior.v0.logs import read_logs, walk
         from v05.prior.v0.train import train_adapter
         from v05.train.metrics import write_json
-        from v05.train.policy import cache_root
 
         def watched(items: Sequence[Any], what: str) -> Iterable[Any]:
             return track(items, what, console=console)
@@ -282,6 +357,112 @@ def _prior_table(records: list[dict[str, Any]]) -> Table:
             f"{r['brier']:.4f}",
             f"{r['cross_entropy']:.3f}",
             " ".join(f"{predicted:.2f}->{rate:.2f}" for predicted, rate, _ in r["calibration"]),
+        )
+    return table
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Hugging Face model folder.")],
+    benchmarks: Annotated[str, typer.Option(help="Comma-separated; NAME is the file NAME.jsonl in --data.")],
+    data: Annotated[Path, typer.Option(help="Folder of the benchmarks, a problem a line.")],
+    samples: Annotated[int, typer.Option(help="Completions a problem.", min=1)] = 16,
+    engine: Annotated[str, typer.Option(help="What samples: transformers or vllm.")] = "transformers",
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0.0)] = 0.6,
+    top_p: Annotated[float, typer.Option(help="Share of the probability that is sampled from.", min=0.0, max=1.0)] = 0.95,
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of a completion.", min=1)] = 8192,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            help="The user's message, with {problem} in it; left out, the problem and on the next line "
+            "'Please reason step by step, and put your final answer within \\boxed{}.'"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    sampling_batch: Annotated[int, typer.Option(help="Completions sampled at once.", min=1)] = 128,
+    workers: Annotated[int, typer.Option(help="Processes that verify.", min=1)] = 2,
+    time_limit: Annotated[float, typer.Option(help="Seconds that a verification may take.", min=0.1)] = 10.0,
+    threads: Threads = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of samples.jsonl, result.json and outcomes.jsonl; runs/eval/MODEL by default.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the records of result.json to this file.")] = None,
+) -> None:
+    """How often does a model answer right? mean@k and pass@k on local benchmarks, with 95 % bootstrap intervals over problems.
+
+    A line of NAME.jsonl is a JSON object with the problem under problem, question or prompt, and the answer under answer,
+    final_answer or solution (of which the last \\boxed{} counts). Each problem is asked as a user's message in the tokenizer's
+    chat template; math-verify scores the completions, in processes of their own. Interrupted, the same command goes on, and
+    samples only what is missing, also where more samples or benchmarks are asked for. Nothing is downloaded.
+
+    Example: v05 eval path/to/model --benchmarks aime24,math500 --data benchmarks --samples 16 --engine vllm
+    """
+    from v05.evaluate import TEMPLATE, EvalConfig, MathTask, Sample, SampleLog, read_benchmark, write_results
+    from v05.evaluate import evaluate as run
+    from v05.prior.v0.backbone import fingerprint
+    from v05.rollout.verifier import VerifierPool
+    from v05.train.metrics import write_json
+
+    out = out or Path("runs/eval") / model.resolve().name
+    _set_threads(threads)
+    try:
+        if not (model / "config.json").is_file():
+            raise ValueError(f"model={model}: no config.json there; give a Hugging Face model folder")
+        settings = {
+            "model": model.resolve(),
+            "weights": fingerprint(model),
+            "engine": engine,
+            "template": TEMPLATE if template is None else template,
+            "temperature": temperature,
+            "top_p": top_p,
+            "max_new_tokens": max_new_tokens,
+            "seed": seed,
+        }
+        config = EvalConfig.model_validate(settings)
+        names = list(dict.fromkeys(name.strip() for name in benchmarks.split(",")))
+        problems = {name: read_benchmark(data, name, config.template) for name in names}
+        log = SampleLog(out, config)
+        with _progress() as progress:
+            bars = {name: progress.add_task(name, total=len(of) * samples, note="") for name, of in problems.items()}
+            right = dict.fromkeys(names, 0.0)
+
+            def watch(sample: Sample) -> None:
+                name = sample.benchmark
+                right[name] += sample.reward
+                progress.advance(bars[name])
+                progress.update(bars[name], note=f"{right[name]:.0f} right")
+
+            verifier = VerifierPool(MathTask, workers=workers, time_limit=time_limit)
+            try:
+                run(config, problems, samples, log, verifier, capacity=sampling_batch, watch=watch)
+            finally:
+                verifier.close()
+        records = write_results(out, config, problems, samples, log)
+        if json is not None:
+            write_json(json, records)
+    except KeyboardInterrupt:
+        _interrupted(out)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        _fail(error)
+    if verifier.timed_out:
+        _say(f"{verifier.timed_out} completions took the verifier more than {time_limit:g} s and count as wrong")
+    Console(width=None if sys.stdout.isatty() else 180).print(_benchmark_table(records))
+    _say(f"samples and records are in {out}")
+
+
+def _benchmark_table(records: list[dict[str, Any]]) -> Table:
+    names = ["mean", *[name for name in records[0] if name.startswith("pass@") and name[5:].isdecimal()][-1:]]
+    table = Table(title="share of right answers, with a 95 % bootstrap interval over problems")
+    heads = [f"mean@{records[0]['samples']}" if name == "mean" else name for name in names]
+    for column in ("benchmark", "problems", *heads, "tokens", "cut off"):
+        table.add_column(column, justify="left" if column == "benchmark" else "right", no_wrap=True)
+    for r in records:
+        table.add_row(
+            r["benchmark"],
+            str(r["problems"]),
+            *(f"{r[name]:.3f} [{r[f'{name}_low']:.3f}, {r[f'{name}_high']:.3f}]" for name in names),
+            f"{r['tokens']:.0f}",
+            f"{r['cut_off']:.1%}",
         )
     return table
 
@@ -410,27 +591,151 @@ def _simulation_table(records: list[Record], initial: int, maximum: int) -> Tabl
     return table
 
 
-def _run_watched(configs: dict[str, RunConfig], out: Path, jobs: int) -> list[str]:
+@app.command()
+def doctor(json: Annotated[Path | None, typer.Option(help="Also write the findings to this file.")] = None) -> None:
+    """What of v05 runs here: versions, devices, active code paths, a self-check, and what to install for the rest.
+
+    The self-check compares the op with its float64 specification; exit status 1 if they differ.
+
+    Example: v05 doctor --json doctor.json
+    """
+    from v05.doctor import run
+
+    raise typer.Exit(run(json))
+
+
+def _run_watched(configs: dict[str, RunConfig], out: Path, jobs: int, done: Callable[[str], None] = lambda name: None) -> list[str]:
+    """Run and show it; `done` hears of every run that ends well, once. Returns those that failed."""
     from v05.train.compare import RunState, run_all
 
+    many = len(configs) > MOST_BARS
     with _progress() as progress:
+        whole = progress.add_task("runs", total=len(configs), note="", visible=many)
         bars = {
-            name: progress.add_task(name, total=config.total_rollouts, note="waiting", start=False)
+            name: progress.add_task(name, total=config.total_rollouts, note="waiting", start=False, visible=not many)
             for name, config in configs.items()
         }
-        reported: set[str] = set()
+        ended: set[str] = set()
 
         def watch(states: list[RunState]) -> None:
             for state in states:
+                if state.name in ended:
+                    continue
                 note = state.status if state.accuracy is None else f"{state.status}, held-out accuracy {state.accuracy:.3f}"
-                if state.status == "running":
+                running = state.status == "running"
+                if running:
                     progress.start_task(bars[state.name])
-                progress.update(bars[state.name], completed=state.rollouts, note=note)
-                if state.status in ("done", "failed") and state.name not in reported and not console.is_terminal:
-                    console.out(f"{state.name}: {note}")  # a log has no bars
-                    reported.add(state.name)
+                progress.update(bars[state.name], completed=state.rollouts, note=note, visible=running or not many)
+                if state.status in ("done", "failed"):
+                    ended.add(state.name)
+                    progress.update(whole, completed=len(ended))
+                    if state.status == "done":
+                        done(state.name)
+                    if not console.is_terminal:
+                        console.out(f"{state.name}: {note}")  # a log has no bars
 
         return run_all(configs, out, jobs, watch)
+
+
+def _run_suite(name: str, seeds: int | None, rollouts: int | None, out: Path, jobs: int, json_file: Path | None) -> None:
+    from dataclasses import replace
+
+    from v05.tasks import make_task
+    from v05.train.config import run_config
+    from v05.train.metrics import write_json
+    from v05.train.policy import policy_folder
+    from v05.train.suite import (
+        ROWS,
+        SUITES,
+        Planned,
+        append_row,
+        counted_runs,
+        in_order,
+        read_rows,
+        row_of,
+        summarise,
+        tuned_rates,
+        tuning_runs,
+    )
+    from v05.train.suite_plots import draw_suite
+
+    if name not in SUITES:
+        raise ValueError(f"--suite {name} is unknown; choose one of {', '.join(SUITES)}")
+    suite = SUITES[name] if rollouts is None else replace(SUITES[name], rollouts=rollouts)
+    _set_threads(1)
+    for mix in suite.mixes:
+        first = run_config(mix, "grpo")
+        with console.status(f"warm start of the policy for {mix} (kept for later runs)"):
+            policy_folder(first.policy, first.task, make_task(first.task), console.out)
+
+    def run(runs: list[Planned]) -> None:
+        known = {row.key for row in read_rows(out)}
+        missing = {run.name: run for run in runs if run.key not in known}
+        console.out(f"{len(runs) - len(missing)} of {len(runs)} runs to {runs[0].stage} are in {out / ROWS}")
+
+        def done(name: str) -> None:
+            append_row(out, row_of(missing[name], out / name))
+            shutil.rmtree(out / name / "policy", ignore_errors=True)  # hundreds of them
+
+        failed = _run_watched({name: run.config for name, run in missing.items()}, out, jobs, done)
+        if failed:
+            raise RuntimeError(
+                f"failed: {', '.join(failed)}; see log.txt in each run's directory; the same command tries them again"
+            )
+
+    run(tuning_runs(suite))
+    rates = tuned_rates(suite, read_rows(out))
+    run(counted_runs(suite, rates, seeds or suite.seeds))
+    rows = in_order(suite, read_rows(out))
+    records = summarise(rows)
+    for file in filter(None, (out / "compare.json", json_file)):
+        write_json(file, records)
+    plots = draw_suite(rows, out)
+    for table in _suite_tables(records):
+        Console(width=None if sys.stdout.isatty() else 180).print(table)
+    console.out(f"{len(plots)} plots, compare.json, {ROWS} and the runs are in {out}")
+
+
+def _suite_tables(records: list[dict[str, Any]]) -> Iterator[Table]:
+    """One for each mix."""
+    from v05.train.suite import RIVALS, TARGET
+
+    for mix in dict.fromkeys(record["mix"] for record in records):
+        group = [record for record in records if record["mix"] == mix]
+        start = sum(record["accuracy_before"] for record in group) / len(group)
+        table = Table(
+            title=f"{mix}: held-out accuracy from {start:.3f}; up to {max(len(r['seeds']) for r in group)} seeds, 95 % intervals"
+        )
+        versus = [f"over {rival}'s best size" for rival in RIVALS]
+        for column in (
+            "method",
+            "rate",
+            "accuracy",
+            *versus,
+            f"rollouts to {TARGET}'s",
+            "a prompt",
+            "rejected",
+            "baseline MSE",
+            "entropy",
+        ):
+            table.add_column(column, justify="left" if column == "method" else "right")
+        for r in group:
+            table.add_row(
+                r["label"],
+                f"{r['learning_rate']:g}",
+                f"{r['accuracy_after']:.3f} [{r['accuracy_low']:.3f}, {r['accuracy_high']:.3f}]",
+                *(_difference(r, f"over_{rival}") for rival in RIVALS),
+                _rollouts(r.get("rollouts_to_grpo")),
+                f"{r['group_size']:.1f}",
+                f"{r['prior_rejected']:.2f}",
+                f"{r['baseline_mse']:.4f}",
+                f"{r['entropy_after']:.3f}",
+            )
+        yield table
+
+
+def _difference(record: dict[str, Any], name: str) -> str:
+    return f"{record[name]:+.3f} [{record[f'{name}_low']:+.3f}, {record[f'{name}_high']:+.3f}]" if name in record else ""
 
 
 def _report(configs: dict[str, RunConfig], out: Path, json_file: Path | None) -> None:
@@ -516,11 +821,6 @@ def _say(line: str) -> None:
     """Print once for all ranks."""
     if _rank() == 0:
         console.out(line)
-
-
-def usable_cores() -> int:
-    """Cores this process may use, which in a container are fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _set_threads(count: int) -> None:

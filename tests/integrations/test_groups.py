@@ -1,5 +1,6 @@
 """What the integrations share, without a host."""
 
+import json
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from host_situations import TOLERANCE, FixedPrior, situations
 
-from v05.integrations.groups import PromptPriors, Settings, in_reward_units, outcome_advantages, prompt_text
+from v05.integrations.groups import PromptPriors, Settings, in_reward_units, outcome_advantages, prior_of, prompt_text
 
 
 def advantages_of(case, priors, **options):
@@ -113,7 +114,8 @@ def test_what_is_missing_is_named():
     with pytest.raises(ValueError, match="prior: none for 2 of 2 groups, the first is 'a'; open them"):
         advantages_of(case, PromptPriors(FixedPrior()))
     with pytest.raises(
-        ValueError, match=r"v05\.inital=3 is not a setting; choose from chunk, initial, leave_one_out, reward_range"
+        ValueError,
+        match=r"v05\.inital=3 is not a setting; choose from adapter, backbone, chunk, initial",
     ):
         Settings.read({"inital": 3})
     for given in (1.0, [0], ["low", "high"]):
@@ -133,3 +135,40 @@ def test_settings_and_texts():
     calls = [{"role": "assistant", "content": None, "tool_calls": []}, {"role": "assistant", "tool_calls": []}]
     assert prompt_text([*calls, *messages[:1]]) == "Add."
     assert in_reward_units(np.array([0.0, 0.25, 1.0]), (-1.0, 1.0)).tolist() == [-1.0, -0.5, 1.0]
+
+
+def test_settings_of_the_prior():
+    with pytest.raises(ValueError, match=r"v05\.prior='v1' is unknown; choose one of history, v0"):
+        Settings.read({"prior": "v1"})
+    with pytest.raises(ValueError, match=r"v05\.adapter='a' is of prior 'v0', not of 'history'; leave it out"):
+        Settings.read({"adapter": "a"})
+    with pytest.raises(ValueError, match=r"backbone=absent: no config\.json there"):
+        prior_of(Settings.read({"prior": "v0", "backbone": "absent"}))
+
+
+@pytest.mark.parametrize("kind", ["history", "v0"])
+def test_the_prior_of_the_settings_knows_the_outcomes_given(kind, tmp_path, monkeypatch):
+    from tiny_policy import tiny_model, tiny_tokenizer
+
+    monkeypatch.setenv("V05_CACHE", str(tmp_path / "cache"))
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [
+        {"policy": "p", "prompt": f"{a}{sign}{b}=", "score": score, "trials": 8}
+        for a in range(6)
+        for b in range(6)
+        for sign, score in (("+", 1.0), ("=", -1.0))
+    ]
+    (tmp_path / "outcomes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"prior": kind, "outcomes": str(tmp_path / "outcomes.jsonl")}
+    settings = Settings.read(given | ({"backbone": str(tmp_path / "model")} if kind == "v0" else {}))
+    priors = PromptPriors()
+    priors.settle(settings)
+    messages = [[{"role": "user", "content": prompt}] for prompt in ("1+1=", "1=1=")]
+    sure, hopeless = priors.open(["a", "b"], messages)
+    assert sure > 0.65
+    assert hopeless < 0.35
+    mine = FixedPrior()
+    priors.prior = mine
+    priors.settle(settings)
+    assert priors.prior is mine

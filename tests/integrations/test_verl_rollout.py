@@ -2,6 +2,7 @@
 Ray; `make test-integrations` installs them. The trainer between sampling and advantages is written out: it needs GPUs.
 """
 
+import json
 import time
 from pathlib import Path
 
@@ -171,3 +172,26 @@ def test_settings_out_of_bounds_are_refused_before_anything_is_sampled(config):
     for changed, message in (({"initial": 0}, "initial=0"), ({"chunk": 0}, "chunk=0"), ({"inital": 2}, r"v05\.inital=2 is not")):
         with pytest.raises(ValueError, match=message):
             SequentialAgentLoopManager(OmegaConf.merge(config, {"algorithm": {"v05": changed}}), FakeServer())
+
+
+def test_the_settings_say_what_the_prior_is_and_has_learnt(config, tmp_path, monkeypatch):
+    from omegaconf import OmegaConf
+
+    from v05.integrations import verl_rollout
+
+    def refused(message, **changed):
+        monkeypatch.setattr(verl_rollout, "PRIORS", PromptPriors())
+        with pytest.raises(ValueError, match=message):
+            verl_rollout.SequentialAgentLoopManager(OmegaConf.merge(config, {"algorithm": {"v05": changed}}), FakeServer())
+
+    refused("backbone=absent: no config.json there", prior="v0", backbone="absent")
+    rows = [
+        {"policy": "p", "prompt": prompt, "score": score, "trials": 16} for prompt, score in (("sure", 1.0), ("hopeless", -1.0))
+    ]
+    (tmp_path / "outcomes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    refused(
+        "enable_resource_pool=False", outcomes=str(tmp_path / "outcomes.jsonl")
+    )  # as there are no rewards, but then it is settled
+    sure, hopeless = verl_rollout.PRIORS.prior.predict(["sure", "hopeless"])
+    assert sure > 0.7
+    assert hopeless < 0.3

@@ -191,3 +191,32 @@ def test_tokenizer_round_trip():
     assert len(ids) == len(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == text
+
+
+def test_temperature_and_top_p_shape_what_is_sampled_from(policy):
+    model, tokenizer = policy
+    prompt = tuple(tokenizer("1+1=")["input_ids"])
+    logits = model(input_ids=torch.tensor([prompt])).logits[0, -1].detach() / 0.5
+    probabilities, order = torch.softmax(logits, -1).sort(descending=True)
+    kept = order[probabilities.cumsum(-1) - probabilities < 0.9]  # the fewest tokens that hold 0.9
+    expected = torch.softmax(logits[kept], -1)
+    wanted = [Request(prompt, seed) for seed in range(2000)]
+    completions = generate(engine(policy, max_new_tokens=1, temperature=0.5, top_p=0.9), wanted)
+    tokens = torch.tensor([int(c.tokens[0]) for c in completions])
+    assert set(tokens.tolist()) <= set(kept.tolist())
+    seen = torch.stack([(tokens == token).float().mean() for token in kept])
+    assert (seen - expected).abs().max() < 5 * (expected.max() / len(wanted)).sqrt()
+    logprobs = torch.tensor([float(c.logprobs[0]) for c in completions])
+    mine = torch.stack([expected[kept == token].log().squeeze() for token in tokens])
+    torch.testing.assert_close(logprobs, mine, rtol=0, atol=1e-4)
+
+
+def test_temperature_0_takes_the_likeliest_token(policy):
+    model, tokenizer = policy
+    for request, completion in zip(
+        requests(tokenizer), generate(engine(policy, temperature=0.0), requests(tokenizer)), strict=True
+    ):
+        ids = torch.tensor([[*request.prompt, *completion.tokens]])
+        likeliest = model(input_ids=ids).logits[0, len(request.prompt) - 1 : -1].argmax(-1)
+        assert completion.tokens.tolist() == likeliest.tolist()
+        assert (completion.logprobs == 0).all()

@@ -1,5 +1,6 @@
 """vLLM in process and behind a server, against the embedded engine's model; `make test-vllm` installs what it needs."""
 
+import json
 import os
 import socket
 import subprocess
@@ -197,3 +198,22 @@ def test_a_training_run(folder, tmp_path):
     # Other random numbers, the same policy.
     entropy = [read_metrics(tmp_path / kind, "evaluation")[0]["entropy"] for kind in ("vllm", "transformers")]
     assert entropy[0] == pytest.approx(entropy[1], abs=0.1)
+
+
+def test_an_evaluation_samples_what_the_embedded_engine_does(folder, tmp_path):
+    """In processes of their own, as users start them: an engine has the process to itself."""
+    (tmp_path / "sums.jsonl").write_text("".join(f'{{"problem": "{i}+1=", "answer": {i + 1}}}\n' for i in range(8)))
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    found = {}
+    for engine, temperature in (("transformers", 0), ("vllm", 0), ("vllm", 0.7)):
+        out = tmp_path / f"{engine}-{temperature}"
+        options = ["--data", str(tmp_path), "--samples", "2", "--template", "{problem}", "--max-new-tokens", str(LIMIT)]
+        options += ["--engine", engine, "--temperature", str(temperature), "--top-p", "0.9", "--out", str(out)]
+        command = [sys.executable, "-m", "v05", "eval", str(folder), "--benchmarks", "sums", *options]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=600)
+        assert result.returncode == 0, result.stdout + result.stderr
+        samples = map(json.loads, (out / "samples.jsonl").read_text().splitlines())
+        found[out.name] = {(sample["problem"], sample["sample"]): sample["completion"] for sample in samples}
+    assert len(found["vllm-0"]) == 16
+    assert found["vllm-0"] == found["transformers-0"]
+    assert found["vllm-0.7"] != found["vllm-0"]

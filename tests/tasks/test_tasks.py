@@ -57,7 +57,7 @@ def test_a_small_source_gives_what_it_has():
 
 def test_sum_surface_is_padded_and_reversed():
     config = ReasoningGymConfig(
-        surface="sum",
+        surface="terse",
         operand_width=3,
         mix=(Source(dataset="chain_sum", settings=dict(min_terms=2, max_terms=2, min_digits=2, max_digits=2)),),
     )
@@ -113,3 +113,15 @@ def test_jsonl_needs_both_splits(tmp_path):
     path.write_text('{"prompt": "a", "answer": "1"}\n')
     with pytest.raises(ValueError, match=r"no (train|heldout) prompt among its lines"):
         JsonlTask(JsonlConfig(path=path))
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"), [("2x+1", "$1+2x$", "$2$"), ("(3, \\pi)", "$(3, \\pi)$", "$3$"), ("12 apples", "12", "13")]
+)
+def test_jsonl_reads_bare_formulas_as_formulas(tmp_path, answer, right, wrong):
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("".join(json.dumps({"prompt": str(i), "answer": answer}) + "\n" for i in range(40)))
+    task = JsonlTask(JsonlConfig(path=path))
+    _, prompt = next(task.prompts("train"))
+    assert task.verify(prompt, right) == 1.0
+    assert task.verify(prompt, wrong) == 0.0

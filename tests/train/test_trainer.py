@@ -10,13 +10,24 @@ import pytest
 import torch
 
 from v05.methods import METHODS, Calibration
+from v05.prior import NoisePrior
 from v05.prior.v0.logs import read_logs
 from v05.stopping import path_counting_advantages
+from v05.train import trainer as trainer_module
 from v05.train.config import BudgetConfig, LossConfig, OptimizerConfig, OverlongConfig, RunConfig, label_of, run_config
 from v05.train.engine import engine_of_folder
 from v05.train.metrics import read_metrics
 from v05.train.policy import policy_folder
-from v05.train.trainer import Trainer, has_signal, shaped_rewards
+from v05.train.trainer import (
+    SAMPLED_COMPLETIONS,
+    SAMPLED_GROUPS,
+    Trainer,
+    has_signal,
+    histogram,
+    prior_outcomes,
+    shaped_rewards,
+    shortened,
+)
 
 TIMES = {"seconds", "generate_seconds", "verify_seconds", "sample_seconds", "advantage_seconds", "update_seconds", "sync_seconds"}
 
@@ -106,6 +117,66 @@ def test_paths_are_counted_where_they_can_be(tmp_path):
     torch.testing.assert_close(advantages, counted[:, None].float() * mask)
     assert trainer.unbiased_advantages(replace(batch, invalid=1), mask) is None
     assert trainer.unbiased_advantages(replace(batch, rewards=batch.rewards * 0.5), mask) is None
+
+
+@pytest.mark.parametrize("method", ["v05", "calibrated", "grpo"])
+def test_steps_record_what_their_groups_came_to(method, tmp_path):
+    train(run_config("smoke", method), tmp_path)
+    steps = read_metrics(tmp_path, "step")
+    for step in steps:
+        assert sum(step["group_sizes"]) == step["prompts"]
+        assert sum(size * count for size, count in enumerate(step["group_sizes"])) == step["spent"]
+        histograms = {"v05": step["weights"], "calibrated": step["hallucinations"]}
+        assert all(
+            (sum(counts) if counts else 0) == (step["prompts"] if name == method else 0) for name, counts in histograms.items()
+        )
+        if method == "grpo":
+            assert step["prior_outcomes"] is step["prior_rejected"] is None
+        else:
+            groups, priors, _ = np.sum(step["prior_outcomes"], axis=0)
+            assert groups == step["prompts"]
+            assert priors / groups == pytest.approx(step["prior_mean"])
+            assert 0 <= step["prior_rejected"] <= 1
+    tokens = np.cumsum([step["tokens"] for step in steps])
+    assert [step["generated_tokens"] for step in steps] == tokens.tolist()
+    assert read_metrics(tmp_path, "evaluation")[-1]["generated_tokens"] == tokens[-1]
+
+
+def test_completions_are_recorded_after_evaluations(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "SAMPLED_CHARACTERS", 4)
+    config = run_config("smoke", "v05", total_rollouts=64 * 6)
+    train(config, tmp_path)
+    groups = read_metrics(tmp_path, "group")
+    probed = [probe["rollouts"] for probe in read_metrics(tmp_path, "probe")]
+    assert len(probed) < len(read_metrics(tmp_path, "step"))
+    assert sorted({group["rollouts"] for group in groups}) == probed
+    assert all(sum(group["rollouts"] == rollouts for group in groups) <= SAMPLED_GROUPS for rollouts in probed)
+    for group in groups:
+        completions = group["completions"]
+        assert len(completions) == min(group["size"], SAMPLED_COMPLETIONS)
+        assert all(c["advantage"] == pytest.approx(c["reward"] - group["baseline"], abs=1e-6) for c in completions)
+        if group["size"] <= SAMPLED_COMPLETIONS:
+            assert np.mean([c["reward"] for c in completions]) == pytest.approx(group["mean"])
+        assert group["prompt"].endswith("=")
+    assert shortened("abcdef") == "ab [... 2 characters ...] ef"
+    assert shortened("abcd") == "abcd"
+
+
+def test_a_groups_outcome_is_that_of_its_first_rollouts(tmp_path):
+    trainer = Trainer(run_config("smoke", "v05"), tmp_path, lambda line: None)
+    batch, _ = trainer.sample()
+    batch = replace(
+        batch,
+        prompts=batch.prompts[:4],
+        priors=np.array([0.0, 0.05, 1.0, np.nan]),
+        offsets=np.array([0, 2, 6, 7, 9]),
+        rewards=np.array([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+    )
+    bins = prior_outcomes(batch, 2)
+    assert bins[0] == [2, 0.05, 0.5]  # the later rewards of the second group do not count
+    assert bins[9] == [1, 1.0, 1.0]  # a group of one
+    assert sum(groups for groups, _, _ in bins) == 3  # the last has no prior
+    assert histogram(torch.tensor([0.0, 0.09, 0.1, 1.0, torch.nan])) == [2, 1, 0, 0, 0, 0, 0, 0, 0, 1]
 
 
 def test_dynamic_sampling_throws_away_and_counts(tmp_path):
@@ -300,3 +371,22 @@ def test_specs_and_presets():
         run_config("tiny", "v05", budget=BudgetConfig(mean=5.0))
     with pytest.raises(ValueError, match="preset='huge' is unknown; choose one of tiny, small, smoke"):
         run_config("huge", "v05")
+
+
+def test_the_oracle_knows_the_success_rate(tmp_path):
+    trainer = Trainer(run_config("smoke", "v05+oracle"), tmp_path, lambda line: None)
+    prompts = trainer.heldout[:8]
+    rewards, _ = trainer.true_rewards(prompts, 1024, seed=1)
+    rates = rewards.mean(-1)
+    assert np.abs(trainer.predict(prompts) - rates).max() < 4 * 0.5 / np.sqrt(1024)
+    assert rates.max() > 0.02
+
+
+def test_the_useless_prior_is_useless_and_always_the_same(tmp_path):
+    config = run_config("smoke", "v05@4+noise", seed=3)
+    trainer, again = (Trainer(config, tmp_path / name, lambda line: None) for name in "ab")
+    predicted = trainer.predict(trainer.heldout)
+    assert np.array_equal(predicted, again.predict(again.heldout))
+    assert ((predicted > 0) & (predicted < 1)).all()
+    assert 0.2 < predicted.std() < 0.4
+    assert not np.array_equal(predicted, NoisePrior(4).predict([prompt.text for prompt in trainer.heldout]))

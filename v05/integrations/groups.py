@@ -6,6 +6,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from v05.prior.calibration import Calibrator
 
 Range = tuple[float, float]
+PRIORS = ("history", "v0")
 ESTIMATORS = {  # name in verl and SkyRL: method; the last two for comparison with the host's own
     "v05": "v05",
     "v05_calibrated": "calibrated",
@@ -38,12 +40,20 @@ class Settings:
         leave_one_out: the baseline of a rollout is computed from the group's other rollouts.
         initial: rollouts of a prompt before its first test, where the host samples in rounds.
         chunk: rollouts added at a time after that.
+        prior: "history", learnt in the run from texts and outcomes, or "v0", the generalist value model (v05.prior.v0).
+        backbone: of v0, the model folder that reads prompts; None is the sentence model of the extra `value`.
+        adapter: of v0, a file that `v05 fit-prior` trained on that backbone.
+        outcomes: JSON lines of what the policy came to before training (`v05 eval` writes them), which the prior learns first.
     """
 
     reward_range: Range = (0.0, 1.0)
     leave_one_out: bool = False
     initial: int = 4
     chunk: int = 1
+    prior: str = "history"
+    backbone: str | None = None
+    adapter: str | None = None
+    outcomes: str | None = None
 
     @classmethod
     def read(cls, given: Mapping[str, Any] | None) -> Settings:
@@ -58,7 +68,42 @@ class Settings:
             except (TypeError, ValueError):
                 raise ValueError(f"v05.reward_range={given['reward_range']!r} is not two numbers; give [lowest, highest]") from None
             given["reward_range"] = (low, high)
-        return cls(**given)
+        settings = cls(**given)
+        if settings.prior not in PRIORS:
+            raise ValueError(f"v05.prior={settings.prior!r} is unknown; choose one of {', '.join(PRIORS)}")
+        for name in ("backbone", "adapter"):
+            if settings.prior != "v0" and getattr(settings, name) is not None:
+                raise ValueError(
+                    f"v05.{name}={getattr(settings, name)!r} is of prior 'v0', not of {settings.prior!r}; leave it out"
+                )
+        return settings
+
+
+def prior_of(settings: Settings) -> ValuePrior:
+    """A new prior by its settings, which has learnt `outcomes`.
+
+    Raises ValueError and OSError where a folder or file of the settings cannot be read.
+    """
+    prior: ValuePrior
+    if settings.prior == "v0":
+        from v05.prior.v0 import load_v0
+
+        prior = load_v0(_path(settings.backbone), _path(settings.adapter))
+    else:
+        from v05.prior.history import HistoryPrior
+
+        prior = HistoryPrior()
+    if settings.outcomes is not None:
+        from v05.prior.v0.logs import read_logs
+
+        rows = read_logs([Path(settings.outcomes)])
+        trials = np.array([row.trials for row in rows])
+        prior.observe([row.prompt for row in rows], np.array([row.rate for row in rows]) * trials, trials)
+    return prior
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
 
 
 def prompt_text(prompt: Any) -> str:
@@ -76,7 +121,7 @@ class PromptPriors:
     Hosts name groups by ids and show their estimators no prompt: this is the table between the two.
 
     Args:
-        prior: predicts and learns; None is a `HistoryPrior`, made when it is first asked.
+        prior: predicts and learns; None is that of the settings given to `settle`, or else a `HistoryPrior`.
         capacity: groups remembered; those opened first, whose rewards never came, go first.
     """
 
@@ -89,14 +134,17 @@ class PromptPriors:
     @property
     def prior(self) -> ValuePrior:
         if self._prior is None:
-            from v05.prior.history import HistoryPrior
-
-            self._prior = HistoryPrior()
+            self._prior = prior_of(Settings())
         return self._prior
 
     @prior.setter
     def prior(self, prior: ValuePrior) -> None:
         self._prior = prior
+
+    def settle(self, settings: Settings) -> None:
+        """Take the prior of these settings, unless there is one already."""
+        if self._prior is None:
+            self._prior = prior_of(settings)
 
     def calibration(self, method: str) -> Calibration | None:
         """How far the priors are to be trusted, fitted to the groups closed since the method "calibrated" first asked for it.

@@ -28,6 +28,7 @@ REMEDY = "wrap the generator in v05.integrations.skyrl.PromptedGenerator"
 def register(**settings: Any) -> None:
     """Register the estimators with these settings (`v05.integrations.groups.Settings`); once a process."""
     read = Settings.read(settings)
+    PRIORS.settle(read)
     for name, method in ESTIMATORS.items():
         register_advantage_estimator(name)(functools.partial(estimate, method, read))
 

@@ -42,6 +42,7 @@ def custom_reward_post_process(args: Any, samples: list[Any]) -> tuple[list[Any]
     given = dict(getattr(args, "v05", None) or {})
     method = given.pop("method", "v05")
     settings = Settings.read(given)
+    PRIORS.settle(settings)
     rule = find_method(method)
     groups = [sample.group_index for sample in samples]
     if None in groups:

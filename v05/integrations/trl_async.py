@@ -21,10 +21,9 @@ from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker,
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from v05.budget import RolloutAllocator
-from v05.integrations.groups import Settings, in_reward_units, outcomes, prompt_text
+from v05.integrations.groups import Settings, in_reward_units, outcomes, prior_of, prompt_text
 from v05.ops import fused_advantage
 from v05.prior import ValuePrior
-from v05.prior.history import HistoryPrior
 
 PER_CONVERSATION = (  # lists of a RolloutGroup; those that nothing fills stay empty
     "prompts",
@@ -62,7 +61,7 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
     Args:
         settings: of V_0.5.
         reward_funcs: called with one conversation at a time, as soon as it ends.
-        prior: as in `V05Trainer`; picklable.
+        prior: as in `V05Trainer`, picklable; that of the settings if None.
     """
 
     _provides_rollout_reward = True
@@ -80,7 +79,7 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
         self.reward_func_names.append("+".join(get_callable_name(function) for function in reward_funcs))
         self._settings = settings
         self._judges = reward_funcs
-        self._prior: ValuePrior = HistoryPrior() if prior is None else prior
+        self._prior: ValuePrior = prior_of(settings) if prior is None else prior
         self._groups: dict[int, _Group] = {}
 
     def _repeat_iterator(self) -> Iterator[tuple[int, dict[str, Any]]]:

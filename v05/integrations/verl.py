@@ -5,6 +5,7 @@ verl loads this file by itself, through the entry-point group `verl.plugins`, wh
     algorithm.adv_estimator=v05
     +actor_rollout_ref.rollout.agent.agent_loop_manager_class=v05.integrations.verl_rollout.SequentialAgentLoopManager
     +algorithm.v05.reward_range=[-1,1]      any of `v05.integrations.groups.Settings`
+    +algorithm.v05.prior=v0                 for one: the generalist value model as the prior
 
 An estimator is shown no prompt, so the prior of a prompt is predicted where the prompts are drawn, by the agent loop manager,
 which runs in the trainer's process as the estimator does. Another manager can fill the table itself:

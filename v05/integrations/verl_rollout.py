@@ -89,13 +89,14 @@ class SequentialAgentLoopManager(AgentLoopManagerTQ):  # type: ignore[misc]
     """verl's manager with these workers. Takes its arguments.
 
     Raises:
-        ValueError: a setting is unknown or out of bounds; rewards come from a model that shares the rollouts' GPUs, and so after
-            all rollouts.
+        ValueError: a setting is unknown or out of bounds; the prior's model or outcomes cannot be read; rewards come from a model
+            that shares the rollouts' GPUs, and so after all rollouts.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _allocator(self.config, self.config.actor_rollout_ref.rollout.n)  # a worker that raises leaves verl waiting
+        PRIORS.settle(Settings.read(self.config.algorithm.get("v05")))
         if self.reward_loop_worker_handles is None:
             raise ValueError(
                 "reward.reward_model.enable_resource_pool=False: V_0.5 tests rewards while it samples, and a reward model on the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -29,14 +30,8 @@ class ValuePrior(Protocol):
         ...
 
 
-class ConstantPrior:
-    """The same success rate for every prompt: the control that knows nothing."""
-
-    def __init__(self, value: float = 0.5) -> None:
-        self.value = value
-
-    def predict(self, prompts: Sequence[str]) -> NDArray[np.float64]:
-        return np.full(len(prompts), self.value)
+class _UnteachablePrior:
+    """Learns nothing."""
 
     def observe(self, prompts: Sequence[str], successes: NDArray[np.float64], trials: NDArray[np.float64]) -> None:
         pass
@@ -46,3 +41,24 @@ class ConstantPrior:
 
     def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
         pass
+
+
+class ConstantPrior(_UnteachablePrior):
+    """The same success rate for every prompt: the control that knows nothing."""
+
+    def __init__(self, value: float = 0.5) -> None:
+        self.value = value
+
+    def predict(self, prompts: Sequence[str]) -> NDArray[np.float64]:
+        return np.full(len(prompts), self.value)
+
+
+class NoisePrior(_UnteachablePrior):
+    """A success rate between 0 and 1 that has nothing to do with the prompt but is always the same for it: the useless prior."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._key = seed.to_bytes(8, "little")
+
+    def predict(self, prompts: Sequence[str]) -> NDArray[np.float64]:
+        digests = (hashlib.blake2b(prompt.encode(), digest_size=8, key=self._key).digest() for prompt in prompts)
+        return np.array([int.from_bytes(digest, "little") / 2**64 for digest in digests])

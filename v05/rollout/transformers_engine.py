@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, TemperatureLogitsWarper, TopPLogitsWarper
 
 from v05.rollout import Completion, Failure, Request, decode, refuse_update_in_flight
 
@@ -32,15 +32,32 @@ class TransformersEngine:
         tokenizer: its tokenizer, with a pad and an end-of-sequence token.
         max_new_tokens: length limit of a completion, its end-of-sequence token included.
         capacity: rollouts sampled at once.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_p: share of the probability that is sampled from, the likeliest tokens first.
     """
 
     reproducible = True
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, *, max_new_tokens: int, capacity: int = 512) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        max_new_tokens: int,
+        capacity: int = 512,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> None:
         self.capacity = capacity
         self._model = model
         self._tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
+        self._greedy = temperature == 0
+        self._warp = LogitsProcessorList()
+        if temperature not in (0, 1):
+            self._warp.append(TemperatureLogitsWarper(temperature))
+        if top_p < 1:
+            self._warp.append(TopPLogitsWarper(top_p))
         self._waiting: deque[tuple[int, Request]] = deque()
         self._rows: _Rows | None = None
         self._since_join = 0  # tokens
@@ -109,7 +126,10 @@ class TransformersEngine:
         """Draw every rollout's next token; those that end leave the batch."""
         rows = self._rows
         assert rows is not None
-        log_p = torch.log_softmax(rows.logits.float(), dim=-1)
+        logits: torch.Tensor = self._warp(rows.tokens, rows.logits.float())  # type: ignore[arg-type]
+        if self._greedy:
+            logits = torch.full_like(logits, -torch.inf).scatter_(1, logits.argmax(-1, keepdim=True), 0.0)
+        log_p = torch.log_softmax(logits, dim=-1)
         at = rows.lengths[:, None]
         token = _inverse_cdf(log_p, rows.uniforms.gather(1, at).squeeze(1))[:, None]
         rows.tokens.scatter_(1, at, token)

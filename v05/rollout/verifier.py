@@ -1,6 +1,7 @@
 """Verifying completions: in this process, or in a pool of processes where neither a hang nor a crash costs more than its item.
 
 What becomes of an item:
+
 - The verifier scores it: that is its reward.
 - It takes longer than the time limit (pool only): reward TIMED_OUT. What cannot be verified in time is a wrong answer, and leaving
   it out instead would spare the policy what it wrote.
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from v05.rollout import Failure
 
 if TYPE_CHECKING:
-    from v05.tasks import Prompt, Task
+    from v05.tasks import Prompt
 
 TIMED_OUT = 0.0  # reward
 LARGEST_CHUNK = 64  # items sent to a process at once; each is timed, and answered, on its own
@@ -39,6 +40,14 @@ class Item(NamedTuple):
     key: int
     prompt: Prompt
     completion: str
+
+
+class Scorer(Protocol):
+    """What a verifier needs of a task."""
+
+    def verify(self, prompt: Prompt, completion: str) -> float:
+        """As `v05.tasks.Task.verify`."""
+        ...
 
 
 class Verifier(Protocol):
@@ -68,7 +77,7 @@ class InlineVerifier:
 
     timed_out = 0
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Scorer) -> None:
         self._task = task
         self._results: list[tuple[int, float | Failure]] = []
 
@@ -94,7 +103,7 @@ class VerifierPool:
     Raises RuntimeError, from any method, if a process cannot make its task.
     """
 
-    def __init__(self, make_task: Callable[[], Task], *, workers: int, time_limit: float) -> None:
+    def __init__(self, make_task: Callable[[], Scorer], *, workers: int, time_limit: float) -> None:
         self.timed_out = 0
         self._make_task = make_task
         self._time_limit = time_limit
@@ -172,7 +181,7 @@ class VerifierPool:
 class _Worker:
     """A process; `items` are what it was sent and has not answered, the first under way `since` that time at the latest."""
 
-    def __init__(self, make_task: Callable[[], Task]) -> None:
+    def __init__(self, make_task: Callable[[], Scorer]) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, "reasoning_gym"])
         self.connection, theirs = context.Pipe()
@@ -200,14 +209,14 @@ def verify_all(verifier: Verifier, prompts: Sequence[Prompt], completions: Seque
     return [rewards[i] for i in range(len(prompts))]
 
 
-def _verify(task: Task, item: Item) -> float | Failure:
+def _verify(task: Scorer, item: Item) -> float | Failure:
     try:
         return task.verify(item.prompt, item.completion)
     except Exception as error:
         return Failure(f"the verifier raised {error!r}")
 
 
-def _work(make_task: Callable[[], Task], answers: Any) -> None:
+def _work(make_task: Callable[[], Scorer], answers: Any) -> None:
     """A process of the pool: says when it is ready, then answers chunks item by item until its parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_die_with_parent, daemon=True).start()

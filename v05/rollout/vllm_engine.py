@@ -38,7 +38,9 @@ class VllmEngine:
         max_new_tokens: length limit of a completion, its end-of-sequence token included.
         capacity: rollouts sampled at once.
         dtype: of weights and activations: "float32", "bfloat16" or "float16".
-        kv_cache_gib: memory for keys and values, GiB.
+        kv_cache_gib: memory for keys and values, GiB; None is what vLLM takes, which on a GPU is nearly all.
+        max_model_len: tokens of a prompt and its completion; None is the model's own limit.
+        temperature, top_p: as in `TransformersEngine`. vLLM's log-probabilities are those before them.
 
     Raises ImportError, naming the extra, where vLLM is not installed.
     """
@@ -53,7 +55,10 @@ class VllmEngine:
         max_new_tokens: int,
         capacity: int = 512,
         dtype: str = "float32",
-        kv_cache_gib: float = 1.0,
+        kv_cache_gib: float | None = 1.0,
+        max_model_len: int | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
     ) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over by reference
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -69,14 +74,15 @@ class VllmEngine:
                 model=str(path),
                 dtype=dtype,
                 max_num_seqs=capacity,
-                kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
+                kv_cache_memory_bytes=None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
+                max_model_len=max_model_len,
                 generation_config="vllm",
                 enforce_eager=not torch.cuda.is_available(),
                 disable_log_stats=True,
             )
         )
         self._parameters: Callable[[int], Any] = lambda seed: SamplingParams(
-            **_sampling(tokenizer, max_new_tokens, seed),
+            **_sampling(tokenizer, max_new_tokens, seed) | {"temperature": temperature, "top_p": top_p},
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )

@@ -60,8 +60,8 @@ class ReasoningGymConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["reasoning_gym"] = "reasoning_gym"
     mix: tuple[Source, ...] = Field(min_length=1)
-    surface: Literal["question", "sum"] = "question"
-    operand_width: int = Field(default=0, ge=0, description='digits that "sum" pads operands to')
+    surface: Literal["question", "terse"] = "question"
+    operand_width: int = Field(default=0, ge=0, description='digits that "terse" pads operands to')
     seed: int = 0
 
 

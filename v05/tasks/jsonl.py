@@ -9,6 +9,7 @@ import json
 import random
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 from math_verify import parse, verify
 
@@ -19,6 +20,24 @@ def _text(value: object) -> str:
     if not isinstance(value, str | int | float):
         raise TypeError(f"{value!r} is neither text nor a number")
     return str(value)
+
+
+def read_answer(text: str) -> list[Any]:
+    """A reference answer as math-verify understands it; empty where it does not. Bare LaTeX is read as a formula: math-verify by
+    itself finds mathematics in prose, and would take "2x+1" for 2."""
+    read: list[Any] = parse(text if "\\boxed" in text or text.count("$") > 1 else f"${text}$")
+    return read
+
+
+def verify_answer(answer: list[Any], completion: str) -> float:
+    """1.0 if a completion's final answer equals one that `read_answer` gave, else 0.0. Never raises, whatever the completion."""
+    # math-verify limits its time by a signal, which only the main thread can take.
+    limit = {} if threading.current_thread() is threading.main_thread() else {"timeout": None}
+    try:
+        parsed = parse(completion, **{f"parsing_{name}": value for name, value in limit.items()})
+        return float(verify(answer, parsed, **{f"{name}_seconds": value for name, value in limit.items()}))
+    except Exception:  # a completion that cannot be parsed is wrong
+        return 0.0
 
 
 class JsonlTask:
@@ -32,12 +51,12 @@ class JsonlTask:
                 continue
             try:
                 row = json.loads(line)
-                prompt = Prompt(_text(row["prompt"]), _text(row["answer"]), parse(_text(row["answer"])))
+                prompt = Prompt(_text(row["prompt"]), _text(row["answer"]), read_answer(_text(row["answer"])))
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(
                     f'{config.path}, line {number}: {error!r}; give one {{"prompt": ..., "answer": ...}} object a line'
                 ) from None
-            if not verify(prompt.item, parse(prompt.answer)):
+            if not verify(prompt.item, prompt.item):
                 raise ValueError(
                     f"{config.path}, line {number}: math-verify cannot read the answer {prompt.answer!r}; give a number or formula"
                 )
@@ -57,10 +76,4 @@ class JsonlTask:
                 number += 1
 
     def verify(self, prompt: Prompt, completion: str) -> float:
-        # math-verify limits its time by a signal, which only the main thread can take.
-        limit = {} if threading.current_thread() is threading.main_thread() else {"timeout": None}
-        try:
-            parsed = parse(completion, **{f"parsing_{name}": value for name, value in limit.items()})
-            return float(verify(prompt.item, parsed, **{f"{name}_seconds": value for name, value in limit.items()}))
-        except Exception:  # a completion that cannot be parsed is wrong
-            return 0.0
+        return verify_answer(prompt.item, completion)

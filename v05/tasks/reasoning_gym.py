@@ -1,7 +1,7 @@
 """Prompts and verifiers of reasoning-gym, a maintained generator of verifiable puzzles.
 
 A mix draws from several of its datasets by weight. The surface says how an item is written for the policy: as its question, or,
-for a character-level policy, as a bare sum.
+for a character-level policy, in a few characters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Surface:
     """
 
     write: Callable[[dict[str, Any], int], tuple[str, str]]
-    read: Callable[[str], str]
+    read: Callable[[str], str] = str.strip
 
 
 def _write_question(item: dict[str, Any], operand_width: int) -> tuple[str, str]:
@@ -39,18 +39,63 @@ def _write_sum(item: dict[str, Any], operand_width: int) -> tuple[str, str]:
     return re.sub(r"\d+", lambda n: n[0].zfill(operand_width), expression) + "=", str(item["answer"])[::-1]
 
 
-SURFACES = {
-    "question": Surface(_write_question, str.strip),
-    # Operands padded to one width, the answer least-significant digit first: carries then run in reading order.
-    "sum": Surface(_write_sum, lambda completion: completion[::-1]),
+def _write_multiple(item: dict[str, Any], operand_width: int) -> tuple[str, str]:
+    return ",".join(str(n).zfill(operand_width) for n in item["metadata"]["numbers"]) + "=", str(item["answer"])[::-1]
+
+
+def _write_base(item: dict[str, Any], operand_width: int) -> tuple[str, str]:
+    about = item["metadata"]
+    return f"{about['source_repr']} {about['source_base']}>{about['target_base']}=", str(item["answer"])
+
+
+def _write_backward(item: dict[str, Any], operand_width: int) -> tuple[str, str]:
+    return item["metadata"]["word"] + "<", str(item["answer"])
+
+
+AB = {"A#": "a", "#A": "A", "B#": "b", "#B": "B"}  # a token of the A::B system as one character
+
+
+def _write_ab(item: dict[str, Any], operand_width: int) -> tuple[str, str]:
+    (program,) = re.findall(r"^(?:[AB]#|#[AB])(?: (?:[AB]#|#[AB]))*$", item["question"], re.MULTILINE)
+    return _short_ab(program) + ">", _short_ab(item["answer"])
+
+
+def _short_ab(program: str) -> str:
+    return "".join(AB[token] for token in program.split())
+
+
+def _read_ab(completion: str) -> str:
+    tokens = {short: token for token, short in AB.items()}
+    return " ".join(tokens.get(letter, letter) for letter in completion.strip())
+
+
+QUESTION = Surface(_write_question)
+# Operands padded to one width, the answer least-significant digit first: carries then run in reading order.
+SUM = Surface(_write_sum, lambda completion: completion[::-1])
+TERSE = {
+    "ab": Surface(_write_ab, _read_ab),
+    "base_conversion": Surface(_write_base),
+    "chain_sum": SUM,
+    "lcm": Surface(_write_multiple, SUM.read),
+    "products": SUM,
+    "spell_backward": Surface(_write_backward),
 }
+
+
+def surface_of(config: ReasoningGymConfig, dataset: str) -> Surface:
+    """How the items of a dataset are written; ValueError where "terse" has no way."""
+    if config.surface == "question":
+        return QUESTION
+    if dataset not in TERSE:
+        raise ValueError(f"task.surface='terse' cannot write {dataset!r}; use 'question', or one of {', '.join(TERSE)}")
+    return TERSE[dataset]
 
 
 class ReasoningGymTask:
     """The task of a `ReasoningGymConfig`."""
 
     def __init__(self, config: ReasoningGymConfig) -> None:
-        self._surface = SURFACES[config.surface]
+        self._surfaces = [surface_of(config, source.dataset) for source in config.mix]
         self._datasets = [
             reasoning_gym.create_dataset(source.dataset, size=ENDLESS, seed=config.seed, **source.settings) for source in config.mix
         ]
@@ -69,13 +114,13 @@ class ReasoningGymTask:
     def _prompt(self, number: int) -> Prompt:
         (source,) = random.Random(f"{self._seed}/{number}").choices(range(len(self._datasets)), self._weights)
         item = self._datasets[source][number]
-        text, answer = self._surface.write(item, self._operand_width)
+        text, answer = self._surfaces[source].write(item, self._operand_width)
         return Prompt(text, answer, (source, item))
 
     def verify(self, prompt: Prompt, completion: str) -> float:
         source, item = prompt.item
         try:
-            score = self._datasets[source].score_answer(self._surface.read(completion), item)
+            score = self._datasets[source].score_answer(self._surfaces[source].read(completion), item)
         except Exception:  # some verifiers raise on junk, which is then simply wrong
             return 0.0
         return float(score == 1.0)  # partial credit is no success

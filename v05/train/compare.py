@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import os
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,22 +54,27 @@ def run_all(configs: Mapping[str, RunConfig], directory: Path, jobs: int, watch:
     for name in waiting:
         refuse_to_overwrite(configs[name], directory / name)
     running: dict[str, BaseProcess] = {}
+    states = {name: _state(name, config, directory / name, False, False) for name, config in configs.items()}
     context = multiprocessing.get_context("forkserver")  # one import of torch and transformers for all runs
     context.set_forkserver_preload(["v05.train.trainer", "reasoning_gym"])
     failed: list[str] = []
+    watch(list(states.values()))
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 name = waiting.pop(0)
                 running[name] = context.Process(target=run_one, args=(configs[name], directory / name), name=name)
                 running[name].start()
+            under_way = set(running)  # whose records may have changed since the last look
             for name, process in list(running.items()):
                 if process.exitcode is not None:
                     del running[name]
                     if process.exitcode != 0:
                         failed.append(name)
-            watch([_state(n, c, directory / n, n in running, n in failed) for n, c in configs.items()])
-            time.sleep(POLL_SECONDS)
+            for name in under_way:
+                states[name] = _state(name, configs[name], directory / name, name in running, name in failed)
+            watch(list(states.values()))
+            connection.wait([process.sentinel for process in running.values()], POLL_SECONDS)
     finally:
         for process in running.values():
             process.terminate()
@@ -161,21 +165,21 @@ def _run_record(run: Run) -> dict[str, Any]:
     return {"record": "run", "label": run.label, **{key: run.result[key] for key in keys}, **_means(run)}
 
 
+def mean_of(records: Sequence[Mapping[str, Any]], key: str) -> float:
+    """Mean of a figure over the records that have it; NaN where none has."""
+    values = [record[key] for record in records if record[key] is not None]
+    return float(np.mean(values)) if values else float("nan")
+
+
 def _means(run: Run) -> dict[str, float]:
-    def of(records: list[dict[str, Any]], key: str) -> NDArray[np.float64]:
-        return np.array([r[key] for r in records if r[key] is not None])
-
-    def mean(values: NDArray[np.float64]) -> float:
-        return float(values.mean()) if len(values) else float("nan")
-
-    grad_norms = of(run.steps, "grad_norm")
+    grad_norms = [step["grad_norm"] for step in run.steps if step["grad_norm"] is not None]
     return {
-        "baseline_mse": mean(of(run.probes, "baseline_mse")[1:]),  # the first probe precedes all learning, the prior's too
-        "grad_norm": mean(grad_norms),
-        "grad_norm_std": float(grad_norms.std(ddof=1)) if len(grad_norms) > 1 else float("nan"),
-        "entropy_before": mean(of(run.evaluations, "entropy")[:1]),
-        "entropy_after": mean(of(run.evaluations, "entropy")[-1:]),
-        "group_size": mean(of(run.steps, "group_size")),
+        "baseline_mse": mean_of(run.probes[1:], "baseline_mse"),  # the first probe precedes all learning, the prior's too
+        "grad_norm": mean_of(run.steps, "grad_norm"),
+        "grad_norm_std": float(np.std(grad_norms, ddof=1)) if len(grad_norms) > 1 else float("nan"),
+        "entropy_before": run.evaluations[0]["entropy"],
+        "entropy_after": run.evaluations[-1]["entropy"],
+        "group_size": mean_of(run.steps, "group_size"),
         "thrown_away": float(sum(r["thrown_away"] for r in run.steps)),
     }
 

@@ -20,6 +20,7 @@ Aggregation = Literal["token", "sequence"]
 GroupWeighting = Literal["prompt", "rollout"]
 Distributed = Literal["ddp", "fsdp2"]
 Engine = Literal["transformers", "vllm", "vllm_server", "ray"]
+Prior = Literal["history", "v0", "constant", "oracle", "noise"]
 
 
 class Settings(BaseModel):
@@ -139,6 +140,7 @@ class EvaluationConfig(Settings):
 
     evaluations: int = Field(default=8, ge=1, description="held-out evaluations after the first step, evenly over the run")
     prompts: int = Field(default=1024, ge=1)
+    start: int = Field(default=0, ge=0, description="number of the task's prompt from which on held-out ones are taken")
     samples: int = Field(default=4, ge=1, description="rollouts a held-out prompt")
     probe_prompts: int = Field(default=32, ge=0, description="prompts of the step whose true success rate is measured")
     probe_samples: int = Field(default=128, ge=2)
@@ -151,7 +153,7 @@ class RunConfig(Settings):
     seed: int = Field(default=0, ge=0)
     task: TaskConfig
     policy: PolicyConfig
-    prior: Literal["history", "constant", "v0"] = "history"
+    prior: Prior = "history"
     v0: V0Config = V0Config()
     leave_one_out: bool = False
     scale: Scale | None = None
@@ -205,6 +207,10 @@ class RunConfig(Settings):
             )
         if self.overlong is not None and find_method(self.method).needs_prior:
             raise ValueError(f"overlong: shaped rewards leave the (0, 1) of method={self.method!r}'s prior; leave overlong out")
+        if self.prior != "history" and not method.needs_prior:
+            raise ValueError(f"prior={self.prior!r}: method={self.method!r} has none; leave it out")
+        if budget.cost is not None and budget.rule not in ("osla", "calibrated"):
+            raise ValueError(f"budget.cost={budget.cost} with budget.rule={budget.rule!r}, which has no cost; leave it out")
         if self.rollouts_per_step < self.budget.initial:
             raise ValueError(
                 f"rollouts_per_step={self.rollouts_per_step} does not hold one prompt of budget.initial={self.budget.initial}"
@@ -236,22 +242,64 @@ def _products(low: int, high: int, weight: float) -> Source:
     return Source(dataset="products", weight=weight, settings=dict(min_terms=2, max_terms=2, min_digits=low, max_digits=high))
 
 
+def _programs(length: int) -> Source:
+    return Source(dataset="ab", settings=dict(length=length))
+
+
+def _words(low: int, high: int) -> Source:
+    return Source(dataset="spell_backward", weight=3, settings=dict(min_word_len=low, max_word_len=high))
+
+
+# Stops the warm start while the policy still learns fast, and all of a sudden.
+EARLY: dict[str, Any] = {"target_accuracy": 0.35, "decay_steps": 20, "validate_every": 20}
+
 PRESETS: dict[str, dict[str, Any]] = {
     # 0.6 million parameters; minutes on one core.
     "tiny": {
-        "task": ReasoningGymConfig(surface="sum", operand_width=3, mix=(_sums(2, 3, 3), _products(1, 2, 1))),
+        "task": ReasoningGymConfig(surface="terse", operand_width=3, mix=(_sums(2, 3, 3), _products(1, 2, 1))),
         "policy": PolicyConfig(hidden_size=128, layers=3, intermediate_size=384, max_new_tokens=8),
         "total_rollouts": 80_000,
     },
-    # 1.3 million parameters, more products.
-    "small": {
-        "task": ReasoningGymConfig(surface="sum", operand_width=3, mix=(_sums(2, 3, 1), _products(1, 2, 1))),
-        "policy": PolicyConfig(hidden_size=160, layers=4, intermediate_size=480, max_new_tokens=8),
-        "total_rollouts": 200_000,
+    # 1 million parameters, sums and products of up to two digits.
+    "arithmetic": {
+        "task": ReasoningGymConfig(surface="terse", operand_width=2, mix=(_sums(1, 2, 3), _products(1, 2, 1))),
+        "policy": PolicyConfig(
+            hidden_size=160, layers=3, intermediate_size=480, max_new_tokens=6, warm_start=WarmStartConfig(**EARLY)
+        ),
+        "rollouts_per_step": 256,
+        "total_rollouts": 50_000,
+    },
+    # 1 million parameters, programs of the A::B system to run and words to spell backward.
+    "symbols": {
+        "task": ReasoningGymConfig(surface="terse", mix=(*(_programs(n) for n in (8, 10, 12)), _words(4, 10))),
+        "policy": PolicyConfig(
+            hidden_size=160,
+            layers=3,
+            intermediate_size=480,
+            max_new_tokens=13,
+            warm_start=WarmStartConfig(**EARLY),
+        ),
+        "rollouts_per_step": 256,
+        "total_rollouts": 50_000,
+    },
+    # 1 million parameters, sums, programs and words together; starts below 0.2.
+    "hard": {
+        "task": ReasoningGymConfig(
+            surface="terse", operand_width=3, mix=(_sums(3, 3, 2), *(_programs(n) for n in (10, 12)), _words(7, 10))
+        ),
+        "policy": PolicyConfig(
+            hidden_size=160,
+            layers=3,
+            intermediate_size=480,
+            max_new_tokens=13,
+            warm_start=WarmStartConfig(**EARLY | {"target_accuracy": 0.1, "decay_steps": 5}),
+        ),
+        "rollouts_per_step": 256,
+        "total_rollouts": 50_000,
     },
     # A few seconds, for tests of the pipeline: learns nothing.
     "smoke": {
-        "task": ReasoningGymConfig(surface="sum", operand_width=1, mix=(_sums(1, 1, 1),)),
+        "task": ReasoningGymConfig(surface="terse", operand_width=1, mix=(_sums(1, 1, 1),)),
         "policy": PolicyConfig(
             hidden_size=48,
             layers=2,
@@ -267,7 +315,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-SPEC = re.compile(r"(?P<method>\w+)(@(?P<initial>\d+)(\.\.(?P<maximum>\d+)(~(?P<mean>\d+(\.\d+)?))?)?)?")
+SPEC = re.compile(
+    r"(?P<method>\w+)(@(?P<initial>\d+)(\.\.(?P<maximum>\d+)(~(?P<mean>\d+(\.\d+)?))?)?)?"
+    r"(\+(?P<prior>[a-z]\w*))?(\+cost=(?P<cost>[\d.e-]+))?"
+)
 
 
 def run_config(preset: str, spec: str, **overrides: Any) -> RunConfig:
@@ -276,7 +327,8 @@ def run_config(preset: str, spec: str, **overrides: Any) -> RunConfig:
     Args:
         preset: a name of `PRESETS`.
         spec: "v05", the recipe as it is; "v05@4", exactly 4 rollouts a prompt; "v05@4..16", 4 and up to 16 by the method's
-            sequential test; "v05@4..16~6", 4 and up to 16, 6 on average, where most is gained.
+            sequential test; "v05@4..16~6", 4 and up to 16, 6 on average, where most is gained. Then, if need be, a prior and
+            the cost of a rollout in the test: "v05@4..16+oracle", "v05@4..16+cost=0.01".
         overrides: replace top-level fields of the run.
 
     Raises:
@@ -286,7 +338,10 @@ def run_config(preset: str, spec: str, **overrides: Any) -> RunConfig:
         raise ValueError(f"preset={preset!r} is unknown; choose one of {', '.join(PRESETS)}")
     parts = SPEC.fullmatch(spec)
     if parts is None:
-        raise ValueError(f"method={spec!r} is malformed; write a method, method@4, method@4..16 or method@4..16~6")
+        raise ValueError(
+            f"method={spec!r} is malformed; write a method, method@4, method@4..16 or method@4..16~6, "
+            "then +PRIOR and +cost=NUMBER if need be"
+        )
     method = find_method(parts["method"]).name
     fields = {**PRESETS[preset], **RECIPES[method], "method": method, **overrides}
     if parts["initial"]:
@@ -295,6 +350,10 @@ def run_config(preset: str, spec: str, **overrides: Any) -> RunConfig:
         rule = "total" if parts["mean"] else sequential if parts["maximum"] else "uniform"
         fields["budget"] = {"rule": rule, "initial": initial, "maximum": maximum, "mean": parts["mean"]}
         fields["budget"]["unbiased"] = rule == "calibrated"
+    if parts["prior"]:
+        fields["prior"] = parts["prior"]
+    if parts["cost"]:
+        fields["budget"] = {**fields["budget"], "cost": parts["cost"]}
     return RunConfig.model_validate(fields)
 
 
@@ -304,10 +363,13 @@ def digest(config: RunConfig) -> str:
 
 
 def label_of(config: RunConfig) -> str:
-    """A run's method and group size, as `run_config` reads it back: "v05@4..16"."""
+    """A run's method, group size, prior and cost, as `run_config` reads them back: "v05@4..16"."""
     budget = config.budget
     maximum = "" if budget.rule == "uniform" else f"..{budget.maximum}"
-    return f"{config.method}@{budget.initial}{maximum}" + ("" if budget.mean is None else f"~{budget.mean:g}")
+    mean = "" if budget.mean is None else f"~{budget.mean:g}"
+    prior = "" if config.prior == "history" else f"+{config.prior}"
+    cost = "" if budget.cost is None else f"+cost={budget.cost:g}"
+    return f"{config.method}@{budget.initial}{maximum}{mean}{prior}{cost}"
 
 
 assert RECIPES.keys() == METHODS.keys(), "every method has a recipe"

@@ -1,7 +1,8 @@
 """A run directory's records: metrics.jsonl, one JSON object a line, written as they happen and readable at any time.
 
 Kinds: "step" (one optimiser step), "probe" (the baseline against a large-sample truth), "evaluation" (held-out accuracy, and how
-well the prior predicted held-out prompts). Beside them outcomes/ holds what each held-out prompt came to, a file an evaluation.
+well the prior predicted held-out prompts), "group" (completions to read: a few groups of each step that follows an evaluation).
+Beside them outcomes/ holds what each held-out prompt came to, a file an evaluation.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class MetricsLog:
     def write(self, kind: str, **values: Any) -> None:
         """Append one record; NaN and infinity become null, so that every line is plain JSON."""
         with explained(self._path, "the run goes on from its checkpoint"), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_plain({"kind": kind, **values}), allow_nan=False) + "\n")
+            file.write(plain_json({"kind": kind, **values}) + "\n")
 
 
 def read_metrics(directory: Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -104,6 +105,11 @@ def write_outcomes(
         scratch = path.with_suffix(".partial")
         scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         os.replace(scratch, path)
+
+
+def plain_json(value: Any) -> str:
+    """`value` as JSON that every reader takes: NaN and infinity are null."""
+    return json.dumps(_plain(value), allow_nan=False)
 
 
 def _plain(value: Any) -> Any:

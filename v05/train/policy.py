@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import string
 import tempfile
@@ -31,6 +30,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from v05.machine import cache_root
 from v05.rollout import Request, RolloutEngine, generate
 from v05.rollout.transformers_engine import TransformersEngine
 from v05.tasks import Prompt, Task, heldout_set
@@ -79,11 +79,11 @@ def character_decoder(config: PolicyConfig, vocabulary: int) -> PreTrainedModel:
     )
 
 
-def load_policy(path: Path) -> tuple[PreTrainedModel, Any]:
-    """Model (float32, on the accelerator if there is one) and tokenizer of a local folder."""
+def load_policy(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
+    """Model (on the accelerator if there is one) and tokenizer of a local folder."""
     if not (path / "config.json").is_file():
         raise ValueError(f"policy.path={path}: no config.json there; give a Hugging Face model folder")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     return model, load_tokenizer(path)
 
@@ -118,11 +118,6 @@ def policy_folder(config: PolicyConfig, task_config: BaseModel, task: Task, repo
             if not folder.is_dir():  # else another process was first
                 raise
     return folder
-
-
-def cache_root() -> Path:
-    """Where warm starts are kept: $V05_CACHE, or ~/.cache/v05."""
-    return Path(os.environ.get("V05_CACHE", Path.home() / ".cache" / "v05"))
 
 
 def warm_start(config: PolicyConfig, task: Task, report: Callable[[str], None]) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

@@ -32,7 +32,7 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,8 @@ from numpy.typing import NDArray
 
 from v05.budget import RolloutAllocator
 from v05.methods import Baseline, find_method
-from v05.ops import AdvantageOutput, fused_advantage
-from v05.prior import ConstantPrior, ValuePrior
+from v05.ops import AdvantageOutput, AdvantageStats, fused_advantage
+from v05.prior import ConstantPrior, NoisePrior, ValuePrior
 from v05.prior.calibration import Calibrator
 from v05.prior.history import HistoryPrior
 from v05.prior.scores import auc, brier, cross_entropy
@@ -76,22 +76,39 @@ from v05.train.engine import make_engine, make_verifier, sync_weights
 from v05.train.files import explained, flush
 from v05.train.loss import importance_weights, mismatch, policy_loss, rollout_weights, token_weights
 from v05.train.metrics import CONFIG, RESULT, MetricsLog, refuse_to_overwrite, write_json, write_outcomes
-from v05.train.policy import cache_root, load_policy, policy_folder
+from v05.train.policy import load_policy, policy_folder
+from v05.train.sinks import Sink, TensorBoard, figures_of
 
 PROMPTS_BETWEEN_SEEDS = 10_000_000  # runs of different seeds read different stretches of the task's prompts
 EVALUATION_SEED = 1 << 40  # apart from the seeds of training rollouts, and the same for every method
 MICRO_BATCH = 512  # rollouts a backward pass and process
 PROBE_ROLLOUTS = 16  # whose log-probabilities are compared after a sync; the actors of an engine share them
 GROUP_SIZE_MEMORY = 0.5  # of the running mean that turns rollouts_per_step into prompts
+SAMPLED_GROUPS, SAMPLED_COMPLETIONS = 8, 4  # of a step that follows an evaluation: completions to read
+SAMPLED_CHARACTERS = 4000  # of each text
+BINS = 10  # of the histograms of a step
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: training rollouts spent and wanted, last held-out accuracy."""
+    """Where a run stands.
+
+    Attributes:
+        rollouts, total: training rollouts spent and wanted.
+        evaluations: of the held-out set after the first step.
+        accuracy: held-out, last.
+        rollouts_per_second: of training, on average; NaN before the first step.
+        group_size: running mean of rollouts a prompt.
+        prior_rejected: share of the last step's groups whose prior was rejected; NaN without one.
+    """
 
     rollouts: int
     total: int
+    evaluations: int
     accuracy: float
+    rollouts_per_second: float
+    group_size: float
+    prior_rejected: float
 
 
 @dataclass
@@ -102,7 +119,7 @@ class RunState:
         next_prompt: where in the task's training prompts the next step reads on.
         group_size: running mean of rollouts a prompt.
         steps, groups: optimiser steps taken, groups opened.
-        rollouts: spent on training, thrown away ones included.
+        rollouts, generated_tokens: spent on training, thrown away ones included.
         seconds: of training.
         evaluations: of the held-out set after the first step, at equal distances in rollouts.
         accuracy_before, accuracy: held-out, before the first step and last; None before the first evaluation.
@@ -114,6 +131,7 @@ class RunState:
     steps: int = 0
     groups: int = 0
     rollouts: int = 0
+    generated_tokens: int = 0
     seconds: float = 0.0
     evaluations: int = 0
     accuracy_before: float | None = None
@@ -124,14 +142,15 @@ class RunState:
 class Trainer:
     """One run in one directory: config.json, metrics.jsonl, result.json and the final policy/; checkpoints until then.
 
-    Goes on from the directory's checkpoint, if it has one, and says so by `report`.
+    Goes on from the directory's checkpoint, if it has one, and says so by `report`. What it logs it also shows to `sinks`.
     """
 
-    def __init__(self, config: RunConfig, directory: Path, report: Callable[[str], None]) -> None:
+    def __init__(self, config: RunConfig, directory: Path, report: Callable[[str], None], sinks: Sequence[Sink] = ()) -> None:
         torch.manual_seed(config.seed)
         self.config = config
         self.directory = directory
         self.world = join_world()
+        self.sinks = sinks if self.world.writes else ()
         if self.world.size > 1 and config.engine.kind != "transformers":
             raise ValueError(f"engine.kind={config.engine.kind!r} samples for one process; under torchrun use 'transformers'")
         if self.world.writes:
@@ -161,12 +180,13 @@ class Trainer:
         self.calibrator = Calibrator() if self.method.baseline is Baseline.CALIBRATED else None
         budget = config.budget
         self.allocator = self.new_allocator(0)
-        self.heldout = heldout_set(self.task, config.evaluation.prompts)
+        self.heldout = heldout_set(self.task, config.evaluation.prompts, config.evaluation.start)
         self.own_weights = config.engine.kind != "transformers"  # the engine's, to be kept up to date
         self.state = RunState(
             next_prompt=(config.seed + 1) * PROMPTS_BETWEEN_SEEDS,
             group_size=float(budget.mean or (budget.initial if budget.rule == "uniform" else budget.maximum)),
         )
+        self.prior_rejected = float("nan")
         self.schedule = CheckpointSchedule(config.checkpoint_seconds)
         self.resume(report)
         self.prompts = self.task.prompts("train", start=self.state.next_prompt)
@@ -193,12 +213,16 @@ class Trainer:
             report(f"going on from step {self.state.steps}, rollout {self.state.rollouts} of {self.config.total_rollouts}")
         if self.world.writes:
             self.log.cut(length)
+        for sink in self.sinks:
+            sink.start(self.state.rollouts)
 
     def save(self) -> None:
         """Write a checkpoint: all that the coming steps depend on. Every rank must call it."""
         started = time.monotonic()
         policy = self.kept(whole_parameters(self.model))
         optimizer = self.kept(whole_optimizer_state(self.model, self.optimizer))
+        for sink in self.sinks:
+            sink.flush()
         if self.world.writes:
             tensors = {
                 "policy": policy,
@@ -219,7 +243,9 @@ class Trainer:
     def run(self) -> Iterator[Progress]:
         """Train to the end, yielding before and after every step; then write the result."""
         config, state = self.config, self.state
-        with closing(self.engine), closing(self.verifier):
+        with closing(self.engine), closing(self.verifier), ExitStack() as stack:
+            for sink in self.sinks:
+                stack.enter_context(closing(sink))
             if self.own_weights:
                 self.sync()
             if state.accuracy_before is None:
@@ -267,13 +293,24 @@ class Trainer:
         delete_checkpoints(self.directory)
 
     def progress(self) -> Progress:
-        assert self.state.accuracy is not None
-        return Progress(self.state.rollouts, self.config.total_rollouts, self.state.accuracy)
+        state = self.state
+        assert state.accuracy is not None
+        return Progress(
+            state.rollouts,
+            self.config.total_rollouts,
+            state.evaluations,
+            state.accuracy,
+            state.rollouts / state.seconds if state.seconds else float("nan"),
+            state.group_size,
+            self.prior_rejected,
+        )
 
     def record(self, kind: str, **values: Any) -> None:
         """Log once for all ranks."""
         if self.world.writes:
             self.log.write(kind, **values)
+        for sink in self.sinks:
+            sink.show(figures_of(kind, values), self.state.rollouts)
 
     def step(self, probe: bool) -> None:
         """One optimiser step, from prompts to the logged record."""
@@ -299,12 +336,13 @@ class Trainer:
             cost=config.budget.cost,
             nonfinite="exclude",
         )
-        advantages = self.unbiased_advantages(batch, mask) if config.budget.unbiased else None
+        unbiased = self.unbiased_advantages(batch, mask) if config.budget.unbiased else None
+        advantages = out.advantages if unbiased is None else unbiased
         judged = time.perf_counter()
         probed = self.probe(batch, out) if probe and config.evaluation.probe_prompts else 0.0
         updating = time.perf_counter()
         rescored = self.rescore(batch) if self.own_weights or config.loss.importance_cap else None
-        update = self.update(batch, out.advantages if advantages is None else advantages, mask, rescored)
+        update = self.update(batch, advantages, mask, rescored)
         self.refresh_sampled()
         updated = time.perf_counter()
         sync_difference = self.sync() if self.own_weights else float("nan")
@@ -319,6 +357,7 @@ class Trainer:
         assert out.stats is not None
         stats = out.stats
         weight, hallucination = stats.weight, stats.hallucination
+        self.prior_rejected = rejected(stats)
         self.record(
             "step",
             step=state.steps,
@@ -327,16 +366,21 @@ class Trainer:
             thrown_away=thrown_away,
             prompts=len(batch.prompts),
             tokens=int(lengths.sum()),
+            generated_tokens=state.generated_tokens,
             seconds=state.seconds,
             accuracy=float(np.mean(batch.rewards)) if len(batch.rewards) else float("nan"),
             group_size=float(np.mean(np.diff(batch.offsets))) if batch.prompts else float("nan"),
             prior_mean=float(np.mean(batch.priors)) if self.method.needs_prior else float("nan"),
             prior_gap=float(torch.mean((stats.mean - stats.prior) ** 2)) if stats.prior is not None else float("nan"),
             weight=float(weight.mean()) if weight is not None else float("nan"),
-            prior_rejected=float((weight > 0).double().mean()) if weight is not None else float("nan"),
+            prior_rejected=self.prior_rejected,
             hallucination=float(hallucination.mean()) if hallucination is not None else float("nan"),
+            group_sizes=np.bincount(np.diff(batch.offsets)).tolist(),
+            weights=histogram(weight) if weight is not None else None,
+            hallucinations=histogram(hallucination) if hallucination is not None else None,
+            prior_outcomes=prior_outcomes(batch, config.budget.initial) if self.method.needs_prior else None,
             **self.calibration_figures(),
-            unbiased=advantages is not None,
+            unbiased=unbiased is not None,
             invalid=batch.invalid,
             failures=len(batch.failures),
             failure=batch.failures[-1] if batch.failures else None,
@@ -352,7 +396,35 @@ class Trainer:
             **mismatch(rescored, [c.logprobs for c in batch.completions], config.loss.importance_cap),
             **update,
         )
+        if probe:
+            self.record_samples(batch, out, advantages[:, 0].tolist())
         state.steps += 1
+
+    def record_samples(self, batch: RolloutBatch, out: AdvantageOutput, advantages: Sequence[float]) -> None:
+        """Log the step's first groups with their first completions, long texts cut: at most 200,000 characters in all."""
+        assert out.stats is not None
+        for g, prompt in enumerate(batch.prompts[:SAMPLED_GROUPS]):
+            start, end = batch.offsets[g : g + 2].tolist()
+            completions = [
+                {
+                    "text": shortened(self.engine.decode(batch.completions[i])),
+                    "reward": float(batch.rewards[i]),
+                    "advantage": advantages[i],
+                }
+                for i in range(start, min(end, start + SAMPLED_COMPLETIONS))
+            ]
+            self.record(
+                "group",
+                step=self.state.steps,
+                rollouts=self.state.rollouts,
+                prompt=shortened(prompt.text),
+                answer=shortened(prompt.answer),
+                size=end - start,
+                mean=float(out.stats.mean[g]),
+                prior=float(batch.priors[g]),
+                baseline=float(out.stats.baseline[g]),
+                completions=completions,
+            )
 
     def unbiased_advantages(self, batch: RolloutBatch, mask: torch.Tensor) -> torch.Tensor | None:
         """(N, T) advantages by path counting; None where paths cannot be counted: rollouts were lost, or rewards have more than
@@ -430,7 +502,7 @@ class Trainer:
         drawn = list(itertools.islice(self.prompts, count))
         prompts = [prompt for _, prompt in drawn]
         mine = self.world.block(count)
-        priors = self.prior.predict([p.text for p in prompts]) if self.method.needs_prior else np.full(len(prompts), np.nan)
+        priors = self.predict(prompts) if self.method.needs_prior else np.full(len(prompts), np.nan)
         if self.config.budget.rule in ("calibrated", "total"):  # no group is open: what was fitted since may take its place
             self.allocator = self.new_allocator(len(prompts[mine]))
         part = collect(
@@ -452,8 +524,34 @@ class Trainer:
         state.next_prompt = drawn[-1][0] + 1
         state.groups += count
         state.rollouts += len(batch.rewards)
+        state.generated_tokens += sum(len(c.tokens) for c in batch.completions)
         state.group_size += (1 - GROUP_SIZE_MEMORY) * (len(batch.rewards) / count - state.group_size)
         return batch
+
+    def predict(self, prompts: Sequence[Prompt]) -> NDArray[np.float64]:
+        """(P,) success rates by the prior."""
+        if self.config.prior == "oracle":
+            return self.answer_probability(prompts)
+        return self.prior.predict([prompt.text for prompt in prompts])
+
+    @torch.no_grad()
+    def answer_probability(self, prompts: Sequence[Prompt]) -> NDArray[np.float64]:
+        """(P,) chance that the policy samples the reference answer: the true success rate where no other answer is right."""
+        parts = [np.zeros(0)]
+        for start in range(0, len(prompts), MICRO_BATCH):
+            block = prompts[start : start + MICRO_BATCH]
+            answers = [
+                (*self.tokenizer(p.answer, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id) for p in block
+            ]
+            completions = [Completion(np.array(tokens), np.zeros(len(tokens), dtype=np.float32), True) for tokens in answers]
+            logprobs = completion_logprobs(
+                self.sampled, [self.tokens_of(p) for p in block], completions, self.tokenizer.pad_token_id
+            )
+            lengths = torch.tensor([len(tokens) for tokens in answers], device=logprobs.device)
+            within = torch.arange(logprobs.shape[1], device=logprobs.device) < lengths[:, None]
+            chance = torch.where(within, logprobs, 0.0).sum(-1).exp()
+            parts.append(torch.where(lengths <= self.config.policy.max_new_tokens, chance, 0.0).double().cpu().numpy())
+        return np.concatenate(parts)
 
     def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
         return tuple(self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"])
@@ -557,14 +655,22 @@ class Trainer:
         state = self.state
         rates = rewards.mean(-1)
         prior = self.prior_scores(rates) if self.method.needs_prior else {}
-        self.record("evaluation", rollouts=state.rollouts, seconds=state.seconds, accuracy=accuracy, entropy=entropy, **prior)
+        self.record(
+            "evaluation",
+            rollouts=state.rollouts,
+            generated_tokens=state.generated_tokens,
+            seconds=state.seconds,
+            accuracy=accuracy,
+            entropy=entropy,
+            **prior,
+        )
         if self.world.writes:
             write_outcomes(self.directory, self.config, state.steps, [p.text for p in self.heldout], rates, samples)
         return accuracy, rewards.sum(-1).astype(int).tolist()
 
     def prior_scores(self, rates: NDArray[np.float64]) -> dict[str, float]:
         """How well the prior, which never observes held-out prompts, predicts their (P,) success rates."""
-        predicted = self.prior.predict([prompt.text for prompt in self.heldout])
+        predicted = self.predict(self.heldout)
         scores = {"auc": auc, "brier": brier, "cross_entropy": cross_entropy}
         known = not np.isnan(predicted).any()  # a prior without any outcome yet predicts nothing
         return {f"prior_{name}": score(predicted, rates) if known else float("nan") for name, score in scores.items()}
@@ -604,17 +710,13 @@ def make_prior(config: RunConfig, policy: Path) -> ValuePrior:
     """The prior of the run's configuration; `policy` is the folder of its warm start."""
     if config.prior == "history":
         return HistoryPrior()
-    if config.prior == "constant":
+    if config.prior == "noise":
+        return NoisePrior(config.seed)
+    if config.prior in ("constant", "oracle"):  # the trainer is the oracle
         return ConstantPrior()
-    from v05.prior.v0 import V0Prior
-    from v05.prior.v0.adapter import AdaptedBackbone, load_adapter
-    from v05.prior.v0.backbone import Backbone
-    from v05.prior.v0.head import load_head
+    from v05.prior.v0 import load_v0
 
-    settings = config.v0
-    backbone = Backbone(settings.backbone or policy, cache_root())
-    reader = AdaptedBackbone(backbone, load_adapter(settings.adapter, backbone)) if settings.adapter else backbone
-    return V0Prior(reader, load_head(), settings.context, settings.diverse)
+    return load_v0(config.v0.backbone or policy, config.v0.adapter, config.v0.context, config.v0.diverse)
 
 
 def rollouts_of(batch: RolloutBatch, rows: torch.Tensor) -> tuple[list[tuple[int, ...]], list[Completion]]:
@@ -637,6 +739,47 @@ def has_signal(batch: RolloutBatch) -> NDArray[np.bool_]:
     return np.array([bool(np.ptp(batch.rewards[a:b]) > 0) for a, b in groups], dtype=bool)
 
 
+def rejected(stats: AdvantageStats) -> float:
+    """Share of the groups whose prior the test rejected, or (calibrated) more probably hallucinates than not; NaN for others."""
+    if stats.weight is not None:
+        return float((stats.weight > 0).double().mean())
+    return float((stats.hallucination > 0.5).double().mean()) if stats.hallucination is not None else float("nan")
+
+
+def histogram(shares: torch.Tensor) -> list[int]:
+    """Groups in each of ten equal bins of their (G,) shares, [0, 0.1) first."""
+    counts: list[int] = np.bincount(tenth(shares[~shares.isnan()].numpy()), minlength=BINS).tolist()
+    return counts
+
+
+def prior_outcomes(batch: RolloutBatch, initial: int) -> list[list[float]]:
+    """(groups, sum of priors, sum of outcomes) in each of ten equal bins of the prior; what happened to them adds up over steps.
+
+    A group's outcome is the mean of its first `initial` rewards: those that came later did because of the first.
+    """
+    sizes = np.diff(batch.offsets)
+    group_of = np.repeat(np.arange(len(sizes)), sizes)
+    first = np.arange(len(group_of)) - batch.offsets[group_of] < initial
+    outcomes = np.bincount(group_of[first], batch.rewards[first], len(sizes)) / np.minimum(sizes, initial)
+    known = ~np.isnan(batch.priors)
+    bins = tenth(batch.priors[known])
+    columns = (None, batch.priors[known], outcomes[known])
+    sums: list[list[float]] = np.stack([np.bincount(bins, values, BINS) for values in columns], axis=1).tolist()
+    return sums
+
+
+def tenth(shares: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Which of ten equal bins of [0, 1] each share falls into."""
+    return np.minimum((shares * BINS).astype(np.int64), BINS - 1)
+
+
+def shortened(text: str) -> str:
+    """The text, or where it is long its beginning and its end."""
+    half = SAMPLED_CHARACTERS // 2
+    left_out = len(text) - 2 * half
+    return text if left_out <= 0 else f"{text[:half]} [... {left_out} characters ...] {text[-half:]}"
+
+
 def shaped_rewards(
     rewards: NDArray[np.float64], completions: Sequence[Completion], overlong: OverlongConfig | None, limit: int
 ) -> NDArray[np.float64]:
@@ -649,5 +792,5 @@ def shaped_rewards(
 
 def train(config: RunConfig, directory: Path) -> None:
     """Run `config` in `directory` to the end without a progress display."""
-    for _ in Trainer(config, directory, functools.partial(print, flush=True)).run():
+    for _ in Trainer(config, directory, functools.partial(print, flush=True), [TensorBoard(directory)]).run():
         pass

@@ -9,6 +9,7 @@ Nothing is trained while a policy trains but the calibration that the prediction
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,13 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import expit, logit
 
+from v05.machine import cache_root
 from v05.methods import Calibration
 from v05.prior.calibration import LEAST_PRIOR, Calibrator
-from v05.prior.v0.adapter import AdaptedBackbone
+from v05.prior.v0.adapter import AdaptedBackbone, load_adapter
 from v05.prior.v0.backbone import Backbone
 from v05.prior.v0.context import Context, History, Past
-from v05.prior.v0.head import LARGEST_CONTEXT, Head
+from v05.prior.v0.head import LARGEST_CONTEXT, Head, load_head
 from v05.prior.v0.surface import surface_features
 
 CONTEXT_SIZE = 256  # as in the paper
@@ -132,6 +134,16 @@ class V0Prior:
             return self.history.context(self._context_size)
         candidates = self.history.context(CANDIDATES * self._context_size)
         return candidates[farthest_first(self.meaning(candidates.prompts).numpy(), self._context_size)]
+
+
+def load_v0(backbone: Path | None, adapter: Path | None = None, context_size: int = CONTEXT_SIZE, diverse: bool = False) -> V0Prior:
+    """V0 with the head that ships, a backbone's folder (None: the sentence model), and an adapter's file if there is one.
+
+    Features are kept in $V05_CACHE or ~/.cache/v05. Raises ValueError where one cannot be loaded.
+    """
+    base = Backbone(backbone, cache_root())
+    reader = base if adapter is None else AdaptedBackbone(base, load_adapter(adapter, base))
+    return V0Prior(reader, load_head(), context_size, diverse)
 
 
 def farthest_first(features: NDArray[np.float64], size: int) -> NDArray[np.int64]:

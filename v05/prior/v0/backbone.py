@@ -83,7 +83,7 @@ class Backbone:
         positions = getattr(self._model.config, "max_position_embeddings", LIMIT)
         self.limit = min(LIMIT, positions, _sentence_limit(folder))
         self.width = int(self._model.config.hidden_size)
-        self.key = _fingerprint(folder, self._pooling, self.limit)
+        self.key = fingerprint(folder, self._pooling, self.limit)
         self._cache = FeatureCache(None if cache is None else cache / f"features-{self.key}")
 
     def features(self, prompts: Sequence[str]) -> NDArray[np.float32]:
@@ -132,7 +132,8 @@ def _sentence_limit(folder: Path) -> int:
     return int(json.loads(file.read_text()).get("max_seq_length") or LIMIT) if file.is_file() else LIMIT
 
 
-def _fingerprint(folder: Path, *settings: Any) -> str:
+def fingerprint(folder: Path, *settings: Any) -> str:
+    """A hash of a model folder's weights, configuration and tokenizer, and of settings."""
     digest = hashlib.sha256(repr(settings).encode())
     for path in sorted(folder.iterdir()):
         if path.suffix in (".safetensors", ".bin", ".json"):

@@ -1,0 +1,120 @@
+"""The headline experiment as README and docs/headline.md show it: `python bench/headline.py` after runs/headline.sh.
+
+Reads bench/results/headline.csv, puts the tables between their marks and draws the figures in docs/.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from v05.train.suite import RIVALS, SUITES, TARGET, Row, best_size, in_order, read_csv, summarise
+from v05.train.suite_plots import draw_suite
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results" / "headline.csv"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "headline.md"
+MIXES = SUITES["headline"].mixes
+OURS = ("v05@4..16", "v05@4", "v05@2", "calibrated@2..16", "calibrated@2", "calibrated@1", "prior@1")
+
+
+def short_table(rows: Sequence[Row]) -> str:
+    """Final accuracy: GRPO at 16, each rival at its best size, and ours; a column for each mix."""
+    records = {(r["mix"], r["label"]): r for r in summarise(rows)}
+    sizes = {mix: _by_label(rows, mix) for mix in MIXES}
+    lines = _head(["method", *MIXES])
+    lines.append("| GRPO at 16 | " + " | ".join(_accuracy(records.get((mix, TARGET))) for mix in MIXES) + " |")
+    for rival in RIVALS:
+        best = {mix: best_size(rival, sizes[mix]) for mix in MIXES}
+        cells = [
+            f"{_accuracy(records.get((mix, best[mix])))} at {str(best[mix]).split('@')[1]}" if best[mix] else "" for mix in MIXES
+        ]
+        lines.append(f"| {rival} at its best size | " + " | ".join(cells) + " |")
+    for label in OURS:
+        lines.append(f"| {label} | " + " | ".join(_accuracy(records.get((mix, label))) for mix in MIXES) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def long_tables(rows: Sequence[Row]) -> str:
+    """Everything, a table for each mix, and the learning rates that tuning took."""
+    parts = []
+    for mix in MIXES:
+        records = [r for r in summarise(rows) if r["mix"] == mix]
+        if not records:
+            continue
+        start = sum(r["accuracy_before"] for r in records) / len(records)
+        versus = [f"over {rival}'s best" for rival in RIVALS]
+        figures = [f"rollouts to {TARGET}'s", "tokens to it", "a prompt", "rejected", "baseline MSE", "gradient norm", "entropy"]
+        lines = _head(["method", "rate", "seeds", "accuracy", *versus, *figures])
+        for r in records:
+            cells = [
+                *(r["label"], f"{r['learning_rate']:g}", str(len(r["seeds"])), _accuracy(r)),
+                *(_difference(r, f"over_{rival}") for rival in RIVALS),
+                *(_reached(r, axis) for axis in ("rollouts", "tokens")),
+                *(f"{r['group_size']:.1f}", "" if r["prior_rejected"] != r["prior_rejected"] else f"{r['prior_rejected']:.2f}"),
+                *(f"{r['baseline_mse']:.4f}", f"{r['grad_norm']:.2f}", f"{r['entropy_after']:.3f}"),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+        parts.append(f"### {mix}, from {start:.3f}\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _by_label(rows: Sequence[Row], mix: str) -> dict[str, dict[int, Row]]:
+    groups: dict[str, dict[int, Row]] = defaultdict(dict)
+    for row in rows:
+        if row.stage == "count" and row.mix == mix:
+            groups[row.label][row.seed] = row
+    return groups
+
+
+def _head(columns: Sequence[str]) -> list[str]:
+    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+
+
+def _accuracy(record: dict[str, Any] | None) -> str:
+    return "" if record is None else f"{record['accuracy_after']:.3f} [{record['accuracy_low']:.3f}, {record['accuracy_high']:.3f}]"
+
+
+def _difference(record: dict[str, Any], name: str) -> str:
+    return f"{record[name]:+.3f} [{record[f'{name}_low']:+.3f}, {record[f'{name}_high']:+.3f}]" if name in record else ""
+
+
+def _reached(record: dict[str, Any], axis: str) -> str:
+    def count(value: float | None) -> str:
+        return "never" if value is None else f"{value:,.0f}"
+
+    name = f"{axis}_to_grpo"
+    return f"{count(record[name])} [{count(record[f'{name}_low'])}, {count(record[f'{name}_high'])}]" if name in record else ""
+
+
+def replaced(page: str, name: str, content: str) -> str:
+    """`page` with `content` between the marks of `name`."""
+    begin, end = f"<!-- {name} begins -->\n", f"<!-- {name} ends -->\n"
+    if not re.search(re.escape(begin) + ".*" + re.escape(end), page, re.DOTALL):
+        raise ValueError(f"the page has no {begin.strip()!r} followed by {end.strip()!r}")
+    before, _, rest = page.partition(begin)
+    return before + begin + content + end + rest.partition(end)[2]
+
+
+def pages() -> dict[Path, str]:
+    """README and docs/headline.md with the tables of the results."""
+    rows = in_order(SUITES["headline"], read_csv(RESULTS))
+    contents = {README: ("headline", short_table(rows)), PAGE: ("headline tables", long_tables(rows))}
+    return {path: replaced(path.read_text(), name, content) for path, (name, content) in contents.items()}
+
+
+def main() -> None:
+    for path, text in pages().items():
+        path.write_text(text)
+    with tempfile.TemporaryDirectory() as scratch:
+        for figure in draw_suite(in_order(SUITES["headline"], read_csv(RESULTS)), Path(scratch)):
+            shutil.move(figure, ROOT / "docs" / f"headline_{figure.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# The paper's own experiment: Qwen3-4B-Instruct-2507 on DAPO-Math-17k, V_0.5 at 4 to 16 rollouts a prompt with V0 as its prior,
+# against GRPO and DAPO at 16, in verl on 4 nodes of 8 GPUs.
+#
+#   runs/paper_qwen3_4b.sh [--dry-run] prepare                        data, the start's outcomes on 512 problems, how well V0 predicts
+#   runs/paper_qwen3_4b.sh [--dry-run] train v05|grpo|dapo [OVERRIDE...]  overrides are verl's; goes on from the last checkpoint
+#   runs/paper_qwen3_4b.sh [--dry-run] eval start|v05|grpo|dapo       mean@16 on the benchmarks
+#   runs/paper_qwen3_4b.sh [--dry-run] report                         the arms beside each other
+#
+# --dry-run prints every command and runs none. Settings come from the environment, see below; OUT and the model must lie where all
+# nodes see them. THIS HAS NOT BEEN RUN AS IT STANDS: no GPU was at hand. docs/paper.md says which parts were, and how to set up.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+MODEL=${MODEL:-models/Qwen3-4B-Instruct-2507}
+DAPO=${DAPO:-data/dapo-math-17k.parquet}
+BENCHMARKS=${BENCHMARKS:-data/benchmarks}        # aime24.jsonl, aime25.jsonl, ...
+NAMES=${NAMES:-aime24,aime25,amc23,math500,minerva,olympiad}
+OUT=$(realpath -m "${OUT:-runs/paper_qwen3_4b}")
+SEED=${SEED:-0}
+STEPS=${STEPS:-300}
+STEP=${STEP:-$STEPS}                             # the checkpoint that is evaluated
+NODES=${NODES:-4}
+GPUS=${GPUS:-8}                                  # of a node
+ENGINE=${ENGINE:-vllm}                           # of v05 eval; transformers does without vLLM
+LENGTH=${LENGTH:-8192}                           # tokens of a response
+SAMPLES=${SAMPLES:-16}                           # a benchmark's problem
+CONTEXT=${CONTEXT:-512}                          # problems of V0's first context, with 8 samples each
+BACKBONE=${BACKBONE:-}                           # model folder that reads prompts for V0; empty: the sentence model of v05[value]
+ADAPTER=${ADAPTER:-}                             # for that backbone, by v05 fit-prior; empty: none
+
+DRY=
+if [[ ${1:-} == --dry-run ]]; then DRY=1; shift; fi
+
+run() {
+  printf '%q ' "$@"; echo
+  if [[ -z $DRY ]]; then "$@"; fi
+}
+
+usage() { sed -n '5,8s/^# *//p' "$0" >&2; exit 2; }
+
+evaluate() {  # model folder, output folder
+  run v05 eval "$1" --benchmarks "$NAMES" --data "$BENCHMARKS" --samples "$SAMPLES" --engine "$ENGINE" \
+    --max-new-tokens "$LENGTH" --seed "$SEED" --out "$2"
+}
+
+known() { case ${1:-} in v05 | grpo | dapo) ;; *) usage ;; esac }
+
+case ${1:-} in
+prepare)
+  run python runs/paper_qwen3_4b.py data "$DAPO" "$BENCHMARKS" "$OUT/data" --context "$CONTEXT"
+  # At temperature 1, as training samples: this is what V0 is to predict.
+  run v05 eval "$MODEL" --benchmarks context --data "$OUT/data" --samples 8 --temperature 1 --top-p 1 --engine "$ENGINE" \
+    --max-new-tokens "$LENGTH" --seed "$SEED" --out "$OUT/context"
+  run v05 fit-prior "$OUT/context/outcomes.jsonl" ${BACKBONE:+--backbone "$BACKBONE"} --json "$OUT/prior.json"
+  ;;
+train)
+  known "${2:-}"
+  method=$2
+  shift 2
+  prior=()
+  if [[ $method == v05 ]]; then
+    prior=("+algorithm.v05.outcomes=$OUT/context/outcomes.jsonl")
+    if [[ $BACKBONE ]]; then prior+=("+algorithm.v05.backbone=$(realpath -m "$BACKBONE")"); fi
+    if [[ $ADAPTER ]]; then prior+=("+algorithm.v05.adapter=$(realpath -m "$ADAPTER")"); fi
+  fi
+  run mkdir -p "$OUT/$method"
+  run env VERL_FILE_LOGGER_PATH="$OUT/$method/metrics-$(date -u +%Y%m%dT%H%M%S).jsonl" \
+    python -m verl.trainer.main_ppo --config-dir "$PWD/configs" --config-name paper_qwen3_4b "method=$method" \
+    "data.train_files=$OUT/data/train.jsonl" "data.val_files=$OUT/data/validation.jsonl" \
+    "data.seed=$SEED" "data.max_response_length=$LENGTH" \
+    "actor_rollout_ref.model.path=$(realpath -m "$MODEL")" "actor_rollout_ref.rollout.seed=$SEED" \
+    "trainer.total_training_steps=$STEPS" "trainer.nnodes=$NODES" "trainer.n_gpus_per_node=$GPUS" \
+    "trainer.experiment_name=$method" "trainer.default_local_dir=$OUT/$method" ${prior[@]+"${prior[@]}"} "$@"
+  ;;
+eval)
+  if [[ ${2:-} == start ]]; then
+    evaluate "$MODEL" "$OUT/start/eval"
+  else
+    known "${2:-}"
+    run python -m verl.model_merger merge --backend fsdp --local_dir "$OUT/$2/global_step_$STEP/actor" \
+      --target_dir "$OUT/$2/model-$STEP"
+    evaluate "$OUT/$2/model-$STEP" "$OUT/$2/eval-$STEP"
+  fi
+  ;;
+report)
+  run python runs/paper_qwen3_4b.py report "grpo=$OUT/grpo/eval-$STEP" "dapo=$OUT/dapo/eval-$STEP" "v05=$OUT/v05/eval-$STEP" \
+    "start=$OUT/start/eval" --json "$OUT/report.json"
+  ;;
+*) usage ;;
+esac

@@ -1,0 +1,294 @@
+"""Benchmarks: what is read, what is asked, what is counted, and what an interruption costs."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from rollout_fakes import CoinEngine
+from typer.testing import CliRunner
+
+from v05.cli import app
+from v05.evaluate import (
+    ANSWER_FIELDS,
+    PROBLEM_FIELDS,
+    TEMPLATE,
+    EvalConfig,
+    MathTask,
+    Problem,
+    Sample,
+    SampleLog,
+    _verified,
+    evaluate,
+    pass_at_k,
+    prompt_tokens,
+    read_benchmark,
+    score,
+    seed_of,
+    write_results,
+)
+from v05.prior.v0.logs import read_logs
+from v05.rollout import Request
+from v05.rollout.verifier import InlineVerifier
+from v05.tasks import Prompt
+from v05.train.config import PolicyConfig
+from v05.train.policy import character_decoder, character_tokenizer
+
+CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random decoder over characters, with a chat template."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("policy") / "model"
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = CHAT
+    character_decoder(PolicyConfig(hidden_size=32, layers=1, heads=2, intermediate_size=32), len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write(folder / "sums.jsonl", *({"problem": f"{i}+1=", "answer": i + 1} for i in range(6)))
+    write(folder / "more.jsonl", {"question": "1+1=", "answer": "2"})
+    return folder
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def config_of(model, **changed):
+    return EvalConfig(**dict(model=model, temperature=1.0, top_p=1.0, max_new_tokens=6, template="{problem}") | changed)
+
+
+def run(config, data, directory, samples, names=("sums",), watch=lambda sample: None):
+    """Evaluate in this process; the samples and the records."""
+    benchmarks = {name: read_benchmark(data, name, config.template) for name in names}
+    log = SampleLog(directory, config)
+    try:
+        evaluate(config, benchmarks, samples, log, InlineVerifier(MathTask()), capacity=4, watch=watch)
+        return log.samples, write_results(directory, config, benchmarks, samples, log)
+    finally:
+        log.close()
+
+
+@pytest.mark.parametrize("samples", [1, 3, 6])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(samples):
+    for right, k in itertools.product(range(samples + 1), range(1, samples + 1)):
+        subsets = list(itertools.combinations([True] * right + [False] * (samples - right), k))
+        expected = sum(map(any, subsets)) / len(subsets)
+        assert pass_at_k(np.array([right]), samples, k) == pytest.approx(expected)
+
+
+def test_scores(tmp_path, model):
+    problems = [Problem("b", key, Prompt(key, "", [])) for key in "xyz"]
+    log = SampleLog(tmp_path, config_of(model))
+    for key, rewards in zip("xyz", ([1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]), strict=True):
+        for i, reward in enumerate(rewards):
+            log.add(Sample("b", key, i, float(reward), tokens=10 * (i + 1), finished=i > 0, completion=""))
+    record = score("b", problems, 4, log)
+    log.close()
+    assert (record["problems"], record["samples"]) == (3, 4)
+    assert record["mean"] == pytest.approx(5 / 12)
+    assert record["pass@2"] == pytest.approx((1 + 0.5) / 3)
+    assert record["pass@4"] == pytest.approx(2 / 3)
+    assert "pass@3" not in record
+    assert record["mean_low"] == 0.0
+    assert record["mean_high"] == 1.0
+    assert record["tokens"] == 25
+    assert record["cut_off"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("row", "asked", "right", "wrong"),
+    [
+        ({"problem": "2+2=", "answer": "4"}, "2+2=", "\\boxed{4}", "\\boxed{5}"),
+        ({"Problem": "2+2=", "Answer": 4, "ID": 1}, "2+2=", "so it is $4$", "so it is $-4$"),
+        ({"question": "q", "answer": 27.0, "url": "u"}, "q", "\\boxed{27}", "\\boxed{2.7}"),
+        ({"question": "q", "final_answer": ["\\frac{1}{2}"], "solution": ["long"]}, "q", "\\boxed{0.5}", "\\boxed{2}"),
+        ({"prompt": "p", "solution": "It is \\boxed{7}, no, \\boxed{\\frac{3}{4}}."}, "p", "\\boxed{0.75}", "\\boxed{7}"),
+        ({"problem": "p", "answer": "2x+1"}, "p", "\\boxed{1+2x}", "\\boxed{2}"),
+        ({"problem": "p", "answer": "\\left( 3, \\frac{\\pi}{2} \\right)"}, "p", "\\boxed{(3, \\pi/2)}", "\\boxed{3}"),
+        ({"problem": "p", "answer": "\\text{Evelyn}"}, "p", "\\boxed{\\text{Evelyn}}", "\\boxed{\\text{Eve}}"),
+        ({"problem": "p", "answer": "$1$, $2$"}, "p", "\\boxed{2, 1}", "\\boxed{2}"),
+    ],
+)
+def test_fields_of_public_files(tmp_path, row, asked, right, wrong):
+    write(tmp_path / "b.jsonl", row)
+    (problem,) = read_benchmark(tmp_path, "b", TEMPLATE)
+    assert problem.prompt.text == asked + "\nPlease reason step by step, and put your final answer within \\boxed{}."
+    assert MathTask().verify(problem.prompt, right) == 1.0
+    for completion in (wrong, "", "I do not know."):
+        assert MathTask().verify(problem.prompt, completion) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"b\.jsonl, line 2: .*give one JSON object a line"),
+        ("[1]", r"line 2: .*give one JSON object a line"),
+        ('{"text": "a", "answer": 1}', r"line 2: none of problem, question, prompt among its fields text, answer; rename one"),
+        ('{"problem": "a", "label": 1}', r"line 2: none of answer, final_answer, solution among its fields problem, label"),
+        ('{"problem": [{"role": "user"}], "answer": 1}', r"line 2: problem=.* is no text and no number"),
+        ('{"problem": "a", "answer": "$"}', r"line 2: math-verify cannot read the answer '\$' of answer"),
+        ('{"problem": "a", "solution": "so it is 4"}', r"line 2: math-verify cannot read the answer '' of solution"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    (tmp_path / "b.jsonl").write_text('{"problem": "a", "answer": "1"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        read_benchmark(tmp_path, "b", TEMPLATE)
+
+
+def test_mistakes_say_what_to_do(tmp_path, data, model):
+    with pytest.raises(ValueError, match=r"benchmarks='aime42': no file .*aime42\.jsonl; benchmarks in .*: more, sums"):
+        read_benchmark(data, "aime42", TEMPLATE)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="holds no problem"):
+        read_benchmark(tmp_path, "empty", TEMPLATE)
+    with pytest.raises(ValueError, match=r"template='ask' has no \{problem\}"):
+        config_of(model, template="ask")
+    with pytest.raises(ValueError, match=r"max_new_tokens=255 after a prompt of 21 tokens does not fit .* 256 .*; at most 235 do"):
+        run(config_of(model, max_new_tokens=255), data, tmp_path / "long", 1)
+
+
+def test_a_repeated_problem_counts_once(tmp_path):
+    write(tmp_path / "b.jsonl", *[{"problem": "a", "answer": "1"}] * 2, {"problem": "b", "answer": "1"})
+    assert [problem.prompt.text for problem in read_benchmark(tmp_path, "b", "{problem}")] == ["a", "b"]
+
+
+def test_the_chat_template_is_applied():
+    tokenizer = character_tokenizer()
+    assert tokenizer.decode(prompt_tokens(tokenizer, "1+1=")) == "1+1="
+    tokenizer.chat_template = CHAT
+    assert tokenizer.decode(prompt_tokens(tokenizer, "1+1=")) == "<user>1+1=<assistant>"
+
+
+def test_seeds_differ_by_all_they_depend_on():
+    seeds = {seed_of(*place) for place in itertools.product((0, 1), "ab", "xy", range(50))}
+    assert len(seeds) == 2 * 2 * 2 * 50
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_interrupted_it_samples_only_what_is_missing(tmp_path, data, model):
+    config = config_of(model)
+    whole, records = run(config, data, tmp_path / "whole", 4)
+    assert len(whole) == 24
+    assert len({sample.completion for sample in whole.values()}) > 12
+
+    def interrupt(sample):
+        if len((tmp_path / "two" / "samples.jsonl").read_text().splitlines()) == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, data, tmp_path / "two", 4, watch=interrupt)
+    file = tmp_path / "two" / "samples.jsonl"
+    kept = file.read_text()
+    file.write_text(kept + kept.splitlines()[0][:20])  # a line that was being written
+    seen = []
+    again, same = run(config, data, tmp_path / "two", 4, watch=seen.append)
+    assert file.read_text().startswith(kept)
+    assert len(file.read_text().splitlines()) == len(seen) == 24
+    assert again == whole
+    assert same == records
+    assert json.loads((tmp_path / "two" / "result.json").read_text()) == records
+    before = file.read_text()
+    run(config, data, tmp_path / "two", 4)  # finished: only counts anew
+    assert file.read_text() == before
+
+
+def test_more_samples_and_benchmarks_join_those_there_are(tmp_path, data, model):
+    few, _ = run(config_of(model), data, tmp_path, 2)
+    few = dict(few)
+    more, records = run(config_of(model), data, tmp_path, 3, names=("sums", "more"))
+    assert few.items() < more.items()
+    assert [(r["benchmark"], r["problems"], r["samples"]) for r in records] == [("sums", 6, 3), ("more", 1, 3)]
+    assert len(more) == 6 * 3 + 3
+    rows = read_logs([tmp_path / "outcomes.jsonl"])
+    assert [(row.prompt, row.trials) for row in rows] == [(f"{i}+1=", 3) for i in range(6)] + [("1+1=", 3)]
+    assert np.mean([row.rate for row in rows[:6]]) == pytest.approx(records[0]["mean"])
+
+
+def test_samples_of_another_configuration_are_kept_apart(tmp_path, data, model):
+    run(config_of(model), data, tmp_path, 1)
+    with pytest.raises(ValueError, match="holds samples that differ in temperature, seed; give another directory"):
+        run(config_of(model, temperature=0.5, seed=1), data, tmp_path, 1)
+    log = SampleLog(tmp_path, config_of(model))
+    with pytest.raises(ValueError, match="is being written by another process"):
+        SampleLog(tmp_path, config_of(model))
+    log.close()
+
+
+def test_the_seed_reproduces_and_matters(tmp_path, data, model):
+    one, two, other = (
+        run(config_of(model, seed=seed), data, tmp_path / name, 2)[0] for name, seed in (("one", 0), ("two", 0), ("other", 1))
+    )
+    assert one == two
+    assert one != other
+
+
+def test_temperature_0_repeats_itself(tmp_path, data, model):
+    samples, _ = run(config_of(model, temperature=0.0), data, tmp_path, 3)
+    for _, same in itertools.groupby(sorted(samples.values(), key=lambda s: s.place), key=lambda s: s.problem):
+        assert len({sample.completion for sample in same}) == 1
+
+
+def test_help_names_the_fields():
+    output = CliRunner().invoke(app, ["eval", "--help"]).output
+    for name in (*PROBLEM_FIELDS, *ANSWER_FIELDS):
+        assert name in output
+    assert "Example: v05 eval" in output
+
+
+def verified(engine, prompts):
+    requests = [Request((0.5,), seed) for seed in range(len(prompts))]
+    return list(_verified(engine, InlineVerifier(MathTask()), prompts, requests))
+
+
+def test_every_completion_is_verified_once_whatever_fails_and_whenever_it_comes():
+    prompts = [Prompt(str(i), "1", [1, "1"]) for i in range(50)]
+    engine = CoinEngine(capacity=7, order=0, fails=lambda request, attempts: request.seed % 3 == 0 and attempts == 0)
+    found = verified(engine, prompts)
+    assert sorted(index for index, *_ in found) == list(range(50))
+    assert {reward == float(text) for _, _, text, reward in found} == {True}
+    assert {reward for *_, reward in found} == {0.0, 1.0}
+    assert engine.most_in_flight == 7
+
+
+def test_a_completion_that_always_fails_ends_the_run():
+    engine = CoinEngine(fails=lambda request, attempts: request.seed == 1)
+    with pytest.raises(RuntimeError, match="a completion failed 3 times; the last error: the coin rolled under the table"):
+        verified(engine, [Prompt(str(i), "1", [1, "1"]) for i in range(3)])
+
+
+def test_killed_from_the_command_line_it_goes_on(tmp_path, data, model):
+    options = ["--samples", "15", "--max-new-tokens", "40", "--sampling-batch", "2", "--workers", "1", "--template", "{problem}"]
+    options += ["--out", "out", "--json", "r.json"]
+    command = [sys.executable, "-m", "v05", "eval", str(model), "--benchmarks", "sums", "--data", str(data), *options]
+    environment = {**os.environ, "COLUMNS": "200"}
+    file = tmp_path / "out" / "samples.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path) as process:
+        deadline = time.monotonic() + 600
+        while not (file.exists() and file.read_text().count("\n") > 5) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    kept = file.read_text().rpartition("\n")[0]
+    assert 5 <= kept.count("\n") < 89
+    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=600)
+    assert again.returncode == 0, again.stderr
+    assert "mean@15" in again.stdout
+    assert file.read_text().startswith(kept)
+    assert file.read_text().count("\n") == 90
+    (record,) = json.loads((tmp_path / "r.json").read_text())
+    assert record == json.loads((tmp_path / "out" / "result.json").read_text())[0]

@@ -1,0 +1,160 @@
+"""Suites: tuning picks what ended highest, rows carry all that tables and figures need, and a suite goes on where it stopped."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from v05.train.config import run_config
+from v05.train.suite import (
+    SUITES,
+    Row,
+    append_row,
+    best_size,
+    counted_runs,
+    in_order,
+    read_rows,
+    row_of,
+    summarise,
+    tuned_rates,
+    tuning_runs,
+)
+from v05.train.suite_plots import draw_suite
+from v05.train.trainer import Trainer
+
+HEADLINE = SUITES["headline"]
+
+
+def made_up_row(
+    label, seed=0, accuracies=(0.4, 0.5, 0.6), stage="count", mix="arithmetic", rate=1e-4, total=1000, successes="2101"
+):
+    points = np.linspace(0, 1000, len(accuracies))
+    return Row(
+        stage=stage,
+        mix=mix,
+        label=label,
+        seed=seed,
+        learning_rate=rate,
+        total_rollouts=total,
+        rollouts=1000,
+        tokens=5000,
+        steps=10,
+        accuracy_before=accuracies[0],
+        accuracy_after=accuracies[-1],
+        group_size=4.0,
+        prior_rejected=float("nan"),
+        baseline_mse=0.01,
+        grad_norm=0.5,
+        entropy_before=0.5,
+        entropy_after=0.4,
+        prior_auc=float("nan"),
+        thrown_away=0,
+        seconds=10.0,
+        generate_seconds=5.0,
+        verify_seconds=1.0,
+        advantage_seconds=0.1,
+        update_seconds=3.0,
+        sync_seconds=0.0,
+        samples=2,
+        successes=successes,
+        curve=json.dumps([[p, 5 * p, p / 100, a] for p, a in zip(points.tolist(), accuracies, strict=True)]),
+    )
+
+
+def test_the_headline_suite_is_what_it_claims():
+    runs = counted_runs(HEADLINE, {(mix, spec): 1e-4 for mix in HEADLINE.mixes for spec in HEADLINE.tuned}, HEADLINE.seeds)
+    names = [run.name for run in runs]
+    assert len(set(names)) == len(names)
+    assert len(HEADLINE.mixes) >= 3
+    assert HEADLINE.seeds >= 5
+    for mix in HEADLINE.mixes:
+        labels = {run.label for run in runs if run.mix == mix}
+        assert labels >= {f"{rival}@{k}" for rival in ("grpo", "dr_grpo", "dapo") for k in (2, 4, 8, 16)}
+        assert labels >= {"v05@4..16", "v05@4..16+oracle", "v05@4..16+noise", "calibrated@1", "calibrated@2..16", "prior@1"}
+    assert {run.config.total_rollouts for run in runs} == {HEADLINE.rollouts}
+    assert {run.config.evaluation.prompts for run in runs} == {1024}
+    for run in tuning_runs(HEADLINE):  # other held-out prompts and another seed than those that count
+        assert run.config.evaluation.start > max(other.config.evaluation.start for other in runs)
+        assert run.config.seed not in range(HEADLINE.seeds)
+
+
+def test_tuning_takes_the_rate_whose_end_is_highest():
+    suite = replace(HEADLINE, mixes=("arithmetic",), tuned={"grpo@4": ("grpo@4",)}, learning_rates=(1e-4, 1e-3))
+    seed, total = tuning_runs(suite)[0].key[3], suite.tuning_rollouts
+    ends = {1e-4: (0.4, 0.6, 0.6), 1e-3: (0.4, 0.4, 0.7)}  # the last two evaluations decide
+    rows = [made_up_row("grpo@4", seed, ends[rate], "tune", rate=rate, total=total) for rate in ends]
+    rows.append(made_up_row("grpo@4", 0, (0.4, 0.9, 0.9), rate=1e-3, total=total))  # counts, and must not tune
+    assert tuned_rates(suite, rows) == {("arithmetic", "grpo@4"): 1e-4}
+
+
+def test_rows_come_back_as_they_went(tmp_path):
+    rows = [made_up_row("grpo@4"), made_up_row("v05@4..16", 3, successes="0022")]
+    assert read_rows(tmp_path) == []
+    for row in rows:
+        append_row(tmp_path, row)
+    again = read_rows(tmp_path)
+    assert [row.key for row in again] == [row.key for row in rows]
+    assert str(again) == str(rows)  # NaN is not itself
+    (tmp_path / "runs.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="columns"):
+        read_rows(tmp_path)
+
+
+def test_summary_compares_with_each_rival_at_its_best(tmp_path):
+    rows = [
+        *(made_up_row("grpo@4", seed, (0.4, 0.5, 0.6), successes="2110") for seed in range(2)),
+        *(made_up_row("grpo@16", seed, (0.4, 0.45, 0.5), successes="1110") for seed in range(2)),
+        made_up_row("grpo@2", 0, (0.4, 0.9, 0.9)),  # best of one seed: the sizes are compared on seeds that all have
+        *(made_up_row("v05@4..16", seed, (0.4, 0.5, 0.7), successes="2211") for seed in range(2)),
+    ]
+    records = {record["label"]: record for record in summarise(rows)}
+    record = records["v05@4..16"]
+    assert record["over_grpo_size"] == "grpo@2"
+    complete = {r["label"]: r for r in summarise([row for row in rows if row.label != "grpo@2"])}["v05@4..16"]
+    assert complete["over_grpo_size"] == "grpo@4"
+    assert complete["over_grpo"] == pytest.approx(0.25)
+    assert complete["over_grpo_low"] <= 0.25 <= complete["over_grpo_high"]
+    assert complete["rollouts_to_grpo"] == pytest.approx(500, abs=10)
+    assert complete["tokens_to_grpo"] == pytest.approx(2500, abs=50)
+    assert "over_dapo" not in complete
+    assert "over_grpo" not in {r["label"]: r for r in summarise(rows)}["grpo@2"]
+    assert all(file.stat().st_size > 10_000 for file in draw_suite(rows, tmp_path))
+
+
+def test_rows_are_listed_as_the_suite_lists_them():
+    rows = [made_up_row("v05@2", mix="hard"), made_up_row("rloo@4"), made_up_row("grpo@4"), made_up_row("grpo@2")]
+    assert [row.label for row in in_order(HEADLINE, rows)] == ["grpo@2", "grpo@4", "rloo@4", "v05@2"]
+
+
+def test_best_size_ignores_tests_and_priors():
+    rows = {label: {0: made_up_row(label, 0, (0.4, end))} for label, end in (("v05@2", 0.5), ("v05@4", 0.6), ("v05@4..16", 0.9))}
+    assert best_size("v05", rows) == "v05@4"
+    assert best_size("rloo", rows) is None
+
+
+def test_a_row_holds_what_the_run_came_to(tmp_path):
+    (planned, *_) = counted_runs(SUITES["smoke"], {("smoke", "grpo@4"): 1e-4, ("smoke", "v05@4"): 1e-4}, 1)
+    for _ in Trainer(planned.config, tmp_path, lambda line: None).run():
+        pass
+    row = row_of(planned, tmp_path)
+    assert row.key == planned.key
+    assert row.prompt_accuracy.mean() == pytest.approx(row.accuracy_after)
+    curve = row.evaluations()
+    assert curve[0].tolist()[:3] == [0, 0, 0]
+    assert curve[-1, 0] == row.rollouts
+    assert curve[-1, 1] == row.tokens
+    assert curve[-1, 3] == row.accuracy_after
+
+
+def test_rloo_is_dr_grpo_where_groups_have_one_size(tmp_path):
+    """Why no suite runs both: the advantages differ by k / (k - 1), which AdamW divides out."""
+    ends = {}
+    for method in ("dr_grpo@4", "rloo@4"):
+        trainer = Trainer(run_config("smoke", method), tmp_path / method, lambda line: None)
+        for _ in range(3):
+            trainer.step(probe=False)
+        ends[method] = np.concatenate([p.detach().numpy().ravel() for p in trainer.model.parameters()])
+        start = Trainer(run_config("smoke", method), tmp_path / f"{method}-start", lambda line: None)
+        moved = ends[method] - np.concatenate([p.detach().numpy().ravel() for p in start.model.parameters()])
+    assert np.linalg.norm(ends["dr_grpo@4"] - ends["rloo@4"]) < 0.02 * np.linalg.norm(moved)

@@ -1,0 +1,358 @@
+"""Benchmarks: how often a model answers right, from local JSON-lines files. The work behind `v05 eval`.
+
+DIR/NAME.jsonl is the benchmark NAME, a problem a line. A problem is put into a template, that into the tokenizer's chat template,
+and each of its samples is verified by math-verify in processes of their own. A sample's seed is a function of the run's seed, the
+benchmark, the problem and the sample's number alone, and a sample is appended to samples.jsonl once it is verified: a run that was
+interrupted samples what is missing, and more samples or benchmarks can be asked for later. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from scipy.special import comb
+from transformers import AutoConfig
+
+from v05.rollout import ATTEMPTS, Completion, Failure, Request, RolloutEngine
+from v05.rollout.scheduler import VERIFIER_GLANCE
+from v05.rollout.transformers_engine import TransformersEngine
+from v05.rollout.verifier import Item, Verifier
+from v05.tasks import Prompt
+from v05.tasks.jsonl import read_answer, verify_answer
+from v05.train.compare import bootstrap_interval
+from v05.train.files import explained
+from v05.train.metrics import write_json
+from v05.train.policy import load_policy, load_tokenizer
+
+PROBLEM_FIELDS = ("problem", "question", "prompt")
+ANSWER_FIELDS = ("answer", "final_answer", "solution")  # the first that a line has; of a solution, what its last \boxed{} holds
+PLACEHOLDER = "{problem}"
+TEMPLATE = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."  # as Qwen's model cards ask
+SAMPLES, CONFIG, RESULT, OUTCOMES = "samples.jsonl", "config.json", "result.json", "outcomes.jsonl"
+SEED_BYTES = 7  # a seed is a non-negative int64
+
+
+class EvalConfig(BaseModel):
+    """What a sample depends on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model: Path
+    weights: str = Field(default="", description="hash of the model folder")
+    engine: Literal["transformers", "vllm"] = "transformers"
+    template: str = TEMPLATE
+    temperature: float = Field(default=0.6, ge=0)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    max_new_tokens: int = Field(default=8192, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("template")
+    @classmethod
+    def _has_a_place(cls, template: str) -> str:
+        if PLACEHOLDER not in template:
+            raise ValueError(f"template={template!r} has no {PLACEHOLDER}; write it where the problem belongs")
+        return template
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A line of a benchmark.
+
+    Attributes:
+        benchmark: its name.
+        key: a hash of the problem and its answer.
+        prompt: what the model is asked, chat template aside, and the answer that math-verify read.
+    """
+
+    benchmark: str
+    key: str
+    prompt: Prompt
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One verified completion of a problem. `tokens` is its length, `finished` as in `Completion`."""
+
+    benchmark: str
+    problem: str
+    sample: int
+    reward: float
+    tokens: int
+    finished: bool
+    completion: str
+
+    @property
+    def place(self) -> tuple[str, str, int]:
+        return self.benchmark, self.problem, self.sample
+
+
+class MathTask:
+    """What completions are verified with."""
+
+    def verify(self, prompt: Prompt, completion: str) -> float:
+        return verify_answer(prompt.item, completion)
+
+
+def read_benchmark(directory: Path, name: str, template: str) -> list[Problem]:
+    """The problems of directory/name.jsonl. One that is repeated counts once.
+
+    Raises ValueError: there is no such file, or no problem in it; a line is malformed, lacks a field, or has an answer that
+    math-verify cannot read.
+    """
+    path = directory / f"{name}.jsonl"
+    if not path.is_file():
+        found = ", ".join(sorted(file.stem for file in directory.glob("*.jsonl"))) or "none"
+        raise ValueError(f"benchmarks={name!r}: no file {path}; benchmarks in {directory}: {found}")
+    lines = path.read_text(encoding="utf-8").split("\n")
+    problems = [_problem(line, name, template, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if not problems:
+        raise ValueError(f"{path} holds no problem; give one JSON object a line")
+    return list({problem.key: problem for problem in problems}.values())
+
+
+def _problem(line: str, benchmark: str, template: str, where: str) -> Problem:
+    try:
+        row = {str(name).lower(): value for name, value in json.loads(line).items()}
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{where}: {error}; give one JSON object a line") from None
+    _, question = _field(row, PROBLEM_FIELDS, where)
+    name, answer = _field(row, ANSWER_FIELDS, where)
+    if name == "solution":
+        answer = _last_boxed(answer)
+    gold = read_answer(answer) if answer else []
+    if not gold:
+        raise ValueError(f"{where}: math-verify cannot read the answer {answer!r} of {name}; give a number or formula")
+    key = hashlib.blake2b(json.dumps([question, answer]).encode(), digest_size=8).hexdigest()
+    return Problem(benchmark, key, Prompt(template.replace(PLACEHOLDER, question), answer, gold))
+
+
+def _field(row: dict[str, Any], names: Sequence[str], where: str) -> tuple[str, str]:
+    """The first of these fields that the row has, and its text; a list's items are joined."""
+    name = next((name for name in names if row.get(name) not in (None, "", [])), None)
+    if name is None:
+        raise ValueError(f"{where}: none of {', '.join(names)} among its fields {', '.join(row)}; rename one")
+    items = row[name] if isinstance(row[name], list) else [row[name]]
+    if not all(isinstance(item, str | int | float) for item in items):
+        raise ValueError(f"{where}: {name}={row[name]!r} is no text and no number; give one")
+    return name, ", ".join(str(item) for item in items)
+
+
+def _last_boxed(solution: str) -> str:
+    r"""The last \boxed{} of a worked solution, with its braces; nothing if there is none."""
+    start = solution.rfind("\\boxed{")
+    depth = 0
+    for end in range(start, len(solution) if start >= 0 else start):
+        depth += {"{": 1, "}": -1}.get(solution[end], 0)
+        if depth == 0 and solution[end] == "}":
+            return solution[start : end + 1]
+    return ""
+
+
+def prompt_tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Token ids of a user's message in the tokenizer's chat template; of the bare text where it has none, as base models."""
+    if tokenizer.chat_template is None:
+        return tuple(tokenizer(text)["input_ids"])
+    message = [{"role": "user", "content": text}]
+    chat = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return tuple(tokenizer(chat, add_special_tokens=False)["input_ids"])
+
+
+def seed_of(seed: int, benchmark: str, problem: str, sample: int) -> int:
+    """The seed of one sample."""
+    digest = hashlib.blake2b(f"{seed}/{benchmark}/{problem}/{sample}".encode(), digest_size=SEED_BYTES)
+    return int.from_bytes(digest.digest(), "big")
+
+
+class SampleLog:
+    """The samples of an evaluation's directory, in memory and on disk. A line that was being written when a run died is dropped.
+
+    Raises ValueError where the directory holds samples of another configuration, or another process writes it.
+    """
+
+    def __init__(self, directory: Path, config: EvalConfig) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory / SAMPLES
+        self._file = self._path.open("a+", encoding="utf-8")
+        try:
+            self.samples = self._read(directory / CONFIG, config.model_dump(mode="json"))
+        except Exception:
+            self._file.close()
+            raise
+
+    def _read(self, path: Path, mine: dict[str, Any]) -> dict[tuple[str, str, int], Sample]:
+        """What the file holds, made ready for more; `path` is of the configuration, `mine` is this one."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
+        except BlockingIOError:
+            raise ValueError(f"{path.parent} is being written by another process; wait for it or stop it") from None
+        self._file.seek(0)
+        whole, _, torn = self._file.read().rpartition("\n")
+        if whole:
+            theirs = json.loads(path.read_text())
+            if changed := [name for name in mine if mine[name] != theirs.get(name)]:
+                raise ValueError(
+                    f"{path.parent} holds samples that differ in {', '.join(changed)}; give another directory with --out"
+                )
+        write_json(path, mine)
+        if torn:
+            os.truncate(self._path, self._path.stat().st_size - len(torn.encode()))
+        samples = (Sample(**json.loads(line)) for line in whole.split("\n") if line)
+        return {sample.place: sample for sample in samples}
+
+    def add(self, sample: Sample) -> None:
+        with explained(self._path, "what was sampled is kept"):
+            self._file.write(json.dumps(vars(sample)) + "\n")
+            self._file.flush()
+        self.samples[sample.place] = sample
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def evaluate(
+    config: EvalConfig,
+    benchmarks: dict[str, list[Problem]],
+    samples: int,
+    log: SampleLog,
+    verifier: Verifier,
+    *,
+    capacity: int,
+    watch: Callable[[Sample], None],
+) -> None:
+    """Sample and verify what `log` lacks of `samples` completions a problem.
+
+    Args:
+        verifier: of a `MathTask`, with nothing under way.
+        capacity: completions sampled at once.
+        watch: called with every sample, those that `log` had included.
+
+    Raises:
+        ValueError: the model folder cannot be used, or its context is too short.
+        RuntimeError: a completion failed `ATTEMPTS` times.
+    """
+    missing = []
+    for problem in (problem for problems in benchmarks.values() for problem in problems):
+        for number in range(samples):
+            done = log.samples.get((problem.benchmark, problem.key, number))
+            if done is None:
+                missing.append((problem, number))
+            else:
+                watch(done)
+    if not missing:
+        return
+    tokenizer = load_tokenizer(config.model)
+    tokens = {problem.key: prompt_tokens(tokenizer, problem.prompt.text) for problem, _ in missing}
+    engine = _engine(config, tokenizer, max(map(len, tokens.values())), capacity)
+    requests = [
+        Request(tokens[problem.key], seed_of(config.seed, problem.benchmark, problem.key, number)) for problem, number in missing
+    ]
+    try:
+        for index, completion, text, reward in _verified(engine, verifier, [problem.prompt for problem, _ in missing], requests):
+            problem, number = missing[index]
+            sample = Sample(problem.benchmark, problem.key, number, reward, len(completion.tokens), completion.finished, text)
+            log.add(sample)
+            watch(sample)
+    finally:
+        engine.close()
+
+
+def _engine(config: EvalConfig, tokenizer: Any, longest: int, capacity: int) -> RolloutEngine:
+    """The engine for prompts of at most `longest` tokens; bfloat16 on a GPU, float32 on a CPU."""
+    length = longest + config.max_new_tokens
+    room = getattr(AutoConfig.from_pretrained(config.model, local_files_only=True), "max_position_embeddings", length)
+    if length > room:
+        raise ValueError(
+            f"max_new_tokens={config.max_new_tokens} after a prompt of {longest} tokens does not fit the model's {room} positions; "
+            f"at most {max(0, room - longest)} do"
+        )
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    sampling: dict[str, Any] = {
+        "max_new_tokens": config.max_new_tokens,
+        "capacity": capacity,
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+    }
+    if config.engine == "transformers":
+        return TransformersEngine(load_policy(config.model, getattr(torch, dtype))[0], tokenizer, **sampling)
+    from v05.rollout.vllm_engine import VllmEngine
+
+    return VllmEngine(config.model, tokenizer, dtype=dtype, kv_cache_gib=None, max_model_len=length, **sampling)
+
+
+def _verified(
+    engine: RolloutEngine, verifier: Verifier, prompts: Sequence[Prompt], requests: Sequence[Request]
+) -> Iterator[tuple[int, Completion, str, float]]:
+    """(number of the request, completion, its text, its reward) as they come. What the verifier fails at is wrong."""
+    waiting = deque(range(len(requests)))
+    failures: Counter[int] = Counter()
+    sampling = 0
+    verifying: dict[int, tuple[Completion, str]] = {}
+    while waiting or sampling or verifying:
+        keys = [waiting.popleft() for _ in range(min(len(waiting), engine.capacity - sampling))]
+        if keys:
+            engine.submit(keys, [requests[key] for key in keys])
+        sampling += len(keys)
+        for key, result in engine.poll(VERIFIER_GLANCE if verifying else None):
+            sampling -= 1
+            if isinstance(result, Failure):
+                failures[key] += 1
+                if failures[key] == ATTEMPTS:
+                    raise RuntimeError(f"a completion failed {ATTEMPTS} times; the last error: {result.error}")
+                waiting.append(key)
+                continue
+            verifying[key] = result, engine.decode(result)
+            verifier.submit([Item(key, prompts[key], verifying[key][1])])
+        for key, reward in verifier.poll(wait=not (sampling or waiting)):
+            yield key, *verifying.pop(key), 0.0 if isinstance(reward, Failure) else reward
+
+
+def pass_at_k(correct: NDArray[np.int64], samples: int, k: int) -> NDArray[np.float64]:
+    """(P,) unbiased estimates that one of k samples is right, from (P,) right ones of `samples` (Chen et al. 2021, eq. 1)."""
+    estimates: NDArray[np.float64] = 1.0 - comb(samples - correct, k) / comb(samples, k)
+    return estimates
+
+
+def score(benchmark: str, problems: Sequence[Problem], samples: int, log: SampleLog) -> dict[str, Any]:
+    """The record of a benchmark whose P problems have `samples` samples each: mean, pass@k for powers of two, and their bounds.
+
+    Intervals are 95 % bootstrap intervals over problems.
+    """
+    found = [[log.samples[benchmark, problem.key, number] for number in range(samples)] for problem in problems]
+    rewards = np.array([[sample.reward for sample in row] for row in found])
+    correct = rewards.sum(1).astype(np.int64)
+    record: dict[str, Any] = {"benchmark": benchmark, "problems": len(problems), "samples": samples}
+    estimates = {"mean": rewards.mean(1)}
+    estimates |= {f"pass@{2**i}": pass_at_k(correct, samples, 2**i) for i in range(1, samples.bit_length())}
+    for name, values in estimates.items():
+        record[name] = float(values.mean())
+        record[f"{name}_low"], record[f"{name}_high"] = bootstrap_interval([values])
+    record["tokens"] = float(np.mean([sample.tokens for row in found for sample in row]))
+    record["cut_off"] = float(np.mean([not sample.finished for row in found for sample in row]))
+    return record
+
+
+def write_results(
+    directory: Path, config: EvalConfig, benchmarks: dict[str, list[Problem]], samples: int, log: SampleLog
+) -> list[dict[str, Any]]:
+    """Write result.json, a record a benchmark, and outcomes.jsonl, what each problem came to as `v05 fit-prior` reads it."""
+    records = [score(name, problems, samples, log) for name, problems in benchmarks.items()]
+    rows = []
+    for name, problems in benchmarks.items():
+        for problem in problems:
+            rate = np.mean([log.samples[name, problem.key, number].reward for number in range(samples)])
+            rows.append({"policy": config.model.name, "prompt": problem.prompt.text, "score": 2 * rate - 1, "trials": samples})
+    with explained(directory / OUTCOMES, "what was sampled is kept"):
+        (directory / OUTCOMES).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_json(directory / RESULT, records)
+    return records

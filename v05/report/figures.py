@@ -1,0 +1,233 @@
+"""What the page shows, as one document of plain lists and numbers: curves over seeds, distributions, completions to read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from v05.report.runs import Recorded, Seeds
+from v05.train.compare import BASELINE, final_accuracy, rollouts_to, rollouts_to_interval
+
+Document = dict[str, Any]
+Records = list[dict[str, Any]]
+Array = NDArray[np.float64]
+
+POINTS = 100  # of a curve of steps, each the mean of those that fall to it
+SAMPLES = 4000  # groups of completions on a page, shared out evenly among the runs
+AXES = ("rollouts", "generated_tokens", "seconds")
+STAGES = ("generate", "verify", "schedule", "advantages", "update", "sync")  # of a step, in this order
+NEWER = {  # records that runs of earlier versions lack, and what is not shown for them
+    "group_sizes": "the distribution of group sizes",
+    "generated_tokens": "curves over tokens",
+}
+
+
+def document(groups: Sequence[Seeds], runs: Sequence[Recorded], baseline: str | None, track: Callable[..., Any]) -> Document:
+    """The page's contents.
+
+    Args:
+        groups: of `v05.report.runs.seeds_of`.
+        runs: all of them, also those that `groups` leaves out.
+        baseline: name of the group whose final accuracy the others are to reach; None is the first of method "grpo".
+        track: shows the progress of an iteration, as `rich.progress.track`.
+
+    Raises:
+        ValueError: no group is called `baseline`.
+    """
+    names = [group.name for group in groups]
+    if baseline is not None and baseline not in names:
+        raise ValueError(f"baseline={baseline!r} is none of the methods found; choose one of {', '.join(dict.fromkeys(names))}")
+    summaries = []
+    for group in track(groups, "summing up"):
+        rivals = [other for other in groups if other.setting == group.setting and other.finished]
+        reference = next((r for r in rivals if (r.name == baseline if baseline else r.method == BASELINE)), None)
+        summaries.append(summary(group, reference))
+    every = max(1, -(-sum(len(recorded.samples) for recorded in runs) // SAMPLES))
+    return {
+        "groups": summaries,
+        "runs": [run_line(recorded) for recorded in runs],
+        "samples": [{"run": recorded.name, **sample} for recorded in runs for sample in recorded.samples[::every]],
+        "sampled": sum(len(recorded.samples) for recorded in runs),
+        "missing": missing(runs),
+    }
+
+
+def missing(runs: Sequence[Recorded]) -> list[str]:
+    """What cannot be shown, because runs of earlier versions did not record it."""
+    lines = []
+    for key, what in NEWER.items():
+        lacking = [recorded.name for recorded in runs if recorded.run.steps and key not in recorded.run.steps[0]]
+        if lacking:
+            lines.append(f"{what}: not recorded by {listed(lacking)}")
+    silent = [recorded.name for recorded in runs if recorded.run.steps and not recorded.samples]
+    return [*lines, f"completions: not recorded by {listed(silent)}"] if silent else lines
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """The names, or a few of them and how many more."""
+    rest = len(names) - most
+    return ", ".join(names) if rest <= 1 else f"{', '.join(names[:most])} and {rest} more runs"
+
+
+def run_line(recorded: Recorded) -> Document:
+    """A run in the table of runs."""
+    result = recorded.run.result
+    keys = ("method", "seed", "accuracy_before", "accuracy_after", "rollouts", "steps", "seconds")
+    return {
+        "name": recorded.name,
+        "label": recorded.run.label,
+        "finished": recorded.finished,
+        "share": min(1.0, result["rollouts"] / recorded.settings["total_rollouts"]),
+        "failures": sum(step.get("failures", 0) for step in recorded.run.steps),
+        **{key: result[key] for key in keys},
+    }
+
+
+def summary(group: Seeds, baseline: Seeds | None) -> Document:
+    """A group's curves, distributions and figures; `baseline` is what its rollouts are compared with."""
+    runs = group.records
+    steps = [run.steps for run in runs]
+    finals = np.array([run.result["accuracy_after"] for run in runs])
+    probes = [run.probes for run in runs]
+    every_step = [step for of_run in steps for step in of_run]
+    rollouts, seconds = (sum(run.result[key] for run in runs) for key in ("rollouts", "seconds"))
+    axes = axes_of(steps)
+
+    def over(key: str) -> Document | None:
+        return binned(steps, key, axes)
+
+    return {
+        "name": group.name,
+        "method": group.method,
+        "setting": group.setting,
+        "finished": group.finished,
+        "seeds": len(runs),
+        "final": float(finals.mean()),
+        "final_spread": float(finals.std(ddof=1)) if len(finals) > 1 else None,
+        "before": float(np.mean([run.result["accuracy_before"] for run in runs])),
+        "rollouts": rollouts / len(runs),
+        "seconds": seconds / len(runs),
+        "speed": rollouts / seconds if seconds else None,
+        "mean_group_size": mean_of(every_step, "group_size"),
+        "mean_rejected": mean_of(every_step, "prior_rejected"),
+        "accuracy": at_points([run.evaluations for run in runs], "accuracy", axes),
+        "entropy": at_points([run.evaluations for run in runs], "entropy", axes),
+        "prior_auc": at_points([run.evaluations for run in runs], "prior_auc", axes),
+        "baseline_mse": at_points(probes, "baseline_mse", axes),
+        "group_size": over("group_size"),
+        "rejected": over("prior_rejected"),
+        "weight": over("weight") or over("hallucination"),
+        "grad_norm": over("grad_norm"),
+        "group_sizes": shares(every_step, "group_sizes"),
+        "weights": shares(every_step, "weights") or shares(every_step, "hallucinations"),
+        "calibration": calibration(steps),
+        "stages": stages(every_step, rollouts),
+        "saved": None if baseline is None or not group.finished else saved(group, baseline),
+    }
+
+
+def saved(group: Seeds, baseline: Seeds) -> Document:
+    """Rollouts until the group's mean curve reaches the baseline's final accuracy, a 95 % interval, and what the baseline spent."""
+    low, high = rollouts_to_interval(baseline.records, group.records)
+    return {
+        "baseline": baseline.name,
+        "target": final_accuracy(baseline.records),
+        "spent": float(np.mean([run.result["rollouts"] for run in baseline.records])),
+        "rollouts": rollouts_to(final_accuracy(baseline.records), group.records),
+        "low": low,
+        "high": high,
+    }
+
+
+def axes_of(steps: Sequence[Records]) -> dict[str, tuple[Array, Array]]:
+    """What a number of rollouts comes to on each other axis that was recorded, mean over runs: (rollouts, value) to interpolate."""
+    axes = {}
+    end = min((of_run[-1]["rollouts"] for of_run in steps if of_run), default=0)
+    points = np.linspace(0, end, POINTS + 1)
+    for axis in AXES[1:]:
+        if all(of_run and axis in of_run[0] for of_run in steps):
+            values = [np.interp(points, [0, *column(of_run, "rollouts")], [0, *column(of_run, axis)]) for of_run in steps]
+            axes[axis] = (points, np.mean(values, axis=0))
+    return axes
+
+
+def curve(rollouts: Array, values: Array, axes: dict[str, tuple[Array, Array]]) -> Document:
+    """Mean and, of several, standard deviation over the (runs, points) `values`, on all axes."""
+    return {
+        "mean": values.mean(axis=0).tolist(),
+        "spread": values.std(axis=0, ddof=1).tolist() if len(values) > 1 else None,
+        "rollouts": rollouts.tolist(),
+        **{axis: np.interp(rollouts, *conversion).tolist() for axis, conversion in axes.items()},
+    }
+
+
+def at_points(records: Sequence[Records], key: str, axes: dict[str, tuple[Array, Array]]) -> Document | None:
+    """The curve of what is measured now and then, where the first run measured it, as far as all runs have come."""
+    known = [[record for record in of_run if record.get(key) is not None] for of_run in records]
+    if not all(known):
+        return None
+    end = min(of_run[-1]["rollouts"] for of_run in known)
+    points = column(known[0], "rollouts")
+    points = np.append(points[points < end], end)
+    values = np.stack([np.interp(points, column(of_run, "rollouts"), column(of_run, key)) for of_run in known])
+    return curve(points, values, axes)
+
+
+def binned(steps: Sequence[Records], key: str, axes: dict[str, tuple[Array, Array]]) -> Document | None:
+    """The curve of what every step measures: means over stretches of rollouts, as far as all runs have come."""
+    known = [[step for step in of_run if step.get(key) is not None] for of_run in steps]
+    if not all(known):
+        return None
+    end = min(of_run[-1]["rollouts"] for of_run in known)
+    bins = min(POINTS, *(len(of_run) for of_run in known))
+    values = []
+    for of_run in known:
+        place = np.ceil(column(of_run, "rollouts") / end * bins).astype(int) - 1
+        inside = place < bins
+        counts = np.bincount(place[inside], minlength=bins)
+        sums = np.bincount(place[inside], column(of_run, key)[inside], bins)
+        (filled,) = np.nonzero(counts)
+        values.append(np.interp(np.arange(bins), filled, sums[filled] / counts[filled]))
+    return curve((np.arange(bins) + 1) * end / bins, np.stack(values), axes)
+
+
+def shares(steps: Records, key: str) -> list[float] | None:
+    """The steps' histograms of one kind, added up, as shares of all groups; None where there are none."""
+    counts = [step[key] for step in steps if step.get(key)]
+    total = np.zeros(max(map(len, counts), default=0))
+    for row in counts:
+        total[: len(row)] += row
+    return (total / total.sum()).tolist() if total.sum() else None
+
+
+def stages(steps: Records, rollouts: int) -> dict[str, float]:
+    """Seconds of 1,000 rollouts by stage."""
+
+    def total(key: str) -> float:
+        return sum(step.get(f"{key}_seconds") or 0.0 for step in steps)
+
+    generate, verify = total("generate"), total("verify")
+    seconds = (generate, verify, total("sample") - generate - verify, total("advantage"), total("update"), total("sync"))
+    return {stage: 1000 * spent / max(rollouts, 1) for stage, spent in zip(STAGES, seconds, strict=True)}
+
+
+def calibration(steps: Sequence[Records]) -> list[list[float]] | None:
+    """(groups, mean prior, mean outcome) of each bin of the prior that has any, over the second half of every run."""
+    late = [step["prior_outcomes"] for of_run in steps for step in of_run[len(of_run) // 2 :] if step.get("prior_outcomes")]
+    if not late:
+        return None
+    total = np.sum(late, axis=0)
+    return [[groups, priors / groups, outcomes / groups] for groups, priors, outcomes in total.tolist() if groups]
+
+
+def mean_of(records: Records, key: str) -> float | None:
+    """Mean of what was recorded under `key`; None where nothing was."""
+    values = [record[key] for record in records if record.get(key) is not None]
+    return float(np.mean(values)) if values else None
+
+
+def column(records: Records, key: str) -> Array:
+    return np.array([record[key] for record in records], dtype=np.float64)

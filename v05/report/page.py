@@ -1,0 +1,81 @@
+"""The page: its skeleton, style and script with the document and plotly.js inside, in one file that needs no network.
+
+Script and document travel compressed, which makes a page of 2 MB out of 5, and as base64: nothing that a policy wrote can end a
+script or become markup. The page unpacks them (`DecompressionStream`, in browsers since 2023), and writes texts as text only.
+"""
+
+from __future__ import annotations
+
+import base64
+import colorsys
+import gzip
+import html
+import os
+from collections import defaultdict
+from importlib.resources import files
+from pathlib import Path
+
+import plotly.offline
+
+from v05.report.figures import Document
+from v05.train.files import explained
+from v05.train.metrics import plain_json
+
+# A colour a method; its variants are lighter and darker. The second is for dark surroundings.
+COLOURS = {
+    "v05": ("#2563eb", "#60a5fa"),
+    "calibrated": ("#0d9488", "#2dd4bf"),
+    "grpo": ("#ea580c", "#fb923c"),
+    "dr_grpo": ("#be185d", "#f472b6"),
+    "rloo": ("#7c3aed", "#a78bfa"),
+    "dapo": ("#a16207", "#eab308"),
+    "prior": ("#64748b", "#94a3b8"),
+}
+LIGHTNESS = 0.26  # between a method's darkest and its lightest variant
+
+
+def write_page(document: Document, title: str, file: Path) -> None:
+    """Write the page of `document`, whole or not at all; its folder is made if need be."""
+    here = files("v05.report")
+    parts = {
+        "title": html.escape(title),
+        "style": (here / "page.css").read_text("utf-8"),
+        "plotly": packed(plotly.offline.get_plotlyjs()),
+        "document": packed(plain_json(coloured({**document, "title": title}))),
+        "script": (here / "page.js").read_text("utf-8"),
+    }
+    page = (here / "page.html").read_text("utf-8")
+    for name, value in parts.items():
+        page = page.replace("{{" + name + "}}", value)
+    with explained(file, "nothing else is lost"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_name(file.name + ".partial")
+        scratch.write_text(page, encoding="utf-8")
+        os.replace(scratch, file)
+
+
+def packed(text: str) -> str:
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+
+
+def coloured(document: Document) -> Document:
+    """The document with a colour on each group, the same wherever its name appears."""
+    variants: dict[str, list[str]] = defaultdict(list)
+    for group in document["groups"]:
+        if group["name"] not in variants[group["method"]]:
+            variants[group["method"]].append(group["name"])
+    for group in document["groups"]:
+        names = variants[group["method"]]
+        place = names.index(group["name"])
+        shift = LIGHTNESS * (place / (len(names) - 1) - 0.5) if len(names) > 1 else 0.0
+        group["colours"] = [shifted(colour, shift) for colour in COLOURS[group["method"]]]
+        group["variant"] = place
+    return document
+
+
+def shifted(colour: str, by: float) -> str:
+    """A #rrggbb with its lightness changed by `by`."""
+    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    hue, lightness, saturation = colorsys.rgb_to_hls(red, green, blue)
+    channels = colorsys.hls_to_rgb(hue, min(0.85, max(0.15, lightness + by)), saturation)
+    return "#" + "".join(f"{round(255 * channel):02x}" for channel in channels)

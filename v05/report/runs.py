@@ -1,0 +1,190 @@
+"""Which runs there are, what they recorded, and which of them are seeds of one thing."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from v05.methods import METHODS, find_method
+from v05.train.compare import Run
+from v05.train.config import BudgetConfig, RunConfig, label_of
+from v05.train.metrics import CONFIG, METRICS, RESULT, read_metrics
+
+Track = Callable[[Sequence[Path]], Iterable[Path]]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run directory, finished or not.
+
+    Attributes:
+        name: of the run, unique on a page.
+        settings: its config.json as it stands: what an earlier version wrote need not be a valid configuration any more.
+        finished: it has a result.
+        run: its records as the comparison sees them; the result of an unfinished run is what its last evaluation says.
+        samples: its records of kind "group".
+    """
+
+    name: str
+    settings: dict[str, Any]
+    finished: bool
+    run: Run
+    samples: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Runs that differ in their seed alone, all finished or, where none is, all unfinished.
+
+    Attributes:
+        name: label, and what tells it from others of the same label.
+        setting: task, policy and evaluation: accuracies compare within one only.
+    """
+
+    name: str
+    method: str
+    setting: str
+    finished: bool
+    runs: list[Recorded]
+
+    @property
+    def records(self) -> list[Run]:
+        return [recorded.run for recorded in self.runs]
+
+
+def find_runs(places: Sequence[Path]) -> list[Path]:
+    """Run directories among and under `places`, each once. ValueError for a place that has none."""
+    found: dict[Path, Path] = {}
+    for place in places:
+        if (place / METRICS).is_file():
+            inside = [place]
+        else:
+            inside = sorted(file.parent for file in place.rglob(METRICS) if (file.parent / CONFIG).is_file())
+        if not inside:
+            raise ValueError(
+                f"RUN_DIR={place} holds no run (a directory with {CONFIG} and {METRICS}); name one that v05 train wrote"
+            )
+        found |= {directory.resolve(): directory for directory in inside}
+    return list(found.values())
+
+
+def read_runs(directories: Sequence[Path], track: Track) -> tuple[list[Recorded], list[str]]:
+    """The runs in `directories` that have been evaluated at least once, and the names of the others, which have nothing to show."""
+    runs, empty = [], []
+    for directory, name in zip(track(directories), names_of(directories), strict=True):
+        recorded = read_run(directory, name)
+        if recorded is None:
+            empty.append(name)
+        else:
+            runs.append(recorded)
+    if not runs:
+        raise ValueError(f"RUN_DIR: none of {', '.join(empty)} has been evaluated yet; wait for the first evaluation")
+    return runs, empty
+
+
+def read_run(directory: Path, name: str) -> Recorded | None:
+    """The run in `directory`; None before its first evaluation."""
+    try:
+        settings = json.loads((directory / CONFIG).read_text())
+        budget = BudgetConfig.model_construct(**settings["budget"])
+        label = label_of(RunConfig.model_construct(method=find_method(settings["method"]).name, budget=budget))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{directory / CONFIG} is not the configuration of a run ({error!r}); leave the directory out") from error
+    by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for record in read_metrics(directory):
+        by_kind[record["kind"]].append(record)
+    evaluations, steps = by_kind["evaluation"], by_kind["step"]
+    if not evaluations:
+        return None
+    finished = (directory / RESULT).is_file()
+    result = json.loads((directory / RESULT).read_text()) if finished else unfinished_result(settings, evaluations, steps)
+    return Recorded(name, settings, finished, Run(label, result, evaluations, steps, by_kind["probe"]), by_kind["group"])
+
+
+def unfinished_result(settings: dict[str, Any], evaluations: list[dict[str, Any]], steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a run's result.json would say, had it ended here; without the successes of each prompt."""
+    last = steps[-1] if steps else {"rollouts": 0, "seconds": 0.0}
+    return {
+        "method": settings["method"],
+        "seed": settings["seed"],
+        "accuracy_before": evaluations[0]["accuracy"],
+        "accuracy_after": evaluations[-1]["accuracy"],
+        "rollouts": last["rollouts"],
+        "steps": len(steps),
+        "seconds": last["seconds"],
+    }
+
+
+def names_of(directories: Sequence[Path]) -> list[str]:
+    """A name for each: the end of its path, as much as tells it from the others."""
+    parts = [directory.resolve().parts for directory in directories]
+    names = []
+    for mine in parts:
+        length = next(n for n in range(1, len(mine) + 1) if sum(other[-n:] == mine[-n:] for other in parts) == 1)
+        names.append("/".join(mine[-length:]))
+    return names
+
+
+def seeds_of(runs: Sequence[Recorded]) -> list[Seeds]:
+    """The runs by what they are seeds of, in the order of the methods. Unfinished ones are left out beside finished ones."""
+    names = setting_names(runs)
+    by_settings: dict[str, list[Recorded]] = defaultdict(list)
+    for recorded in runs:
+        by_settings[json.dumps(flattened(recorded.settings | {"seed": 0}), sort_keys=True)].append(recorded)
+    groups = []
+    for same in by_settings.values():
+        finished = [recorded for recorded in same if recorded.finished]
+        first, setting = same[0], names[setting_key(same[0])]
+        rivals = [
+            other[0].settings
+            for other in by_settings.values()
+            if other[0].run.label == first.run.label and names[setting_key(other[0])] == setting
+        ]
+        name = first.run.label + distinction(first.settings, rivals)
+        groups.append(Seeds(name, first.settings["method"], setting, bool(finished), finished or same))
+    order = list(METHODS)
+    return sorted(groups, key=lambda group: (group.setting, order.index(group.method), budget_of(group)))
+
+
+def budget_of(group: Seeds) -> tuple[int, int, str]:
+    budget = group.runs[0].settings["budget"]
+    return budget["initial"], budget["maximum"], group.name
+
+
+def setting_key(recorded: Recorded) -> str:
+    """What has to agree for accuracies to compare."""
+    return json.dumps([recorded.settings.get(name) for name in ("task", "policy", "evaluation")], sort_keys=True)
+
+
+def setting_names(runs: Sequence[Recorded]) -> dict[str, str]:
+    """A readable name for each setting: its task, and a number where that is not enough."""
+    names: dict[str, str] = {}
+    for recorded in runs:
+        key, task = setting_key(recorded), recorded.settings["task"]
+        if key not in names:
+            sources = [source["dataset"] for source in task["mix"]] if "mix" in task else [Path(task["path"]).stem]
+            name = " + ".join(dict.fromkeys(sources))
+            taken = sum(other.partition(" #")[0] == name for other in names.values())
+            names[key] = f"{name} #{taken + 1}" if taken else name
+    return names
+
+
+def distinction(settings: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> str:
+    """In brackets, where settings of one label differ from their rivals' beside the seed; empty for a single one."""
+    flat = [flattened(rival) for rival in rivals]
+    mine = flattened(settings)
+    differing = [name for name in mine if name != "seed" and any(other.get(name) != mine[name] for other in flat)]
+    told = ", ".join(f"{name.rpartition('.')[2]} {mine[name]}" for name in differing)
+    return f" ({told})" if told else ""
+
+
+def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

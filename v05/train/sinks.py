@@ -1,0 +1,119 @@
+"""Where a run's figures go beside metrics.jsonl: TensorBoard always, Weights & Biases when asked for.
+
+Both show every figure over training rollouts, which all methods share, under its record's kind and its own name: "step/accuracy",
+"evaluation/accuracy", "probe/baseline_mse". What only a list can hold stays in metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from v05.train.config import RunConfig, label_of
+
+TENSORBOARD, WANDB_ID = "tensorboard", "wandb_id"
+
+
+class Sink(Protocol):
+    """Takes figures as they come, from one process."""
+
+    def start(self, rollouts: int) -> None:
+        """Begin, or go on: what was shown beyond `rollouts` is about to happen again and must not stand twice."""
+        ...
+
+    def show(self, figures: Mapping[str, float], rollouts: int) -> None:
+        """Figures of the run once it had spent `rollouts`."""
+        ...
+
+    def flush(self) -> None:
+        """Have the disk hold what was shown: a checkpoint follows."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def figures_of(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a record, but for what they are shown over."""
+    return {
+        f"{kind}/{name}": float(value)
+        for name, value in values.items()
+        if isinstance(value, int | float) and math.isfinite(value) and name not in ("rollouts", "step")
+    }
+
+
+class TensorBoard:
+    """Event files in `directory`/tensorboard, one a start; each has TensorBoard drop what is to be repeated of those before."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory / TENSORBOARD
+        self._writer: SummaryWriter | None = None
+
+    def start(self, rollouts: int) -> None:
+        self._writer = SummaryWriter(str(self._directory), purge_step=rollouts + 1 if rollouts else 0)
+
+    def show(self, figures: Mapping[str, float], rollouts: int) -> None:
+        assert self._writer is not None
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, rollouts)
+
+    def flush(self) -> None:
+        assert self._writer is not None
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of `project` on Weights & Biases; its id is kept in `directory`, so that an interrupted run goes on under it.
+
+    Figures repeated after an interruption carry steps that Weights & Biases has: online it drops what is earlier than its last.
+    With WANDB_MODE=offline each start leaves a folder of its own, under the same id, for `wandb sync`.
+
+    Raises:
+        ValueError: the package wandb is not installed.
+    """
+
+    def __init__(self, directory: Path, project: str, config: RunConfig) -> None:
+        self._wandb = import_wandb()
+        self._directory = directory
+        self._project = project
+        self._config = config
+        self._run: Any = None
+
+    def start(self, rollouts: int) -> None:
+        file = self._directory / WANDB_ID
+        self._run = self._wandb.init(
+            project=self._project,
+            id=file.read_text().strip() if file.exists() else None,
+            resume="allow",
+            name=f"{label_of(self._config)}-seed{self._config.seed}",
+            group=label_of(self._config),
+            config=self._config.model_dump(mode="json"),
+            dir=str(self._directory),
+        )
+        file.write_text(self._run.id + "\n")
+
+    def show(self, figures: Mapping[str, float], rollouts: int) -> None:
+        self._run.log(dict(figures), step=rollouts)
+
+    def flush(self) -> None:
+        """Weights & Biases writes by itself."""
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+
+
+def import_wandb() -> ModuleType:
+    try:
+        return importlib.import_module("wandb")
+    except ImportError:
+        raise ValueError("--wandb needs the package 'wandb'; install it with: pip install wandb") from None

@@ -1,0 +1,373 @@
+"""Suites: experiments over several task mixes, with a learning rate tuned for each method, as `v05 compare --suite` runs them.
+
+    v05 compare --suite headline --out runs/headline
+
+First every method of `Suite.tuned` is tuned on every mix: one seed, fewer rollouts, other held-out prompts. Then every method runs
+with every seed at the rate that won. A run that ends becomes a row of runs.csv, which holds all that tables and figures are made
+of; a run that has a row is not run again, so the suite goes on where it stopped, in other processes or on another day.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from v05.train.compare import BOOTSTRAP_DRAWS, INTERVAL, bootstrap_interval, load_run, mean_of
+from v05.train.config import EvaluationConfig, RunConfig, run_config
+
+ROWS = "runs.csv"
+TUNING_SEED = 1000  # no seed that counts
+TUNING_PROMPTS = 5_000_000  # the held-out prompts of tuning are taken from here on; those that count from 0
+LAST = 2  # evaluations at a tuning run's end whose mean decides
+STAGES = ("generate", "verify", "advantage", "update", "sync")
+RIVALS = ("grpo", "dr_grpo", "dapo")  # with groups of one size RLOO is Dr. GRPO times k / (k - 1), which AdamW divides out
+TARGET = "grpo@16"  # whose final accuracy the others are to reach
+POINTS = 129  # of a curve
+
+
+@dataclass(frozen=True)
+class Suite:
+    """An experiment.
+
+    Attributes:
+        mixes: presets.
+        tuned: what is tuned -> what runs at its learning rate; as `run_config` reads it.
+        ablations: what is tuned -> what else runs at its learning rate, on the first mix only.
+        learning_rates: that are tried.
+        rollouts, tuning_rollouts: of a run.
+        seeds: of a method.
+        evaluation: of a run.
+    """
+
+    mixes: tuple[str, ...]
+    tuned: Mapping[str, tuple[str, ...]]
+    ablations: Mapping[str, tuple[str, ...]]
+    learning_rates: tuple[float, ...]
+    rollouts: int
+    tuning_rollouts: int
+    seeds: int
+    evaluation: EvaluationConfig
+
+
+SUITES = {
+    "headline": Suite(
+        mixes=("arithmetic", "symbols", "hard"),
+        tuned={f"{rival}@{small}": (f"{rival}@{small // 2}", f"{rival}@{small}") for rival in RIVALS for small in (4, 16)}
+        | {
+            "v05@4": ("v05@2", "v05@4", "v05@4..16", "v05@4..16+oracle", "v05@4..16+noise"),
+            "calibrated@2": ("calibrated@1", "calibrated@2", "calibrated@4", "calibrated@1..16", "calibrated@2..16"),
+            "prior@1": ("prior@1",),
+        },
+        ablations={
+            "v05@4": ("v05@1", "v05@8", "v05@4+noise", "v05@4..16+cost=0.00123", "v05@4..16+cost=0.0123"),
+            "calibrated@2": ("calibrated@4+noise",),
+            "dr_grpo@4": ("rloo@4",),
+        },
+        learning_rates=(3e-5, 1e-4, 3e-4),
+        rollouts=24_576,
+        tuning_rollouts=8_192,
+        seeds=5,
+        evaluation=EvaluationConfig(evaluations=4, prompts=1024, samples=2, probe_prompts=16, probe_samples=64),
+    ),
+    "smoke": Suite(  # a minute, for tests of the pipeline
+        mixes=("smoke",),
+        tuned={"grpo@4": ("grpo@4",), "v05@4": ("v05@4", "v05@2..8+oracle")},
+        ablations={"grpo@4": ("rloo@4",)},
+        learning_rates=(1e-4, 1e-3),
+        rollouts=128,
+        tuning_rollouts=64,
+        seeds=2,
+        evaluation=EvaluationConfig(evaluations=2, prompts=16, samples=2, probe_prompts=4, probe_samples=16),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A finished run: a line of runs.csv. Means are over the run's steps or probes; NaN where there is nothing to average.
+
+    Attributes:
+        stage: "tune" or "count".
+        mix, label, seed, learning_rate, total_rollouts: what was run; no two rows share them all.
+        rollouts, tokens, steps: spent.
+        accuracy_before, accuracy_after: on the held-out prompts.
+        group_size: rollouts a prompt.
+        prior_rejected: share of groups whose prior was.
+        baseline_mse: squared error of the baseline against fresh rollouts, without the first probe.
+        grad_norm: before clipping.
+        entropy_before, entropy_after: nats a token.
+        prior_auc: of the prior on the held-out prompts, at the end.
+        thrown_away: rollouts without signal (DAPO).
+        seconds: of training, and its stages.
+        samples: rollouts a held-out prompt.
+        successes: of each held-out prompt at the end, a digit each.
+        curve: [[rollouts, tokens, seconds, accuracy], ...] of each evaluation, as JSON.
+    """
+
+    stage: str
+    mix: str
+    label: str
+    seed: int
+    learning_rate: float
+    total_rollouts: int
+    rollouts: int
+    tokens: int
+    steps: int
+    accuracy_before: float
+    accuracy_after: float
+    group_size: float
+    prior_rejected: float
+    baseline_mse: float
+    grad_norm: float
+    entropy_before: float
+    entropy_after: float
+    prior_auc: float
+    thrown_away: int
+    seconds: float
+    generate_seconds: float
+    verify_seconds: float
+    advantage_seconds: float
+    update_seconds: float
+    sync_seconds: float
+    samples: int
+    successes: str
+    curve: str
+
+    @property
+    def key(self) -> tuple[str, str, str, int, float, int]:
+        return self.stage, self.mix, self.label, self.seed, self.learning_rate, self.total_rollouts
+
+    @property
+    def prompt_accuracy(self) -> NDArray[np.float64]:
+        """(P,) final accuracy on each held-out prompt."""
+        return np.array([int(digit) for digit in self.successes]) / self.samples
+
+    def evaluations(self) -> NDArray[np.float64]:
+        """(E, 4) rollouts, tokens, seconds and accuracy of each evaluation."""
+        return np.array(json.loads(self.curve))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of a suite: its configuration, and what its row will be known by."""
+
+    stage: str
+    mix: str
+    label: str
+    config: RunConfig
+
+    @property
+    def key(self) -> tuple[str, str, str, int, float, int]:
+        config = self.config
+        return self.stage, self.mix, self.label, config.seed, config.optimizer.learning_rate, config.total_rollouts
+
+    @property
+    def name(self) -> str:
+        """Its directory, below the suite's."""
+        rate = f"-lr{self.config.optimizer.learning_rate:g}" if self.stage == "tune" else ""
+        return f"{self.stage}/{self.mix}/{self.label}{rate}-seed{self.config.seed}"
+
+
+def tuning_runs(suite: Suite) -> list[Planned]:
+    """What decides the learning rates."""
+    evaluation = suite.evaluation.model_copy(update={"start": TUNING_PROMPTS})
+    return [
+        _planned("tune", mix, spec, TUNING_SEED, rate, suite.tuning_rollouts, evaluation)
+        for mix in suite.mixes
+        for spec in suite.tuned
+        for rate in suite.learning_rates
+    ]
+
+
+def counted_runs(suite: Suite, rates: Mapping[tuple[str, str], float], seeds: int) -> list[Planned]:
+    """The runs that count, seed by seed: what is finished early compares all methods."""
+    return [
+        _planned("count", mix, spec, seed, rates[mix, tuned], suite.rollouts, suite.evaluation)
+        for seed in range(seeds)
+        for mix in suite.mixes
+        for tuned, specs in (*suite.tuned.items(), *(suite.ablations.items() if mix == suite.mixes[0] else ()))
+        for spec in specs
+    ]
+
+
+def _planned(stage: str, mix: str, spec: str, seed: int, rate: float, rollouts: int, evaluation: EvaluationConfig) -> Planned:
+    overrides = {"optimizer": {"learning_rate": rate}, "total_rollouts": rollouts, "evaluation": evaluation}
+    return Planned(stage, mix, spec, run_config(mix, spec, seed=seed, **overrides))
+
+
+def tuned_rates(suite: Suite, rows: Iterable[Row]) -> dict[tuple[str, str], float]:
+    """(mix, tuned spec) -> the learning rate whose run ended highest, by the mean of its last evaluations."""
+    wanted = {run.key for run in tuning_runs(suite)}
+    ends: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
+    for row in rows:
+        if row.key in wanted:
+            ends[row.mix, row.label][row.learning_rate] = float(row.evaluations()[-LAST:, 3].mean())
+    return {key: max(by_rate, key=lambda rate: by_rate[rate]) for key, by_rate in ends.items()}
+
+
+def in_order(suite: Suite, rows: Iterable[Row]) -> list[Row]:
+    """The rows as the suite lists its mixes and methods, whichever ended first."""
+    specs = (*suite.tuned.values(), *suite.ablations.values())
+    labels = [spec for some in specs for spec in some]
+    return sorted(rows, key=lambda row: (suite.mixes.index(row.mix), labels.index(row.label) if row.stage == "count" else 0))
+
+
+def read_rows(directory: Path) -> list[Row]:
+    """The rows of a suite's directory; none where it has none."""
+    path = directory / ROWS
+    return read_csv(path) if path.is_file() else []
+
+
+def read_csv(path: Path) -> list[Row]:
+    """The rows of a suite's file; ValueError where it has other columns."""
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        names = [field.name for field in fields(Row)]
+        if reader.fieldnames != names:
+            raise ValueError(f"{path}: columns {reader.fieldnames} are not those of a suite, {names}; give another --out")
+        kinds = {"int": int, "float": float, "str": str}
+        return [Row(**{field.name: kinds[str(field.type)](line[field.name]) for field in fields(Row)}) for line in reader]
+
+
+def append_row(directory: Path, row: Row) -> None:
+    """Add a run to runs.csv."""
+    path = directory / ROWS
+    fresh = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerow(asdict(row))
+
+
+def row_of(planned: Planned, directory: Path) -> Row:
+    """The row of a finished run directory."""
+    run = load_run(planned.label, directory)
+    curve = [[e["rollouts"], e["generated_tokens"], round(e["seconds"], 3), e["accuracy"]] for e in run.evaluations]
+    aucs = [e["prior_auc"] for e in run.evaluations if e.get("prior_auc") is not None]
+    stage, mix, label, seed, rate, total = planned.key
+    return Row(
+        stage=stage,
+        mix=mix,
+        label=label,
+        seed=seed,
+        learning_rate=rate,
+        total_rollouts=total,
+        rollouts=run.result["rollouts"],
+        tokens=curve[-1][1],
+        steps=run.result["steps"],
+        accuracy_before=run.result["accuracy_before"],
+        accuracy_after=run.result["accuracy_after"],
+        group_size=mean_of(run.steps, "group_size"),
+        prior_rejected=mean_of(run.steps, "prior_rejected"),
+        baseline_mse=mean_of(run.probes[1:], "baseline_mse"),
+        grad_norm=mean_of(run.steps, "grad_norm"),
+        entropy_before=run.evaluations[0]["entropy"],
+        entropy_after=run.evaluations[-1]["entropy"],
+        prior_auc=aucs[-1] if aucs else float("nan"),
+        thrown_away=sum(step["thrown_away"] for step in run.steps),
+        seconds=run.result["seconds"],
+        **{f"{name}_seconds": sum(step[f"{name}_seconds"] for step in run.steps) for name in STAGES},
+        samples=run.result["heldout_samples"],
+        successes="".join(str(count) for count in run.result["heldout_successes"]),
+        curve=json.dumps(curve),
+    )
+
+
+def summarise(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """One record per mix and label of the runs that count, in the order of the rows; figures unrounded.
+
+    Besides the means of the rows: `seeds`, `accuracy_low`, `accuracy_high` (resampling seeds and prompts), `gain` over the start,
+    and for every rival method the difference to it at the group size where it did best, on the seeds that both have
+    (`over_grpo`, `_low`, `_high`, `_size`): choosing the rival's best afterwards favours the rival. `rollouts_to_grpo` is where
+    the mean curve reaches the final accuracy of grpo@16 (`_low`, `_high`; None where it does not), `tokens_to_grpo` the same in
+    generated tokens.
+    """
+    by_mix: dict[str, dict[str, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        if row.stage == "count":
+            by_mix[row.mix][row.label][row.seed] = row
+    return [_record(mix, label, by_label) for mix, by_label in by_mix.items() for label in by_label]
+
+
+def _record(mix: str, label: str, by_label: Mapping[str, Mapping[int, Row]]) -> dict[str, Any]:
+    group = by_label[label]
+    rows = list(group.values())
+    numbers = [field.name for field in fields(Row) if field.type in ("int", "float") and field.name not in ("seed", "samples")]
+    low, high = bootstrap_interval([row.prompt_accuracy for row in rows])
+    record: dict[str, Any] = {"mix": mix, "label": label, "seeds": sorted(group)}
+    record |= {name: _mean([float(getattr(row, name)) for row in rows]) for name in numbers}
+    record |= {"gain": record["accuracy_after"] - record["accuracy_before"], "accuracy_low": low, "accuracy_high": high}
+    for rival in RIVALS:
+        size = best_size(rival, by_label)
+        if size is None or size == label:
+            continue
+        pairs = [(group[seed], by_label[size][seed]) for seed in group if seed in by_label[size]]
+        if pairs:
+            differences = [a.prompt_accuracy - b.prompt_accuracy for a, b in pairs]
+            low, high = bootstrap_interval(differences)
+            record |= {f"over_{rival}": float(np.mean(differences)), f"over_{rival}_size": size}
+            record |= {f"over_{rival}_low": low, f"over_{rival}_high": high}
+    if TARGET in by_label:
+        for axis, column in (("rollouts", 0), ("tokens", 1)):
+            target = list(by_label[TARGET].values())
+            names = (f"{axis}_to_grpo", f"{axis}_to_grpo_low", f"{axis}_to_grpo_high")
+            record |= zip(names, reaching_interval(rows, target, column), strict=True)
+    return record
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def best_size(method: str, by_label: Mapping[str, Mapping[int, Row]]) -> str | None:
+    """The label of a method's group size that ended highest, over the seeds that all its sizes have."""
+    sizes = {label: group for label, group in by_label.items() if re.fullmatch(rf"{method}@\d+", label)}
+    common = set.intersection(*(set(group) for group in sizes.values())) if sizes else set()
+    if not common:
+        return None
+    return max(sizes, key=lambda label: float(np.mean([sizes[label][seed].accuracy_after for seed in common])))
+
+
+def mean_curve(rows: Sequence[Row], column: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Accuracy over rollouts (0), tokens (1) or seconds (2), mean over seeds, up to where the shortest run ends."""
+    curves = [row.evaluations() for row in rows]
+    points = np.linspace(0.0, min(curve[-1, column] for curve in curves), POINTS)
+    return points, np.mean([np.interp(points, curve[:, column], curve[:, 3]) for curve in curves], axis=0)
+
+
+def reaching(rows: Sequence[Row], target: float, column: int) -> float:
+    """Where the seeds' mean curve first reaches `target`; infinity if it never does."""
+    points, mean = mean_curve(rows, column)
+    reached = np.flatnonzero(mean >= target)
+    return float(points[reached[0]]) if len(reached) else float("inf")
+
+
+def reaching_interval(rows: Sequence[Row], target: Sequence[Row], column: int) -> tuple[float | None, float | None, float | None]:
+    """Where `rows` reach the final accuracy of `target`, and its 95 % interval, resampling the seeds of both; None is never."""
+
+    def final(some: Sequence[Row]) -> float:
+        return float(np.mean([row.accuracy_after for row in some]))
+
+    rng = np.random.default_rng(0)
+    draws = [
+        reaching(
+            [rows[i] for i in rng.integers(len(rows), size=len(rows))],
+            final([target[i] for i in rng.integers(len(target), size=len(target))]),
+            column,
+        )
+        for _ in range(BOOTSTRAP_DRAWS // 4)
+    ]
+    low, high = np.percentile(draws, INTERVAL, method="nearest")
+    ends = (reaching(rows, final(target), column), float(low), float(high))
+    return tuple(end if np.isfinite(end) else None for end in ends)  # type: ignore[return-value]

@@ -1,0 +1,112 @@
+"""A suite's figures as PNG files, from its rows alone: what the group size is worth, and accuracy over rollouts and tokens."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from v05.train.compare import bootstrap_interval
+from v05.train.suite import RIVALS, Row, best_size, mean_curve
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+COLOURS = {
+    "grpo": "#7f7f7f",
+    "dr_grpo": "#1f77b4",
+    "rloo": "#17becf",
+    "dapo": "#9467bd",
+    "prior": "#8c564b",
+    "v05": "#2ca02c",
+    "calibrated": "#d62728",
+}
+
+PRIORS = (("", "*", " with a test"), (r"\+oracle", "^", ", true prior"), (r"\+noise", "x", ", noise"))  # of a budget with a test
+
+ByLabel = Mapping[str, Mapping[int, Row]]
+
+
+def draw_suite(rows: Sequence[Row], directory: Path) -> list[Path]:
+    """Draw every figure of the runs that count into `directory`; returns the files."""
+    mixes: dict[str, dict[str, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        if row.stage == "count":
+            mixes[row.mix][row.label][row.seed] = row
+    return [
+        _group_sizes(mixes, directory / "accuracy_by_group_size.png"),
+        _curves(mixes, 0, "training rollouts", directory / "accuracy_by_rollouts.png"),
+        _curves(mixes, 1, "generated tokens", directory / "accuracy_by_tokens.png"),
+    ]
+
+
+def _group_sizes(mixes: Mapping[str, ByLabel], file: Path) -> Path:
+    """Final accuracy over rollouts a prompt: a line for a method's fixed sizes, a star where a test decides, by a prior that is
+    learnt, true or noise."""
+    figure, panels = plt.subplots(1, len(mixes), figsize=(4.6 * len(mixes), 4.4), squeeze=False, layout="constrained")
+    for axes, (mix, by_label) in zip(panels[0], mixes.items(), strict=True):
+        for method, colour in COLOURS.items():
+            fixed = [label for label in by_label if re.fullmatch(rf"{method}@\d+", label)]
+            fixed.sort(key=lambda label: int(label.split("@")[1]))
+            tested = rf"{method}@\d+\.\.\d+"
+            kinds = [(fixed, "o", 5, "-", "")]
+            for prior, marker, meaning in PRIORS:
+                labels = [label for label in by_label if re.fullmatch(tested + prior, label)]
+                kinds.append((labels, marker, 11 if marker == "*" else 7, "none", meaning))
+            for labels, marker, size, line, meaning in kinds:
+                if not labels:
+                    continue
+                groups = [list(by_label[label].values()) for label in labels]
+                sizes = [np.mean([row.group_size for row in group]) for group in groups]
+                means = np.array([np.mean([row.accuracy_after for row in group]) for group in groups])
+                ends = np.array([bootstrap_interval([row.prompt_accuracy for row in group]) for group in groups])
+                axes.errorbar(
+                    sizes,
+                    means,
+                    np.abs(ends.T - means),
+                    color=colour,
+                    marker=marker,
+                    markersize=size,
+                    linestyle=line,
+                    elinewidth=0.7,
+                    capsize=2,
+                    alpha=0.9,
+                    label=method + meaning,
+                )
+        start = np.mean([row.accuracy_before for group in by_label.values() for row in group.values()])
+        axes.axhline(start, color="k", lw=0.7, ls=":")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
+        axes.set(xlabel="rollouts a prompt", title=mix)
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("final held-out accuracy, equal rollouts")
+    panels[0][-1].legend(fontsize=8)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+    return file
+
+
+def _curves(mixes: Mapping[str, ByLabel], column: int, x_label: str, file: Path) -> Path:
+    """Accuracy over what it cost: every method at its best fixed group size, GRPO at 16, and V_0.5 with its test."""
+    figure, panels = plt.subplots(1, len(mixes), figsize=(4.6 * len(mixes), 4.4), squeeze=False, layout="constrained")
+    for axes, (mix, by_label) in zip(panels[0], mixes.items(), strict=True):
+        best = [best_size(method, by_label) for method in (*RIVALS, "prior", "v05", "calibrated")]
+        for label in dict.fromkeys(["grpo@16", *best, "v05@4..16"]):
+            if label is None or label not in by_label:
+                continue
+            group = list(by_label[label].values())
+            method = label.split("@")[0]
+            points, mean = mean_curve(group, column)
+            dashed = "--" if label in ("grpo@16", "v05@4..16") else "-"
+            axes.plot(points, mean, dashed, color=COLOURS[method], label=f"{label} ({len(group)})", lw=1.6)
+        axes.set(xlabel=x_label, title=mix)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, title="(seeds)")
+    panels[0][0].set_ylabel("held-out accuracy")
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+    return file
