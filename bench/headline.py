@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from v05.train.suite import RIVALS, SUITES, TARGET, Row, best_size, read_csv, summarise
+from v05.train.suite import RIVALS, SUITES, TARGET, Row, best_size, in_order, read_csv, summarise
 from v05.train.suite_plots import draw_suite
 
 ROOT = Path(__file__).parent.parent
@@ -103,7 +103,7 @@ def replaced(page: str, name: str, content: str) -> str:
 
 def pages() -> dict[Path, str]:
     """README and docs/headline.md with the tables of the results."""
-    rows = read_csv(RESULTS)
+    rows = in_order(SUITES["headline"], read_csv(RESULTS))
     contents = {README: ("headline", short_table(rows)), PAGE: ("headline tables", long_tables(rows))}
     return {path: replaced(path.read_text(), name, content) for path, (name, content) in contents.items()}
 
@@ -112,7 +112,7 @@ def main() -> None:
     for path, text in pages().items():
         path.write_text(text)
     with tempfile.TemporaryDirectory() as scratch:
-        for figure in draw_suite(read_csv(RESULTS), Path(scratch)):
+        for figure in draw_suite(in_order(SUITES["headline"], read_csv(RESULTS)), Path(scratch)):
             shutil.move(figure, ROOT / "docs" / f"headline_{figure.name}")
 
 

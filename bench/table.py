@@ -1,4 +1,4 @@
-"""The table of bench/results/advantage.csv: `python bench/table.py` prints it, `--write README.md` puts it between its marks.
+"""The table of bench/results/advantage.csv: `python bench/table.py` prints it, `--write docs/speed.md` puts it between its marks.
 
 v05 in milliseconds, against the floor of its case in the same run, and how many times longer each peer took.
 """

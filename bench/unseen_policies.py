@@ -25,9 +25,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import KFold
 from sklearn.preprocessing import StandardScaler
 
+from v05.machine import cache_root
 from v05.prior.scores import LEAST_CONFIDENT, auc, auc_interval, brier, cross_entropy
 from v05.prior.v0 import V0Prior
-from v05.prior.v0.backbone import Backbone, cache_root
+from v05.prior.v0.backbone import Backbone
 from v05.prior.v0.evaluate import SETTINGS, Predictor, predictors
 from v05.prior.v0.head import InContextHead, load_head
 from v05.prior.v0.logs import Queries, read_logs, walk

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from v05.machine import cache_root
 from v05.prior.v0 import V0Prior
-from v05.prior.v0.backbone import Backbone, cache_root
+from v05.prior.v0.backbone import Backbone
 from v05.prior.v0.context import Past
 from v05.prior.v0.evaluate import evaluate
 from v05.prior.v0.head import load_head

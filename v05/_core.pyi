@@ -39,6 +39,7 @@ def fused_advantage(
     calibration: Sequence[float],
     /,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_]]: ...
+def build_info() -> dict[str, str | bool]: ...
 
 class RolloutAllocator:
     def __init__(

@@ -1,4 +1,4 @@
-"""The command line: `v05 train`, `compare`, `report`, `eval`, `simulate`, `fit-prior`. Each has its --help; others do the work."""
+"""The command line, `v05 COMMAND`. Each command teaches in its --help; the work is done elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ try:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
 except ImportError as error:
+    if sys.argv[1:2] == ["doctor"]:  # which says what is missing, and what works without it
+        from v05.doctor import main as examine
+
+        sys.exit(examine(sys.argv[2:]))
     sys.exit(f"v05: the command line needs the package {error.name!r}; install it with: pip install 'v05[train]'")
+
+from v05.machine import cache_root, usable_cores
 
 if TYPE_CHECKING:  # heavy imports wait until a command runs, so that --help is quick
     import numpy as np
@@ -291,7 +297,7 @@ def fit_prior(
     try:
         from v05.prior.v0 import V0Prior
         from v05.prior.v0.adapter import AdaptedBackbone, load_adapter
-        from v05.prior.v0.backbone import Backbone, cache_root
+        from v05.prior.v0.backbone import Backbone
         from v05.prior.v0.evaluate import evaluate
         from v05.prior.v0.head import Head, load_head
         from v05.prior.v0.logs import read_logs, walk
@@ -585,6 +591,19 @@ def _simulation_table(records: list[Record], initial: int, maximum: int) -> Tabl
     return table
 
 
+@app.command()
+def doctor(json: Annotated[Path | None, typer.Option(help="Also write the findings to this file.")] = None) -> None:
+    """What of v05 runs here: versions, devices, active code paths, a self-check, and what to install for the rest.
+
+    The self-check compares the op with its float64 specification; exit status 1 if they differ.
+
+    Example: v05 doctor --json doctor.json
+    """
+    from v05.doctor import run
+
+    raise typer.Exit(run(json))
+
+
 def _run_watched(configs: dict[str, RunConfig], out: Path, jobs: int, done: Callable[[str], None] = lambda name: None) -> list[str]:
     """Run and show it; `done` hears of every run that ends well, once. Returns those that failed."""
     from v05.train.compare import RunState, run_all
@@ -631,6 +650,7 @@ def _run_suite(name: str, seeds: int | None, rollouts: int | None, out: Path, jo
         Planned,
         append_row,
         counted_runs,
+        in_order,
         read_rows,
         row_of,
         summarise,
@@ -666,7 +686,7 @@ def _run_suite(name: str, seeds: int | None, rollouts: int | None, out: Path, jo
     run(tuning_runs(suite))
     rates = tuned_rates(suite, read_rows(out))
     run(counted_runs(suite, rates, seeds or suite.seeds))
-    rows = read_rows(out)
+    rows = in_order(suite, read_rows(out))
     records = summarise(rows)
     for file in filter(None, (out / "compare.json", json_file)):
         write_json(file, records)
@@ -801,11 +821,6 @@ def _say(line: str) -> None:
     """Print once for all ranks."""
     if _rank() == 0:
         console.out(line)
-
-
-def usable_cores() -> int:
-    """Cores this process may use, which in a container are fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _set_threads(count: int) -> None:

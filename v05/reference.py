@@ -1,8 +1,8 @@
 """The method as float64 NumPy: the executable specification that every fast path is tested against.
 
-Read it top to bottom beside the papers. It favours the printed formula over speed, loops over groups in Python, and is never
-imported by the product. Statistics are in reward units; the formulas of V_0.5 (arXiv 2603.10848) are in centred units
-u = (2r - lo - hi) / (hi - lo), where a binary reward is +-1.
+Read it top to bottom beside the papers. It favours the printed formula over speed and loops over groups in Python. What computes
+never imports it; `v05 doctor` does, to check what computes. Statistics are in reward units; the formulas of V_0.5
+(arXiv 2603.10848) are in centred units u = (2r - lo - hi) / (hi - lo), where a binary reward is +-1.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 void register_advantage(pybind11::module_& m);
 void register_grouping(pybind11::module_& m);
 void register_allocator(pybind11::module_& m);
+void register_build(pybind11::module_& m);
 
 PYBIND11_MODULE(_core, m) {
   m.doc() =
@@ -10,4 +11,5 @@ PYBIND11_MODULE(_core, m) {
   register_advantage(m);
   register_grouping(m);
   register_allocator(m);
+  register_build(m);
 }

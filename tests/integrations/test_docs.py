@@ -1,28 +1,17 @@
-"""Every block of docs/integrations.md, executed: Python as it stands with its paths made real, commands as the host reads them."""
+"""The blocks of docs/integrations.md where their hosts are: Python runs as it stands, options are read as the host reads them."""
 
 import importlib
-import re
+import inspect
 import shlex
 import warnings
-from pathlib import Path
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
+from documents import ROOT, blocks, make_inputs, run_page
 
-GUIDE = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+GUIDE = ROOT / "docs" / "integrations.md"
 pytestmark = pytest.mark.filterwarnings("default")
-
-
-def blocks(section, language):
-    """The code blocks of one section, in order."""
-    (text,) = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", GUIDE, flags=re.DOTALL | re.MULTILINE)
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
-
-
-def run(code):
-    namespace = {}
-    exec(compile(code, "docs/integrations.md", "exec"), namespace)
-    return namespace
 
 
 def named(path):
@@ -39,9 +28,9 @@ def test_slime(monkeypatch):
     from v05.integrations.groups import PromptPriors
 
     monkeypatch.setattr(slime, "PRIORS", PromptPriors(FixedPrior()))
-    words = shlex.split(blocks("slime", "sh")[0])
+    words = shlex.split(blocks(GUIDE, "slime", "sh")[0])
     options = dict(zip(words[::2], words[1::2], strict=True))
-    args = SimpleNamespace(reward_key=None, use_rollout_logprobs=False, **yaml.safe_load(blocks("slime", "yaml")[0]))
+    args = SimpleNamespace(reward_key=None, use_rollout_logprobs=False, **yaml.safe_load(blocks(GUIDE, "slime", "yaml")[0]))
     status = SimpleNamespace(value="completed")
     samples = [
         SimpleNamespace(group_index=0, prompt="2+2=", remove_sample=False, status=status, get_reward_value=lambda _, r=reward: r)
@@ -52,42 +41,57 @@ def test_slime(monkeypatch):
     assert callable(named(options["--custom-advantage-function-path"]))
 
 
-@pytest.mark.host
-def test_trl(tmp_path, monkeypatch):
-    pytest.importorskip("trl", exc_type=ImportError)
-    import datasets
-    from tiny_policy import tiny_model, tiny_tokenizer
+@pytest.fixture
+def short_runs(monkeypatch):
+    """TRL trains for two steps on the CPU."""
+    try:
+        from v05.integrations.trl import V05Config
+    except ImportError:
+        return
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    lines = [f'{{"prompt": "{a}+{b}=", "answer": "{a + b}"}}\n' for a in range(5) for b in range(5)]
-    (tmp_path / "tasks.jsonl").write_text("".join(lines))
-    code = blocks("TRL", "python")[0]
-    for written, real in (
-        ("path/to/model", str(tmp_path / "model")),
-        ("tasks.jsonl", str(tmp_path / "tasks.jsonl")),
-        ("runs/trl", str(tmp_path / "run")),
-        ("max_steps=200", "max_steps=2, use_cpu=True, max_completion_length=4, report_to=[]"),
-    ):
-        assert written in code
-        code = code.replace(written, real)
-    assert run(code)["trainer"].state.global_step == 2
+    def shorten(config, prepare=V05Config.__post_init__):
+        config.max_steps, config.use_cpu, config.max_completion_length, config.report_to = 2, True, 4, []
+        prepare(config)
+
+    monkeypatch.setattr(V05Config, "__post_init__", shorten)
 
 
 @pytest.mark.host
-def test_trl_async():
-    pytest.importorskip("trl", exc_type=ImportError)
-    import inspect
+def test_python(tmp_path, monkeypatch, short_runs):
+    """TRL's and SkyRL's blocks, in the environment of each."""
+    hosts = [host for host in ("trl", "skyrl") if find_spec(host)]
+    if not hosts:
+        pytest.skip("needs trl or skyrl")
+    monkeypatch.chdir(tmp_path)
+    make_inputs(tmp_path)
+    if "trl" in hosts:
+        import datasets
 
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    if "skyrl" in hosts:
+        from skyrl.backends.skyrl_train.utils.ppo_utils import AdvantageEstimatorRegistry
+        from skyrl.train.entrypoints.main_base import BasePPOExp
+
+        monkeypatch.setattr(AdvantageEstimatorRegistry, "_functions", dict(AdvantageEstimatorRegistry._functions))
+        monkeypatch.setattr(BasePPOExp, "get_generator", lambda *_: "SkyRL's")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        namespace = run(blocks("TRL", "python")[1])
+        warnings.simplefilter("ignore")  # TRL's asynchronous trainer says that it is experimental
+        namespace, left_out = run_page(GUIDE)
+    assert not any(f"needs {host}" in reason for reason in left_out.values() for host in hosts)
+    if "trl" in hosts:
+        assert namespace["trainer"].state.global_step == 2
+        assert_known_to_the_asynchronous_loop(namespace["worker_arguments"], namespace["V05RolloutWorker"])
+    if "skyrl" in hosts:
+        assert "v05" in AdvantageEstimatorRegistry._functions
+        experiment = namespace["Experiment"]
+        assert experiment.get_generator(object.__new__(experiment), None, None, None).generator == "SkyRL's"
+
+
+def assert_known_to_the_asynchronous_loop(arguments, worker):
     import trl.experimental.async_grpo.async_rollout_worker as host
 
     known = set(inspect.signature(host._AsyncRolloutLoop.__init__).parameters)
-    known |= set(inspect.signature(namespace["V05RolloutWorker"]._loop_cls.__init__).parameters)
-    assert set(namespace["worker_arguments"]) <= known
+    assert set(arguments) <= known | set(inspect.signature(worker._loop_cls.__init__).parameters)
 
 
 @pytest.mark.host
@@ -99,7 +103,7 @@ def test_verl():
 
     from v05.integrations.groups import Settings
 
-    words = shlex.split(blocks("verl", "sh")[1].replace("\\\n", " "))
+    words = shlex.split(blocks(GUIDE, "verl", "sh")[1].replace("\\\n", " "))
     assert words[:3] == ["python", "-m", "verl.trainer.main_ppo"]
     with initialize_config_dir(f"{verl.__path__[0]}/trainer/config", version_base=None):
         config = compose("ppo_trainer", overrides=words[3:])
@@ -108,15 +112,3 @@ def test_verl():
     manager = load_class_from_fqn(config.actor_rollout_ref.rollout.agent.agent_loop_manager_class, "AgentLoopManager")
     assert manager.__name__ == "SequentialAgentLoopManager"
     assert config.actor_rollout_ref.rollout.n == 16
-
-
-@pytest.mark.host
-def test_skyrl(monkeypatch):
-    ppo_utils = pytest.importorskip("skyrl.backends.skyrl_train.utils.ppo_utils", exc_type=ImportError)
-    from skyrl.train.entrypoints.main_base import BasePPOExp
-
-    monkeypatch.setattr(ppo_utils.AdvantageEstimatorRegistry, "_functions", dict(ppo_utils.AdvantageEstimatorRegistry._functions))
-    monkeypatch.setattr(BasePPOExp, "get_generator", lambda *_: "SkyRL's")
-    experiment = run(blocks("SkyRL", "python")[0])["Experiment"]
-    assert "v05" in ppo_utils.AdvantageEstimatorRegistry._functions
-    assert experiment.get_generator(object.__new__(experiment), None, None, None).generator == "SkyRL's"

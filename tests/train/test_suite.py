@@ -13,6 +13,7 @@ from v05.train.suite import (
     append_row,
     best_size,
     counted_runs,
+    in_order,
     read_rows,
     row_of,
     summarise,
@@ -119,6 +120,11 @@ def test_summary_compares_with_each_rival_at_its_best(tmp_path):
     assert "over_dapo" not in complete
     assert "over_grpo" not in {r["label"]: r for r in summarise(rows)}["grpo@2"]
     assert all(file.stat().st_size > 10_000 for file in draw_suite(rows, tmp_path))
+
+
+def test_rows_are_listed_as_the_suite_lists_them():
+    rows = [made_up_row("v05@2", mix="hard"), made_up_row("rloo@4"), made_up_row("grpo@4"), made_up_row("grpo@2")]
+    assert [row.label for row in in_order(HEADLINE, rows)] == ["grpo@2", "grpo@4", "rloo@4", "v05@2"]
 
 
 def test_best_size_ignores_tests_and_priors():

@@ -1,6 +1,7 @@
 """Verifying completions: in this process, or in a pool of processes where neither a hang nor a crash costs more than its item.
 
 What becomes of an item:
+
 - The verifier scores it: that is its reward.
 - It takes longer than the time limit (pool only): reward TIMED_OUT. What cannot be verified in time is a wrong answer, and leaving
   it out instead would spare the policy what it wrote.

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from v05.prior.v0.backbone import cache_root
+from v05.machine import cache_root
 from v05.rollout import Request, RolloutEngine, generate
 from v05.rollout.transformers_engine import TransformersEngine
 from v05.tasks import Prompt, Task, heldout_set

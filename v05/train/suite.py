@@ -214,6 +214,13 @@ def tuned_rates(suite: Suite, rows: Iterable[Row]) -> dict[tuple[str, str], floa
     return {key: max(by_rate, key=lambda rate: by_rate[rate]) for key, by_rate in ends.items()}
 
 
+def in_order(suite: Suite, rows: Iterable[Row]) -> list[Row]:
+    """The rows as the suite lists its mixes and methods, whichever ended first."""
+    specs = (*suite.tuned.values(), *suite.ablations.values())
+    labels = [spec for some in specs for spec in some]
+    return sorted(rows, key=lambda row: (suite.mixes.index(row.mix), labels.index(row.label) if row.stage == "count" else 0))
+
+
 def read_rows(directory: Path) -> list[Row]:
     """The rows of a suite's directory; none where it has none."""
     path = directory / ROWS

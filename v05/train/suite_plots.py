@@ -26,6 +26,8 @@ COLOURS = {
     "calibrated": "#d62728",
 }
 
+PRIORS = (("", "*", " with a test"), (r"\+oracle", "^", ", true prior"), (r"\+noise", "x", ", noise"))  # of a budget with a test
+
 ByLabel = Mapping[str, Mapping[int, Row]]
 
 
@@ -43,14 +45,19 @@ def draw_suite(rows: Sequence[Row], directory: Path) -> list[Path]:
 
 
 def _group_sizes(mixes: Mapping[str, ByLabel], file: Path) -> Path:
-    """Final accuracy over rollouts a prompt: a line for a method's fixed sizes, a star where a test decides."""
+    """Final accuracy over rollouts a prompt: a line for a method's fixed sizes, a star where a test decides, by a prior that is
+    learnt, true or noise."""
     figure, panels = plt.subplots(1, len(mixes), figsize=(4.6 * len(mixes), 4.4), squeeze=False, layout="constrained")
     for axes, (mix, by_label) in zip(panels[0], mixes.items(), strict=True):
         for method, colour in COLOURS.items():
             fixed = [label for label in by_label if re.fullmatch(rf"{method}@\d+", label)]
             fixed.sort(key=lambda label: int(label.split("@")[1]))
-            tested = [label for label in by_label if re.fullmatch(rf"{method}@\d+\.\.\d+", label)]
-            for labels, marker, line in ((fixed, "o", "-"), (tested, "*", "none")):
+            tested = rf"{method}@\d+\.\.\d+"
+            kinds = [(fixed, "o", 5, "-", "")]
+            for prior, marker, meaning in PRIORS:
+                labels = [label for label in by_label if re.fullmatch(tested + prior, label)]
+                kinds.append((labels, marker, 11 if marker == "*" else 7, "none", meaning))
+            for labels, marker, size, line, meaning in kinds:
                 if not labels:
                     continue
                 groups = [list(by_label[label].values()) for label in labels]
@@ -63,12 +70,12 @@ def _group_sizes(mixes: Mapping[str, ByLabel], file: Path) -> Path:
                     np.abs(ends.T - means),
                     color=colour,
                     marker=marker,
-                    markersize=12 if marker == "*" else 5,
+                    markersize=size,
                     linestyle=line,
                     elinewidth=0.7,
                     capsize=2,
                     alpha=0.9,
-                    label=method + (" with a test" if marker == "*" else ""),
+                    label=method + meaning,
                 )
         start = np.mean([row.accuracy_before for group in by_label.values() for row in group.values()])
         axes.axhline(start, color="k", lw=0.7, ls=":")

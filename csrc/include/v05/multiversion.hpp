@@ -8,6 +8,7 @@
 // one version, for the target built for.
 #ifndef V05_MULTIVERSION
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11 && defined(__x86_64__) && defined(__GLIBC__)
+#define V05_MULTIVERSIONED
 #define V05_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define V05_MULTIVERSION

@@ -17,10 +17,11 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import expit, logit
 
+from v05.machine import cache_root
 from v05.methods import Calibration
 from v05.prior.calibration import LEAST_PRIOR, Calibrator
 from v05.prior.v0.adapter import AdaptedBackbone, load_adapter
-from v05.prior.v0.backbone import Backbone, cache_root
+from v05.prior.v0.backbone import Backbone
 from v05.prior.v0.context import Context, History, Past
 from v05.prior.v0.head import LARGEST_CONTEXT, Head, load_head
 from v05.prior.v0.surface import surface_features

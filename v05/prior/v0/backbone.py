@@ -29,11 +29,6 @@ HASH_BYTES = 16
 MERGED_FILES = 64  # of a cache, from which on they are made one
 
 
-def cache_root() -> Path:
-    """Where features and warm starts are kept: $V05_CACHE, or ~/.cache/v05."""
-    return Path(os.environ.get("V05_CACHE", Path.home() / ".cache" / "v05"))
-
-
 def sentence_model() -> Path:
     """The folder of the sentence model that the extra `value` installs.
 

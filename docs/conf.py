@@ -1,0 +1,64 @@
+"""How `make docs` builds the pages in this folder, with the API reference from the package's docstrings."""
+
+import re
+import subprocess
+import sys
+
+from sphinx.application import Sphinx
+
+import v05
+
+project = "v05"
+version = release = v05.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_heading_anchors = 3
+
+default_role = "py:obj"  # a name in single backticks: a link where the reference has it, else code
+autodoc_default_options = {"members": True}
+autodoc_member_order = "bysource"
+autodoc_type_aliases = {name: name for name in ("Array", "ArrayLike", "GroupIds")}  # not what they stand for
+autodoc_mock_imports = ["accelerate", "ray", "skyrl", "tensordict", "transfer_queue", "trl", "verl"]  # trainers and theirs
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_attr_annotations = False  # docstrings say the dtypes, and more of them
+
+html_theme = "furo"
+html_title = "v05"
+html_copy_source = False
+html_show_copyright = False
+
+
+def insert_commands(_: Sphinx, page: str, source: list[str]) -> None:
+    """The command line's own help, as Markdown, where the page asks for it."""
+    if page == "command-line":
+        command = [sys.executable, "-m", "typer", "v05.cli", "utils", "docs", "--name", "v05"]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        text = re.sub(r"^Example: (.*)$", r"Example: `\1`", text[text.index("## ") :], flags=re.MULTILINE)
+        text = re.sub(
+            r"(?<=[ (])--\w[\w-]*(?=[^`\n]*(`[^`\n]*`[^`\n]*)*$)", r"`\g<0>`", text, flags=re.MULTILINE
+        )  # not in code yet
+        source[0] = source[0].replace("<!-- commands -->", text)
+
+
+def indented_is_code(_: Sphinx, kind: str, name: str, member: object, options: object, lines: list[str]) -> None:
+    """In docstrings, as in Markdown, an indented paragraph is code."""
+    for i in reversed(range(2, len(lines))):
+        if lines[i].startswith("    ") and not lines[i - 1] and lines[i - 2] and not lines[i - 2].startswith(" "):
+            lines[i:i] = ["::", ""]
+
+
+def short_types(_: Sphinx, kind: str, name: str, member: object, options: object, *signature: str | None) -> tuple[str | None, ...]:
+    """Types of arguments and results as the source writes them."""
+
+    def short(types: str) -> str:
+        types = re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", types)
+        return re.sub(r"~numpy\.ndarray\[~?tuple\[~typing\.Any, \.\.\.\], ~numpy\.dtype\[~numpy\.(\w+)\]\]", r"NDArray[\1]", types)
+
+    return tuple(types and short(types) for types in signature)
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-docstring", indented_is_code, priority=400)  # before napoleon rewrites the sections
+    app.connect("autodoc-process-signature", short_types)
+    app.connect("source-read", insert_commands)

@@ -1,0 +1,110 @@
+"""Runs the fenced blocks of a Markdown page, top to bottom and in one namespace, in the current directory.
+
+Python is executed, also what stands in an `invisible-code-block` comment: there a page checks what it says. Of shell blocks
+`v05 ...` is executed, on the smallest runs (`SMALLEST`); JSON and YAML are parsed. All else must say why it does not run, above it:
+
+    <!-- skip: next "needs a GPU" -->
+    <!-- skip: next if(not installed("trl"), reason="needs trl: make test-integrations") -->
+"""
+
+import glob
+import json
+import shlex
+from importlib.util import find_spec
+from pathlib import Path
+from unittest import SkipTest
+
+from sybil import Region, Sybil
+from sybil.evaluators.python import PythonEvaluator
+from sybil.example import NotEvaluated
+from sybil.parsers.markdown import SkipParser
+from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer, FencedCodeBlockLexer
+from tiny_policy import tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Options that come after those of the page, and so win.
+SMALLEST = {
+    "train": ["--preset", "smoke", "--rollouts", "64", "--max-new-tokens", "4"],
+    "compare": ["--preset", "smoke", "--rollouts", "64", "--seeds", "1", "--jobs", "1"],
+}
+
+
+def run_commands(example):
+    from typer.testing import CliRunner
+
+    from v05.cli import app
+
+    for line in example.parsed.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        assert words[0] == "v05", f"{line!r} is no command of v05; say above the block why it does not run"
+        arguments = [found for word in words[1:] for found in (sorted(glob.glob(word)) or [word])]
+        result = CliRunner().invoke(app, arguments + SMALLEST.get(arguments[0], []), env={"COLUMNS": "200"})
+        assert result.exit_code == 0, f"{line!r} ended with {result.exit_code}:\n{result.output}\n{result.exception!r}"
+
+
+def parse_yaml(example):
+    import yaml
+
+    yaml.safe_load(example.parsed)
+
+
+EVALUATORS = {
+    "python": PythonEvaluator(),
+    "sh": run_commands,
+    "json": lambda example: json.loads(example.parsed) and None,
+    "yaml": parse_yaml,
+}
+
+
+def fences(document):
+    for lexer in (FencedCodeBlockLexer("[^{\n]*"), DirectiveInHTMLCommentLexer("invisible-code-block", "python")):  # {...}: of MyST
+        for region in lexer(document):
+            language = region.lexemes.get("language") or region.lexemes.get("arguments") or ""
+            evaluator = EVALUATORS.get(language)
+            if evaluator is None:
+                raise ValueError(f"{document.path}: a block is marked {language!r}; mark it as one of {', '.join(EVALUATORS)}")
+            yield Region(region.start, region.end, region.lexemes["source"], evaluator)
+
+
+PARSER = Sybil(parsers=[fences, SkipParser()])
+
+
+def make_inputs(directory):
+    """What pages take as given: a tiny model in path/to/model, a few sums in tasks.jsonl."""
+    tiny_model().save_pretrained(directory / "path" / "to" / "model")
+    tiny_tokenizer().save_pretrained(directory / "path" / "to" / "model")
+    lines = [json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) + "\n" for a in range(5) for b in range(5)]
+    (directory / "tasks.jsonl").write_text("".join(lines))
+
+
+def run_page(path):
+    """Run a page; returns its namespace, and the lines of blocks that did not run with the reason."""
+    document = PARSER.parse(path)
+    document.namespace["installed"] = lambda package: find_spec(package) is not None
+    left_out = {}
+    for example in document.examples():
+        try:
+            example.evaluate()
+        except NotEvaluated:
+            pass
+        except SkipTest as reason:
+            left_out[example.line] = str(reason)
+        except Exception as error:
+            raise AssertionError(f"{path}:{example.line}: {error}") from error
+    return document.namespace, left_out
+
+
+def blocks(path, heading, language):
+    """The sources of one section's blocks in one language, for those who read them as a host does."""
+    text = path.read_text()
+    start = text.index(f"\n## {heading}\n")
+    end = text.find("\n## ", start + 1)
+    document = PARSER.parse(path)
+    return [
+        str(example.parsed)
+        for example in document.examples()
+        if start < example.region.start < (end if end > 0 else len(text)) and example.region.evaluator is EVALUATORS[language]
+    ]

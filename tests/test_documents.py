@@ -1,0 +1,64 @@
+"""Every block of README.md and of the pages in docs/ runs, or says why it does not; what they say of the benchmark is so."""
+
+import runpy
+
+import pytest
+from documents import PAGES, ROOT, make_inputs, run_page
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def place(tmp_path, cache, monkeypatch):
+    """An empty directory with what the pages take as given; warm starts are shared."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("V05_CACHE", str(cache))
+    make_inputs(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_block_runs_or_says_why(page, place):
+    _, left_out = run_page(page)
+    assert all(left_out.values())
+
+
+@pytest.mark.parametrize(
+    ("page", "complaint"),
+    [
+        ("```python\n1 / 0\n```\n", "page.md:1: division by zero"),
+        ("text\n\n```python\na = 1\n```\n\n<!-- invisible-code-block: python\nassert a == 2\n-->\n", "page.md:7"),
+        ("```sh\nmake demo\n```\n", "'make demo' is no command of v05; say above the block why it does not run"),
+        ("```sh\nv05 train --no-such-option\n```\n", "ended with 2"),
+        ('```json\n{"a": }\n```\n', "page.md:1"),
+        ('- a list\n\n  ```python\n  assert "nested" == ""\n  ```\n', "page.md:3"),
+        ("```\nno language\n```\n", "marked ''; mark it as one of python, sh, json, yaml"),
+        ("```rust\nfn main() {}\n```\n", "marked 'rust'"),
+    ],
+)
+def test_a_block_that_fails_or_cannot_run_is_named(page, complaint, tmp_path):
+    (tmp_path / "page.md").write_text(page)
+    with pytest.raises((AssertionError, ValueError), match=r"page\.md") as raised:
+        run_page(tmp_path / "page.md")
+    assert complaint in str(raised.value)
+
+
+def test_a_block_may_say_why_it_does_not_run(tmp_path):
+    (tmp_path / "page.md").write_text(
+        '<!-- skip: next "needs a GPU" -->\n```sh\nmake demo\n```\n\n```{toctree}\npage\n```\n\n'
+        '<!-- skip: next if(not installed("no_such_host"), reason="needs the host") -->\n```python\n1 / 0\n```\n\n'
+        '<!-- skip: next if(not installed("json"), reason="needs json") -->\n```python\na = 1\n```\n'
+    )
+    namespace, left_out = run_page(tmp_path / "page.md")
+    assert left_out == {2: "needs a GPU", 11: "needs the host"}
+    assert namespace["a"] == 1
+
+
+def test_the_tables_are_those_of_the_results():
+    page = (ROOT / "docs" / "speed.md").read_text()
+    assert runpy.run_path(str(ROOT / "bench" / "table.py"))["replaced"](page) == page
+    for path, text in runpy.run_path(str(ROOT / "bench" / "headline.py"))["pages"]().items():
+        assert path.read_text() == text
