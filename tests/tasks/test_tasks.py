@@ -20,7 +20,8 @@ def test_preset_verifiers_take_answers_and_refuse_junk(preset):
     for _, prompt in itertools.islice(task.prompts("train"), 300):
         assert task.verify(prompt, prompt.answer) == 1.0
         for junk in [*JUNK, prompt.answer + "x", prompt.answer + " 1", prompt.answer * 2 + "1"]:
-            assert task.verify(prompt, junk) == 0.0, (prompt, junk)
+            right = junk.strip() == prompt.answer == ""  # symbols can cancel out until nothing is left
+            assert task.verify(prompt, junk) == float(right), (prompt, junk)
 
 
 @pytest.mark.parametrize("dataset", ["chain_sum", "products", "spell_backward", "prime_factorization", "gcd"])
