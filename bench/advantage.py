@@ -215,11 +215,13 @@ def test_rollouts(measure: Measure, any_value: bool, provider: str) -> None:
 
 
 @pytest.mark.parametrize("leave_one_out", [False, True], ids=["full", "leave-one-out"])
+@pytest.mark.parametrize("binary", [True, False], ids=["binary", "fractional"])
 @pytest.mark.parametrize("provider", ["v05", "calibrated"])
-def test_fusion(measure: Measure, leave_one_out: bool, provider: str) -> None:
-    """What fusing with a prior costs: per-rollout output of binary rewards in contiguous groups of 4, no statistics."""
+def test_fusion(measure: Measure, leave_one_out: bool, binary: bool, provider: str) -> None:
+    """What fusing with a prior costs: per-rollout output in contiguous groups of 4, no statistics."""
     generator = torch.Generator().manual_seed(0)
-    rewards = (torch.rand(ROLLOUTS, generator=generator) < 0.4).float()
+    rewards = torch.rand(ROLLOUTS, generator=generator)
+    rewards = (rewards < 0.4).float() if binary else rewards
     prior = torch.rand(ROLLOUT_GROUPS, generator=generator, dtype=torch.float64)
     offsets = torch.arange(0, ROLLOUTS + 1, 4)
 
@@ -232,7 +234,7 @@ def test_fusion(measure: Measure, leave_one_out: bool, provider: str) -> None:
     options = dict(method=provider, leave_one_out=leave_one_out)
     exact = reference.fused_advantage(rewards[: 4 * some].double().numpy(), ids, prior[:some].numpy(), **options)[0]
     torch.testing.assert_close(call(some).double(), torch.from_numpy(exact), rtol=1e-6, atol=1e-6)
-    case = "fusion with a prior, groups of 4" + (", leave-one-out" if leave_one_out else "")
+    case = "fusion with a prior, groups of 4" + ("" if binary else ", fractional") + (", leave-one-out" if leave_one_out else "")
     measure(provider, case, (ROLLOUTS, 1, ROLLOUT_GROUPS), call, None, 8 * ROLLOUTS)
 
 

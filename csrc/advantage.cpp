@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -181,37 +182,54 @@ class LeaveOneOutJudge {
   std::int64_t others_;
 };
 
-// The same for calibrated fusion. Most rewards are the lowest or the highest: these two advantages are kept.
+// The same for calibrated fusion. Rewards that are all the lowest or the highest have two advantages, which are kept;
+// otherwise what the likelihood ratios of a group share is.
 class CalibratedLeaveOneOutJudge {
  public:
   CalibratedLeaveOneOutJudge(const Group& group, const AdvantageRule& rule, double divisor)
       : belief_(group.belief),
         successes_(group.successes),
-        others_(group.moments.count - 1),
+        others_(std::max<std::int64_t>(group.moments.count - 1, 0)),  // no others in an empty group
         divisor_(divisor),
-        of_lowest_(compute(rule.low, rule)),
-        of_highest_(compute(rule.high, rule)) {}
+        is_binary_(is_binary(group.moments, rule)) {
+    if (!is_binary_ || static_cast<double>(others_) > kFew) {
+      ratio_.emplace(belief_.rate, static_cast<double>(others_));
+    }
+    if (is_binary_) {
+      of_lowest_ = compute(rule.low, rule);
+      of_highest_ = compute(rule.high, rule);
+    }
+  }
 
   double operator()(double reward, const AdvantageRule& rule) const {
-    if (reward == rule.low) {
-      return of_lowest_;
+    if (is_binary_ && (reward == rule.low || reward == rule.high)) {
+      return reward == rule.low ? of_lowest_ : of_highest_;
     }
-    return reward == rule.high ? of_highest_ : compute(reward, rule);
+    return compute(reward, rule);
   }
 
  private:
+  // No sample in a range has a larger variance than one of its ends. What rounding mistakes costs time alone.
+  static bool is_binary(const Moments& m, const AdvantageRule& rule) {
+    constexpr double kRounding = 1e-9;
+    return m.m2 >= (1.0 - kRounding) * static_cast<double>(m.count) * (m.mean - rule.low) * (rule.high - m.mean);
+  }
+
   [[nodiscard]] double compute(double reward, const AdvantageRule& rule) const {
-    const auto most = static_cast<double>(std::max<std::int64_t>(others_, 0));  // no others in an empty group
-    const double successes = std::clamp(successes_ - rule.scaled(reward), 0.0, most);
-    return (reward - rule.unscaled(calibrated(others_, successes, belief_).baseline)) / divisor_;
+    const auto others = static_cast<double>(others_);
+    const double successes = std::clamp(successes_ - rule.scaled(reward), 0.0, others);
+    const double ratio = ratio_ ? (*ratio_)(successes) : likelihood_ratio(belief_.rate, successes, others - successes);
+    return (reward - rule.unscaled(calibrated(others_, successes, belief_, ratio).baseline)) / divisor_;
   }
 
   Belief belief_;
   double successes_;
   std::int64_t others_;
   double divisor_;
-  double of_lowest_;
-  double of_highest_;
+  bool is_binary_;
+  double of_lowest_ = 0.0;
+  double of_highest_ = 0.0;
+  std::optional<LikelihoodRatio> ratio_;  // none where it is multiplied out
 };
 
 void write_statistics(const StatisticsOut& out, std::size_t g, const Group& group, const AdvantageRule& rule) {

@@ -322,6 +322,22 @@ def test_calibrated_sums_are_whole_where_rewards_are_binary(low, high):
         torch.testing.assert_close(out.stats.hallucination, unit.stats.hallucination, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.0, 5.0)])
+def test_calibrated_leaves_out_rewards_of_any_kind(low, high):
+    """Groups of binary rewards, of none, of both, with whole and with broken sums; small and large."""
+    rng = np.random.default_rng(0)
+    half, third = np.tile([0.0, 0.5, 0.5, 1.0], 5), rng.random(20)
+    groups = [source[:size] for size in (1, 2, 3, 4, 16, 17, 18, 20) for source in (half, third, np.round(third), third**9)]
+    rewards = low + (high - low) * np.concatenate(groups)
+    sizes = [len(group) for group in groups]
+    prior = low + (high - low) * rng.random(len(groups))
+    prior[::7] = math.nan
+    options = dict(method="calibrated", leave_one_out=True, reward_range=(low, high), calibration=Calibration(0.3, 0.8, 6.0, 0.2))
+    out = fused_advantage(rewards, prior, group_offsets=[0, *np.cumsum(sizes)], dtype=torch.float64, **options)
+    expected = reference.fused_advantage(rewards, np.repeat(np.arange(len(groups)), sizes), prior, **options)[0]
+    np.testing.assert_allclose(out.advantages.numpy(), expected, rtol=0, atol=(2 + 20 / 7) * 1e-12 * (high - low))
+
+
 @pytest.mark.parametrize("scale", ["group", "batch"])
 def test_equal_rewards_do_not_explode(scale):
     out = fused_advantage([1.0] * 4, [0.75], group_offsets=[0, 4], method="v05", scale=scale)
