@@ -27,7 +27,9 @@ def short_table(rows: Sequence[Row]) -> str:
     """Final accuracy: GRPO at 16, each rival at its best size, and ours; a column for each mix."""
     records = {(r["mix"], r["label"]): r for r in summarise(rows)}
     sizes = {mix: _by_label(rows, mix) for mix in MIXES}
-    lines = _head(["method", *MIXES])
+    seeds = {mix: {len(group) for group in sizes[mix].values()} for mix in MIXES}
+    counts = {mix: f"{min(seeds[mix])} to {max(seeds[mix])}" if len(seeds[mix]) > 1 else f"{min(seeds[mix])}" for mix in MIXES}
+    lines = _head(["method", *MIXES], ["seeds", *(counts[mix] for mix in MIXES)])
     lines.append("| GRPO at 16 | " + " | ".join(_accuracy(records.get((mix, TARGET))) for mix in MIXES) + " |")
     for rival in RIVALS:
         best = {mix: best_size(rival, sizes[mix]) for mix in MIXES}
@@ -49,14 +51,27 @@ def long_tables(rows: Sequence[Row]) -> str:
             continue
         start = sum(r["accuracy_before"] for r in records) / len(records)
         versus = [f"over {rival}'s best" for rival in RIVALS]
-        figures = [f"rollouts to {TARGET}'s", "tokens to it", "a prompt", "rejected", "baseline MSE", "gradient norm", "entropy"]
+        figures = [
+            f"rollouts to {TARGET}'s",
+            "tokens to it",
+            "a prompt",
+            "steps",
+            "rejected",
+            "baseline MSE",
+            "gradient norm",
+            "entropy",
+        ]
         lines = _head(["method", "rate", "seeds", "accuracy", *versus, *figures])
         for r in records:
             cells = [
                 *(r["label"], f"{r['learning_rate']:g}", str(len(r["seeds"])), _accuracy(r)),
                 *(_difference(r, f"over_{rival}") for rival in RIVALS),
                 *(_reached(r, axis) for axis in ("rollouts", "tokens")),
-                *(f"{r['group_size']:.1f}", "" if r["prior_rejected"] != r["prior_rejected"] else f"{r['prior_rejected']:.2f}"),
+                *(
+                    f"{r['group_size']:.1f}",
+                    f"{r['steps']:.0f}",
+                    "" if r["prior_rejected"] != r["prior_rejected"] else f"{r['prior_rejected']:.2f}",
+                ),
                 *(f"{r['baseline_mse']:.4f}", f"{r['grad_norm']:.2f}", f"{r['entropy_after']:.3f}"),
             ]
             lines.append("| " + " | ".join(cells) + " |")
@@ -72,8 +87,9 @@ def _by_label(rows: Sequence[Row], mix: str) -> dict[str, dict[int, Row]]:
     return groups
 
 
-def _head(columns: Sequence[str]) -> list[str]:
-    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+def _head(columns: Sequence[str], *under: Sequence[str]) -> list[str]:
+    first, *others = ("| " + " | ".join(line) + " |" for line in (columns, *under))
+    return [first, "|" + "---|" * len(columns), *others]
 
 
 def _accuracy(record: dict[str, Any] | None) -> str:
@@ -89,7 +105,8 @@ def _reached(record: dict[str, Any], axis: str) -> str:
         return "never" if value is None else f"{value:,.0f}"
 
     name = f"{axis}_to_grpo"
-    return f"{count(record[name])} [{count(record[f'{name}_low'])}, {count(record[f'{name}_high'])}]" if name in record else ""
+    interval = f" [{count(record[f'{name}_low'])}, {count(record[f'{name}_high'])}]" if f"{name}_low" in record else ""
+    return count(record[name]) + interval if name in record else ""
 
 
 def replaced(page: str, name: str, content: str) -> str:

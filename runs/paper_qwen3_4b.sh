@@ -30,7 +30,11 @@ BACKBONE=${BACKBONE:-}                           # model folder that reads promp
 ADAPTER=${ADAPTER:-}                             # for that backbone, by v05 fit-prior; empty: none
 
 DRY=
-if [[ ${1:-} == --dry-run ]]; then DRY=1; shift; fi
+words=()
+for word in "$@"; do
+  if [[ $word == --dry-run ]]; then DRY=1; else words+=("$word"); fi
+done
+set -- ${words[@]+"${words[@]}"}
 
 run() {
   printf '%q ' "$@"; echo

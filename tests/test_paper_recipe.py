@@ -56,6 +56,13 @@ def test_a_dry_run_prints_and_does_nothing(stage, tmp_path):
             assert (ROOT / "configs" / "method" / f"{method}.yaml").is_file()
 
 
+def test_a_dry_run_is_one_wherever_it_is_said(tmp_path):
+    result = script("report", "--dry-run", OUT=tmp_path / "out")
+    assert result.returncode == 0
+    assert "runs/paper_qwen3_4b.py report" in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("stage", ["", "train", "train ppo", "eval", "evaluate"])
 def test_a_wrong_stage_gets_the_usage(stage):
     result = script("--dry-run", *stage.split())

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -41,6 +42,7 @@ console = Console(stderr=True)
 
 READ_AT_ONCE = 128  # prompts
 INTERRUPTED = 130  # exit status after Ctrl-C
+MAX_NEW_TOKENS = 256  # of a policy that is given
 DEFAULT_METHODS = "grpo,dr_grpo,dapo,v05,calibrated"
 MOST_BARS = 24  # of a progress display; of more runs, only those under way have one
 
@@ -73,7 +75,7 @@ def train(
         Path | None, typer.Option(help='Prompts instead of the preset\'s: a {"prompt": ..., "answer": ...} object a line.')
     ] = None,
     policy: Annotated[Path | None, typer.Option(help="Policy instead of the preset's: a Hugging Face model folder.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Length limit of a completion; with --policy.", min=1)] = 256,
+    max_new_tokens: Annotated[int, typer.Option(help="Length limit of a completion; with --policy.", min=1)] = MAX_NEW_TOKENS,
     engine: Annotated[
         str | None, typer.Option(help="What samples rollouts: transformers (in this process), vllm, vllm_server or ray.")
     ] = None,
@@ -115,6 +117,12 @@ def train(
             overrides["engine"] = {"kind": engine}
         if prior != "history":
             overrides["prior"] = prior
+        if config is not None:
+            overrides |= {k: v for k, v, d in (("preset", preset, "tiny"), ("method", method, "v05"), ("seed", seed, 0)) if v != d}
+        if policy is None and max_new_tokens != MAX_NEW_TOKENS:
+            raise ValueError(
+                f"--max-new-tokens {max_new_tokens} belongs to --policy; a preset has its own, under policy in config.json"
+            )
         if config is not None and overrides:
             raise ValueError(f"--config is complete, so {', '.join(overrides)} cannot be set beside it; edit the file instead")
         if config is not None:
@@ -160,7 +168,7 @@ def compare(
         str | None,
         typer.Option(
             help="In place of --preset and --methods: headline (every method at its group sizes on three task mixes, "
-            "learning rates tuned, hours) or smoke (a test)."
+            "learning rates tuned, hours; policies are not kept) or smoke (a test)."
         ),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Seeds a method; 3, or what the suite has.", min=1)] = None,
@@ -668,6 +676,8 @@ def _run_suite(name: str, seeds: int | None, rollouts: int | None, out: Path, jo
         with console.status(f"warm start of the policy for {mix} (kept for later runs)"):
             policy_folder(first.policy, first.task, make_task(first.task), console.out)
 
+    in_order(suite, read_rows(out))  # a file of another suite is refused before anything runs
+
     def run(runs: list[Planned]) -> None:
         known = {row.key for row in read_rows(out)}
         missing = {run.name: run for run in runs if run.key not in known}
@@ -725,9 +735,9 @@ def _suite_tables(records: list[dict[str, Any]]) -> Iterator[Table]:
                 f"{r['learning_rate']:g}",
                 f"{r['accuracy_after']:.3f} [{r['accuracy_low']:.3f}, {r['accuracy_high']:.3f}]",
                 *(_difference(r, f"over_{rival}") for rival in RIVALS),
-                _rollouts(r.get("rollouts_to_grpo")),
+                _rollouts(r["rollouts_to_grpo"]) if "rollouts_to_grpo" in r else "",
                 f"{r['group_size']:.1f}",
-                f"{r['prior_rejected']:.2f}",
+                "" if isnan(r["prior_rejected"]) else f"{r['prior_rejected']:.2f}",
                 f"{r['baseline_mse']:.4f}",
                 f"{r['entropy_after']:.3f}",
             )
@@ -830,7 +840,14 @@ def _set_threads(count: int) -> None:
 
 
 def _fail(error: Exception) -> NoReturn:
-    console.out(f"v05: {error}", style="red", highlight=False)
+    from pydantic import ValidationError
+
+    text = str(error)
+    if isinstance(error, ValidationError):  # one line, without links to its documentation
+        places = [(".".join(map(str, e["loc"])), e) for e in error.errors()]
+        text = "; ".join(f"{place}={e['input']!r}: {e['msg']}" if place else e["msg"] for place, e in places)
+        text = text.replace("Value error, ", "")
+    console.out(f"v05: {text}", style="red", highlight=False)
     raise typer.Exit(2)
 
 

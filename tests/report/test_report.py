@@ -139,6 +139,12 @@ def test_names_tell_apart_what_differs(tmp_path):
     assert names_of([Path("/x/y"), Path("/z")]) == ["y", "z"]
 
 
+def test_a_prior_that_is_not_learnt_is_named(tmp_path):
+    write_run(tmp_path / "run", "v05@4+oracle", 0)
+    (run,), _ = read_runs(find_runs([tmp_path]), untracked)
+    assert run.run.label == "v05@4+oracle"
+
+
 def test_a_hundred_runs_stay_small(tmp_path):
     for seed in range(100):
         write_run(tmp_path / "runs" / str(seed), "v05@4..16", seed, steps=16, of=16, samples=16)

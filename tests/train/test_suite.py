@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from v05.tasks import heldout_set, make_task
 from v05.train.config import run_config
 from v05.train.suite import (
     SUITES,
@@ -74,9 +75,26 @@ def test_the_headline_suite_is_what_it_claims():
         assert labels >= {"v05@4..16", "v05@4..16+oracle", "v05@4..16+noise", "calibrated@1", "calibrated@2..16", "prior@1"}
     assert {run.config.total_rollouts for run in runs} == {HEADLINE.rollouts}
     assert {run.config.evaluation.prompts for run in runs} == {1024}
-    for run in tuning_runs(HEADLINE):  # other held-out prompts and another seed than those that count
-        assert run.config.evaluation.start > max(other.config.evaluation.start for other in runs)
-        assert run.config.seed not in range(HEADLINE.seeds)
+    assert all(run.config.seed not in range(HEADLINE.seeds) for run in tuning_runs(HEADLINE))
+
+
+@pytest.mark.parametrize("mix", HEADLINE.mixes)
+def test_tuning_sees_no_prompt_that_counts(mix):
+    rates = {(mix, spec): 1e-4 for mix in HEADLINE.mixes for spec in HEADLINE.tuned}
+    texts = []
+    for runs in (tuning_runs(HEADLINE), counted_runs(HEADLINE, rates, 1)):
+        config = next(run.config for run in runs if run.mix == mix)
+        evaluation = config.evaluation
+        texts.append({p.text for p in heldout_set(make_task(config.task), evaluation.prompts, skip=evaluation.skip)})
+        assert len(texts[-1]) == 1024
+    assert not texts[0] & texts[1]
+
+
+@pytest.mark.parametrize("mix", HEADLINE.mixes)
+def test_no_right_answer_is_punished_for_its_length(mix):
+    config = run_config(mix, "dapo")
+    lengths = [len(prompt.answer) + 1 for prompt in heldout_set(make_task(config.task), 1024)]  # a token a character, and the end
+    assert max(lengths) <= config.policy.max_new_tokens - config.overlong.buffer
 
 
 def test_tuning_takes_the_rate_whose_end_is_highest():
@@ -101,6 +119,19 @@ def test_rows_come_back_as_they_went(tmp_path):
         read_rows(tmp_path)
 
 
+def test_a_row_that_was_cut_is_named(tmp_path):
+    append_row(tmp_path, made_up_row("grpo@4"))
+    file = tmp_path / "runs.csv"
+    file.write_text(file.read_text()[:-40])
+    with pytest.raises(ValueError, match=r"runs\.csv:2 is no whole row"):
+        read_rows(tmp_path)
+
+
+def test_rows_of_another_suite_are_refused():
+    with pytest.raises(ValueError, match="a run of grpo@4 on arithmetic, which this suite has not"):
+        in_order(SUITES["smoke"], [made_up_row("grpo@4")])
+
+
 def test_summary_compares_with_each_rival_at_its_best(tmp_path):
     rows = [
         *(made_up_row("grpo@4", seed, (0.4, 0.5, 0.6), successes="2110") for seed in range(2)),
@@ -116,6 +147,8 @@ def test_summary_compares_with_each_rival_at_its_best(tmp_path):
     assert complete["over_grpo"] == pytest.approx(0.25)
     assert complete["over_grpo_low"] <= 0.25 <= complete["over_grpo_high"]
     assert complete["rollouts_to_grpo"] == pytest.approx(500, abs=10)
+    assert complete["rollouts_to_grpo_low"] <= 500 <= complete["rollouts_to_grpo_high"]
+    assert "rollouts_to_grpo_low" not in {r["label"]: r for r in summarise(rows)}["grpo@2"]  # one seed
     assert complete["tokens_to_grpo"] == pytest.approx(2500, abs=50)
     assert "over_dapo" not in complete
     assert "over_grpo" not in {r["label"]: r for r in summarise(rows)}["grpo@2"]

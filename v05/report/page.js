@@ -261,7 +261,7 @@ function drawCharts() {
     if (chart.id === "stages" || chart.id === "saved") {
       plot.style.height = state.printing ? "" : `${110 + 30 * visible().length}px`;
     }
-    Plotly.react(plot, traces, whole, { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] });
+    Plotly.react(plot, traces, whole, { displaylogo: false, responsive: true, displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] });
   }
 }
 

@@ -91,7 +91,8 @@ def read_run(directory: Path, name: str) -> Recorded | None:
     try:
         settings = json.loads((directory / CONFIG).read_text())
         budget = BudgetConfig.model_construct(**settings["budget"])
-        label = label_of(RunConfig.model_construct(method=find_method(settings["method"]).name, budget=budget))
+        method, prior = find_method(settings["method"]).name, settings.get("prior", "history")
+        label = label_of(RunConfig.model_construct(method=method, budget=budget, prior=prior))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{directory / CONFIG} is not the configuration of a run ({error!r}); leave the directory out") from error
     by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)

@@ -94,11 +94,12 @@ def split_of(text: str) -> Split:
     return "heldout" if int.from_bytes(digest, "big") < HELDOUT_SHARE * 2**64 else "train"
 
 
-def heldout_set(task: Task, size: int, start: int = 0, patience: int = 50) -> list[Prompt]:
-    """The first `size` distinct held-out prompts from number `start` on; fewer when `patience * size` draws hold no more."""
+def heldout_set(task: Task, size: int, start: int = 0, skip: int = 0, patience: int = 50) -> list[Prompt]:
+    """The first `size` distinct held-out prompts from number `start` on, after `skip` others; fewer when `patience` times as many
+    draws hold no more."""
     distinct: dict[str, Prompt] = {}
     for draw, (_, prompt) in enumerate(task.prompts("heldout", start)):
         distinct.setdefault(prompt.text, prompt)
-        if len(distinct) == size or draw >= patience * size:
+        if len(distinct) == skip + size or draw >= patience * (skip + size):
             break
-    return list(distinct.values())
+    return list(distinct.values())[skip:]

@@ -63,8 +63,9 @@ def run_all(configs: Mapping[str, RunConfig], directory: Path, jobs: int, watch:
         while waiting or running:
             while waiting and len(running) < jobs:
                 name = waiting.pop(0)
-                running[name] = context.Process(target=run_one, args=(configs[name], directory / name), name=name)
-                running[name].start()
+                started = context.Process(target=run_one, args=(configs[name], directory / name), name=name)
+                started.start()
+                running[name] = started
             under_way = set(running)  # whose records may have changed since the last look
             for name, process in list(running.items()):
                 if process.exitcode is not None:

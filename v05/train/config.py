@@ -98,7 +98,7 @@ class OptimizerConfig(Settings):
 class OverlongConfig(Settings):
     """DAPO's soft overlong punishment: 0 up to max_new_tokens - buffer tokens, then falling linearly to -1 at max_new_tokens."""
 
-    buffer: int = Field(default=2, ge=1)
+    buffer: int = Field(default=1, ge=1)
 
 
 class VerifierConfig(Settings):
@@ -140,7 +140,7 @@ class EvaluationConfig(Settings):
 
     evaluations: int = Field(default=8, ge=1, description="held-out evaluations after the first step, evenly over the run")
     prompts: int = Field(default=1024, ge=1)
-    start: int = Field(default=0, ge=0, description="number of the task's prompt from which on held-out ones are taken")
+    skip: int = Field(default=0, ge=0, description="held-out prompts to leave for others before the first")
     samples: int = Field(default=4, ge=1, description="rollouts a held-out prompt")
     probe_prompts: int = Field(default=32, ge=0, description="prompts of the step whose true success rate is measured")
     probe_samples: int = Field(default=128, ge=2)

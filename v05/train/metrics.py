@@ -30,7 +30,8 @@ def refuse_to_overwrite(config: BaseModel, directory: Path) -> None:
     """ValueError if the directory holds a finished run, or the records of one with another configuration."""
     if (directory / RESULT).exists():
         raise ValueError(f"{directory} holds a finished run; give another directory")
-    if not (directory / METRICS).exists():
+    metrics = directory / METRICS
+    if not metrics.exists() or not metrics.stat().st_size:  # nothing, or a start that failed
         return
     theirs = json.loads((directory / CONFIG).read_text())
     mine = config.model_dump(mode="json")

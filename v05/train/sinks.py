@@ -78,7 +78,7 @@ class WeightsAndBiases:
     With WANDB_MODE=offline each start leaves a folder of its own, under the same id, for `wandb sync`.
 
     Raises:
-        ValueError: the package wandb is not installed.
+        ValueError: the package wandb is not installed, or does not let us in.
     """
 
     def __init__(self, directory: Path, project: str, config: RunConfig) -> None:
@@ -90,15 +90,18 @@ class WeightsAndBiases:
 
     def start(self, rollouts: int) -> None:
         file = self._directory / WANDB_ID
-        self._run = self._wandb.init(
-            project=self._project,
-            id=file.read_text().strip() if file.exists() else None,
-            resume="allow",
-            name=f"{label_of(self._config)}-seed{self._config.seed}",
-            group=label_of(self._config),
-            config=self._config.model_dump(mode="json"),
-            dir=str(self._directory),
-        )
+        try:
+            self._run = self._wandb.init(
+                project=self._project,
+                id=file.read_text().strip() if file.exists() else None,
+                resume="allow",
+                name=f"{label_of(self._config)}-seed{self._config.seed}",
+                group=label_of(self._config),
+                config=self._config.model_dump(mode="json"),
+                dir=str(self._directory),
+            )
+        except self._wandb.Error as error:
+            raise ValueError(f"--wandb {self._project}: {error}; log in with wandb login, or set WANDB_MODE=offline") from error
         file.write_text(self._run.id + "\n")
 
     def show(self, figures: Mapping[str, float], rollouts: int) -> None:

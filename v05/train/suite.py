@@ -26,12 +26,12 @@ from v05.train.config import EvaluationConfig, RunConfig, run_config
 
 ROWS = "runs.csv"
 TUNING_SEED = 1000  # no seed that counts
-TUNING_PROMPTS = 5_000_000  # the held-out prompts of tuning are taken from here on; those that count from 0
 LAST = 2  # evaluations at a tuning run's end whose mean decides
 STAGES = ("generate", "verify", "advantage", "update", "sync")
 RIVALS = ("grpo", "dr_grpo", "dapo")  # with groups of one size RLOO is Dr. GRPO times k / (k - 1), which AdamW divides out
 TARGET = "grpo@16"  # whose final accuracy the others are to reach
 POINTS = 129  # of a curve
+KINDS = {"int": int, "float": float, "str": str}
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,19 @@ SUITES = {
         mixes=("arithmetic", "symbols", "hard"),
         tuned={f"{rival}@{small}": (f"{rival}@{small // 2}", f"{rival}@{small}") for rival in RIVALS for small in (4, 16)}
         | {
-            "v05@4": ("v05@2", "v05@4", "v05@4..16", "v05@4..16+oracle", "v05@4..16+noise"),
-            "calibrated@2": ("calibrated@1", "calibrated@2", "calibrated@4", "calibrated@1..16", "calibrated@2..16"),
+            "v05@4": ("v05@2", "v05@4"),
+            "v05@4..16": ("v05@4..16", "v05@4..16+oracle", "v05@4..16+noise"),
+            "calibrated@2": ("calibrated@1", "calibrated@2", "calibrated@4"),
+            "calibrated@2..16": ("calibrated@1..16", "calibrated@2..16"),
             "prior@1": ("prior@1",),
         },
         ablations={
-            "v05@4": ("v05@1", "v05@8", "v05@4+noise", "v05@4..16+cost=0.00123", "v05@4..16+cost=0.0123"),
+            "v05@4": ("v05@1", "v05@8", "v05@4+noise"),
+            "v05@4..16": ("v05@4..16+cost=0.00123", "v05@4..16+cost=0.0123"),  # a decade around 1/256
             "calibrated@2": ("calibrated@4+noise",),
             "dr_grpo@4": ("rloo@4",),
         },
-        learning_rates=(3e-5, 1e-4, 3e-4),
+        learning_rates=(3e-5, 1e-4, 3e-4, 1e-3),
         rollouts=24_576,
         tuning_rollouts=8_192,
         seeds=5,
@@ -86,7 +89,7 @@ SUITES = {
         rollouts=128,
         tuning_rollouts=64,
         seeds=2,
-        evaluation=EvaluationConfig(evaluations=2, prompts=16, samples=2, probe_prompts=4, probe_samples=16),
+        evaluation=EvaluationConfig(evaluations=2, prompts=8, samples=2, probe_prompts=4, probe_samples=16),
     ),
 }
 
@@ -179,7 +182,7 @@ class Planned:
 
 def tuning_runs(suite: Suite) -> list[Planned]:
     """What decides the learning rates."""
-    evaluation = suite.evaluation.model_copy(update={"start": TUNING_PROMPTS})
+    evaluation = suite.evaluation.model_copy(update={"skip": suite.evaluation.prompts})  # not those that count
     return [
         _planned("tune", mix, spec, TUNING_SEED, rate, suite.tuning_rollouts, evaluation)
         for mix in suite.mixes
@@ -205,19 +208,22 @@ def _planned(stage: str, mix: str, spec: str, seed: int, rate: float, rollouts: 
 
 
 def tuned_rates(suite: Suite, rows: Iterable[Row]) -> dict[tuple[str, str], float]:
-    """(mix, tuned spec) -> the learning rate whose run ended highest, by the mean of its last evaluations."""
+    """(mix, tuned spec) -> the learning rate whose run ended highest, by the mean of its last evaluations; of equals the lowest."""
     wanted = {run.key for run in tuning_runs(suite)}
     ends: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
     for row in rows:
         if row.key in wanted:
             ends[row.mix, row.label][row.learning_rate] = float(row.evaluations()[-LAST:, 3].mean())
-    return {key: max(by_rate, key=lambda rate: by_rate[rate]) for key, by_rate in ends.items()}
+    return {key: max(sorted(by_rate), key=lambda rate: by_rate[rate]) for key, by_rate in ends.items()}
 
 
 def in_order(suite: Suite, rows: Iterable[Row]) -> list[Row]:
-    """The rows as the suite lists its mixes and methods, whichever ended first."""
-    specs = (*suite.tuned.values(), *suite.ablations.values())
-    labels = [spec for some in specs for spec in some]
+    """The rows as the suite lists its mixes and methods, whichever ended first; ValueError for one that is not of the suite."""
+    rows = list(rows)
+    labels = [spec for specs in (*suite.tuned.values(), *suite.ablations.values()) for spec in specs]
+    for row in rows:
+        if row.mix not in suite.mixes or row.label not in (*labels, *suite.tuned):
+            raise ValueError(f"{ROWS} has a run of {row.label} on {row.mix}, which this suite has not; give another --out")
     return sorted(rows, key=lambda row: (suite.mixes.index(row.mix), labels.index(row.label) if row.stage == "count" else 0))
 
 
@@ -234,8 +240,15 @@ def read_csv(path: Path) -> list[Row]:
         names = [field.name for field in fields(Row)]
         if reader.fieldnames != names:
             raise ValueError(f"{path}: columns {reader.fieldnames} are not those of a suite, {names}; give another --out")
-        kinds = {"int": int, "float": float, "str": str}
-        return [Row(**{field.name: kinds[str(field.type)](line[field.name]) for field in fields(Row)}) for line in reader]
+        rows = []
+        for line in reader:
+            try:
+                row = Row(**{field.name: KINDS[str(field.type)](line[field.name]) for field in fields(Row)})
+                row.evaluations()
+                rows.append(row)
+            except (TypeError, ValueError):
+                raise ValueError(f"{path}:{reader.line_num} is no whole row; delete the line, and its run is read again") from None
+        return rows
 
 
 def append_row(directory: Path, row: Row) -> None:
@@ -289,8 +302,8 @@ def summarise(rows: Iterable[Row]) -> list[dict[str, Any]]:
     Besides the means of the rows: `seeds`, `accuracy_low`, `accuracy_high` (resampling seeds and prompts), `gain` over the start,
     and for every rival method the difference to it at the group size where it did best, on the seeds that both have
     (`over_grpo`, `_low`, `_high`, `_size`): choosing the rival's best afterwards favours the rival. `rollouts_to_grpo` is where
-    the mean curve reaches the final accuracy of grpo@16 (`_low`, `_high`; None where it does not), `tokens_to_grpo` the same in
-    generated tokens.
+    the mean curve, straight between evaluations, reaches the final accuracy of grpo@16, None where it does not; with two seeds or
+    more `_low` and `_high` are its 95 % interval. `tokens_to_grpo` is the same in generated tokens.
     """
     by_mix: dict[str, dict[str, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
@@ -320,8 +333,10 @@ def _record(mix: str, label: str, by_label: Mapping[str, Mapping[int, Row]]) -> 
     if TARGET in by_label:
         for axis, column in (("rollouts", 0), ("tokens", 1)):
             target = list(by_label[TARGET].values())
-            names = (f"{axis}_to_grpo", f"{axis}_to_grpo_low", f"{axis}_to_grpo_high")
-            record |= zip(names, reaching_interval(rows, target, column), strict=True)
+            reached = reaching(rows, float(np.mean([row.accuracy_after for row in target])), column)
+            record[f"{axis}_to_grpo"] = reached if np.isfinite(reached) else None
+            if len(rows) > 1:  # one seed says nothing of the others
+                record[f"{axis}_to_grpo_low"], record[f"{axis}_to_grpo_high"] = reaching_interval(rows, target, column)
     return record
 
 
@@ -353,21 +368,16 @@ def reaching(rows: Sequence[Row], target: float, column: int) -> float:
     return float(points[reached[0]]) if len(reached) else float("inf")
 
 
-def reaching_interval(rows: Sequence[Row], target: Sequence[Row], column: int) -> tuple[float | None, float | None, float | None]:
-    """Where `rows` reach the final accuracy of `target`, and its 95 % interval, resampling the seeds of both; None is never."""
-
-    def final(some: Sequence[Row]) -> float:
-        return float(np.mean([row.accuracy_after for row in some]))
-
+def reaching_interval(rows: Sequence[Row], target: Sequence[Row], column: int) -> tuple[float | None, float | None]:
+    """95 % interval of where `rows` reach the final accuracy of `target`, resampling the seeds of both; None is never."""
     rng = np.random.default_rng(0)
     draws = [
         reaching(
             [rows[i] for i in rng.integers(len(rows), size=len(rows))],
-            final([target[i] for i in rng.integers(len(target), size=len(target))]),
+            float(np.mean([target[i].accuracy_after for i in rng.integers(len(target), size=len(target))])),
             column,
         )
         for _ in range(BOOTSTRAP_DRAWS // 4)
     ]
-    low, high = np.percentile(draws, INTERVAL, method="nearest")
-    ends = (reaching(rows, final(target), column), float(low), float(high))
-    return tuple(end if np.isfinite(end) else None for end in ends)  # type: ignore[return-value]
+    low, high = (float(x) if np.isfinite(x) else None for x in np.percentile(draws, INTERVAL, method="nearest"))
+    return low, high

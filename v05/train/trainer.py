@@ -180,7 +180,7 @@ class Trainer:
         self.calibrator = Calibrator() if self.method.baseline is Baseline.CALIBRATED else None
         budget = config.budget
         self.allocator = self.new_allocator(0)
-        self.heldout = heldout_set(self.task, config.evaluation.prompts, config.evaluation.start)
+        self.heldout = heldout_set(self.task, config.evaluation.prompts, skip=config.evaluation.skip)
         self.own_weights = config.engine.kind != "transformers"  # the engine's, to be kept up to date
         self.state = RunState(
             next_prompt=(config.seed + 1) * PROMPTS_BETWEEN_SEEDS,
