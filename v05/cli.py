@@ -140,6 +140,9 @@ def train(
         if wandb is not None:
             sinks.append(WeightsAndBiases(out, wandb, run))
         trainer = Trainer(run, out, _say, sinks)
+    except KeyboardInterrupt:
+        console.out("interrupted before the first step; a warm start begins anew when the command is called again")
+        raise typer.Exit(INTERRUPTED) from None
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         _fail(error)
     try:
@@ -609,7 +612,11 @@ def doctor(json: Annotated[Path | None, typer.Option(help="Also write the findin
     """
     from v05.doctor import run
 
-    raise typer.Exit(run(json))
+    try:
+        status = run(json)
+    except OSError as error:
+        _fail(error)
+    raise typer.Exit(status)
 
 
 def _run_watched(configs: dict[str, RunConfig], out: Path, jobs: int, done: Callable[[str], None] = lambda name: None) -> list[str]:

@@ -114,7 +114,10 @@ def read_benchmark(directory: Path, name: str, template: str) -> list[Problem]:
     if not path.is_file():
         found = ", ".join(sorted(file.stem for file in directory.glob("*.jsonl"))) or "none"
         raise ValueError(f"benchmarks={name!r}: no file {path}; benchmarks in {directory}: {found}")
-    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); convert it") from None
     problems = [_problem(line, name, template, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not problems:
         raise ValueError(f"{path} holds no problem; give one JSON object a line")
