@@ -282,7 +282,7 @@ def test_the_value_model_is_the_prior_and_runs_leave_logs_for_it(tmp_path):
     logs = sorted((tmp_path / "outcomes").iterdir())
     assert len(logs) == 1 + len(after)
     rows = read_logs(logs)
-    assert {row.model for row in rows} == {"v05@4..16-seed0"}
+    assert {row.model for row in rows} == {"v05@4..16+v0-seed0"}
     assert sum(row.rate for row in rows if row.step == 0) / 16 == pytest.approx(before["accuracy"])
 
 
@@ -369,7 +369,7 @@ def test_specs_and_presets():
         run_config("tiny", "v05", budget=BudgetConfig(rule="calibrated"))
     with pytest.raises(ValueError, match=r"budget.mean=5.0 with budget.rule='uniform'"):
         run_config("tiny", "v05", budget=BudgetConfig(mean=5.0))
-    with pytest.raises(ValueError, match="preset='huge' is unknown; choose one of tiny, small, smoke"):
+    with pytest.raises(ValueError, match="preset='huge' is unknown; choose one of tiny, arithmetic, symbols, hard, smoke"):
         run_config("huge", "v05")
 
 
