@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Options that come after those of the page, and so win.
 SMALLEST = {
-    "train": ["--preset", "smoke", "--rollouts", "64", "--max-new-tokens", "4"],
+    "train": ["--preset", "smoke", "--rollouts", "64"],
     "compare": ["--preset", "smoke", "--rollouts", "64", "--seeds", "1", "--jobs", "1"],
 }
 
@@ -41,7 +41,8 @@ def run_commands(example):
             continue
         assert words[0] == "v05", f"{line!r} is no command of v05; say above the block why it does not run"
         arguments = [found for word in words[1:] for found in (sorted(glob.glob(word)) or [word])]
-        result = CliRunner().invoke(app, arguments + SMALLEST.get(arguments[0], []), env={"COLUMNS": "200"})
+        length = ["--max-new-tokens", "4"] if "--policy" in arguments else []
+        result = CliRunner().invoke(app, arguments + SMALLEST.get(arguments[0], []) + length, env={"COLUMNS": "200"})
         assert result.exit_code == 0, f"{line!r} ended with {result.exit_code}:\n{result.output}\n{result.exception!r}"
 
 
