@@ -11,11 +11,12 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
-
-from torch.utils.tensorboard.writer import SummaryWriter
+from typing import TYPE_CHECKING, Any, Protocol
 
 from v05.train.config import RunConfig, label_of
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
 
 TENSORBOARD, WANDB_ID = "tensorboard", "wandb_id"
 
@@ -55,6 +56,8 @@ class TensorBoard:
         self._writer: SummaryWriter | None = None
 
     def start(self, rollouts: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter  # now: the trainer's functions serve hosts without it too
+
         self._writer = SummaryWriter(str(self._directory), purge_step=rollouts + 1 if rollouts else 0)
 
     def show(self, figures: Mapping[str, float], rollouts: int) -> None:
