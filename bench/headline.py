@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections import defaultdict
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
-from v05.train.suite import RIVALS, SUITES, TARGET, Row, best_size, in_order, read_csv, summarise
+from v05.train.suite import RIVALS, SUITES, TARGET, Row, best_size, counted, in_order, read_csv, summarise
 from v05.train.suite_plots import draw_suite
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +26,7 @@ OURS = ("v05@4..16", "v05@4", "v05@2", "calibrated@2..16", "calibrated@2", "cali
 def short_table(rows: Sequence[Row]) -> str:
     """Final accuracy: GRPO at 16, each rival at its best size, and ours; a column for each mix."""
     records = {(r["mix"], r["label"]): r for r in summarise(rows)}
-    sizes = {mix: _by_label(rows, mix) for mix in MIXES}
+    sizes = counted(rows)
     seeds = {mix: {len(group) for group in sizes[mix].values()} for mix in MIXES}
     counts = {mix: f"{min(seeds[mix])} to {max(seeds[mix])}" if len(seeds[mix]) > 1 else f"{min(seeds[mix])}" for mix in MIXES}
     lines = _head(["method", *MIXES], ["seeds", *(counts[mix] for mix in MIXES)])
@@ -70,21 +70,13 @@ def long_tables(rows: Sequence[Row]) -> str:
                 *(
                     f"{r['group_size']:.1f}",
                     f"{r['steps']:.0f}",
-                    "" if r["prior_rejected"] != r["prior_rejected"] else f"{r['prior_rejected']:.2f}",
+                    "" if isnan(r["prior_rejected"]) else f"{r['prior_rejected']:.2f}",
                 ),
                 *(f"{r['baseline_mse']:.4f}", f"{r['grad_norm']:.2f}", f"{r['entropy_after']:.3f}"),
             ]
             lines.append("| " + " | ".join(cells) + " |")
         parts.append(f"### {mix}, from {start:.3f}\n\n" + "\n".join(lines) + "\n")
     return "\n".join(parts)
-
-
-def _by_label(rows: Sequence[Row], mix: str) -> dict[str, dict[int, Row]]:
-    groups: dict[str, dict[int, Row]] = defaultdict(dict)
-    for row in rows:
-        if row.stage == "count" and row.mix == mix:
-            groups[row.label][row.seed] = row
-    return groups
 
 
 def _head(columns: Sequence[str], *under: Sequence[str]) -> list[str]:

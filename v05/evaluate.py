@@ -189,7 +189,7 @@ class SampleLog:
         self._file = self._path.open("a+", encoding="utf-8")
         try:
             self.samples = self._read(directory / CONFIG, config.model_dump(mode="json"))
-        except Exception:
+        except Exception:  # the directory is refused, so its lock is let go of
             self._file.close()
             raise
 

@@ -126,6 +126,7 @@ class TransformersEngine:
         """Draw every rollout's next token; those that end leave the batch."""
         rows = self._rows
         assert rows is not None
+        # transformers annotates its arguments as LongTensor and FloatTensor, which no torch function returns.
         logits: torch.Tensor = self._warp(rows.tokens, rows.logits.float())  # type: ignore[arg-type]
         if self._greedy:
             logits = torch.full_like(logits, -torch.inf).scatter_(1, logits.argmax(-1, keepdim=True), 0.0)

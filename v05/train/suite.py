@@ -296,6 +296,15 @@ def row_of(planned: Planned, directory: Path) -> Row:
     )
 
 
+def counted(rows: Iterable[Row]) -> dict[str, dict[str, dict[int, Row]]]:
+    """The rows that count: mix -> label -> seed -> row."""
+    by_mix: dict[str, dict[str, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        if row.stage == "count":
+            by_mix[row.mix][row.label][row.seed] = row
+    return by_mix
+
+
 def summarise(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """One record per mix and label of the runs that count, in the order of the rows; figures unrounded.
 
@@ -305,11 +314,7 @@ def summarise(rows: Iterable[Row]) -> list[dict[str, Any]]:
     the mean curve, straight between evaluations, reaches the final accuracy of grpo@16, None where it does not; with two seeds or
     more `_low` and `_high` are its 95 % interval. `tokens_to_grpo` is the same in generated tokens.
     """
-    by_mix: dict[str, dict[str, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
-    for row in rows:
-        if row.stage == "count":
-            by_mix[row.mix][row.label][row.seed] = row
-    return [_record(mix, label, by_label) for mix, by_label in by_mix.items() for label in by_label]
+    return [_record(mix, label, by_label) for mix, by_label in counted(rows).items() for label in by_label]
 
 
 def _record(mix: str, label: str, by_label: Mapping[str, Mapping[int, Row]]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import matplotlib
 import numpy as np
 
 from v05.train.compare import bootstrap_interval
-from v05.train.suite import RIVALS, Row, best_size, mean_curve
+from v05.train.suite import RIVALS, Row, best_size, counted, mean_curve
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -33,10 +32,7 @@ ByLabel = Mapping[str, Mapping[int, Row]]
 
 def draw_suite(rows: Sequence[Row], directory: Path) -> list[Path]:
     """Draw every figure of the runs that count into `directory`; returns the files."""
-    mixes: dict[str, dict[str, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
-    for row in rows:
-        if row.stage == "count":
-            mixes[row.mix][row.label][row.seed] = row
+    mixes = counted(rows)
     return [
         _group_sizes(mixes, directory / "accuracy_by_group_size.png"),
         _curves(mixes, 0, "training rollouts", directory / "accuracy_by_rollouts.png"),
