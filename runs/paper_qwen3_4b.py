@@ -16,7 +16,7 @@ from rich.table import Table
 
 from v05.evaluate import PLACEHOLDER, TEMPLATE, read_benchmark
 from v05.prior.v0.logs import share
-from v05.train.compare import bootstrap_interval
+from v05.train.curves import bootstrap_interval
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 # What DAPO-Math-17k writes around a problem. It goes, so that training asks as v05 eval does.
@@ -85,7 +85,7 @@ def data(
     out.mkdir(parents=True, exist_ok=True)
     train = [for_verl("math_dapo", TEMPLATE.replace(PLACEHOLDER, p), answer, i) for i, (p, answer) in enumerate(problems.items())]
     write_lines(out / "train.jsonl", train)
-    asked = [problem.prompt for problem in read_benchmark(benchmarks, "aime24", TEMPLATE)]
+    asked = [problem.prompt for problem in read_benchmark(benchmarks, "aime24", TEMPLATE, print)]
     write_lines(out / "validation.jsonl", [for_verl("aime24", prompt.text, prompt.answer, i) for i, prompt in enumerate(asked)])
     chosen = sorted(problems, key=share)[:context]  # by a hash: the file's order may mean something
     write_lines(out / "context.jsonl", [{"problem": problem, "answer": problems[problem]} for problem in chosen])

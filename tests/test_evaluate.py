@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,12 +69,13 @@ def write(path, *rows):
 
 
 def config_of(model, **changed):
-    return EvalConfig(**dict(model=model, temperature=1.0, top_p=1.0, max_new_tokens=6, template="{problem}") | changed)
+    settings = {"weights": "made", "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 6, "template": "{problem}"}
+    return EvalConfig(**{"model": model} | settings | changed)
 
 
 def run(config, data, directory, samples, names=("sums",), watch=lambda sample: None):
     """Evaluate in this process; the samples and the records."""
-    benchmarks = {name: read_benchmark(data, name, config.template) for name in names}
+    benchmarks = {name: read_benchmark(data, name, config.template, print) for name in names}
     log = SampleLog(directory, config)
     try:
         evaluate(config, benchmarks, samples, log, InlineVerifier(MathTask()), capacity=4, watch=watch)
@@ -125,7 +127,7 @@ def test_scores(tmp_path, model):
 )
 def test_fields_of_public_files(tmp_path, row, asked, right, wrong):
     write(tmp_path / "b.jsonl", row)
-    (problem,) = read_benchmark(tmp_path, "b", TEMPLATE)
+    (problem,) = read_benchmark(tmp_path, "b", TEMPLATE, print)
     assert problem.prompt.text == asked + "\nPlease reason step by step, and put your final answer within \\boxed{}."
     assert MathTask().verify(problem.prompt, right) == 1.0
     for completion in (wrong, "", "I do not know."):
@@ -147,15 +149,15 @@ def test_fields_of_public_files(tmp_path, row, asked, right, wrong):
 def test_a_bad_line_is_named(tmp_path, line, message):
     (tmp_path / "b.jsonl").write_text('{"problem": "a", "answer": "1"}\n' + line + "\n")
     with pytest.raises(ValueError, match=message):
-        read_benchmark(tmp_path, "b", TEMPLATE)
+        read_benchmark(tmp_path, "b", TEMPLATE, print)
 
 
 def test_mistakes_say_what_to_do(tmp_path, data, model):
     with pytest.raises(ValueError, match=r"benchmarks='aime42': no file .*aime42\.jsonl; benchmarks in .*: more, sums"):
-        read_benchmark(data, "aime42", TEMPLATE)
+        read_benchmark(data, "aime42", TEMPLATE, print)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="holds no problem"):
-        read_benchmark(tmp_path, "empty", TEMPLATE)
+        read_benchmark(tmp_path, "empty", TEMPLATE, print)
     with pytest.raises(ValueError, match=r"template='ask' has no \{problem\}"):
         config_of(model, template="ask")
     with pytest.raises(ValueError, match=r"max_new_tokens=255 after a prompt of 21 tokens does not fit .* 256 .*; at most 235 do"):
@@ -164,7 +166,9 @@ def test_mistakes_say_what_to_do(tmp_path, data, model):
 
 def test_a_repeated_problem_counts_once(tmp_path):
     write(tmp_path / "b.jsonl", *[{"problem": "a", "answer": "1"}] * 2, {"problem": "b", "answer": "1"})
-    assert [problem.prompt.text for problem in read_benchmark(tmp_path, "b", "{problem}")] == ["a", "b"]
+    said = []
+    assert [problem.prompt.text for problem in read_benchmark(tmp_path, "b", "{problem}", said.append)] == ["a", "b"]
+    assert said == [f"{tmp_path / 'b.jsonl'}: 1 of 3 problems are there already, and count once"]
 
 
 def test_the_chat_template_is_applied():
@@ -217,6 +221,13 @@ def test_more_samples_and_benchmarks_join_those_there_are(tmp_path, data, model)
     rows = read_logs([tmp_path / "outcomes.jsonl"])
     assert [(row.prompt, row.trials) for row in rows] == [(f"{i}+1=", 3) for i in range(6)] + [("1+1=", 3)]
     assert np.mean([row.rate for row in rows[:6]]) == pytest.approx(records[0]["mean"])
+
+
+def test_a_model_folder_may_be_moved(tmp_path, data, model):
+    first = dict(run(config_of(model), data, tmp_path / "out", 1)[0])
+    moved = shutil.copytree(model, tmp_path / "moved")
+    assert run(config_of(moved), data, tmp_path / "out", 1)[0] == first
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model"] == str(moved)
 
 
 def test_samples_of_another_configuration_are_kept_apart(tmp_path, data, model):

@@ -431,7 +431,7 @@ def evaluate(
         }
         config = EvalConfig.model_validate(settings)
         names = list(dict.fromkeys(name.strip() for name in benchmarks.split(",")))
-        problems = {name: read_benchmark(data, name, config.template) for name in names}
+        problems = {name: read_benchmark(data, name, config.template, _say) for name in names}
         log = SampleLog(out, config)
         with _progress() as progress:
             bars = {name: progress.add_task(name, total=len(of) * samples, note="") for name, of in problems.items()}

@@ -31,7 +31,7 @@ from v05.rollout.transformers_engine import TransformersEngine
 from v05.rollout.verifier import Item, Verifier
 from v05.tasks import Prompt
 from v05.tasks.jsonl import read_answer, verify_answer
-from v05.train.compare import bootstrap_interval
+from v05.train.curves import bootstrap_interval
 from v05.train.files import explained
 from v05.train.metrics import write_json
 from v05.train.policy import load_policy, load_tokenizer
@@ -49,7 +49,7 @@ class EvalConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     model: Path
-    weights: str = Field(default="", description="hash of the model folder")
+    weights: str = Field(description="hash of what is in the model folder, which may be moved")
     engine: Literal["transformers", "vllm"] = "transformers"
     template: str = TEMPLATE
     temperature: float = Field(default=0.6, ge=0)
@@ -104,8 +104,8 @@ class MathTask:
         return verify_answer(prompt.item, completion)
 
 
-def read_benchmark(directory: Path, name: str, template: str) -> list[Problem]:
-    """The problems of directory/name.jsonl. One that is repeated counts once.
+def read_benchmark(directory: Path, name: str, template: str, say: Callable[[str], None]) -> list[Problem]:
+    """The problems of directory/name.jsonl. One that is repeated counts once, and `say` is told.
 
     Raises ValueError: there is no such file, or no problem in it; a line is malformed, lacks a field, or has an answer that
     math-verify cannot read.
@@ -121,7 +121,10 @@ def read_benchmark(directory: Path, name: str, template: str) -> list[Problem]:
     problems = [_problem(line, name, template, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not problems:
         raise ValueError(f"{path} holds no problem; give one JSON object a line")
-    return list({problem.key: problem for problem in problems}.values())
+    different = list({problem.key: problem for problem in problems}.values())
+    if len(different) < len(problems):
+        say(f"{path}: {len(problems) - len(different)} of {len(problems)} problems are there already, and count once")
+    return different
 
 
 def _problem(line: str, benchmark: str, template: str, where: str) -> Problem:
@@ -203,7 +206,7 @@ class SampleLog:
         whole, _, torn = self._file.read().rpartition("\n")
         if whole:
             theirs = json.loads(path.read_text())
-            if changed := [name for name in mine if mine[name] != theirs.get(name)]:
+            if changed := [name for name in mine if name != "model" and mine[name] != theirs.get(name)]:
                 raise ValueError(
                     f"{path.parent} holds samples that differ in {', '.join(changed)}; give another directory with --out"
                 )

@@ -83,11 +83,22 @@ def test_rollouts_saved_are_those_of_the_comparison(place):
     v05, grpo = page["groups"][:2]
     target = float(np.mean([run["accuracy_after"] for run in page["runs"] if run["label"] == "grpo@8"]))
     assert v05["saved"]["target"] == pytest.approx(target)
-    assert v05["saved"]["rollouts"] == rollouts_to(target, groups[0].records)
+    assert v05["saved"]["rollouts"] == rollouts_to(groups[1].records, groups[0].records).at
     assert v05["saved"]["rollouts"] < grpo["saved"]["spent"] == 60 * 512
     assert document(groups, runs, "v05@4..16", untracked)["groups"][1]["saved"]["baseline"] == "v05@4..16"
     with pytest.raises(ValueError, match=r"baseline='rloo' is none of the methods found; choose one of v05@4..16, grpo@8"):
         document(groups, runs, "rloo", untracked)
+
+
+def test_nothing_is_saved_where_the_baseline_learnt_nothing(tmp_path):
+    write_run(tmp_path / "v05", "v05@4..16", 0)
+    write_run(tmp_path / "grpo", "grpo@8", 0)
+    path = tmp_path / "grpo" / "result.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps(result | {"accuracy_after": result["accuracy_before"]}))
+    page = document_of(tmp_path)
+    assert [group["saved"] for group in page["groups"]] == [None, None]
+    assert page["missing"] == ["rollouts saved in chain_sum + products: grpo@8 ends no higher than it began"]
 
 
 def test_histograms_and_calibration_add_up(place):
@@ -130,9 +141,9 @@ def test_names_tell_apart_what_differs(tmp_path):
     page = document_of(tmp_path)
     assert [run["name"] for run in page["runs"]] == ["a/one", "b/one", "two"]
     assert [(group["name"], group["setting"]) for group in page["groups"]] == [
-        ("grpo@8 (learning_rate 0.0003)", "chain_sum + products"),
-        ("grpo@8 (learning_rate 0.001)", "chain_sum + products"),
-        ("grpo@8", "chain_sum + products #2"),
+        ("grpo@8 (learning_rate 0.0003)", "chain_sum + products (prompts 1024)"),
+        ("grpo@8 (learning_rate 0.001)", "chain_sum + products (prompts 1024)"),
+        ("grpo@8", "chain_sum + products (prompts 64)"),
     ]
     assert [group["saved"]["baseline"] for group in page["groups"]] == [page["groups"][0]["name"]] * 2 + ["grpo@8"]
     assert len({tuple(group["colours"]) for group in coloured(page)["groups"]}) == 3

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from v05.report.runs import Recorded, Seeds
-from v05.train.compare import BASELINE, final_accuracy, rollouts_to, rollouts_to_interval
+from v05.train.compare import BASELINE, final_accuracy, rollouts_to
 
 Document = dict[str, Any]
 Records = list[dict[str, Any]]
@@ -40,18 +40,20 @@ def document(groups: Sequence[Seeds], runs: Sequence[Recorded], baseline: str | 
     names = [group.name for group in groups]
     if baseline is not None and baseline not in names:
         raise ValueError(f"baseline={baseline!r} is none of the methods found; choose one of {', '.join(dict.fromkeys(names))}")
-    summaries = []
+    summaries, idle = [], []
     for group in track(groups, "summing up"):
         rivals = [other for other in groups if other.setting == group.setting and other.finished]
         reference = next((r for r in rivals if (r.name == baseline if baseline else r.method == BASELINE)), None)
         summaries.append(summary(group, reference))
+        if reference is not None and group is reference and not improved(group):
+            idle.append(f"rollouts saved in {group.setting}: {group.name} ends no higher than it began")
     every = max(1, -(-sum(len(recorded.samples) for recorded in runs) // SAMPLES))
     return {
         "groups": summaries,
         "runs": [run_line(recorded) for recorded in runs],
         "samples": [{"run": recorded.name, **sample} for recorded in runs for sample in recorded.samples[::every]],
         "sampled": sum(len(recorded.samples) for recorded in runs),
-        "missing": missing(runs),
+        "missing": [*missing(runs), *idle],
     }
 
 
@@ -129,17 +131,27 @@ def summary(group: Seeds, baseline: Seeds | None) -> Document:
     }
 
 
-def saved(group: Seeds, baseline: Seeds) -> Document:
-    """Rollouts until the group's mean curve reaches the baseline's final accuracy, a 95 % interval, and what the baseline spent."""
-    low, high = rollouts_to_interval(baseline.records, group.records)
+def saved(group: Seeds, baseline: Seeds) -> Document | None:
+    """Rollouts until the group's mean curve reaches the baseline's final accuracy, a 95 % interval, and what the baseline spent.
+
+    None where there is nothing to save: they share no seed, or the baseline learnt nothing.
+    """
+    reached = rollouts_to(baseline.records, group.records)
+    if reached is None or not improved(baseline):
+        return None
     return {
         "baseline": baseline.name,
         "target": final_accuracy(baseline.records),
         "spent": float(np.mean([run.result["rollouts"] for run in baseline.records])),
-        "rollouts": rollouts_to(final_accuracy(baseline.records), group.records),
-        "low": low,
-        "high": high,
+        "rollouts": reached.at,
+        "low": reached.low,
+        "high": reached.high,
     }
+
+
+def improved(group: Seeds) -> bool:
+    """It ended above where it began, on the mean over seeds."""
+    return final_accuracy(group.records) > float(np.mean([run.result["accuracy_before"] for run in group.records]))
 
 
 def axes_of(steps: Sequence[Records]) -> dict[str, tuple[Array, Array]]:

@@ -14,6 +14,9 @@ from v05.train.compare import Run
 from v05.train.config import BudgetConfig, RunConfig, label_of
 from v05.train.metrics import CONFIG, METRICS, RESULT, read_metrics
 
+SETTING = ("task", "policy", "evaluation")  # of a configuration: accuracies compare where they agree
+MOST_TOLD = 60  # characters
+
 Track = Callable[[Sequence[Path]], Iterable[Path]]
 
 
@@ -158,19 +161,22 @@ def budget_of(group: Seeds) -> tuple[int, int, str]:
 
 def setting_key(recorded: Recorded) -> str:
     """What has to agree for accuracies to compare."""
-    return json.dumps([recorded.settings.get(name) for name in ("task", "policy", "evaluation")], sort_keys=True)
+    return json.dumps([recorded.settings.get(name) for name in SETTING], sort_keys=True)
 
 
 def setting_names(runs: Sequence[Recorded]) -> dict[str, str]:
-    """A readable name for each setting: its task, and a number where that is not enough."""
-    names: dict[str, str] = {}
+    """A readable name for each setting: its task, and where that is not enough what differs or, if that is much, a number."""
+    alike: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)  # name of the task -> settings that share it
     for recorded in runs:
-        key, task = setting_key(recorded), recorded.settings["task"]
-        if key not in names:
-            sources = [source["dataset"] for source in task["mix"]] if "mix" in task else [Path(task["path"]).stem]
-            name = " + ".join(dict.fromkeys(sources))
-            taken = sum(other.partition(" #")[0] == name for other in names.values())
-            names[key] = f"{name} #{taken + 1}" if taken else name
+        task = recorded.settings["task"]
+        sources = [source["dataset"] for source in task["mix"]] if "mix" in task else [Path(task["path"]).stem]
+        key = setting_key(recorded)
+        alike[" + ".join(dict.fromkeys(sources))][key] = dict(zip(SETTING, json.loads(key), strict=True))
+    names = {}
+    for name, settings in alike.items():
+        for number, (key, mine) in enumerate(settings.items(), 1):
+            told = distinction(mine, list(settings.values()))
+            names[key] = name + (told if len(told) <= MOST_TOLD else f" #{number}")
     return names
 
 

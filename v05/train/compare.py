@@ -25,12 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from v05.train.config import RunConfig
+from v05.train.curves import Curve, Reached, bootstrap_interval, reaching
 from v05.train.metrics import CONFIG, RESULT, read_metrics, refuse_to_overwrite
 
 BASELINE = "grpo"  # the first run of this method is what the others are measured against
-BOOTSTRAP_DRAWS = 2000
 POLL_SECONDS = 2.0
-INTERVAL = (2.5, 97.5)  # percentiles
 
 
 @dataclass(frozen=True)
@@ -139,6 +138,10 @@ class Run:
         """(P,) final accuracy on each held-out prompt."""
         return np.asarray(self.result["heldout_successes"], dtype=np.float64) / float(self.result["heldout_samples"])
 
+    def curve(self, x: str, y: str = "accuracy") -> Curve:
+        """An evaluation's `y` ("accuracy", "entropy") over `x` ("rollouts", "seconds")."""
+        return np.array([e[x] for e in self.evaluations], dtype=float), np.array([e[y] for e in self.evaluations])
+
 
 def load_run(label: str, directory: Path) -> Run:
     """A finished run directory; FileNotFoundError where there is none."""
@@ -205,10 +208,10 @@ def _method_record(label: str, group: list[Run], baseline: list[Run] | None) -> 
     }
     for key in _means(group[0]):
         record[key] = float(np.mean([_means(run)[key] for run in group]))
-    if baseline is not None:
-        record["rollouts_to_baseline"] = rollouts_to(final_accuracy(baseline), group)
-        interval = rollouts_to_interval(baseline, group)
-        record["rollouts_to_baseline_low"], record["rollouts_to_baseline_high"] = interval
+    reached = None if baseline is None else rollouts_to(baseline, group)
+    if reached is not None:
+        record |= {"rollouts_to_baseline": reached.at, "rollouts_to_baseline_low": reached.low}
+        record["rollouts_to_baseline_high"] = reached.high
     if baseline is not None and baseline is not group and [run.result["seed"] for run in baseline] == seeds:
         differences = [a.prompt_accuracy - b.prompt_accuracy for a, b in zip(group, baseline, strict=True)]
         record["gain"] = float(np.mean(differences))
@@ -216,55 +219,13 @@ def _method_record(label: str, group: list[Run], baseline: list[Run] | None) -> 
     return record
 
 
-def bootstrap_interval(by_seed: Sequence[NDArray[np.float64]]) -> tuple[float, float]:
-    """95 % interval of the mean over seeds and held-out prompts, resampling both.
-
-    `by_seed` holds one (P,) vector a seed, over the same P prompts. With a handful of seeds the interval is rough and too narrow.
-    """
-    values = np.stack(by_seed)
-    rng = np.random.default_rng(0)
-    draws = []
-    for _ in range(BOOTSTRAP_DRAWS):
-        seeds = rng.integers(len(values), size=len(values))
-        prompts = rng.integers(values.shape[1], size=values.shape[1])
-        draws.append(values[seeds].mean(axis=0)[prompts].mean())
-    low, high = np.percentile(draws, INTERVAL)
-    return float(low), float(high)
-
-
-def mean_curve(
-    group: Sequence[Run], x: str, y: str = "accuracy"
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """An evaluation's `y` ("accuracy", "entropy") over `x` ("rollouts", "seconds") across seeds: x, mean, standard deviation.
-
-    Runs are read at common points by linear interpolation, up to where the shortest ends.
-    """
-    curves = [(np.array([e[x] for e in run.evaluations]), np.array([e[y] for e in run.evaluations])) for run in group]
-    end = min(xs[-1] for xs, _ in curves)
-    points = np.linspace(0.0, end, 65)
-    values = np.stack([np.interp(points, xs, ys) for xs, ys in curves])
-    return points, values.mean(axis=0), values.std(axis=0, ddof=1) if len(curves) > 1 else np.zeros_like(points)
-
-
 def final_accuracy(group: Sequence[Run]) -> float:
     """Mean over seeds of the accuracy at the end."""
     return float(np.mean([run.result["accuracy_after"] for run in group]))
 
 
-def rollouts_to_interval(baseline: Sequence[Run], group: Sequence[Run]) -> tuple[float | None, float | None]:
-    """95 % interval of `rollouts_to` the baseline's final accuracy, resampling the seeds of both; None where it is not reached."""
-    rng = np.random.default_rng(0)
-    draws = []
-    for _ in range(BOOTSTRAP_DRAWS // 4):
-        target = final_accuracy([baseline[i] for i in rng.integers(len(baseline), size=len(baseline))])
-        reached = rollouts_to(target, [group[i] for i in rng.integers(len(group), size=len(group))])
-        draws.append(np.inf if reached is None else reached)
-    low, high = (float(x) if np.isfinite(x) else None for x in np.percentile(draws, INTERVAL, method="nearest"))
-    return low, high
-
-
-def rollouts_to(target: float, group: Sequence[Run]) -> float | None:
-    """Rollouts after which the seeds' mean curve first reaches `target`; None if it never does."""
-    points, mean, _ = mean_curve(group, "rollouts")
-    reached = np.flatnonzero(mean >= target)
-    return float(points[reached[0]]) if len(reached) else None
+def rollouts_to(baseline: Sequence[Run], group: Sequence[Run]) -> Reached | None:
+    """Rollouts that `group` needs for the final accuracy of `baseline`, on the seeds that both have; None if there is none."""
+    finals = {run.result["seed"]: float(run.result["accuracy_after"]) for run in baseline}
+    both = [run for run in group if run.result["seed"] in finals]
+    return reaching([run.curve("rollouts") for run in both], [finals[run.result["seed"]] for run in both]) if both else None

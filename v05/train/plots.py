@@ -8,7 +8,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from v05.train.compare import Run, mean_curve
+from v05.train.compare import Run
+from v05.train.curves import mean_curve
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -38,7 +39,7 @@ def _learning_curves(
 ) -> Path:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for label, group in runs.items():
-        points, mean, spread = mean_curve(group, x, y)
+        points, mean, spread = mean_curve([run.curve(x, y) for run in group])
         (line,) = axes.plot(points, mean, label=label)
         axes.fill_between(points, mean - spread, mean + spread, alpha=0.15, color=line.get_color())
     axes.set(xlabel=x_label, ylabel=y_label, title="mean over seeds, band: one standard deviation")

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from v05.train.compare import BOOTSTRAP_DRAWS, INTERVAL, bootstrap_interval, load_run, mean_of
+from v05.train.compare import load_run, mean_of
 from v05.train.config import EvaluationConfig, RunConfig, run_config
+from v05.train.curves import Curve, bootstrap_interval, reaching
 
 ROWS = "runs.csv"
 TUNING_SEED = 1000  # no seed that counts
@@ -30,7 +31,6 @@ LAST = 2  # evaluations at a tuning run's end whose mean decides
 STAGES = ("generate", "verify", "advantage", "update", "sync")
 RIVALS = ("grpo", "dr_grpo", "dapo")  # with groups of one size RLOO is Dr. GRPO times k / (k - 1), which AdamW divides out
 TARGET = "grpo@16"  # whose final accuracy the others are to reach
-POINTS = 129  # of a curve
 KINDS = {"int": int, "float": float, "str": str}
 
 
@@ -157,6 +157,11 @@ class Row:
     def evaluations(self) -> NDArray[np.float64]:
         """(E, 4) rollouts, tokens, seconds and accuracy of each evaluation."""
         return np.array(json.loads(self.curve))
+
+    def accuracy_over(self, axis: str) -> Curve:
+        """The learning curve over "rollouts" or "tokens"."""
+        evaluations = self.evaluations()
+        return evaluations[:, ("rollouts", "tokens").index(axis)], evaluations[:, 3]
 
 
 @dataclass(frozen=True)
@@ -311,8 +316,8 @@ def summarise(rows: Iterable[Row]) -> list[dict[str, Any]]:
     Besides the means of the rows: `seeds`, `accuracy_low`, `accuracy_high` (resampling seeds and prompts), `gain` over the start,
     and for every rival method the difference to it at the group size where it did best, on the seeds that both have
     (`over_grpo`, `_low`, `_high`, `_size`): choosing the rival's best afterwards favours the rival. `rollouts_to_grpo` is where
-    the mean curve, straight between evaluations, reaches the final accuracy of grpo@16, None where it does not; with two seeds or
-    more `_low` and `_high` are its 95 % interval. `tokens_to_grpo` is the same in generated tokens.
+    the mean curve, straight between evaluations, reaches the final accuracy of grpo@16, on the seeds that both have, None where it
+    does not; with two seeds or more `_low` and `_high` are its 95 % interval. `tokens_to_grpo` is the same in generated tokens.
     """
     return [_record(mix, label, by_label) for mix, by_label in counted(rows).items() for label in by_label]
 
@@ -335,13 +340,13 @@ def _record(mix: str, label: str, by_label: Mapping[str, Mapping[int, Row]]) -> 
             low, high = bootstrap_interval(differences)
             record |= {f"over_{rival}": float(np.mean(differences)), f"over_{rival}_size": size}
             record |= {f"over_{rival}_low": low, f"over_{rival}_high": high}
-    if TARGET in by_label:
-        for axis, column in (("rollouts", 0), ("tokens", 1)):
-            target = list(by_label[TARGET].values())
-            reached = reaching(rows, float(np.mean([row.accuracy_after for row in target])), column)
-            record[f"{axis}_to_grpo"] = reached if np.isfinite(reached) else None
-            if len(rows) > 1:  # one seed says nothing of the others
-                record[f"{axis}_to_grpo_low"], record[f"{axis}_to_grpo_high"] = reaching_interval(rows, target, column)
+    target = by_label.get(TARGET, {})
+    both = sorted(group.keys() & target.keys())
+    for axis in ("rollouts", "tokens") if both else ():
+        reached = reaching([group[seed].accuracy_over(axis) for seed in both], [target[seed].accuracy_after for seed in both])
+        record[f"{axis}_to_grpo"] = reached.at
+        if len(both) > 1:  # one seed says nothing of the others
+            record |= {f"{axis}_to_grpo_low": reached.low, f"{axis}_to_grpo_high": reached.high}
     return record
 
 
@@ -357,32 +362,3 @@ def best_size(method: str, by_label: Mapping[str, Mapping[int, Row]]) -> str | N
     if not common:
         return None
     return max(sizes, key=lambda label: float(np.mean([sizes[label][seed].accuracy_after for seed in common])))
-
-
-def mean_curve(rows: Sequence[Row], column: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Accuracy over rollouts (0), tokens (1) or seconds (2), mean over seeds, up to where the shortest run ends."""
-    curves = [row.evaluations() for row in rows]
-    points = np.linspace(0.0, min(curve[-1, column] for curve in curves), POINTS)
-    return points, np.mean([np.interp(points, curve[:, column], curve[:, 3]) for curve in curves], axis=0)
-
-
-def reaching(rows: Sequence[Row], target: float, column: int) -> float:
-    """Where the seeds' mean curve first reaches `target`; infinity if it never does."""
-    points, mean = mean_curve(rows, column)
-    reached = np.flatnonzero(mean >= target)
-    return float(points[reached[0]]) if len(reached) else float("inf")
-
-
-def reaching_interval(rows: Sequence[Row], target: Sequence[Row], column: int) -> tuple[float | None, float | None]:
-    """95 % interval of where `rows` reach the final accuracy of `target`, resampling the seeds of both; None is never."""
-    rng = np.random.default_rng(0)
-    draws = [
-        reaching(
-            [rows[i] for i in rng.integers(len(rows), size=len(rows))],
-            float(np.mean([target[i].accuracy_after for i in rng.integers(len(target), size=len(target))])),
-            column,
-        )
-        for _ in range(BOOTSTRAP_DRAWS // 4)
-    ]
-    low, high = (float(x) if np.isfinite(x) else None for x in np.percentile(draws, INTERVAL, method="nearest"))
-    return low, high

@@ -9,8 +9,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from v05.train.compare import bootstrap_interval
-from v05.train.suite import RIVALS, Row, best_size, counted, mean_curve
+from v05.train.curves import bootstrap_interval, mean_curve
+from v05.train.suite import RIVALS, Row, best_size, counted
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -35,8 +35,8 @@ def draw_suite(rows: Sequence[Row], directory: Path) -> list[Path]:
     mixes = counted(rows)
     return [
         _group_sizes(mixes, directory / "accuracy_by_group_size.png"),
-        _curves(mixes, 0, "training rollouts", directory / "accuracy_by_rollouts.png"),
-        _curves(mixes, 1, "generated tokens", directory / "accuracy_by_tokens.png"),
+        _curves(mixes, "rollouts", "training rollouts", directory / "accuracy_by_rollouts.png"),
+        _curves(mixes, "tokens", "generated tokens", directory / "accuracy_by_tokens.png"),
     ]
 
 
@@ -86,7 +86,7 @@ def _group_sizes(mixes: Mapping[str, ByLabel], file: Path) -> Path:
     return file
 
 
-def _curves(mixes: Mapping[str, ByLabel], column: int, x_label: str, file: Path) -> Path:
+def _curves(mixes: Mapping[str, ByLabel], column: str, x_label: str, file: Path) -> Path:
     """Accuracy over what it cost: every method at its best fixed group size, GRPO at 16, and V_0.5 with its test."""
     figure, panels = plt.subplots(1, len(mixes), figsize=(4.6 * len(mixes), 4.4), squeeze=False, layout="constrained")
     for axes, (mix, by_label) in zip(panels[0], mixes.items(), strict=True):
@@ -96,7 +96,7 @@ def _curves(mixes: Mapping[str, ByLabel], column: int, x_label: str, file: Path)
                 continue
             group = list(by_label[label].values())
             method = label.split("@")[0]
-            points, mean = mean_curve(group, column)
+            points, mean, _ = mean_curve([row.accuracy_over(column) for row in group])
             dashed = "--" if label in ("grpo@16", "v05@4..16") else "-"
             axes.plot(points, mean, dashed, color=COLOURS[method], label=f"{label} ({len(group)})", lw=1.6)
         axes.set(xlabel=x_label, title=mix)

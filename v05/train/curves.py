@@ -1,0 +1,74 @@
+"""What is read off learning curves of several seeds: their mean, where it reaches a target, and 95 % bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+BOOTSTRAP_DRAWS = 2000
+INTERVAL = (2.5, 97.5)  # percentiles
+ROUNDING = 1e-12  # of a mean accuracy, summed in another order
+
+Array = NDArray[np.float64]
+Curve = tuple[Array, Array]  # of one seed: (E,) what was spent at each evaluation, rising, and (E,) what was found
+
+
+@dataclass(frozen=True)
+class Reached:
+    """Where a mean curve reaches a target and the 95 % interval of that over seeds; None is never."""
+
+    at: float | None
+    low: float | None
+    high: float | None
+
+
+def bootstrap_interval(by_seed: Sequence[Array]) -> tuple[float, float]:
+    """95 % interval of the mean over seeds and held-out prompts, resampling both.
+
+    `by_seed` holds one (P,) vector a seed, over the same P prompts. With a handful of seeds the interval is rough and too narrow.
+    """
+    values = np.stack(by_seed)
+    rng = np.random.default_rng(0)
+    draws = []
+    for _ in range(BOOTSTRAP_DRAWS):
+        seeds = rng.integers(len(values), size=len(values))
+        prompts = rng.integers(values.shape[1], size=values.shape[1])
+        draws.append(values[seeds].mean(axis=0)[prompts].mean())
+    low, high = np.percentile(draws, INTERVAL)
+    return float(low), float(high)
+
+
+def mean_curve(curves: Sequence[Curve]) -> tuple[Array, Array, Array]:
+    """(points, mean, standard deviation) over seeds at every point where one was evaluated, up to where the shortest ends.
+
+    Curves are straight between evaluations, and so is their mean. The deviation of one seed is zero.
+    """
+    end = min(xs[-1] for xs, _ in curves)
+    points = np.unique(np.concatenate([xs[xs <= end] for xs, _ in curves]))
+    values = np.stack([np.interp(points, xs, ys) for xs, ys in curves])
+    return points, values.mean(axis=0), values.std(axis=0, ddof=1) if len(curves) > 1 else np.zeros_like(points)
+
+
+def reaching(curves: Sequence[Curve], targets: Sequence[float]) -> Reached:
+    """Where the mean of `curves` first reaches the mean of `targets`. Both list the same seeds, which are resampled in pairs."""
+    rng = np.random.default_rng(0)
+    draws = []
+    for _ in range(BOOTSTRAP_DRAWS // 4):
+        seeds = rng.integers(len(curves), size=len(curves))
+        draws.append(_crossing([curves[i] for i in seeds], float(np.mean([targets[i] for i in seeds]))))
+    at = _crossing(curves, float(np.mean(targets)))
+    low, high = np.percentile(draws, INTERVAL, method="nearest")
+    return Reached(*(float(x) if np.isfinite(x) else None for x in (at, low, high)))
+
+
+def _crossing(curves: Sequence[Curve], target: float) -> float:
+    """Where the mean curve first is at `target` or above; infinity if it never is."""
+    points, mean, _ = mean_curve(curves)
+    above = np.flatnonzero(mean >= target - ROUNDING)
+    if not len(above):
+        return float("inf")
+    first = above[0]
+    return float(np.interp(target, mean[first - 1 : first + 1], points[first - 1 : first + 1])) if first else float(points[0])
