@@ -13,7 +13,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-from v05.train.suite import RIVALS, SUITES, TARGET, Row, best_size, counted, in_order, read_csv, summarise
+from v05.train.suite import RIVALS, SUITES, TARGET, Row, best_size, counted, in_order, over_best_rival, read_csv, summarise
 from v05.train.suite_plots import draw_suite
 
 ROOT = Path(__file__).parent.parent
@@ -24,21 +24,28 @@ OURS = ("v05@4..16", "v05@4", "v05@2", "calibrated@2..16", "calibrated@2", "cali
 
 
 def short_table(rows: Sequence[Row]) -> str:
-    """Final accuracy: GRPO at 16, each rival at its best size, and ours; a column for each mix."""
+    """Final accuracy: GRPO at 16, each rival at its best size, and ours; a column for each mix, and how ours compare in all."""
     records = {(r["mix"], r["label"]): r for r in summarise(rows)}
     sizes = counted(rows)
     seeds = {mix: {len(group) for group in sizes[mix].values()} for mix in MIXES}
     counts = {mix: f"{min(seeds[mix])} to {max(seeds[mix])}" if len(seeds[mix]) > 1 else f"{min(seeds[mix])}" for mix in MIXES}
-    lines = _head(["method", *MIXES], ["seeds", *(counts[mix] for mix in MIXES)])
-    lines.append("| GRPO at 16 | " + " | ".join(_accuracy(records.get((mix, TARGET))) for mix in MIXES) + " |")
+    lines = _head(["method", *MIXES, "over each best rival, mean"], ["seeds", *(counts[mix] for mix in MIXES), ""])
+
+    def line(name: str, cells: Sequence[str], label: str) -> None:
+        difference = over_best_rival(rows, label)
+        lines.append(
+            "| " + " | ".join([name, *cells, "" if difference is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference)]) + " |"
+        )
+
+    line("GRPO at 16", [_accuracy(records.get((mix, TARGET))) for mix in MIXES], TARGET)
     for rival in RIVALS:
         best = {mix: best_size(rival, sizes[mix]) for mix in MIXES}
         cells = [
             f"{_accuracy(records.get((mix, best[mix])))} at {str(best[mix]).split('@')[1]}" if best[mix] else "" for mix in MIXES
         ]
-        lines.append(f"| {rival} at its best size | " + " | ".join(cells) + " |")
+        line(f"{rival} at its best size", cells, "")
     for label in OURS:
-        lines.append(f"| {label} | " + " | ".join(_accuracy(records.get((mix, label))) for mix in MIXES) + " |")
+        line(label, [_accuracy(records.get((mix, label))) for mix in MIXES], label)
     return "\n".join(lines) + "\n"
 
 
@@ -60,6 +67,7 @@ def long_tables(rows: Sequence[Row]) -> str:
             "baseline MSE",
             "gradient norm",
             "entropy",
+            "seconds: generate + verify + advantages + update",
         ]
         lines = _head(["method", "rate", "seeds", "accuracy", *versus, *figures])
         for r in records:
@@ -73,6 +81,7 @@ def long_tables(rows: Sequence[Row]) -> str:
                     "" if isnan(r["prior_rejected"]) else f"{r['prior_rejected']:.2f}",
                 ),
                 *(f"{r['baseline_mse']:.4f}", f"{r['grad_norm']:.2f}", f"{r['entropy_after']:.3f}"),
+                " + ".join(f"{r[f'{stage}_seconds']:.1f}" for stage in ("generate", "verify", "advantage", "update")),
             ]
             lines.append("| " + " | ".join(cells) + " |")
         parts.append(f"### {mix}, from {start:.3f}\n\n" + "\n".join(lines) + "\n")

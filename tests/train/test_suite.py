@@ -15,6 +15,7 @@ from v05.train.suite import (
     best_size,
     counted_runs,
     in_order,
+    over_best_rival,
     read_rows,
     row_of,
     summarise,
@@ -153,6 +154,23 @@ def test_summary_compares_with_each_rival_at_its_best(tmp_path):
     assert "over_dapo" not in complete
     assert "over_grpo" not in {r["label"]: r for r in summarise(rows)}["grpo@2"]
     assert all(file.stat().st_size > 10_000 for file in draw_suite(rows, tmp_path))
+
+
+def test_all_mixes_together_against_the_best_rival_of_each():
+    def ends(mix, **successes):
+        return [
+            made_up_row(label, seed, mix=mix, successes=text, accuracies=(0.0, sum(map(int, text)) / 8))
+            for label, text in successes.items()
+            for seed in range(2)
+        ]
+
+    rows = ends("arithmetic", **{"grpo@4": "1100", "dapo@4": "1110", "v05@2": "2210"})
+    rows += ends("hard", **{"grpo@4": "2000", "dapo@4": "1000", "v05@2": "2100"})
+    mean, low, high = over_best_rival(rows, "v05@2")
+    assert mean == pytest.approx((2 / 8 + 1 / 8) / 2)  # of dapo@4 and of grpo@4
+    assert low < mean < high
+    assert over_best_rival(rows, "grpo@4")[0] == pytest.approx(-1 / 16)
+    assert over_best_rival(rows[:-2], "v05@2") is None
 
 
 def test_rows_are_listed_as_the_suite_lists_them():

@@ -355,6 +355,29 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(known)) if known else float("nan")
 
 
+def over_best_rival(rows: Iterable[Row], label: str) -> tuple[float, float, float] | None:
+    """How much higher `label` ends than each mix's best rival at its best size, mean over mixes, and the 95 % interval.
+
+    Resamples seeds, alike in all mixes, and prompts; None where a mix lacks one of the two, or they share no seed.
+    """
+    by_mix = counted(rows)
+    pairs = []
+    for by_label in by_mix.values():
+        best = [size for size in (best_size(rival, by_label) for rival in RIVALS) if size is not None]
+        if label not in by_label or not best:
+            return None
+        ends = {size: float(np.mean([row.accuracy_after for row in by_label[size].values()])) for size in best}
+        pairs.append((by_label[label], by_label[max(best, key=lambda size: ends[size])]))
+    seeds = set.intersection(*({*ours} & {*theirs} for ours, theirs in pairs)) if pairs else set()
+    if not seeds:
+        return None
+    differences = [
+        np.concatenate([ours[seed].prompt_accuracy - theirs[seed].prompt_accuracy for ours, theirs in pairs])
+        for seed in sorted(seeds)
+    ]
+    return float(np.mean(differences)), *bootstrap_interval(differences)
+
+
 def best_size(method: str, by_label: Mapping[str, Mapping[int, Row]]) -> str | None:
     """The label of a method's group size that ended highest, over the seeds that all its sizes have."""
     sizes = {label: group for label, group in by_label.items() if re.fullmatch(rf"{method}@\d+", label)}
