@@ -1,4 +1,4 @@
-# make demo | make test: from a clean clone, with only Python >= 3.10, a C++20 compiler, make and a package index.
+# make demo | make test: from a clean clone, with only Python 3.10 to 3.13, a C++20 compiler, make and a package index.
 PYTHON ?= python3
 VENV ?= .venv
 # Installed first and alone, so that nothing else picks another build of it, with the Triton that belongs to it. Where the package
@@ -22,7 +22,7 @@ help:  ## this list
 setup: $(VENV)/.ready  ## virtual environment with everything the demo and the tests need
 
 $(VENV)/.torch:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "v05 needs Python 3.10 or newer; pass PYTHON=...")'
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13) and "v05 needs Python 3.10 to 3.13; pass PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from scipy.special import comb
 from transformers import AutoConfig
 
+from v05.files import explained
 from v05.rollout import ATTEMPTS, Completion, Failure, Request, RolloutEngine
 from v05.rollout.scheduler import VERIFIER_GLANCE
 from v05.rollout.transformers_engine import TransformersEngine
@@ -32,7 +33,6 @@ from v05.rollout.verifier import Item, Verifier
 from v05.tasks import Prompt
 from v05.tasks.jsonl import read_answer, verify_answer
 from v05.train.curves import bootstrap_interval
-from v05.train.files import explained
 from v05.train.metrics import write_json
 from v05.train.policy import load_policy, load_tokenizer
 

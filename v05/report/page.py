@@ -17,8 +17,8 @@ from pathlib import Path
 
 import plotly.offline
 
+from v05.files import explained
 from v05.report.figures import Document
-from v05.train.files import explained
 from v05.train.metrics import plain_json
 
 # A colour a method; its variants are lighter and darker. The second is for dark surroundings.

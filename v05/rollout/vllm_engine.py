@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from v05.files import explained
 from v05.rollout import Completion, Failure, Request, decode, refuse_update_in_flight
-from v05.train.files import explained
 
 NO_ANSWER = (OSError, http.client.HTTPException, ValueError)  # refused, no connection, an answer cut short, another's answer
 

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from v05 import __version__
-from v05.train.files import explained, flush
+from v05.files import explained, flush
 
 FORMAT = 1  # of the files; a new number refuses nothing old but is refused by what is older
 KEPT = 2  # checkpoints in a run directory

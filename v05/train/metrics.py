@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from v05.files import explained, flush
 from v05.train.config import RunConfig, label_of
-from v05.train.files import explained, flush
 
 METRICS, CONFIG, RESULT, OUTCOMES = "metrics.jsonl", "config.json", "result.json", "outcomes"
 

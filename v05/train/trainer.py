@@ -42,6 +42,7 @@ import torch
 from numpy.typing import NDArray
 
 from v05.budget import RolloutAllocator
+from v05.files import explained, flush
 from v05.methods import Baseline, find_method
 from v05.ops import AdvantageOutput, AdvantageStats, fused_advantage
 from v05.prior import ConstantPrior, NoisePrior, ValuePrior
@@ -73,7 +74,6 @@ from v05.train.distributed import (
     whole_parameters,
 )
 from v05.train.engine import make_engine, make_verifier, sync_weights
-from v05.train.files import explained, flush
 from v05.train.loss import importance_weights, mismatch, policy_loss, rollout_weights, token_weights
 from v05.train.metrics import CONFIG, RESULT, MetricsLog, refuse_to_overwrite, write_json, write_outcomes
 from v05.train.policy import load_policy, policy_folder
