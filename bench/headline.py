@@ -13,7 +13,19 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-from v05.train.suite import RIVALS, SUITES, TARGET, Row, best_size, counted, in_order, over_best_rival, read_csv, summarise
+from v05.train.suite import (
+    RIVALS,
+    SUITES,
+    TARGET,
+    Row,
+    best_size,
+    counted,
+    difference,
+    in_order,
+    over_best_rival,
+    read_csv,
+    summarise,
+)
 from v05.train.suite_plots import draw_suite
 
 ROOT = Path(__file__).parent.parent
@@ -32,10 +44,7 @@ def short_table(rows: Sequence[Row]) -> str:
     lines = _head(["method", *MIXES, "over each best rival, mean"], ["seeds", *(counts[mix] for mix in MIXES), ""])
 
     def line(name: str, cells: Sequence[str], label: str) -> None:
-        difference = over_best_rival(rows, label)
-        lines.append(
-            "| " + " | ".join([name, *cells, "" if difference is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference)]) + " |"
-        )
+        lines.append("| " + " | ".join([name, *cells, difference(over_best_rival(rows, label), "over_best")]) + " |")
 
     line("GRPO at 16", [_accuracy(records.get((mix, TARGET))) for mix in MIXES], TARGET)
     for rival in RIVALS:
@@ -73,14 +82,18 @@ def long_tables(rows: Sequence[Row]) -> str:
         for r in records:
             cells = [
                 *(r["label"], f"{r['learning_rate']:g}", str(len(r["seeds"])), _accuracy(r)),
-                *(_difference(r, f"over_{rival}") for rival in RIVALS),
+                *(difference(r, f"over_{rival}") for rival in RIVALS),
                 *(_reached(r, axis) for axis in ("rollouts", "tokens")),
                 *(
                     f"{r['group_size']:.1f}",
                     f"{r['steps']:.0f}",
                     "" if isnan(r["prior_rejected"]) else f"{r['prior_rejected']:.2f}",
                 ),
-                *(f"{r['baseline_mse']:.4f}", f"{r['grad_norm']:.2f}", f"{r['entropy_after']:.3f}"),
+                *(
+                    "" if isnan(r["baseline_mse"]) else f"{r['baseline_mse']:.4f}",
+                    f"{r['grad_norm']:.2f}",
+                    f"{r['entropy_after']:.3f}",
+                ),
                 " + ".join(f"{r[f'{stage}_seconds']:.1f}" for stage in ("generate", "verify", "advantage", "update")),
             ]
             lines.append("| " + " | ".join(cells) + " |")
@@ -95,10 +108,6 @@ def _head(columns: Sequence[str], *under: Sequence[str]) -> list[str]:
 
 def _accuracy(record: dict[str, Any] | None) -> str:
     return "" if record is None else f"{record['accuracy_after']:.3f} [{record['accuracy_low']:.3f}, {record['accuracy_high']:.3f}]"
-
-
-def _difference(record: dict[str, Any], name: str) -> str:
-    return f"{record[name]:+.3f} [{record[f'{name}_low']:+.3f}, {record[f'{name}_high']:+.3f}]" if name in record else ""
 
 
 def _reached(record: dict[str, Any], axis: str) -> str:

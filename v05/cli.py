@@ -715,7 +715,7 @@ def _run_suite(name: str, seeds: int | None, rollouts: int | None, out: Path, jo
 
 def _suite_tables(records: list[dict[str, Any]]) -> Iterator[Table]:
     """One for each mix."""
-    from v05.train.suite import RIVALS, TARGET
+    from v05.train.suite import RIVALS, TARGET, difference
 
     for mix in dict.fromkeys(record["mix"] for record in records):
         group = [record for record in records if record["mix"] == mix]
@@ -741,18 +741,14 @@ def _suite_tables(records: list[dict[str, Any]]) -> Iterator[Table]:
                 r["label"],
                 f"{r['learning_rate']:g}",
                 f"{r['accuracy_after']:.3f} [{r['accuracy_low']:.3f}, {r['accuracy_high']:.3f}]",
-                *(_difference(r, f"over_{rival}") for rival in RIVALS),
+                *(difference(r, f"over_{rival}") for rival in RIVALS),
                 _rollouts(r["rollouts_to_grpo"]) if "rollouts_to_grpo" in r else "",
                 f"{r['group_size']:.1f}",
-                "" if isnan(r["prior_rejected"]) else f"{r['prior_rejected']:.2f}",
-                f"{r['baseline_mse']:.4f}",
+                _known(r["prior_rejected"], ".2f"),
+                _known(r["baseline_mse"], ".4f"),
                 f"{r['entropy_after']:.3f}",
             )
         yield table
-
-
-def _difference(record: dict[str, Any], name: str) -> str:
-    return f"{record[name]:+.3f} [{record[f'{name}_low']:+.3f}, {record[f'{name}_high']:+.3f}]" if name in record else ""
 
 
 def _report(configs: dict[str, RunConfig], out: Path, json_file: Path | None) -> None:
@@ -780,7 +776,8 @@ def _table(methods: list[dict[str, Any]]) -> Table:
 
     start = sum(m["accuracy_before"] for m in methods) / len(methods)
     table = Table(
-        title=f"held-out accuracy from {start:.3f} at equal training rollouts; {len(methods[0]['seeds'])} seeds, 95 % intervals"
+        title=f"held-out accuracy from {start:.3f} at equal training rollouts; "
+        f"up to {max(len(m['seeds']) for m in methods)} seeds, 95 % intervals"
     )
     reference = next((m["label"] for m in methods if m["method"] == BASELINE), None)
     versus = [] if reference is None else [f"gain over {reference}", f"rollouts to {reference}'s final"]
@@ -795,13 +792,18 @@ def _table(methods: list[dict[str, Any]]) -> Table:
             f"{m['accuracy_after']:.3f} [{m['accuracy_low']:.3f}, {m['accuracy_high']:.3f}]",
             *([gain, f"{reached} [{low}, {high}]"] if versus else []),
             f"{m['rollouts']:,.0f}",
-            f"{m['baseline_mse']:.4f}",
+            _known(m["baseline_mse"], ".4f"),
             f"{m['grad_norm']:.3f} ± {m['grad_norm_std']:.3f}",
             f"{m['entropy_after']:.3f}",
             f"{m['group_size']:.1f}",
             f"{m['seconds']:.0f}",
         )
     return table
+
+
+def _known(value: float, form: str) -> str:
+    """Nothing for NaN, where a method has no such figure."""
+    return "" if isnan(value) else f"{value:{form}}"
 
 
 def _rollouts(count: float | None) -> str:

@@ -53,7 +53,7 @@ def test_dapos_filter_reads_the_verifiers_score():
         priors=np.full(2, np.nan),
         offsets=np.array([0, 2, 4]),
         rewards=np.array([1.0, 1.0, 1.0, 0.0]),
-        completions=[Completion(np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.float32), True) for n in lengths],
+        completions=[Completion(np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.float32), n < 8) for n in lengths],
         invalid=0,
         failures=[],
         in_flight=0.0,

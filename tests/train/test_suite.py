@@ -14,6 +14,7 @@ from v05.train.suite import (
     append_row,
     best_size,
     counted_runs,
+    difference,
     in_order,
     over_best_rival,
     read_rows,
@@ -94,8 +95,10 @@ def test_tuning_sees_no_prompt_that_counts(mix):
 @pytest.mark.parametrize("mix", HEADLINE.mixes)
 def test_no_right_answer_is_punished_for_its_length(mix):
     config = run_config(mix, "dapo")
-    lengths = [len(prompt.answer) + 1 for prompt in heldout_set(make_task(config.task), 1024)]  # a token a character, and the end
-    assert max(lengths) <= config.policy.max_new_tokens - config.overlong.buffer
+    limit = config.policy.max_new_tokens
+    lengths = [len(prompt.answer) for prompt in heldout_set(make_task(config.task), 4096)]  # a token a character
+    assert max(lengths) + 1 <= limit  # and the end
+    assert max(lengths) <= limit - config.overlong.tokens(limit)
 
 
 def test_tuning_takes_the_rate_whose_end_is_highest():
@@ -166,11 +169,13 @@ def test_all_mixes_together_against_the_best_rival_of_each():
 
     rows = ends("arithmetic", **{"grpo@4": "1100", "dapo@4": "1110", "v05@2": "2210"})
     rows += ends("hard", **{"grpo@4": "2000", "dapo@4": "1000", "v05@2": "2100"})
-    mean, low, high = over_best_rival(rows, "v05@2")
-    assert mean == pytest.approx((2 / 8 + 1 / 8) / 2)  # of dapo@4 and of grpo@4
-    assert low < mean < high
-    assert over_best_rival(rows, "grpo@4")[0] == pytest.approx(-1 / 16)
-    assert over_best_rival(rows[:-2], "v05@2") is None
+    record = over_best_rival(rows, "v05@2")
+    assert record["over_best"] == pytest.approx((2 / 8 + 1 / 8) / 2)  # of dapo@4 and of grpo@4
+    assert record["over_best_low"] < record["over_best"] < record["over_best_high"]
+    assert over_best_rival(rows, "grpo@4")["over_best"] == pytest.approx(-1 / 16)
+    assert over_best_rival(rows[:-2], "v05@2") == {}
+    assert difference(record, "over_best").startswith("+0.188 [")
+    assert difference(over_best_rival(rows[::2], "v05@2"), "over_best") == "+0.188"  # one seed has no interval
 
 
 def test_rows_are_listed_as_the_suite_lists_them():

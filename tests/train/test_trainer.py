@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from v05 import reference
 from v05.methods import METHODS, Calibration
 from v05.prior import NoisePrior
 from v05.prior.v0.logs import read_logs
+from v05.rollout import Completion
 from v05.stopping import path_counting_advantages
 from v05.train import trainer as trainer_module
 from v05.train.config import BudgetConfig, LossConfig, OptimizerConfig, OverlongConfig, RunConfig, label_of, run_config
@@ -44,14 +46,18 @@ def untimed(directory):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_to_its_budget(method, tmp_path):
-    result = train(run_config("smoke", method), tmp_path)
+    config = run_config("smoke", method)
+    result = train(config, tmp_path)
     steps = read_metrics(tmp_path, "step")
-    assert result["rollouts"] >= 256
+    assert result["rollouts"] > 256 - 64 / 2
+    if not config.max_refills:
+        assert min(step["prompts"] for step in steps) >= 64 / 2 / config.budget.maximum  # no step of what is left over
     assert result["rollouts"] == steps[-1]["rollouts"] == sum(s["spent"] for s in steps)
     assert result["steps"] == len(steps)
     assert sum(result["heldout_successes"]) / (16 * 2) == result["accuracy_after"]
     assert next(e["rollouts"] for e in read_metrics(tmp_path, "evaluation")) == 0
-    assert read_metrics(tmp_path, "probe")
+    assert bool(read_metrics(tmp_path, "probe")) != config.budget.unbiased
+    assert read_metrics(tmp_path, "evaluation")[-1]["rollouts"] == result["rollouts"]
     assert (tmp_path / "policy" / "model.safetensors").is_file()
     assert RunConfig.model_validate_json((tmp_path / "config.json").read_text()) == run_config("smoke", method)
     assert all(math.isfinite(e["entropy"]) for e in read_metrics(tmp_path, "evaluation"))
@@ -142,6 +148,34 @@ def test_steps_record_what_their_groups_came_to(method, tmp_path):
     assert read_metrics(tmp_path, "evaluation")[-1]["generated_tokens"] == tokens[-1]
 
 
+@pytest.mark.parametrize("method", ["rloo@4", "grpo@4", "calibrated@2", "prior@1"])
+def test_the_probed_baseline_is_the_one_that_was_subtracted(method, tmp_path, monkeypatch):
+    """Rewards and truth made up: what is logged is the error of the group's other rewards, its mean, or the prior."""
+    config = run_config("smoke", method, evaluation={"probe_prompts": 4, "probe_samples": 2, "prompts": 4, "evaluations": 1})
+    trainer = Trainer(config, tmp_path, print)
+    step = trainer.sample
+
+    def sample():
+        batch, thrown_away = step()
+        batch.rewards[:] = np.arange(len(batch.rewards)) % 2
+        if trainer.method.needs_prior:
+            batch.priors[:] = 0.3
+        return batch, thrown_away
+
+    monkeypatch.setattr(trainer, "sample", sample)
+    monkeypatch.setattr(trainer, "true_rewards", lambda prompts, samples, seed: (np.full((len(prompts), samples), 0.25), []))
+    trainer.step(probe=True)
+    (probe,) = read_metrics(tmp_path, "probe")
+    alone, _ = reference.fused_advantage([0.0, 1.0], [0, 0], [0.3], method="calibrated", leave_one_out=True)  # as in the first step
+    expected = {
+        "rloo@4": np.mean([(2 / 3 - 0.25) ** 2, (1 / 3 - 0.25) ** 2]),  # of a reward 0 and of a reward 1
+        "grpo@4": 0.25**2,
+        "prior@1": 0.05**2,
+        "calibrated@2": np.mean(([0.0, 1.0] - alone - 0.25) ** 2),
+    }[method]
+    assert probe["baseline_mse"] == pytest.approx(expected)
+
+
 def test_completions_are_recorded_after_evaluations(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer_module, "SAMPLED_CHARACTERS", 4)
     config = run_config("smoke", "v05", total_rollouts=64 * 6)
@@ -197,15 +231,14 @@ def test_nothing_but_equal_groups_is_survived(cap, tmp_path):
     steps = read_metrics(tmp_path, "step")
     assert all(s["prompts"] == 0 and s["thrown_away"] == s["spent"] for s in steps)
     assert all(s["grad_norm"] is None for s in steps)
-    assert steps[-1]["rollouts"] >= config.total_rollouts
+    assert steps[-1]["rollouts"] > config.total_rollouts - config.rollouts_per_step / 2
 
 
 def test_overlong_shaping_is_daposs_ramp():
-    class Completion:
-        def __init__(self, length):
-            self.tokens = np.zeros(length)
+    def completion(length, finished=True):
+        return Completion(np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.float32), finished)
 
-    completions = [Completion(n) for n in (1, 6, 7, 8)]
+    completions = [completion(1), completion(7), completion(8), completion(8, finished=False)]  # the end does not count
     shaped = shaped_rewards(np.ones(4), completions, OverlongConfig(buffer=2), limit=8)
     assert shaped.tolist() == [1.0, 1.0, 0.5, 0.0]
     assert shaped_rewards(np.ones(4), completions, None, limit=8).tolist() == [1.0] * 4
@@ -347,6 +380,13 @@ def test_specs_and_presets():
     assert label_of(run_config("tiny", "calibrated")) == "calibrated@4..16"
     assert run_config("tiny", "calibrated@2..16").budget == BudgetConfig(rule="calibrated", initial=2, maximum=16, unbiased=True)
     assert label_of(run_config("tiny", "calibrated@2..16~3.5")) == "calibrated@2..16~3.5"
+    assert run_config("tiny", "v05@4..16+weighting=rollout").loss == LossConfig(clip_high=0.28, group_weighting="rollout")
+    assert run_config("tiny", "grpo@16+clip=10").optimizer == OptimizerConfig(max_grad_norm=10)
+    for spec in ("v05@4..16+weighting=rollout", "grpo@16+clip=10", "v05@4..16+noise+cost=0.01+weighting=rollout+clip=2"):
+        assert label_of(run_config("tiny", spec)) == spec
+    assert [OverlongConfig().tokens(limit) for limit in (6, 512)] == [1, 32]
+    with pytest.raises(ValueError, match="max_refills=3: the prior of method='v05' would only see groups of mixed rewards"):
+        run_config("tiny", "v05", max_refills=3)
     assert run_config("tiny", "v05@2..16~4").budget == BudgetConfig(rule="total", initial=2, maximum=16, mean=4.0)
     with pytest.raises(ValueError, match="overlong: shaped rewards leave"):
         run_config("tiny", "v05", overlong=OverlongConfig())

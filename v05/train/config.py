@@ -98,7 +98,11 @@ class OptimizerConfig(Settings):
 class OverlongConfig(Settings):
     """DAPO's soft overlong punishment: 0 up to max_new_tokens - buffer tokens, then falling linearly to -1 at max_new_tokens."""
 
-    buffer: int = Field(default=1, ge=1)
+    buffer: int | None = Field(default=None, ge=1, description="None is a sixteenth of max_new_tokens, 1 at least")
+
+    def tokens(self, max_new_tokens: int) -> int:
+        """The buffer under this limit."""
+        return max(1, max_new_tokens // 16) if self.buffer is None else self.buffer
 
 
 class VerifierConfig(Settings):
@@ -200,13 +204,18 @@ class RunConfig(Settings):
             raise ValueError(
                 f"budget.mean={budget.mean} is not between budget.initial={budget.initial} and budget.maximum={budget.maximum}"
             )
-        if self.overlong is not None and self.overlong.buffer >= self.policy.max_new_tokens:
+        if self.overlong is not None and self.overlong.tokens(self.policy.max_new_tokens) >= self.policy.max_new_tokens:
             raise ValueError(
-                f"overlong.buffer={self.overlong.buffer} leaves no length unpunished under "
+                f"overlong.buffer={self.overlong.tokens(self.policy.max_new_tokens)} leaves no length unpunished under "
                 f"policy.max_new_tokens={self.policy.max_new_tokens}; make it smaller"
             )
         if self.overlong is not None and find_method(self.method).needs_prior:
             raise ValueError(f"overlong: shaped rewards leave the (0, 1) of method={self.method!r}'s prior; leave overlong out")
+        if self.max_refills and method.needs_prior:
+            raise ValueError(
+                f"max_refills={self.max_refills}: the prior of method={self.method!r} would only see groups of mixed rewards; "
+                "leave it out"
+            )
         if self.prior != "history" and not method.needs_prior:
             raise ValueError(f"prior={self.prior!r}: method={self.method!r} has none; leave it out")
         if budget.cost is not None and budget.rule not in ("osla", "calibrated"):
@@ -317,7 +326,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 SPEC = re.compile(
     r"(?P<method>\w+)(@(?P<initial>\d+)(\.\.(?P<maximum>\d+)(~(?P<mean>\d+(\.\d+)?))?)?)?"
-    r"(\+(?P<prior>[a-z]\w*))?(\+cost=(?P<cost>[\d.e-]+))?"
+    r"(\+(?P<prior>[a-z]\w*))?(\+cost=(?P<cost>[\d.e-]+))?(\+weighting=(?P<weighting>\w+))?(\+clip=(?P<clip>[\d.]+))?"
 )
 
 
@@ -327,8 +336,9 @@ def run_config(preset: str, spec: str, **overrides: Any) -> RunConfig:
     Args:
         preset: a name of `PRESETS`.
         spec: "v05", the recipe as it is; "v05@4", exactly 4 rollouts a prompt; "v05@4..16", 4 and up to 16 by the method's
-            sequential test; "v05@4..16~6", 4 and up to 16, 6 on average, where most is gained. Then, if need be, a prior and
-            the cost of a rollout in the test: "v05@4..16+oracle", "v05@4..16+cost=0.01".
+            sequential test; "v05@4..16~6", 4 and up to 16, 6 on average, where most is gained. Then, if need be and in this order,
+            a prior, the cost of a rollout in the test, loss.group_weighting and optimizer.max_grad_norm: "v05@4..16+oracle",
+            "v05@4..16+cost=0.01", "v05@4..16+weighting=rollout", "grpo@16+clip=10".
         overrides: replace top-level fields of the run.
 
     Raises:
@@ -340,7 +350,7 @@ def run_config(preset: str, spec: str, **overrides: Any) -> RunConfig:
     if parts is None:
         raise ValueError(
             f"method={spec!r} is malformed; write a method, method@4, method@4..16 or method@4..16~6, "
-            "then +PRIOR and +cost=NUMBER if need be"
+            "then +PRIOR, +cost=NUMBER, +weighting=NAME and +clip=NUMBER if need be"
         )
     method = find_method(parts["method"]).name
     fields = {**PRESETS[preset], **RECIPES[method], "method": method, **overrides}
@@ -354,6 +364,10 @@ def run_config(preset: str, spec: str, **overrides: Any) -> RunConfig:
         fields["prior"] = parts["prior"]
     if parts["cost"]:
         fields["budget"] = {**fields["budget"], "cost": parts["cost"]}
+    if parts["weighting"]:
+        fields["loss"] = {**fields.get("loss", {}), "group_weighting": parts["weighting"]}
+    if parts["clip"]:
+        fields["optimizer"] = {**fields.get("optimizer", {}), "max_grad_norm": parts["clip"]}
     return RunConfig.model_validate(fields)
 
 
@@ -363,13 +377,16 @@ def digest(config: RunConfig) -> str:
 
 
 def label_of(config: RunConfig) -> str:
-    """A run's method, group size, prior and cost, as `run_config` reads them back: "v05@4..16"."""
+    """A run's method, group size and what else `run_config` reads back, where it is not the recipe's: "v05@4..16+oracle"."""
     budget = config.budget
     maximum = "" if budget.rule == "uniform" else f"..{budget.maximum}"
     mean = "" if budget.mean is None else f"~{budget.mean:g}"
     prior = "" if config.prior == "history" else f"+{config.prior}"
     cost = "" if budget.cost is None else f"+cost={budget.cost:g}"
-    return f"{config.method}@{budget.initial}{maximum}{mean}{prior}{cost}"
+    weighting, clip = config.loss.group_weighting, config.optimizer.max_grad_norm
+    weighting_part = "" if weighting == LossConfig().group_weighting else f"+weighting={weighting}"
+    clip_part = "" if clip == OptimizerConfig().max_grad_norm else f"+clip={clip:g}"
+    return f"{config.method}@{budget.initial}{maximum}{mean}{prior}{cost}{weighting_part}{clip_part}"
 
 
 assert RECIPES.keys() == METHODS.keys(), "every method has a recipe"

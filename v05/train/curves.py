@@ -18,7 +18,7 @@ Curve = tuple[Array, Array]  # of one seed: (E,) what was spent at each evaluati
 
 @dataclass(frozen=True)
 class Reached:
-    """Where a mean curve reaches a target and the 95 % interval of that over seeds; None is never."""
+    """From where on a mean curve stays at a target or above, and the 95 % interval of that over seeds; None is never."""
 
     at: float | None
     low: float | None
@@ -53,7 +53,10 @@ def mean_curve(curves: Sequence[Curve]) -> tuple[Array, Array, Array]:
 
 
 def reaching(curves: Sequence[Curve], targets: Sequence[float]) -> Reached:
-    """Where the mean of `curves` first reaches the mean of `targets`. Both list the same seeds, which are resampled in pairs."""
+    """From where on the mean of `curves` stays at the mean of `targets` or above: a first crossing would count its luckiest moment.
+
+    Both list the same seeds, which are resampled in pairs.
+    """
     rng = np.random.default_rng(0)
     draws = []
     for _ in range(BOOTSTRAP_DRAWS // 4):
@@ -65,10 +68,12 @@ def reaching(curves: Sequence[Curve], targets: Sequence[float]) -> Reached:
 
 
 def _crossing(curves: Sequence[Curve], target: float) -> float:
-    """Where the mean curve first is at `target` or above; infinity if it never is."""
+    """From where on the mean curve is at `target` or above; infinity if it ends below."""
     points, mean, _ = mean_curve(curves)
-    above = np.flatnonzero(mean >= target - ROUNDING)
-    if not len(above):
+    below = np.flatnonzero(mean < target - ROUNDING)
+    if not len(below):
+        return float(points[0])
+    last = below[-1]
+    if last == len(mean) - 1:
         return float("inf")
-    first = above[0]
-    return float(np.interp(target, mean[first - 1 : first + 1], points[first - 1 : first + 1])) if first else float(points[0])
+    return float(np.interp(target, mean[last : last + 2], points[last : last + 2]))

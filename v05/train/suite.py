@@ -64,7 +64,7 @@ SUITES = {
         tuned={f"{rival}@{small}": (f"{rival}@{small // 2}", f"{rival}@{small}") for rival in RIVALS for small in (4, 16)}
         | {
             "v05@4": ("v05@2", "v05@4"),
-            "v05@4..16": ("v05@4..16", "v05@4..16+oracle", "v05@4..16+noise"),
+            "v05@4..16": ("v05@4..16", "v05@4..16+oracle", "v05@4..16+noise", "v05@4..16+weighting=rollout"),
             "calibrated@2": ("calibrated@1", "calibrated@2", "calibrated@4"),
             "calibrated@2..16": ("calibrated@1..16", "calibrated@2..16"),
             "prior@1": ("prior@1",),
@@ -74,6 +74,8 @@ SUITES = {
             "v05@4..16": ("v05@4..16+cost=0.00123", "v05@4..16+cost=0.0123"),  # a decade around 1/256
             "calibrated@2": ("calibrated@4+noise",),
             "dr_grpo@4": ("rloo@4",),
+            "grpo@16": ("grpo@16+clip=10",),
+            "dapo@16": ("dapo@16+clip=10",),
         },
         learning_rates=(3e-5, 1e-4, 3e-4, 1e-3),
         rollouts=24_576,
@@ -313,11 +315,11 @@ def counted(rows: Iterable[Row]) -> dict[str, dict[str, dict[int, Row]]]:
 def summarise(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """One record per mix and label of the runs that count, in the order of the rows; figures unrounded.
 
-    Besides the means of the rows: `seeds`, `accuracy_low`, `accuracy_high` (resampling seeds and prompts), `gain` over the start,
-    and for every rival method the difference to it at the group size where it did best, on the seeds that both have
-    (`over_grpo`, `_low`, `_high`, `_size`): choosing the rival's best afterwards favours the rival. `rollouts_to_grpo` is where
-    the mean curve, straight between evaluations, reaches the final accuracy of grpo@16, on the seeds that both have, None where it
-    does not; with two seeds or more `_low` and `_high` are its 95 % interval. `tokens_to_grpo` is the same in generated tokens.
+    Besides the means of the rows: `seeds`, `accuracy_low`, `accuracy_high` (resampling seeds and prompts), and for every rival
+    method the difference to it at the group size where it did best, on the seeds that both have (`over_grpo`, `_size`): choosing
+    the rival's best afterwards favours the rival. `rollouts_to_grpo` is where the mean curve, straight between evaluations,
+    reaches the final accuracy of grpo@16 for good, on the seeds that both have, None where it does not; `tokens_to_grpo` is the
+    same in generated tokens. With two seeds or more `_low` and `_high` are their 95 % intervals.
     """
     return [_record(mix, label, by_label) for mix, by_label in counted(rows).items() for label in by_label]
 
@@ -329,7 +331,7 @@ def _record(mix: str, label: str, by_label: Mapping[str, Mapping[int, Row]]) -> 
     low, high = bootstrap_interval([row.prompt_accuracy for row in rows])
     record: dict[str, Any] = {"mix": mix, "label": label, "seeds": sorted(group)}
     record |= {name: _mean([float(getattr(row, name)) for row in rows]) for name in numbers}
-    record |= {"gain": record["accuracy_after"] - record["accuracy_before"], "accuracy_low": low, "accuracy_high": high}
+    record |= {"accuracy_low": low, "accuracy_high": high}
     for rival in RIVALS:
         size = best_size(rival, by_label)
         if size is None or size == label:
@@ -337,15 +339,15 @@ def _record(mix: str, label: str, by_label: Mapping[str, Mapping[int, Row]]) -> 
         pairs = [(group[seed], by_label[size][seed]) for seed in group if seed in by_label[size]]
         if pairs:
             differences = [a.prompt_accuracy - b.prompt_accuracy for a, b in pairs]
-            low, high = bootstrap_interval(differences)
             record |= {f"over_{rival}": float(np.mean(differences)), f"over_{rival}_size": size}
-            record |= {f"over_{rival}_low": low, f"over_{rival}_high": high}
+            if len(pairs) > 1:  # one seed says nothing of the others, which differ more than prompts do
+                record[f"over_{rival}_low"], record[f"over_{rival}_high"] = bootstrap_interval(differences)
     target = by_label.get(TARGET, {})
     both = sorted(group.keys() & target.keys())
     for axis in ("rollouts", "tokens") if both else ():
         reached = reaching([group[seed].accuracy_over(axis) for seed in both], [target[seed].accuracy_after for seed in both])
         record[f"{axis}_to_grpo"] = reached.at
-        if len(both) > 1:  # one seed says nothing of the others
+        if len(both) > 1:
             record |= {f"{axis}_to_grpo_low": reached.low, f"{axis}_to_grpo_high": reached.high}
     return record
 
@@ -355,27 +357,39 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(known)) if known else float("nan")
 
 
-def over_best_rival(rows: Iterable[Row], label: str) -> tuple[float, float, float] | None:
-    """How much higher `label` ends than each mix's best rival at its best size, mean over mixes, and the 95 % interval.
+def over_best_rival(rows: Iterable[Row], label: str) -> dict[str, float]:
+    """How much higher `label` ends than each mix's best rival at its best size, mean over mixes: `over_best`, and with two seeds or
+    more `_low` and `_high`, its 95 % interval, resampling seeds, alike in all mixes, and prompts.
 
-    Resamples seeds, alike in all mixes, and prompts; None where a mix lacks one of the two, or they share no seed.
+    Empty where a mix lacks one of the two, or they share no seed.
     """
     by_mix = counted(rows)
     pairs = []
     for by_label in by_mix.values():
         best = [size for size in (best_size(rival, by_label) for rival in RIVALS) if size is not None]
         if label not in by_label or not best:
-            return None
+            return {}
         ends = {size: float(np.mean([row.accuracy_after for row in by_label[size].values()])) for size in best}
         pairs.append((by_label[label], by_label[max(best, key=lambda size: ends[size])]))
     seeds = set.intersection(*({*ours} & {*theirs} for ours, theirs in pairs)) if pairs else set()
     if not seeds:
-        return None
+        return {}
     differences = [
         np.concatenate([ours[seed].prompt_accuracy - theirs[seed].prompt_accuracy for ours, theirs in pairs])
         for seed in sorted(seeds)
     ]
-    return float(np.mean(differences)), *bootstrap_interval(differences)
+    record = {"over_best": float(np.mean(differences))}
+    if len(seeds) > 1:
+        record["over_best_low"], record["over_best_high"] = bootstrap_interval(differences)
+    return record
+
+
+def difference(record: Mapping[str, Any], name: str) -> str:
+    """A difference of such a record as tables show it, with its interval: "+0.010 [-0.002, +0.021]"."""
+    if name not in record:
+        return ""
+    interval = f" [{record[f'{name}_low']:+.3f}, {record[f'{name}_high']:+.3f}]" if f"{name}_low" in record else ""
+    return f"{record[name]:+.3f}{interval}"
 
 
 def best_size(method: str, by_label: Mapping[str, Mapping[int, Row]]) -> str | None:

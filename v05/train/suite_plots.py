@@ -25,7 +25,12 @@ COLOURS = {
     "calibrated": "#d62728",
 }
 
-PRIORS = (("", "*", " with a test"), (r"\+oracle", "^", ", true prior"), (r"\+noise", "x", ", noise"))  # of a budget with a test
+VARIANTS = (  # of a budget with a test
+    ("", "*", " with a test"),
+    (r"\+oracle", "^", ", true prior"),
+    (r"\+noise", "x", ", noise"),
+    (r"\+weighting=rollout", "P", ", rollouts alike"),
+)
 
 ByLabel = Mapping[str, Mapping[int, Row]]
 
@@ -42,7 +47,7 @@ def draw_suite(rows: Sequence[Row], directory: Path) -> list[Path]:
 
 def _group_sizes(mixes: Mapping[str, ByLabel], file: Path) -> Path:
     """Final accuracy over rollouts a prompt: a line for a method's fixed sizes, a star where a test decides, by a prior that is
-    learnt, true or noise."""
+    learnt, true or noise, and where rollouts and not prompts weigh alike."""
     figure, panels = plt.subplots(1, len(mixes), figsize=(4.6 * len(mixes), 4.4), squeeze=False, layout="constrained")
     for axes, (mix, by_label) in zip(panels[0], mixes.items(), strict=True):
         for method, colour in COLOURS.items():
@@ -50,8 +55,8 @@ def _group_sizes(mixes: Mapping[str, ByLabel], file: Path) -> Path:
             fixed.sort(key=lambda label: int(label.split("@")[1]))
             tested = rf"{method}@\d+\.\.\d+"
             kinds = [(fixed, "o", 5, "-", "")]
-            for prior, marker, meaning in PRIORS:
-                labels = [label for label in by_label if re.fullmatch(tested + prior, label)]
+            for variant, marker, meaning in VARIANTS:
+                labels = [label for label in by_label if re.fullmatch(tested + variant, label)]
                 kinds.append((labels, marker, 11 if marker == "*" else 7, "none", meaning))
             for labels, marker, size, line, meaning in kinds:
                 if not labels:

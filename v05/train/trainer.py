@@ -16,7 +16,8 @@ Departures from the published algorithms:
 - GRPO (arXiv 2402.03300): no KL term by default (as DAPO and Dr. GRPO); one update a step, so ratios start at 1.
 - DAPO (arXiv 2503.14476): groups whose rewards are all equal are replaced by fresh prompts, as many as are missing and at most
   `max_refills` times; the paper draws whole batches without end. What is thrown away counts as rollouts spent. The filter reads
-  the verifier's reward, not the shaped one. Overlong shaping scales with this task's lengths.
+  the verifier's reward, not the shaped one. Overlong shaping starts a sixteenth of the length limit before its end (the paper: a
+  fifth), and does not count the token that ends a completion.
 - V_0.5 (arXiv 2603.10848): the prior is by default learnt from the run's own rollouts (v05.prior.history) instead of a pre-trained
   value model, and starts knowing nothing. With prior = "v0" it is one (v05.prior.v0); its context is empty in the first step, whose
   groups have no prior.
@@ -43,7 +44,7 @@ from numpy.typing import NDArray
 
 from v05.budget import RolloutAllocator
 from v05.files import explained, flush
-from v05.methods import Baseline, find_method
+from v05.methods import Baseline, Scale, find_method
 from v05.ops import AdvantageOutput, AdvantageStats, fused_advantage
 from v05.prior import ConstantPrior, NoisePrior, ValuePrior
 from v05.prior.calibration import Calibrator
@@ -252,12 +253,12 @@ class Trainer:
                 state.accuracy_before, _ = self.evaluate()
                 state.accuracy = state.accuracy_before
             yield self.progress()
-            while state.rollouts < config.total_rollouts:
+            while self.rollouts_of_step():
                 probe = state.steps == 0 or state.successes is not None  # the step after an evaluation
                 self.step(probe)
                 state.successes = None
                 passed = state.rollouts * config.evaluation.evaluations // config.total_rollouts
-                if passed > state.evaluations:
+                if passed > state.evaluations or not self.rollouts_of_step():
                     state.accuracy, state.successes = self.evaluate()
                     state.evaluations = passed
                 if self.world.broadcast(self.schedule.due()):
@@ -323,23 +324,12 @@ class Trainer:
 
         lengths = torch.tensor([len(c.tokens) for c in batch.completions], dtype=torch.int64)
         mask = torch.arange(config.policy.max_new_tokens) < lengths[:, None]
-        out = fused_advantage(
-            rewards,
-            batch.priors if self.method.needs_prior else None,
-            group_offsets=batch.offsets,
-            response_mask=mask,
-            method=config.method,
-            scale=config.scale,
-            leave_one_out=config.leave_one_out,
-            calibration=None if self.calibrator is None else self.calibrator.calibration,
-            max_rollouts=config.budget.maximum,
-            cost=config.budget.cost,
-            nonfinite="exclude",
-        )
+        out = self.advantages(batch, rewards, config.scale, response_mask=mask)
         unbiased = self.unbiased_advantages(batch, mask) if config.budget.unbiased else None
         advantages = out.advantages if unbiased is None else unbiased
         judged = time.perf_counter()
-        probed = self.probe(batch, out) if probe and config.evaluation.probe_prompts else 0.0
+        # Where paths are counted, no single baseline is subtracted from a reward.
+        probed = self.probe(batch, rewards) if probe and not config.budget.unbiased else 0.0
         updating = time.perf_counter()
         rescored = self.rescore(batch) if self.own_weights or config.loss.importance_cap else None
         update = self.update(batch, advantages, mask, rescored)
@@ -399,6 +389,23 @@ class Trainer:
         if probe:
             self.record_samples(batch, out, advantages[:, 0].tolist())
         state.steps += 1
+
+    def advantages(self, batch: RolloutBatch, rewards: NDArray[np.float64], scale: Scale | None, **layout: Any) -> AdvantageOutput:
+        """By the run's method, from (N,) rewards."""
+        config = self.config
+        return fused_advantage(
+            rewards,
+            batch.priors if self.method.needs_prior else None,
+            group_offsets=batch.offsets,
+            method=config.method,
+            scale=scale,
+            leave_one_out=config.leave_one_out,
+            calibration=None if self.calibrator is None else self.calibrator.calibration,
+            max_rollouts=config.budget.maximum,
+            cost=config.budget.cost,
+            nonfinite="exclude",
+            **layout,
+        )
 
     def record_samples(self, batch: RolloutBatch, out: AdvantageOutput, advantages: Sequence[float]) -> None:
         """Log the step's first groups with their first completions, long texts cut: at most 200,000 characters in all.
@@ -484,11 +491,17 @@ class Trainer:
         if self.sharded:
             load_parameters(self.sampled, whole_parameters(self.model))
 
+    def rollouts_of_step(self) -> int:
+        """What the coming step is to sample; 0 where the run is over, which ends within half a step of its total. Steps of the few
+        prompts that are left would each be a full update, and befall only methods whose groups differ in size."""
+        config, state = self.config, self.state
+        left = config.total_rollouts - state.rollouts
+        return min(config.rollouts_per_step, left) if 2 * left >= config.rollouts_per_step or state.steps == 0 else 0
+
     def sample(self) -> tuple[RolloutBatch, int]:
         """The step's rollouts, and how many were thrown away for giving no signal (DAPO's dynamic sampling)."""
         config = self.config
-        wanted = min(config.rollouts_per_step, config.total_rollouts - self.state.rollouts)
-        missing = max(1, round(wanted / self.state.group_size))
+        missing = max(1, round(self.rollouts_of_step() / self.state.group_size))
         parts: list[RolloutBatch] = []
         thrown_away = 0
         while missing and len(parts) <= config.max_refills:
@@ -680,23 +693,29 @@ class Trainer:
         known = not np.isnan(predicted).any()  # a prior without any outcome yet predicts nothing
         return {f"prior_{name}": score(predicted, rates) if known else float("nan") for name, score in scores.items()}
 
-    def probe(self, batch: RolloutBatch, out: AdvantageOutput) -> float:
-        """Log the baseline's squared error against many fresh rollouts of the same policy; returns the seconds it took.
+    def probe(self, batch: RolloutBatch, rewards: NDArray[np.float64]) -> float:
+        """Log the squared error of each rollout's baseline, averaged within groups, against many fresh rollouts of the same policy;
+        returns the seconds it took.
 
-        The truth's own sampling variance is subtracted, so that the figure is unbiased (and may dip below zero).
+        The baseline is what was subtracted from the reward before any scaling, under leave-one-out another for every rollout. The
+        truth's own sampling variance is subtracted, so that the figure is unbiased (and may dip below zero).
         """
         started = time.perf_counter()
         settings = self.config.evaluation
-        count = min(settings.probe_prompts, len(batch.prompts))
-        if count:
+        sizes = np.diff(batch.offsets)
+        probed = np.flatnonzero(sizes)[: settings.probe_prompts]
+        if len(probed):
             seed = EVALUATION_SEED + self.state.rollouts * settings.probe_samples
-            rewards, completions = self.true_rewards(batch.prompts[:count], settings.probe_samples, seed)
-            shaped = shaped_rewards(rewards.ravel(), completions, self.config.overlong, self.config.policy.max_new_tokens)
-            shaped = shaped.reshape(rewards.shape)
+            fresh, completions = self.true_rewards([batch.prompts[g] for g in probed], settings.probe_samples, seed)
+            shaped = shaped_rewards(fresh.ravel(), completions, self.config.overlong, self.config.policy.max_new_tokens)
+            shaped = shaped.reshape(fresh.shape)
             noise = shaped.var(axis=1, ddof=1) / settings.probe_samples
-            assert out.stats is not None
-            error = (out.stats.baseline[:count].numpy() - shaped.mean(axis=1)) ** 2 - noise
-            self.record("probe", rollouts=self.state.rollouts, prompts=count, baseline_mse=float(error.mean()))
+            baselines = rewards - self.advantages(batch, rewards, "none", dtype=torch.float64).advantages.numpy()
+            errors = [
+                np.mean((baselines[batch.offsets[g] : batch.offsets[g + 1]] - truth) ** 2)
+                for g, truth in zip(probed, shaped.mean(axis=1), strict=True)
+            ]
+            self.record("probe", rollouts=self.state.rollouts, prompts=len(probed), baseline_mse=float(np.mean(errors - noise)))
         return time.perf_counter() - started
 
     def true_rewards(self, prompts: Sequence[Prompt], samples: int, seed: int) -> tuple[NDArray[np.float64], list[Completion]]:
@@ -788,11 +807,15 @@ def shortened(text: str) -> str:
 def shaped_rewards(
     rewards: NDArray[np.float64], completions: Sequence[Completion], overlong: OverlongConfig | None, limit: int
 ) -> NDArray[np.float64]:
-    """(N,) rewards, less DAPO's soft punishment of long completions where it is asked for (arXiv 2503.14476, eq. 13)."""
+    """(N,) rewards, less DAPO's soft punishment of long completions where it is asked for (arXiv 2503.14476, eq. 13).
+
+    The token that ends a completion does not count: with a buffer of 1 only what was cut off is punished.
+    """
     if overlong is None:
         return rewards
-    lengths = np.array([len(c.tokens) for c in completions])
-    return rewards - np.clip((lengths - (limit - overlong.buffer)) / overlong.buffer, 0.0, 1.0)
+    buffer = overlong.tokens(limit)
+    lengths = np.array([len(c.tokens) - c.finished for c in completions])
+    return rewards - np.clip((lengths - (limit - buffer)) / buffer, 0.0, 1.0)
 
 
 def train(config: RunConfig, directory: Path) -> None:
