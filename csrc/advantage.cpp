@@ -30,6 +30,7 @@ std::size_t at(std::int64_t i) { return static_cast<std::size_t>(i); }
 
 std::string range_text(const AdvantageRule& rule) {
   std::ostringstream text;
+  text.precision(std::numeric_limits<double>::digits10);
   text << "reward_range=(" << rule.low << ", " << rule.high << ')';
   return text.str();
 }
@@ -60,9 +61,9 @@ V05_MULTIVERSION bool all_within(const Real* rewards, std::size_t rows, double l
 // Complains about rewards as the rule says, and returns how many valid ones are not finite.
 template <class Real>
 std::int64_t check_rewards(const Rollouts<Real>& rollouts, const AdvantageRule& rule) {
-  constexpr double kFinite = std::numeric_limits<double>::max();
-  const double low = rule.bounded() ? rule.low - rule.rounding_slack() : -kFinite;
-  const double high = rule.bounded() ? rule.high + rule.rounding_slack() : kFinite;
+  constexpr double kLargest = 1e150;  // whose squares are finite
+  const double low = rule.bounded() ? rule.low - rule.rounding_slack() : -kLargest;
+  const double high = rule.bounded() ? rule.high + rule.rounding_slack() : kLargest;
   if (all_within(rollouts.rewards.data(), rollouts.rewards.size(), low, high)) {
     return 0;
   }
@@ -85,7 +86,11 @@ std::int64_t check_rewards(const Rollouts<Real>& rollouts, const AdvantageRule& 
     broken.raise_if_any("rewards: not finite in rows",
                         "Mark them in valid=, or pass nonfinite='exclude' to leave them out and count them.");
   }
-  outside.raise_if_any("rewards: outside " + range_text(rule) + " in rows", "Pass the reward_range that holds them.");
+  if (rule.bounded()) {
+    outside.raise_if_any("rewards: outside " + range_text(rule) + " in rows", "Pass the reward_range that holds them.");
+  } else {
+    outside.raise_if_any("rewards: beyond 1e150 in rows", "Scale them down.");
+  }
   return nonfinite;
 }
 
@@ -311,6 +316,7 @@ std::vector<std::uint8_t> first_of_trajectories(const Rollouts<Real>& rollouts, 
     is_first[row] = static_cast<std::uint8_t>(is_new);
     if (rollouts.rewards[first] != rollouts.rewards[row]) {
       std::ostringstream message;
+      message.precision(std::numeric_limits<double>::digits10);
       message << "trajectory_ids: rows " << first << " and " << row << " are one trajectory ("
               << rollouts.trajectory_ids[row] << ") with two rewards (" << rollouts.rewards[first] << ", "
               << rollouts.rewards[row] << "). Give every row of a trajectory the trajectory's reward.";

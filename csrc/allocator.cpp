@@ -55,9 +55,10 @@ std::string row_list(std::span<const std::int64_t> rows) {
 
 // NaN is admitted: no prior, no reward.
 void require_in_range(std::string_view name, std::span<const double> values, const AllocatorOptions& options) {
+  const double slack = rounding_slack(options.lowest_reward, options.highest_reward);
   std::vector<std::int64_t> rows;
   for (std::size_t i = 0; i < values.size(); ++i) {
-    if (values[i] < options.lowest_reward || values[i] > options.highest_reward) {
+    if (values[i] < options.lowest_reward - slack || values[i] > options.highest_reward + slack) {
       rows.push_back(static_cast<std::int64_t>(i));
     }
   }
@@ -252,7 +253,7 @@ void RolloutAllocator::open(const GroupIdList& ids, std::span<const double> prio
       ids);
   for (std::size_t g = 0; g < groups; ++g) {
     Group& group = groups_.emplace_back();
-    group.prior = priors[g];
+    group.prior = options_.within(priors[g]);
     group.ask(options_.initial);
     if (!counts.empty()) {
       ask_more(opened_ + static_cast<std::int64_t>(g), group, counts[g] - options_.initial);
@@ -312,7 +313,7 @@ void RolloutAllocator::report(std::span<const std::int64_t> lease_ids, std::span
     }
     if (const auto rollout = find_leased(lease_ids[i])) {
       ++counts_.reported;
-      settle(*rollout, rewards[i]);
+      settle(*rollout, options_.within(rewards[i]));
     }
   }
 }

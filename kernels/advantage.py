@@ -391,7 +391,8 @@ def fused_advantage(
             "imported, or leave backend out to use the C++ core"
         )
     N, G = rewards.shape[0], offsets.numel() - 1
-    if G == 0:
+    if G == 0:  # rows of no group have advantage 0
+        out.zero_()
         return
     T = 0 if mask is None else mask.shape[1]
     alpha, beta, kappa, calibration_eps = calibration

@@ -51,7 +51,8 @@ def test_help_teaches(environment, tmp_path):
         (("train", "--method", "grpo+oracle"), "prior='oracle': method='grpo' has none"),
         (("train", "--method", "v05@4+cost=0.1"), "budget.cost=0.1 with budget.rule='uniform', which has no cost"),
         (("train", "--config", "absent.json"), "absent.json"),
-        (("train", "--config", "any.json", "--method", "grpo", "--seed", "9"), "so method, seed cannot be set beside it"),
+        (("train", "--config", "any.json", "--method", "v05", "--seed", "0"), "so method, seed cannot be set beside it"),
+        (("train", "--method", "v05@4+oracle", "--prior", "noise"), "prior='noise' contradicts method='v05@4+oracle'"),
         (("train", "--max-new-tokens", "9"), "--max-new-tokens 9 belongs to --policy"),
         (("train", "--learning-rate", "-1"), "optimizer.learning_rate=-1.0: Input should be greater than 0"),
         (("train", "--preset", "smoke", "--engine", "vllm"), "cannot import 'vllm'; install it with: pip install 'v05[vllm]'"),
@@ -144,7 +145,7 @@ def test_own_prompts_and_policy(environment, tmp_path):
     assert again.returncode == 0, again.stderr
     both = v05("train", "--config", "two/config.json", *options, "--out", "x", environment=environment, directory=tmp_path)
     assert both.returncode == 2
-    assert "--config is complete, so total_rollouts, task, policy cannot be set beside it" in both.stderr
+    assert "--config is complete, so jsonl, max_new_tokens, policy, rollouts cannot be set beside it" in both.stderr
 
 
 def test_an_interrupted_run_is_readable_and_goes_on(environment, tmp_path):
@@ -179,7 +180,7 @@ def test_an_interrupted_run_is_readable_and_goes_on(environment, tmp_path):
     assert "going on from step " in again.stderr
     steps = read_metrics(tmp_path / "run", "step")
     assert [s["step"] for s in steps] == list(range(len(steps)))
-    assert steps[-1]["rollouts"] >= total
+    assert steps[-1]["rollouts"] > total - 64 / 2
 
 
 def test_a_directory_that_cannot_be_written_is_explained(environment, tmp_path):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ from v05.evaluate import (
     write_results,
 )
 from v05.prior.v0.logs import read_logs
-from v05.rollout import Request
+from v05.rollout import Failure, Request
 from v05.rollout.verifier import InlineVerifier
 from v05.tasks import Prompt
 from v05.train.config import PolicyConfig
@@ -90,6 +91,10 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(samples):
         subsets = list(itertools.combinations([True] * right + [False] * (samples - right), k))
         expected = sum(map(any, subsets)) / len(subsets)
         assert pass_at_k(np.array([right]), samples, k) == pytest.approx(expected)
+
+
+def test_pass_at_k_of_many_samples_does_not_overflow():
+    assert pass_at_k(np.array([0, 4, 2048]), 2048, 512) == pytest.approx([0, 1 - (3 / 4) ** 4, 1], rel=1e-2)
 
 
 def test_scores(tmp_path, model):
@@ -274,6 +279,29 @@ def test_every_completion_is_verified_once_whatever_fails_and_whenever_it_comes(
     assert {reward == float(text) for _, _, text, reward in found} == {True}
     assert {reward for *_, reward in found} == {0.0, 1.0}
     assert engine.most_in_flight == 7
+
+
+def test_a_crash_of_the_verifier_is_not_a_wrong_answer():
+    """It is tried again; what crashes every time has no reward."""
+
+    class Crashes(InlineVerifier):
+        def __init__(self):
+            super().__init__(MathTask())
+            self.seen = Counter()
+
+        def submit(self, items):
+            super().submit(items)
+            for i, item in enumerate(items, len(self._results) - len(items)):
+                self.seen[item.key] += 1
+                if item.key == 3 or (item.key % 2 and self.seen[item.key] == 1):
+                    self._results[i] = item.key, Failure("killed")
+
+    prompts = [Prompt(str(i), "1", [1, "1"]) for i in range(8)]
+    verifier = Crashes()
+    found = list(_verified(CoinEngine(), verifier, prompts, [Request((0,), seed=i) for i in range(8)]))
+    assert sorted(index for index, *_ in found) == list(range(8))
+    assert all(reward == (None if index == 3 else float(text)) for index, _, text, reward in found)
+    assert verifier.seen[3] == 3
 
 
 def test_a_completion_that_always_fails_ends_the_run():

@@ -279,6 +279,20 @@ def test_bounds_forgive_float32_rounding():
     assert out.stats.mean.item() == pytest.approx(0.15)
 
 
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_large_rewards_do_not_explode(scale):
+    rewards = torch.tensor([1e150, -1e150, 1e150, 0.0], dtype=torch.float64)
+    for size in (1.0, 1e4, 1e10):  # squares of the first overflow where there are many
+        out = fused_advantage(rewards.repeat(3) / size, group_offsets=[0, 12], method="grpo", scale=scale, dtype=torch.float64)
+        assert out.advantages.abs().max() < 2
+        assert (out.advantages[:4] * rewards >= 0).all()
+
+
+def test_a_parameter_is_a_tensor_like_any_other():
+    rewards = torch.nn.Parameter(torch.tensor([1.0, 0.0]))
+    assert fused_advantage(rewards, group_ids=["a", "a"], method="grpo", scale="none").advantages.tolist() == [0.5, -0.5]
+
+
 def test_singletons():
     for method in ("grpo", "rloo", "dr_grpo"):
         assert fused_advantage([0.7], group_offsets=[0, 1], method=method).advantages.item() == 0.0
@@ -428,6 +442,17 @@ BAD_INPUT = {
         r"calibration=\(0, 1, 4, 0.1\) is no v05.ops.Calibration",
     ),
     "max_rollouts": (dict(group_offsets=[0, 4], max_rollouts=0), "max_rollouts=0"),
+    "cost": (dict(group_offsets=[0, 4], cost=math.nan), "cost=nan; give 0 or more"),
+    "eps": (dict(group_offsets=[0, 4], eps=math.inf), "eps=inf; give 0 or more"),
+    "too large": (dict(group_offsets=[0, 4], rewards=[0.0, 0.0, 0.0, -2e150]), r"rewards: beyond 1e150 in rows 3 \(-2e\+150\)"),
+    "a hair outside": (
+        dict(group_offsets=[0, 4], rewards=[0.0, 0.0, 0.0, 1.000001], method="v05", prior=[0.5]),
+        r"rewards: outside reward_range=\(0, 1\) in rows 3 \(1.000001\)",
+    ),
+    "two rewards": (
+        dict(group_offsets=[0, 4], rewards=[0.0, 0.0, 1.0, 1.0000001], trajectory_ids=[0, 1, 2, 2]),
+        r"are one trajectory \(2\) with two rewards \(1, 1.0000001\)",
+    ),
 }
 
 

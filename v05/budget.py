@@ -92,7 +92,7 @@ class RolloutAllocator:
             share a new total. Rule "total".
         chunk: rollouts added at a time. 1 is the paper's rule; more of them trade rollouts for fewer serial rounds.
         seed: int64 that all rollout seeds derive from.
-        reward_range: (lowest, highest) of rewards and priors, reward units.
+        reward_range: (lowest, highest) of rewards and priors, reward units; what float32 rounding took past a bound is the bound.
         calibration: for rule "calibrated"; rule "total" with it shares out by that rule's gain, without it by osla's.
         max_attempts: failures and expiries after which a rollout is closed as invalid.
 

@@ -57,6 +57,7 @@ Threads = Annotated[int, typer.Option(help="Threads a run; 1 is fastest for smal
 
 @app.command()
 def train(
+    context: typer.Context,
     out: Annotated[
         Path, typer.Option(help="Run directory: config.json, metrics.jsonl, outcomes/, tensorboard/, result.json, policy/.")
     ],
@@ -115,16 +116,17 @@ def train(
             overrides["policy"] = {"path": policy, "max_new_tokens": max_new_tokens}
         if engine is not None:
             overrides["engine"] = {"kind": engine}
-        if prior != "history":
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+        if "prior" in given:
             overrides["prior"] = prior
-        if config is not None:
-            overrides |= {k: v for k, v, d in (("preset", preset, "tiny"), ("method", method, "v05"), ("seed", seed, 0)) if v != d}
         if policy is None and max_new_tokens != MAX_NEW_TOKENS:
             raise ValueError(
                 f"--max-new-tokens {max_new_tokens} belongs to --policy; a preset has its own, under policy in config.json"
             )
-        if config is not None and overrides:
-            raise ValueError(f"--config is complete, so {', '.join(overrides)} cannot be set beside it; edit the file instead")
+        beside = sorted(given - {"out", "config", "wandb", "threads"})
+        if config is not None and beside:
+            raise ValueError(f"--config is complete, so {', '.join(beside)} cannot be set beside it; edit the file instead")
         if config is not None:
             run = RunConfig.model_validate_json(config.read_text())
         else:
@@ -411,6 +413,7 @@ def evaluate(
     from v05.evaluate import TEMPLATE, EvalConfig, MathTask, Sample, SampleLog, read_benchmark, write_results
     from v05.evaluate import evaluate as run
     from v05.prior.v0.backbone import fingerprint
+    from v05.rollout import ATTEMPTS
     from v05.rollout.verifier import VerifierPool
     from v05.train.metrics import write_json
 
@@ -445,7 +448,7 @@ def evaluate(
 
             verifier = VerifierPool(MathTask, workers=workers, time_limit=time_limit)
             try:
-                run(config, problems, samples, log, verifier, capacity=sampling_batch, watch=watch)
+                crashed = run(config, problems, samples, log, verifier, capacity=sampling_batch, watch=watch)
             finally:
                 verifier.close()
         records = write_results(out, config, problems, samples, log)
@@ -457,6 +460,8 @@ def evaluate(
         _fail(error)
     if verifier.timed_out:
         _say(f"{verifier.timed_out} completions took the verifier more than {time_limit:g} s and count as wrong")
+    if crashed:
+        _say(f"{crashed} completions crashed the verifier {ATTEMPTS} times and count as wrong")
     Console(width=None if sys.stdout.isatty() else 180).print(_benchmark_table(records))
     _say(f"samples and records are in {out}")
 

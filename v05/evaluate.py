@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
-from scipy.special import comb
 from transformers import AutoConfig
 
 from v05.files import explained
@@ -235,8 +234,9 @@ def evaluate(
     *,
     capacity: int,
     watch: Callable[[Sample], None],
-) -> None:
-    """Sample and verify what `log` lacks of `samples` completions a problem.
+) -> int:
+    """Sample and verify what `log` lacks of `samples` completions a problem. Returns how many completions crashed the verifier
+    `ATTEMPTS` times, which are wrong.
 
     Args:
         verifier: of a `MathTask`, with nothing under way.
@@ -256,21 +256,26 @@ def evaluate(
             else:
                 watch(done)
     if not missing:
-        return
+        return 0
     tokenizer = load_tokenizer(config.model)
     tokens = {problem.key: prompt_tokens(tokenizer, problem.prompt.text) for problem, _ in missing}
     engine = _engine(config, tokenizer, max(map(len, tokens.values())), capacity)
     requests = [
         Request(tokens[problem.key], seed_of(config.seed, problem.benchmark, problem.key, number)) for problem, number in missing
     ]
+    crashed = 0
     try:
         for index, completion, text, reward in _verified(engine, verifier, [problem.prompt for problem, _ in missing], requests):
             problem, number = missing[index]
-            sample = Sample(problem.benchmark, problem.key, number, reward, len(completion.tokens), completion.finished, text)
+            crashed += reward is None
+            sample = Sample(
+                problem.benchmark, problem.key, number, reward or 0.0, len(completion.tokens), completion.finished, text
+            )
             log.add(sample)
             watch(sample)
     finally:
         engine.close()
+    return crashed
 
 
 def _engine(config: EvalConfig, tokenizer: Any, longest: int, capacity: int) -> RolloutEngine:
@@ -298,10 +303,12 @@ def _engine(config: EvalConfig, tokenizer: Any, longest: int, capacity: int) -> 
 
 def _verified(
     engine: RolloutEngine, verifier: Verifier, prompts: Sequence[Prompt], requests: Sequence[Request]
-) -> Iterator[tuple[int, Completion, str, float]]:
-    """(number of the request, completion, its text, its reward) as they come. What the verifier fails at is wrong."""
+) -> Iterator[tuple[int, Completion, str, float | None]]:
+    """(number of the request, completion, its text, its reward) as they come. What fails, in sampling or in the verifier, is tried
+    `ATTEMPTS` times; the reward is None where the verifier never had one."""
     waiting = deque(range(len(requests)))
     failures: Counter[int] = Counter()
+    crashes: Counter[int] = Counter()
     sampling = 0
     verifying: dict[int, tuple[Completion, str]] = {}
     while waiting or sampling or verifying:
@@ -320,13 +327,19 @@ def _verified(
             verifying[key] = result, engine.decode(result)
             verifier.submit([Item(key, prompts[key], verifying[key][1])])
         for key, reward in verifier.poll(wait=not (sampling or waiting)):
-            yield key, *verifying.pop(key), 0.0 if isinstance(reward, Failure) else reward
+            if isinstance(reward, Failure):
+                crashes[key] += 1
+                if crashes[key] < ATTEMPTS:
+                    verifier.submit([Item(key, prompts[key], verifying[key][1])])
+                    continue
+            yield key, *verifying.pop(key), None if isinstance(reward, Failure) else reward
 
 
 def pass_at_k(correct: NDArray[np.int64], samples: int, k: int) -> NDArray[np.float64]:
-    """(P,) unbiased estimates that one of k samples is right, from (P,) right ones of `samples` (Chen et al. 2021, eq. 1)."""
-    estimates: NDArray[np.float64] = 1.0 - comb(samples - correct, k) / comb(samples, k)
-    return estimates
+    """(P,) unbiased estimates that one of k samples is right, from (P,) right ones of `samples` (Chen et al. 2021, eq. 1), as a
+    product, because the binomials overflow."""
+    wrong = [np.prod(1.0 - k / np.arange(samples - c + 1, samples + 1)) if samples - c >= k else 0.0 for c in correct]
+    return 1.0 - np.array(wrong)
 
 
 def score(benchmark: str, problems: Sequence[Problem], samples: int, log: SampleLog) -> dict[str, Any]:

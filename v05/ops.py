@@ -15,9 +15,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from v05 import _core
 from v05.methods import Baseline, Calibration, Method, Scale, find_method
+
+_VALUELESS = (FakeTensor, FunctionalTensor)  # what stands for tensors while torch traces
 
 SCALES: tuple[Scale, ...] = ("none", "group", "batch")  # positions are shared with advantage.hpp and kernels/advantage.py
 _DIVIDE_BY = {name: position for position, name in enumerate(SCALES)}
@@ -161,10 +165,10 @@ def fused_advantage(
     `process_group` and a `backend` that is not the device's own stay eager: under torch.compile they break the graph.
 
     Args:
-        rewards: (N,) outcome rewards of any real dtype, or (N, T) token rewards, which are summed over `response_mask`.
-            All arithmetic is float64 (half precision widens exactly): on the CPU an advantage is the exact one of these rewards,
-            rounded to `dtype`, up to (k + 4) 2^-52 max abs(reward) in a group of k (over the divisor, under a scale), to which
-            "calibrated" adds (2 + k / 7) 1e-12 of the reward range; the same bits on any thread count.
+        rewards: (N,) outcome rewards of any real dtype, at most 1e150 in size, or (N, T) token rewards, which are summed over
+            `response_mask`. All arithmetic is float64 (half precision widens exactly): on the CPU an advantage is the exact one
+            of these rewards, rounded to `dtype`, up to (k + 4) 2^-52 max abs(reward) in a group of k (over the divisor, under a
+            scale), to which "calibrated" adds (2 + k / 7) 1e-12 of the reward range; the same bits on any thread count.
         prior: (G,) predicted mean reward of each group, in reward units; NaN where there is none, and the group mean then
             stands in (of "calibrated", its vague prior). Needed by the methods "v05", "prior" and "calibrated".
         group_ids: (N,) integers in any order, or a sequence of N strings. Exactly one of `group_ids` and `group_offsets`.
@@ -238,9 +242,9 @@ def fused_advantage(
         raise ValueError(f"max_rollouts={max_rollouts}; give an integer of at least 1")
     if num_groups is not None and not (isinstance(num_groups, int | torch.SymInt) and num_groups >= 0):
         raise ValueError(f"num_groups={num_groups}; give an integer of at least 0, or leave it out")
-    if cost is not None and cost < 0:
+    if cost is not None and not 0 <= cost < math.inf:
         raise ValueError(f"cost={cost}; give 0 or more, or None for 1 / max_rollouts^2")
-    if eps < 0:
+    if not 0 <= eps < math.inf:
         raise ValueError(f"eps={eps}; give 0 or more")
     if calibration is None:
         calibration = DEFAULT_CALIBRATION
@@ -249,8 +253,7 @@ def fused_advantage(
             f"calibration={calibration!r} is no v05.ops.Calibration; give Calibration(alpha, beta, kappa, eps) or None"
         )
 
-    # A fake tensor has no values either.
-    tracing = torch.compiler.is_compiling() or (isinstance(rewards, torch.Tensor) and type(rewards) is not torch.Tensor)
+    tracing = torch.compiler.is_compiling() or isinstance(rewards, _VALUELESS)
     given = (rewards, response_mask, cu_seqlens, valid, trajectory_ids, dtype, out, tracing)
     if process_group is not None:
         if tracing:

@@ -310,6 +310,19 @@ def test_bad_open_changes_nothing(group_ids: object, priors: object, message: st
     assert allocator.lease(99).group.tolist() == [90] * 4 + [1] * 4 + [2] * 4 + [3] * 4
 
 
+def test_bounds_forgive_float32_rounding() -> None:
+    """As the op does: 1.1 and -0.1 in float32, as trainers sum them, lie a hair outside, and count as the bounds."""
+    low, high = float(np.float32(-0.1)), float(np.float32(1.0) + np.float32(0.1))
+    assert low < -0.1
+    assert high > 1.1
+    allocator = RolloutAllocator(rule="uniform", initial=2, maximum=2, reward_range=(-0.1, 1.1))
+    allocator.open([1], [high])
+    allocator.report(allocator.lease(2).lease_id, [low, high])
+    drained = allocator.drain()
+    assert drained.rewards.tolist() == [-0.1, 1.1]
+    assert drained.priors.tolist() == [1.1]
+
+
 def test_bad_report_applies_nothing() -> None:
     allocator = RolloutAllocator()
     allocator.open([1], [0.5])

@@ -241,6 +241,8 @@ def test_no_rollouts():
         assert out.advantages.shape == (0,)
         assert out.stats.baseline.tolist() == pytest.approx([0.2, 0.9])
     assert run(nothing.float(), None, nothing, num_groups=0, method="grpo").stats.count.shape == (0,)
+    rows_of_no_group = run(torch.ones(3), None, torch.arange(3), num_groups=0, method="grpo", out=torch.full((3,), 7.0))
+    assert rows_of_no_group.advantages.tolist() == [0.0] * 3
 
 
 @pytest.mark.parametrize("singleton", ["zero", "raw"])

@@ -84,7 +84,7 @@ def test_rollouts_saved_are_those_of_the_comparison(place):
     target = float(np.mean([run["accuracy_after"] for run in page["runs"] if run["label"] == "grpo@8"]))
     assert v05["saved"]["target"] == pytest.approx(target)
     assert v05["saved"]["rollouts"] == rollouts_to(groups[1].records, groups[0].records).at
-    assert v05["saved"]["rollouts"] < grpo["saved"]["spent"] == 60 * 512
+    assert v05["saved"]["rollouts"] < grpo["saved"]["needed"] == grpo["saved"]["rollouts"] <= 60 * 512
     assert document(groups, runs, "v05@4..16", untracked)["groups"][1]["saved"]["baseline"] == "v05@4..16"
     with pytest.raises(ValueError, match=r"baseline='rloo' is none of the methods found; choose one of v05@4..16, grpo@8"):
         document(groups, runs, "rloo", untracked)
@@ -148,6 +148,14 @@ def test_names_tell_apart_what_differs(tmp_path):
     assert [group["saved"]["baseline"] for group in page["groups"]] == [page["groups"][0]["name"]] * 2 + ["grpo@8"]
     assert len({tuple(group["colours"]) for group in coloured(page)["groups"]}) == 3
     assert names_of([Path("/x/y"), Path("/z")]) == ["y", "z"]
+
+
+def test_a_run_that_was_repeated_is_one_seed(place, tmp_path):
+    for name in ("first", "again"):
+        write_run(tmp_path / name, "grpo@8", 0)
+    page = document_of(tmp_path)
+    assert [group["seeds"] for group in page["groups"]] == [1]
+    assert len(page["runs"]) == 2
 
 
 def test_a_prior_that_is_not_learnt_is_named(tmp_path):

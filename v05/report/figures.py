@@ -132,17 +132,17 @@ def summary(group: Seeds, baseline: Seeds | None) -> Document:
 
 
 def saved(group: Seeds, baseline: Seeds) -> Document | None:
-    """Rollouts until the group's mean curve reaches the baseline's final accuracy, a 95 % interval, and what the baseline spent.
+    """Rollouts until the group's mean curve stays at the baseline's final accuracy, a 95 % interval, and what the baseline needed.
 
     None where there is nothing to save: they share no seed, or the baseline learnt nothing.
     """
-    reached = rollouts_to(baseline.records, group.records)
-    if reached is None or not improved(baseline):
+    reached, own = (rollouts_to(baseline.records, of.records) for of in (group, baseline))
+    if reached is None or own is None or not improved(baseline):
         return None
     return {
         "baseline": baseline.name,
         "target": final_accuracy(baseline.records),
-        "spent": float(np.mean([run.result["rollouts"] for run in baseline.records])),
+        "needed": own.at,
         "rollouts": reached.at,
         "low": reached.low,
         "high": reached.high,

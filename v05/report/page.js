@@ -24,7 +24,7 @@ const CHARTS = [
   },
   {
     id: "saved", wide: true, title: "Rollouts to the baseline's final accuracy",
-    note: "Until the mean curve first reaches it; lines: 95 % interval over seeds, an open end never reached it. Dotted: what the baseline spent.",
+    note: "Until the mean curve stays there; lines: 95 % interval over seeds, an open end never did. Dotted: what the baseline itself needed.",
     draw: drawSaved,
   },
   {
@@ -118,8 +118,8 @@ function bars(group, x, y, where) {
 function drawSaved(groups) {
   const known = groups.filter((g) => g.saved).reverse();
   if (!known.length) return { traces: [], layout: {} };
-  const spent = known[0].saved.spent;
-  const end = Math.max(spent, ...known.map((g) => g.rollouts));
+  const needed = known[0].saved.needed;
+  const end = Math.max(needed, ...known.map((g) => g.rollouts));
   const text = (s) => (s.rollouts === null ? "never" : number(s.rollouts));
   return {
     traces: [{
@@ -137,7 +137,7 @@ function drawSaved(groups) {
     layout: {
       xaxis: { title: { text: "training rollouts" }, tickformat: "~s", range: [0, end * 1.04] },
       ...named(known),
-      shapes: [{ type: "line", x0: spent, x1: spent, y0: 0, y1: 1, yref: "paper", line: { color: css("--soft"), width: 1.2, dash: "dot" } }],
+      shapes: [{ type: "line", x0: needed, x1: needed, y0: 0, y1: 1, yref: "paper", line: { color: css("--soft"), width: 1.2, dash: "dot" } }],
     },
   };
 }
@@ -278,7 +278,7 @@ function drawSummary() {
       fixed(g.final, 3) + (g.final_spread === null ? "" : ` ± ${fixed(g.final_spread, 3)}`),
       (g.final >= g.before ? "+" : "−") + fixed(Math.abs(g.final - g.before), 3),
       ...(reference ? [g.saved ? (reached === null ? "never" : number(reached)) : "",
-        g.saved && reached !== null && g.name !== reference.baseline ? percent(1 - reached / g.saved.spent) : ""] : []),
+        g.saved && reached !== null && g.name !== reference.baseline ? percent(1 - reached / g.saved.needed) : ""] : []),
       fixed(g.mean_group_size, 1), percent(g.mean_rejected), g.speed === null ? "" : number(g.speed), number(g.seconds),
     ];
   });

@@ -141,6 +141,8 @@ def seeds_of(runs: Sequence[Recorded]) -> list[Seeds]:
         by_settings[json.dumps(flattened(recorded.settings | {"seed": 0}), sort_keys=True)].append(recorded)
     groups = []
     for same in by_settings.values():
+        # A run that was repeated is one seed.
+        same = list({recorded.run.result["seed"]: recorded for recorded in sorted(same, key=lambda r: r.finished)}.values())
         finished = [recorded for recorded in same if recorded.finished]
         first, setting = same[0], names[setting_key(same[0])]
         rivals = [

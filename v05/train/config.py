@@ -361,6 +361,8 @@ def run_config(preset: str, spec: str, **overrides: Any) -> RunConfig:
         fields["budget"] = {"rule": rule, "initial": initial, "maximum": maximum, "mean": parts["mean"]}
         fields["budget"]["unbiased"] = rule == "calibrated"
     if parts["prior"]:
+        if overrides.get("prior", parts["prior"]) != parts["prior"]:
+            raise ValueError(f"prior={overrides['prior']!r} contradicts method={spec!r}; leave one of the two out")
         fields["prior"] = parts["prior"]
     if parts["cost"]:
         fields["budget"] = {**fields["budget"], "cost": parts["cost"]}

@@ -157,8 +157,8 @@ class Trainer:
         if self.world.writes:
             refuse_to_overwrite(config, directory)
             directory.mkdir(parents=True, exist_ok=True)
+            self.log = MetricsLog(directory)  # refuses a directory that another process writes: nothing in it is touched
             write_json(directory / CONFIG, config.model_dump(mode="json"))
-            self.log = MetricsLog(directory)
 
         self.method = find_method(config.method)
         self.task = make_task(config.task)

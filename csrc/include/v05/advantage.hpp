@@ -38,10 +38,7 @@ struct AdvantageRule {
   [[nodiscard]] double scaled_rounding() const {
     return 8.0 * std::numeric_limits<double>::epsilon() * std::max(std::abs(low), std::abs(high)) / (high - low);
   }
-  // What a bound may be exceeded by: 0.3 in float32 is above 0.3, and sums of token rewards round.
-  [[nodiscard]] double rounding_slack() const {
-    return std::numeric_limits<float>::epsilon() * std::max(std::abs(low), std::abs(high));
-  }
+  [[nodiscard]] double rounding_slack() const { return v05::rounding_slack(low, high); }
 };
 
 // Group g owns the rows offsets[g] .. offsets[g + 1] - 1 or, where there are no offsets, the rows whose id is g.

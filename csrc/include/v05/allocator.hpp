@@ -6,6 +6,7 @@
 // says what it was. A drained group keeps its (empty) slot until every group opened before it is drained too.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -46,6 +47,9 @@ struct AllocatorOptions {
   double highest_reward = 1.0;
   std::optional<Calibration> calibration;
   std::int64_t max_attempts = 3;  // failures after which a rollout is closed as invalid
+
+  // A reward or prior that rounding took past a bound is the bound.
+  [[nodiscard]] double within(double value) const { return std::clamp(value, lowest_reward, highest_reward); }
 };
 
 using GroupIdList = std::variant<std::vector<std::int64_t>, std::vector<std::string>>;

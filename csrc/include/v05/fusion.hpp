@@ -16,6 +16,11 @@ namespace v05 {
 // Shared by number with v05.methods.Baseline.
 enum class Baseline : std::uint8_t { kGroupMean = 0, kPrior = 1, kShrinkage = 2, kCalibrated = 3 };
 
+// What a bound of the rewards may be exceeded by: 0.3 in float32 is above 0.3, and sums of rewards round.
+inline double rounding_slack(double low, double high) {
+  return std::numeric_limits<float>::epsilon() * std::max(std::abs(low), std::abs(high));
+}
+
 struct Fusion {
   double baseline = std::numeric_limits<double>::quiet_NaN();     // reward units
   double weight = 1.0;                                            // of the group mean

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <limits>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -25,6 +26,7 @@ class Offenders {
       return;
     }
     std::ostringstream message;
+    message.precision(std::numeric_limits<double>::digits10);  // rounded further, it could look legal
     message << what << ' ';
     for (std::size_t i = 0; i < positions_.size(); ++i) {
       message << (i > 0 ? ", " : "") << positions_[i] << " (" << values_[i] << ')';

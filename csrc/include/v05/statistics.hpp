@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <span>
@@ -38,10 +39,11 @@ class MomentsAccumulator {
       return {};
     }
     const auto count = static_cast<double>(count_);
+    const double m2 = sum_squares_ - sum_ * (sum_ / count);
     return {
         .count = count_,
         .mean = differs_ == 0 ? first_ : (count * first_ + sum_) / count,  // exact sums, as of 0 and 1, stay exact
-        .m2 = std::max(0.0, sum_squares_ - sum_ * (sum_ / count)),
+        .m2 = std::isnan(m2) ? std::numeric_limits<double>::infinity() : std::max(0.0, m2),  // NaN: squares overflowed
         .all_equal = differs_ == 0,
     };
   }
