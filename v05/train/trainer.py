@@ -20,7 +20,8 @@ Departures from the published algorithms:
   fifth), and does not count the token that ends a completion.
 - V_0.5 (arXiv 2603.10848): the prior is by default learnt from the run's own rollouts (v05.prior.history) instead of a pre-trained
   value model, and starts knowing nothing. With prior = "v0" it is one (v05.prior.v0); its context is empty in the first step, whose
-  groups have no prior.
+  groups have no prior. Prompts weigh alike in the loss, whatever size the test gave their groups (`loss.group_weighting`; how the
+  paper weighs them is not known).
 - Calibrated: how far the prior can be trusted is fitted after every step to the groups of the last steps (v05.prior.calibration)
   and used by the next. Under its budget rule a group's size depends on its rewards, which biases the gradient even with
   leave-one-out; its recipe counts paths instead (v05.stopping, docs/calibrated.md).
