@@ -5,8 +5,8 @@
 
 A prompt starts with `settings.initial` conversations, each scored as it ends, and gets more while the test asks for them. A sample
 carries its own advantage to the trainer, so groups differ in size and nothing is padded. A conversation that waits for its group's
-test holds one of `max_inflight_tasks`: raise that by num_generations / initial. The prior lives in the worker's process and starts
-anew with it.
+test holds one of `max_inflight_tasks`: raise that by num_generations / initial. The prior lives in the worker's process, starts
+anew with it, and learns whenever the policy's version has changed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker, RolloutGroup, RolloutSample, _AsyncRolloutLoop
 from trl.trainer.utils import get_callable_name, is_async_callable
 
@@ -81,6 +82,8 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
         self._judges = reward_funcs
         self._prior: ValuePrior = prior_of(settings) if prior is None else prior
         self._groups: dict[int, _Group] = {}
+        self._scored: list[tuple[str, NDArray[np.float64], NDArray[np.float64]]] = []  # text, (1,) successes and trials, not learnt
+        self._learnt_version = self.model_version
 
     def _repeat_iterator(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """TRL's rows, `num_generations` times each; the group is opened when its first comes by."""
@@ -97,11 +100,22 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
             chunk=settings.chunk,
             reward_range=settings.reward_range,
         )
+        self._learn()
         prior = in_reward_units(self._prior.predict([text]), settings.reward_range)
         allocator.open([0], prior)
         group = _Group(row, text, float(prior[0]), allocator)
         group.lease()
         return group
+
+    def _learn(self) -> None:
+        """Teach the prior what was scored since the policy's version last changed, in one step: a prior forgets step by step."""
+        if self.model_version == self._learnt_version:
+            return
+        self._learnt_version = self.model_version
+        if self._scored:
+            texts, successes, trials = zip(*self._scored, strict=True)
+            self._prior.observe(texts, np.concatenate(successes), np.concatenate(trials))
+            self._scored.clear()
 
     async def _generate_one(self, prompt: Any, tool_dict: Any, tools: Any, group_id: int = 0) -> tuple[Any, ...]:
         """A conversation and its reward, once its group wants it; NOT_NEEDED if the group stops first."""
@@ -151,7 +165,7 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
             nonfinite="exclude",
         )
         assert out.stats is not None
-        self._prior.observe([state.text], *outcomes(out.stats, settings.reward_range))
+        self._scored.append((state.text, *outcomes(out.stats, settings.reward_range)))
         rows = [len(sequences) for sequences in group.completions_sequences]
         for sample, advantage in zip(samples, np.repeat(out.advantages.numpy(), rows).tolist(), strict=True):
             sample.advantage = advantage
