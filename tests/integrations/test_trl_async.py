@@ -53,7 +53,7 @@ def loop(tokenizer, monkeypatch):
     PartialState(cpu=True)  # as TRL's process does; its log wants it
     loops = []
 
-    def make(prompts, prior=None, settings=None, generations=8, reward_funcs=(judge,)):
+    def make(prompts, prior=None, settings=None, generations=8, reward_funcs=(judge,), **more):
         rows = [{"prompt": [{"role": "user", "content": text}], "answer": answer} for text, answer in prompts]
         loop = trl_async.V05RolloutLoop(
             settings=settings or Settings(initial=2),
@@ -71,6 +71,7 @@ def loop(tokenizer, monkeypatch):
             exception_info_queue=queue.Queue(),
             metrics_queue=queue.Queue(),
             max_inflight_tasks=32,
+            **more,
         )
         loops.append(loop)
 
@@ -152,6 +153,29 @@ def test_a_prompts_own_past_outlives_an_epoch(loop):
     assert (learnt["past_trials"] >= 2).all()
     change_version(made)
     assert prior.state_dict()["step"] == 1  # nothing was scored since
+
+
+class Game:
+    """An environment that owns its reward."""
+
+    def reset(self, **_):
+        return None
+
+    def get_reward(self):
+        return 1.0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"environment_factory": Game}, "environment_factory: Game has a get_reward, which TRL calls only after V_0.5's test"),
+        ({"reward_funcs": []}, r"reward_funcs=\[\]: V_0.5 tests rewards while it samples; give functions that score"),
+    ],
+    ids=["by an environment", "by nothing"],
+)
+def test_rewards_that_would_train_on_nothing_are_refused(loop, given, message):
+    with pytest.raises(ValueError, match=message):
+        loop([("fair", "yes")], **given)
 
 
 # The worker's method is v05; with a prior that agrees, rows of one trajectory get what a mean would give them.

@@ -63,6 +63,9 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
         settings: of V_0.5.
         reward_funcs: called with one conversation at a time, as soon as it ends.
         prior: as in `V05Trainer`, picklable; that of the settings if None.
+
+    Raises:
+        ValueError: no reward function, or an environment that gives rewards itself, which TRL asks for them too late for the test.
     """
 
     _provides_rollout_reward = True
@@ -76,7 +79,15 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
         num_generations: int = 16,
         **kwargs: Any,
     ) -> None:
+        if not reward_funcs:
+            raise ValueError(f"reward_funcs={reward_funcs!r}: V_0.5 tests rewards while it samples; give functions that score")
         super().__init__(reward_funcs=[], num_generations=num_generations, **kwargs)
+        if self._env_reward_types:
+            names = ", ".join(kind.__name__ for kind in self._env_reward_types)
+            raise ValueError(
+                f"environment_factory: {names} has a get_reward, which TRL calls only after V_0.5's test; take it away and "
+                "score the conversation in reward_funcs"
+            )
         self.reward_func_names.append("+".join(get_callable_name(function) for function in reward_funcs))
         self._settings = settings
         self._judges = reward_funcs
