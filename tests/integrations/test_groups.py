@@ -109,6 +109,23 @@ def test_a_group_keeps_its_prediction_while_it_is_open():
     assert priors.rates(["a", "b", "c"]).tolist() == pytest.approx([math.nan, 0.9, 0.9], nan_ok=True)
 
 
+def test_a_prior_of_other_settings_is_refused():
+    priors = PromptPriors()
+    priors.open(["a", "b"], ["x", "y"])  # nobody settled it: a prior of the defaults
+    given = dict(method="v05", priors=priors, normalize=True, remedy="")
+    for settings in (Settings(outcomes="eval.jsonl"), Settings(prior="v0")):
+        with pytest.raises(
+            ValueError,
+            match=r"v05\.(outcomes='eval.jsonl': the prior in PRIORS was made with None|prior='v0': .* with 'history'); give",
+        ):
+            outcome_advantages(torch.ones(1, 1), torch.ones(1, 1), ["a"], settings=settings, **given)
+    settings = Settings(chunk=2, reward_range=(-1.0, 1.0))  # which make no other prior
+    advantages, _ = outcome_advantages(torch.ones(1, 1), torch.ones(1, 1), ["a"], settings=settings, **given)
+    assert advantages.tolist() == [[1.0]]
+    priors.prior = FixedPrior()  # one's own is nobody's settings
+    outcome_advantages(torch.ones(1, 1), torch.ones(1, 1), ["b"], settings=Settings(outcomes="eval.jsonl"), **given)
+
+
 def test_what_is_missing_is_named():
     case = situations()[1].values[0]
     with pytest.raises(ValueError, match="prior: none for 2 of 2 groups, the first is 'a'; open them"):

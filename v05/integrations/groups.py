@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Range = tuple[float, float]
 PRIORS = ("history", "v0")
+OF_THE_PRIOR = ("prior", "backbone", "adapter", "outcomes")  # settings that say which prior is made
 ESTIMATORS = {  # name in verl and SkyRL: method; the last two for comparison with the host's own
     "v05": "v05",
     "v05_calibrated": "calibrated",
@@ -127,6 +128,7 @@ class PromptPriors:
 
     def __init__(self, prior: ValuePrior | None = None, capacity: int = 1_000_000) -> None:
         self._prior = prior
+        self._settled: Settings | None = None  # what the prior was made with; None of one that was given
         self._calibrator: Calibrator | None = None
         self._capacity = capacity
         self._open: OrderedDict[str, tuple[str, float]] = OrderedDict()
@@ -134,17 +136,29 @@ class PromptPriors:
     @property
     def prior(self) -> ValuePrior:
         if self._prior is None:
-            self._prior = prior_of(Settings())
+            self.settle(Settings())
+        assert self._prior is not None
         return self._prior
 
     @prior.setter
     def prior(self, prior: ValuePrior) -> None:
-        self._prior = prior
+        self._prior, self._settled = prior, None
 
     def settle(self, settings: Settings) -> None:
-        """Take the prior of these settings, unless there is one already."""
+        """Take the prior of these settings, unless there is one already; one that was given as an object stands.
+
+        Raises ValueError where the one at hand was made with other settings, or what `prior_of` raises.
+        """
         if self._prior is None:
-            self._prior = prior_of(settings)
+            self._prior, self._settled = prior_of(settings), settings
+        elif self._settled is not None:
+            for name in OF_THE_PRIOR:
+                asked, made = getattr(settings, name), getattr(self._settled, name)
+                if asked != made:
+                    raise ValueError(
+                        f"v05.{name}={asked!r}: the prior in PRIORS was made with {made!r}; give PRIORS.settle these settings "
+                        "before its first use"
+                    )
 
     def calibration(self, method: str) -> Calibration | None:
         """How far the priors are to be trusted, fitted to the groups closed since the method "calibrated" first asked for it.
@@ -231,7 +245,8 @@ def outcome_advantages(
         advantages and returns, both the same (N, T) float32 tensor.
 
     Raises:
-        ValueError: the method needs a prior and a group was not opened; a reward is outside `settings.reward_range`.
+        ValueError: the method needs a prior, and a group was not opened or the priors are not of these settings; a reward is
+            outside `settings.reward_range`.
     """
     rule = find_method(method)
     ids = [str(group) for group in index]
@@ -241,6 +256,7 @@ def outcome_advantages(
         missing = [group for group in groups if group not in priors and not PADDING.fullmatch(group)]
         if missing:
             raise ValueError(f"prior: none for {len(missing)} of {len(groups)} groups, the first is {missing[0]!r}; {remedy}")
+        priors.settle(settings)
     out = fused_advantage(
         token_level_rewards.sum(-1, dtype=torch.float64),
         in_reward_units(rates, settings.reward_range) if rule.needs_prior else None,
