@@ -109,6 +109,16 @@ def test_a_group_keeps_its_prediction_while_it_is_open():
     assert priors.rates(["a", "b", "c"]).tolist() == pytest.approx([math.nan, 0.9, 0.9], nan_ok=True)
 
 
+def test_a_group_that_was_dropped_opens_anew():
+    prior = FixedPrior({"x": 0.2})
+    priors = PromptPriors(prior)
+    priors.open(["a"], ["x"])
+    prior.rates["x"] = 0.9
+    assert priors.open(["a", "a"], ["x", "x"], anew=True).tolist() == [0.9, 0.9]
+    priors.close(["a"], np.array([1.0]), np.array([2.0]))
+    assert prior.learnt == {"x": (1.0, 2.0)}
+
+
 def test_a_prior_of_other_settings_is_refused():
     priors = PromptPriors()
     priors.open(["a", "b"], ["x", "y"])  # nobody settled it: a prior of the defaults

@@ -173,11 +173,15 @@ class PromptPriors:
             self._calibrator = Calibrator()
         return self._calibrator.fit()
 
-    def open(self, group_ids: Sequence[str], prompts: Sequence[Any]) -> NDArray[np.float64]:
+    def open(self, group_ids: Sequence[str], prompts: Sequence[Any], anew: bool = False) -> NDArray[np.float64]:
         """(G,) predicted success rates of G prompts, texts or lists of messages, remembered under their ids.
 
-        A group that is open already keeps its prediction, so that rows of one group may come in several calls.
+        A group that is open already keeps its prediction, so that rows of one group may come in several calls. With `anew` it gets
+        a new one: where a prompt's id is the same in every epoch, an open group may be one that was dropped in the last.
         """
+        if anew:
+            for group in group_ids:
+                self._open.pop(group, None)
         new = {group: prompt_text(prompt) for group, prompt in zip(group_ids, prompts, strict=True) if group not in self._open}
         rates = self.prior.predict(list(new.values()))
         self._open.update((group, (text, float(rate))) for (group, text), rate in zip(new.items(), rates, strict=True))
