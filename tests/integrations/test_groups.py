@@ -161,6 +161,8 @@ def test_settings_and_texts():
     assert prompt_text(messages) == "Add.\n2+2=\n2+2="
     calls = [{"role": "assistant", "content": None, "tool_calls": []}, {"role": "assistant", "tool_calls": []}]
     assert prompt_text([*calls, *messages[:1]]) == "Add."
+    image = {"type": "image", "text": None}  # as Arrow gives back a part that had no text
+    assert prompt_text([{"role": "user", "content": [image, *parts]}]) == "2+2="
     assert in_reward_units(np.array([0.0, 0.25, 1.0]), (-1.0, 1.0)).tolist() == [-1.0, -0.5, 1.0]
 
 

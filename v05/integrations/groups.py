@@ -108,12 +108,15 @@ def _path(text: str | None) -> Path | None:
 
 
 def prompt_text(prompt: Any) -> str:
-    """A prompt as the text a prior reads: itself, or the texts of its messages, one a line; a tool call may come without a text."""
+    """A prompt as the text a prior reads: itself, or the texts of its messages, one a line.
+
+    A tool call may come without a text, and a part that is an image with None for it: Arrow fills up fields that are missing.
+    """
     if isinstance(prompt, str):
         return prompt
     contents = [message.get("content") or [] for message in prompt]
     parts = [[{"text": content}] if isinstance(content, str) else content for content in contents]
-    return "\n".join(part["text"] for content in parts for part in content if "text" in part)
+    return "\n".join(part["text"] for content in parts for part in content if part.get("text") is not None)
 
 
 class PromptPriors:
