@@ -28,7 +28,7 @@ def test_slime(monkeypatch):
     from v05.integrations.groups import PromptPriors
 
     monkeypatch.setattr(slime, "PRIORS", PromptPriors(FixedPrior()))
-    words = shlex.split(blocks(GUIDE, "slime", "sh")[0])
+    words = shlex.split(blocks(GUIDE, "slime", "sh")[1])
     options = dict(zip(words[::2], words[1::2], strict=True))
     args = SimpleNamespace(reward_key=None, use_rollout_logprobs=False, **yaml.safe_load(blocks(GUIDE, "slime", "yaml")[0]))
     status = SimpleNamespace(value="completed")

@@ -109,6 +109,33 @@ def test_a_group_keeps_its_prediction_while_it_is_open():
     assert priors.rates(["a", "b", "c"]).tolist() == pytest.approx([math.nan, 0.9, 0.9], nan_ok=True)
 
 
+def test_a_group_that_was_dropped_opens_anew():
+    prior = FixedPrior({"x": 0.2})
+    priors = PromptPriors(prior)
+    priors.open(["a"], ["x"])
+    prior.rates["x"] = 0.9
+    assert priors.open(["a", "a"], ["x", "x"], anew=True).tolist() == [0.9, 0.9]
+    priors.close(["a"], np.array([1.0]), np.array([2.0]))
+    assert prior.learnt == {"x": (1.0, 2.0)}
+
+
+def test_a_prior_of_other_settings_is_refused():
+    priors = PromptPriors()
+    priors.open(["a", "b"], ["x", "y"])  # nobody settled it: a prior of the defaults
+    given = dict(method="v05", priors=priors, normalize=True, remedy="")
+    for settings in (Settings(outcomes="eval.jsonl"), Settings(prior="v0")):
+        with pytest.raises(
+            ValueError,
+            match=r"v05\.(outcomes='eval.jsonl': the prior in PRIORS was made with None|prior='v0': .* with 'history'); give",
+        ):
+            outcome_advantages(torch.ones(1, 1), torch.ones(1, 1), ["a"], settings=settings, **given)
+    settings = Settings(chunk=2, reward_range=(-1.0, 1.0))  # which make no other prior
+    advantages, _ = outcome_advantages(torch.ones(1, 1), torch.ones(1, 1), ["a"], settings=settings, **given)
+    assert advantages.tolist() == [[1.0]]
+    priors.prior = FixedPrior()  # one's own is nobody's settings
+    outcome_advantages(torch.ones(1, 1), torch.ones(1, 1), ["b"], settings=Settings(outcomes="eval.jsonl"), **given)
+
+
 def test_what_is_missing_is_named():
     case = situations()[1].values[0]
     with pytest.raises(ValueError, match="prior: none for 2 of 2 groups, the first is 'a'; open them"):
@@ -134,6 +161,8 @@ def test_settings_and_texts():
     assert prompt_text(messages) == "Add.\n2+2=\n2+2="
     calls = [{"role": "assistant", "content": None, "tool_calls": []}, {"role": "assistant", "tool_calls": []}]
     assert prompt_text([*calls, *messages[:1]]) == "Add."
+    image = {"type": "image", "text": None}  # as Arrow gives back a part that had no text
+    assert prompt_text([{"role": "user", "content": [image, *parts]}]) == "2+2="
     assert in_reward_units(np.array([0.0, 0.25, 1.0]), (-1.0, 1.0)).tolist() == [-1.0, -0.5, 1.0]
 
 

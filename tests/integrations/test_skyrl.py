@@ -25,14 +25,14 @@ def skyrl(monkeypatch):
     return skyrl
 
 
-def advantages(estimator, token_rewards, mask, ids, normalize=True):
+def advantages(estimator, token_rewards, mask, ids, normalize=True, config=None):
     """What SkyRL's trainer makes of a batch."""
     result, returns = ppo_utils.compute_advantages_and_returns(
         token_level_rewards=token_rewards,
         response_mask=mask,
         index=np.array(ids, dtype=object),
         adv_estimator=estimator,
-        config=None,
+        config=config,
         grpo_norm_by_std=normalize,
     )
     assert torch.equal(result, returns)
@@ -73,16 +73,17 @@ def test_situations(skyrl, case):
     torch.testing.assert_close(result, case.expected_tokens, rtol=0, atol=TOLERANCE)
 
 
+class Echo:
+    async def generate(self, batch):
+        return {"response_ids": [[1]] * len(batch["prompts"])}
+
+
 def test_the_generator_predicts_on_the_way(skyrl):
     """Training prompts open their groups under the ids that SkyRL will give the estimator; evaluation's do not."""
     from skyrl.train.generators.utils import prepare_generator_input
 
     skyrl.register()
     skyrl.PRIORS.prior.rates = {"2+2=": 0.25}
-
-    class Echo:
-        async def generate(self, batch):
-            return {"response_ids": [[1]] * len(batch["prompts"])}
 
     prompts = [
         {"prompt": [{"role": "user", "content": text}], "env_class": None, "env_extras": {}, "uid": uid}
@@ -98,6 +99,37 @@ def test_the_generator_predicts_on_the_way(skyrl):
     result = advantages("v05", torch.tensor([[1.0], [0.0], [1.0], [0.0]]), torch.ones(4, 1), uids)
     assert result.flatten().tolist() == [0.75, -0.25, 0.5, -0.5]
     assert skyrl.PRIORS.prior.learnt == {"2+2=": (1.0, 2.0), "3+3=": (1.0, 2.0)}
+
+
+def test_a_prompt_that_a_filter_dropped_is_predicted_anew(skyrl):
+    """SkyRL's id of a prompt is the same in every epoch, and no estimator is told of the groups that its filter drops."""
+    from skyrl.train.generators.utils import prepare_generator_input
+
+    skyrl.register()
+    generator = skyrl.PromptedGenerator(Echo())
+    prompts = [{"prompt": [{"role": "user", "content": "2+2="}], "env_class": None, "env_extras": {}, "uid": "0"}]
+    for step, rate in enumerate((0.25, 0.75)):
+        skyrl.PRIORS.prior.rates = {"2+2=": rate}
+        batch, uids = prepare_generator_input(prompts, 2, {}, "none", "train", step)
+        asyncio.run(generator.generate(batch))
+    result = advantages("v05", torch.tensor([[1.0], [0.0]]), torch.ones(2, 1), uids)
+    assert result.flatten().tolist() == [0.25, -0.75]
+
+
+@pytest.mark.parametrize("kind", [None, "filter", "replace"])
+def test_sampling_that_repeats_rollouts_is_refused(skyrl, kind):
+    from skyrl.train.config.config import AlgorithmConfig, DynamicSamplingConfig
+
+    skyrl.register()
+    skyrl.PRIORS.open(["a"], ["x"])
+    given = torch.tensor([[1.0], [0.0]]), torch.ones(2, 1), ["a", "a"]
+    config = AlgorithmConfig(dynamic_sampling=DynamicSamplingConfig(type=kind))
+    if kind == "replace":
+        with pytest.raises(ValueError, match=r"trainer\.algorithm\.dynamic_sampling\.type='replace': .*; choose 'filter' or null"):
+            advantages("v05", *given, config=config)
+    else:
+        assert advantages("v05", *given, config=config).flatten().tolist() == [0.5, -0.5]
+    assert advantages("v05_rloo", *given, config=config).flatten().tolist() == [1.0, -1.0]  # as SkyRL's own
 
 
 def test_the_estimators_reach_other_processes_by_reference(skyrl):

@@ -124,6 +124,40 @@ def test_rounds_ask_where_prior_and_rewards_disagree(tokenizer, tmp_path):
     assert batch["num_items_in_batch"] == (batch["completion_mask"] * batch["tool_mask"]).sum()
 
 
+def test_what_reward_functions_log_stands_in_its_rows(tokenizer, tmp_path):
+    """TRL's table of completions after rounds: whole columns, a value beside the completion that it was logged of."""
+    calls = []
+
+    def logging(prompts, completions, log_extra, **_):
+        calls.append(prompts)
+        log_extra("seen", list(completions))
+        if len(calls) > 1:
+            log_extra("late", list(prompts))
+        return starts_with_a_low_digit(completions)
+
+    settings = {"initial_generations": 2, "log_completions": True}
+    make(V05Trainer, V05Config, tokenizer, tmp_path, logging, settings=settings, prior=FixedPrior()).train()
+    (file,) = (tmp_path / "completions").glob("*.parquet")
+    table = Dataset.from_parquet(str(file), cache_dir=str(tmp_path / "cache")).to_list()
+    assert len(table) == 4 * 8
+    sampled = [row for row in table if row["seen"] is not None]
+    assert len(sampled) == sum(map(len, calls)) < len(table)
+    assert all(row["seen"] == row["completion"] for row in sampled)
+    assert all(row["completion"] == "" for row in table if row["seen"] is None)
+    late = [row for row in table if row["late"] is not None]
+    assert len(late) == sum(map(len, calls[1:])) > 0
+    assert all(row["late"] == row["prompt"] for row in late)
+
+
+def test_a_column_with_too_few_values_is_refused(tokenizer, tmp_path):
+    def logging(completions, log_extra, **_):
+        log_extra("seen", completions[:1])
+        return starts_with_a_low_digit(completions)
+
+    with pytest.raises(ValueError, match=r"log_extra\('seen', \.\.\.\): 1 values for 16 completions; give each one"):
+        adaptive_batch(make(V05Trainer, V05Config, tokenizer, tmp_path, logging))
+
+
 def test_padding_rows_change_neither_loss_nor_gradient(tokenizer, tmp_path):
     def random_reward(completions, **_):
         return [float(len(completion) % 2) for completion in completions]

@@ -1,6 +1,7 @@
 """The asynchronous rollout loop of TRL with V_0.5, on a fake vLLM server; `make test-integrations` installs it."""
 
 import asyncio
+import json
 import multiprocessing
 import queue
 import warnings
@@ -11,6 +12,7 @@ import pytest
 from host_situations import TOLERANCE, FixedPrior, situations
 
 from v05.integrations.groups import Settings
+from v05.prior.history import HistoryPrior
 
 pytest.importorskip("trl", exc_type=ImportError)
 from accelerate import PartialState
@@ -51,7 +53,7 @@ def loop(tokenizer, monkeypatch):
     PartialState(cpu=True)  # as TRL's process does; its log wants it
     loops = []
 
-    def make(prompts, prior=None, settings=None, generations=8, reward_funcs=(judge,)):
+    def make(prompts, prior=None, settings=None, generations=8, reward_funcs=(judge,), **more):
         rows = [{"prompt": [{"role": "user", "content": text}], "answer": answer} for text, answer in prompts]
         loop = trl_async.V05RolloutLoop(
             settings=settings or Settings(initial=2),
@@ -69,6 +71,7 @@ def loop(tokenizer, monkeypatch):
             exception_info_queue=queue.Queue(),
             metrics_queue=queue.Queue(),
             max_inflight_tasks=32,
+            **more,
         )
         loops.append(loop)
 
@@ -108,6 +111,12 @@ def collect(loop, groups):
     return taken
 
 
+def change_version(loop):
+    """The policy's weights are new, and the next group is opened."""
+    loop._model_version_value.value += 1
+    next(loop._repeat_iterator())
+
+
 def test_the_doors_have_the_shape_they_were_written_for():
     assert trl_async.V05RolloutWorker._loop_cls is trl_async.V05RolloutLoop
     assert host._AsyncRolloutLoop._provides_rollout_reward is False
@@ -124,9 +133,49 @@ def test_groups_take_what_they_need(loop):
     assert len(samples[1]) == 8
     assert [sample.advantage for sample in samples[0]] == pytest.approx([0.05] * 2)
     assert all(sample.advantage < 0 for sample in samples[1])
+    change_version(made)
     assert prior.learnt["sure"] == (2, 2)
     assert prior.learnt["hopeless"] == (0, 8)
     assert all(sample.completion_mask.sum() == 2 for sample in samples[1])
+
+
+def test_a_prompts_own_past_outlives_an_epoch(loop):
+    """The prior forgets with every step that it learns: those are versions of the policy, not groups."""
+    prior = HistoryPrior()
+    prompts = [(f"{a}+{b}=", "yes" if (a + b) % 2 else "no") for a in range(8) for b in range(8)]
+    made = loop(prompts, prior)
+    collect(made, len(prompts))
+    assert prior.state_dict()["step"] == 0
+    change_version(made)
+    learnt = prior.state_dict()
+    assert learnt["step"] == 1
+    assert set(json.loads(learnt["past_prompts"].tobytes())) == {text for text, _ in prompts}
+    assert (learnt["past_trials"] >= 2).all()
+    change_version(made)
+    assert prior.state_dict()["step"] == 1  # nothing was scored since
+
+
+class Game:
+    """An environment that owns its reward."""
+
+    def reset(self, **_):
+        return None
+
+    def get_reward(self):
+        return 1.0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"environment_factory": Game}, "environment_factory: Game has a get_reward, which TRL calls only after V_0.5's test"),
+        ({"reward_funcs": []}, r"reward_funcs=\[\]: V_0.5 tests rewards while it samples; give functions that score"),
+    ],
+    ids=["by an environment", "by nothing"],
+)
+def test_rewards_that_would_train_on_nothing_are_refused(loop, given, message):
+    with pytest.raises(ValueError, match=message):
+        loop([("fair", "yes")], **given)
 
 
 # The worker's method is v05; with a prior that agrees, rows of one trajectory get what a mean would give them.

@@ -1,6 +1,7 @@
 """The estimators in verl's registry and on its data, against verl's own; `make test-integrations` installs it."""
 
 import inspect
+import json
 import subprocess
 import sys
 
@@ -113,5 +114,26 @@ def test_situations(host, prior, case):
 
 
 def test_v05_without_a_prior_says_what_to_do(host, prior):
-    with pytest.raises(ValueError, match=r"prior: none for .*agent_loop_manager_class=v05\.integrations\.verl_rollout"):
+    remedy = r"agent_loop_manager_class=v05\.integrations\.verl_rollout\..* PRIORS\.settle\(Settings\.read\(.*PRIORS\.open\(uids"
+    with pytest.raises(ValueError, match=f"prior: none for .*{remedy}"):
         host.advantages("v05", *random_batch(0))
+
+
+def test_a_manager_of_ones_own_settles_the_prior_of_the_configuration(host, monkeypatch, tmp_path):
+    from v05.integrations import verl
+
+    outcomes = tmp_path / "outcomes.jsonl"
+    outcomes.write_text(json.dumps({"policy": "p", "prompt": "2+2=", "score": 1.0, "trials": 400}) + "\n")
+    config = {"v05": {"outcomes": str(outcomes)}}
+    rewards = torch.tensor([[1.0], [1.0]])
+
+    def advantages():
+        verl.PRIORS.open(["uid"], ["2+2="])
+        return host.advantages("v05", rewards, torch.ones_like(rewards), ["uid"] * 2, **config)
+
+    monkeypatch.setattr(verl, "PRIORS", PromptPriors())
+    with pytest.raises(ValueError, match=r"v05\.outcomes='.*outcomes\.jsonl': the prior in PRIORS was made with None; give PRIORS"):
+        advantages()
+    monkeypatch.setattr(verl, "PRIORS", PromptPriors())
+    verl.PRIORS.settle(verl.Settings.read(config["v05"]))
+    assert (advantages().abs() < 0.1).all()  # it was told that this prompt succeeds

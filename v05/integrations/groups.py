@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Range = tuple[float, float]
 PRIORS = ("history", "v0")
+OF_THE_PRIOR = ("prior", "backbone", "adapter", "outcomes")  # settings that say which prior is made
 ESTIMATORS = {  # name in verl and SkyRL: method; the last two for comparison with the host's own
     "v05": "v05",
     "v05_calibrated": "calibrated",
@@ -107,12 +108,15 @@ def _path(text: str | None) -> Path | None:
 
 
 def prompt_text(prompt: Any) -> str:
-    """A prompt as the text a prior reads: itself, or the texts of its messages, one a line; a tool call may come without a text."""
+    """A prompt as the text a prior reads: itself, or the texts of its messages, one a line.
+
+    A tool call may come without a text, and a part that is an image with None for it: Arrow fills up fields that are missing.
+    """
     if isinstance(prompt, str):
         return prompt
     contents = [message.get("content") or [] for message in prompt]
     parts = [[{"text": content}] if isinstance(content, str) else content for content in contents]
-    return "\n".join(part["text"] for content in parts for part in content if "text" in part)
+    return "\n".join(part["text"] for content in parts for part in content if part.get("text") is not None)
 
 
 class PromptPriors:
@@ -127,6 +131,7 @@ class PromptPriors:
 
     def __init__(self, prior: ValuePrior | None = None, capacity: int = 1_000_000) -> None:
         self._prior = prior
+        self._settled: Settings | None = None  # what the prior was made with; None of one that was given
         self._calibrator: Calibrator | None = None
         self._capacity = capacity
         self._open: OrderedDict[str, tuple[str, float]] = OrderedDict()
@@ -134,17 +139,29 @@ class PromptPriors:
     @property
     def prior(self) -> ValuePrior:
         if self._prior is None:
-            self._prior = prior_of(Settings())
+            self.settle(Settings())
+        assert self._prior is not None
         return self._prior
 
     @prior.setter
     def prior(self, prior: ValuePrior) -> None:
-        self._prior = prior
+        self._prior, self._settled = prior, None
 
     def settle(self, settings: Settings) -> None:
-        """Take the prior of these settings, unless there is one already."""
+        """Take the prior of these settings, unless there is one already; one that was given as an object stands.
+
+        Raises ValueError where the one at hand was made with other settings, or what `prior_of` raises.
+        """
         if self._prior is None:
-            self._prior = prior_of(settings)
+            self._prior, self._settled = prior_of(settings), settings
+        elif self._settled is not None:
+            for name in OF_THE_PRIOR:
+                asked, made = getattr(settings, name), getattr(self._settled, name)
+                if asked != made:
+                    raise ValueError(
+                        f"v05.{name}={asked!r}: the prior in PRIORS was made with {made!r}; give PRIORS.settle these settings "
+                        "before its first use"
+                    )
 
     def calibration(self, method: str) -> Calibration | None:
         """How far the priors are to be trusted, fitted to the groups closed since the method "calibrated" first asked for it.
@@ -159,11 +176,15 @@ class PromptPriors:
             self._calibrator = Calibrator()
         return self._calibrator.fit()
 
-    def open(self, group_ids: Sequence[str], prompts: Sequence[Any]) -> NDArray[np.float64]:
+    def open(self, group_ids: Sequence[str], prompts: Sequence[Any], anew: bool = False) -> NDArray[np.float64]:
         """(G,) predicted success rates of G prompts, texts or lists of messages, remembered under their ids.
 
-        A group that is open already keeps its prediction, so that rows of one group may come in several calls.
+        A group that is open already keeps its prediction, so that rows of one group may come in several calls. With `anew` it gets
+        a new one: where a prompt's id is the same in every epoch, an open group may be one that was dropped in the last.
         """
+        if anew:
+            for group in group_ids:
+                self._open.pop(group, None)
         new = {group: prompt_text(prompt) for group, prompt in zip(group_ids, prompts, strict=True) if group not in self._open}
         rates = self.prior.predict(list(new.values()))
         self._open.update((group, (text, float(rate))) for (group, text), rate in zip(new.items(), rates, strict=True))
@@ -231,7 +252,8 @@ def outcome_advantages(
         advantages and returns, both the same (N, T) float32 tensor.
 
     Raises:
-        ValueError: the method needs a prior and a group was not opened; a reward is outside `settings.reward_range`.
+        ValueError: the method needs a prior, and a group was not opened or the priors are not of these settings; a reward is
+            outside `settings.reward_range`.
     """
     rule = find_method(method)
     ids = [str(group) for group in index]
@@ -241,6 +263,7 @@ def outcome_advantages(
         missing = [group for group in groups if group not in priors and not PADDING.fullmatch(group)]
         if missing:
             raise ValueError(f"prior: none for {len(missing)} of {len(groups)} groups, the first is {missing[0]!r}; {remedy}")
+        priors.settle(settings)
     out = fused_advantage(
         token_level_rewards.sum(-1, dtype=torch.float64),
         in_reward_units(rates, settings.reward_range) if rule.needs_prior else None,

@@ -166,6 +166,7 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
         allocator.open(np.arange(len(prompts) // size), in_reward_units(self._rates, self._range))
         rows: dict[int, tuple[Any, ...]] = {}  # prompt ids, completion ids, tool mask, completion, log-probabilities
         scored = torch.full((len(prompts), len(self.reward_funcs)), torch.nan, device=self.accelerator.device)
+        logged: dict[str, list[Any]] = {}  # columns of the completions table
         while not allocator.done:
             leases = allocator.lease(len(prompts))
             chosen = (np.asarray(leases.group) * size + leases.index).tolist()
@@ -174,6 +175,7 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
             if extra or images is not None:
                 raise ValueError("initial_generations: sampling in rounds takes text prompts only; give None")
             scored[chosen] = score([self._batch[row] for row in chosen], drawn, completions, ids)
+            self._place_logged(logged, chosen, len(prompts))
             allocator.report(leases.lease_id, self._total(scored[chosen]).double().cpu().numpy())
             tool_mask = [[1] * len(tokens) for tokens in ids] if tool_mask is None else tool_mask
             logprobs = [None] * len(ids) if logprobs is None else logprobs
@@ -185,8 +187,22 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
             alike = rows[row - row % size]  # the first completion of the same prompt
             rows[row] = (alike[0], [self.eos_token_ids[0]], [0], nothing, None if alike[4] is None else [0.0])
         self._scored, self._padding = scored, torch.tensor(padding)
+        self._pending_extra_logs.update(logged)
         columns = [list(column) for column in zip(*(rows[row] for row in range(len(prompts))), strict=True)]
         return (*columns[:4], None if rows[0][4] is None else columns[4], {}, None, [])
+
+    def _place_logged(self, logged: dict[str, list[Any]], chosen: list[int], count: int) -> None:
+        """Move what reward functions logged of a round's rows into columns of all `count` rows, None where nothing was.
+
+        TRL appends it as it comes, and its table wants a value for every row, in the order of rows.
+        """
+        for column, values in self._pending_extra_logs.items():
+            if len(values) != len(chosen):
+                raise ValueError(f"log_extra({column!r}, ...): {len(values)} values for {len(chosen)} completions; give each one")
+            whole = logged.setdefault(column, [None] * count)
+            for row, value in zip(chosen, values, strict=True):
+                whole[row] = value
+        self._pending_extra_logs.clear()
 
     def _generate_single_turn(
         self, prompt_ids: Any, images: Any, multimodal_fields: Any, num_generations: int, has_tool_images: bool = False

@@ -5,8 +5,8 @@
 
 A prompt starts with `settings.initial` conversations, each scored as it ends, and gets more while the test asks for them. A sample
 carries its own advantage to the trainer, so groups differ in size and nothing is padded. A conversation that waits for its group's
-test holds one of `max_inflight_tasks`: raise that by num_generations / initial. The prior lives in the worker's process and starts
-anew with it.
+test holds one of `max_inflight_tasks`: raise that by num_generations / initial. The prior lives in the worker's process, starts
+anew with it, and learns whenever the policy's version has changed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker, RolloutGroup, RolloutSample, _AsyncRolloutLoop
 from trl.trainer.utils import get_callable_name, is_async_callable
 
@@ -62,6 +63,9 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
         settings: of V_0.5.
         reward_funcs: called with one conversation at a time, as soon as it ends.
         prior: as in `V05Trainer`, picklable; that of the settings if None.
+
+    Raises:
+        ValueError: no reward function, or an environment that gives rewards itself, which TRL asks for them too late for the test.
     """
 
     _provides_rollout_reward = True
@@ -75,12 +79,22 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
         num_generations: int = 16,
         **kwargs: Any,
     ) -> None:
+        if not reward_funcs:
+            raise ValueError(f"reward_funcs={reward_funcs!r}: V_0.5 tests rewards while it samples; give functions that score")
         super().__init__(reward_funcs=[], num_generations=num_generations, **kwargs)
+        if self._env_reward_types:
+            names = ", ".join(kind.__name__ for kind in self._env_reward_types)
+            raise ValueError(
+                f"environment_factory: {names} has a get_reward, which TRL calls only after V_0.5's test; take it away and "
+                "score the conversation in reward_funcs"
+            )
         self.reward_func_names.append("+".join(get_callable_name(function) for function in reward_funcs))
         self._settings = settings
         self._judges = reward_funcs
         self._prior: ValuePrior = prior_of(settings) if prior is None else prior
         self._groups: dict[int, _Group] = {}
+        self._scored: list[tuple[str, NDArray[np.float64], NDArray[np.float64]]] = []  # text, (1,) successes and trials, not learnt
+        self._learnt_version = self.model_version
 
     def _repeat_iterator(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """TRL's rows, `num_generations` times each; the group is opened when its first comes by."""
@@ -97,11 +111,22 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
             chunk=settings.chunk,
             reward_range=settings.reward_range,
         )
+        self._learn()
         prior = in_reward_units(self._prior.predict([text]), settings.reward_range)
         allocator.open([0], prior)
         group = _Group(row, text, float(prior[0]), allocator)
         group.lease()
         return group
+
+    def _learn(self) -> None:
+        """Teach the prior what was scored since the policy's version last changed, in one step: a prior forgets step by step."""
+        if self.model_version == self._learnt_version:
+            return
+        self._learnt_version = self.model_version
+        if self._scored:
+            texts, successes, trials = zip(*self._scored, strict=True)
+            self._prior.observe(texts, np.concatenate(successes), np.concatenate(trials))
+            self._scored.clear()
 
     async def _generate_one(self, prompt: Any, tool_dict: Any, tools: Any, group_id: int = 0) -> tuple[Any, ...]:
         """A conversation and its reward, once its group wants it; NOT_NEEDED if the group stops first."""
@@ -151,7 +176,7 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
             nonfinite="exclude",
         )
         assert out.stats is not None
-        self._prior.observe([state.text], *outcomes(out.stats, settings.reward_range))
+        self._scored.append((state.text, *outcomes(out.stats, settings.reward_range)))
         rows = [len(sequences) for sequences in group.completions_sequences]
         for sample, advantage in zip(samples, np.repeat(out.advantages.numpy(), rows).tolist(), strict=True):
             sample.advantage = advantage

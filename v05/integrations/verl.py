@@ -9,8 +9,8 @@ verl loads this file by itself, through the entry-point group `verl.plugins`, wh
 
 An estimator is shown no prompt, so the prior of a prompt is predicted where the prompts are drawn, by the agent loop manager,
 which runs in the trainer's process as the estimator does. Another manager can fill the table itself:
-`PRIORS.open(uids, raw_prompts)`. Estimators are not told which rows are of one session: an agent loop with several outputs counts
-each of them.
+`PRIORS.settle(Settings.read(config.algorithm.get("v05")))` once, and `PRIORS.open(uids, raw_prompts)` of every batch. Estimators
+are not told which rows are of one session: an agent loop with several outputs counts each of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from v05.integrations.groups import ESTIMATORS, PromptPriors, Settings, outcome_
 PRIORS = PromptPriors()
 REMEDY = (
     "set +actor_rollout_ref.rollout.agent.agent_loop_manager_class=v05.integrations.verl_rollout.SequentialAgentLoopManager, "
-    "or call v05.integrations.verl.PRIORS.open(uids, raw_prompts) where the prompts are drawn"
+    "or, of v05.integrations.verl, call PRIORS.settle(Settings.read(config.algorithm.get('v05'))) once and "
+    "PRIORS.open(uids, raw_prompts) where the prompts are drawn"
 )
 
 
