@@ -14,6 +14,7 @@ import json
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -189,11 +190,10 @@ class SampleLog:
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / SAMPLES
         self._file = self._path.open("a+", encoding="utf-8")
-        try:
+        with ExitStack() as refused:  # then its lock is let go of
+            refused.callback(self._file.close)
             self.samples = self._read(directory / CONFIG, config.model_dump(mode="json"))
-        except Exception:  # the directory is refused, so its lock is let go of
-            self._file.close()
-            raise
+            refused.pop_all()
 
     def _read(self, path: Path, mine: dict[str, Any]) -> dict[tuple[str, str, int], Sample]:
         """What the file holds, made ready for more; `path` is of the configuration, `mine` is this one."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from v05.report.runs import Recorded, Seeds
 from v05.train.compare import BASELINE, final_accuracy, rollouts_to
+from v05.train.curves import crossing
 
 Document = dict[str, Any]
 Records = list[dict[str, Any]]
@@ -136,13 +137,13 @@ def saved(group: Seeds, baseline: Seeds) -> Document | None:
 
     None where there is nothing to save: they share no seed, or the baseline learnt nothing.
     """
-    reached, own = (rollouts_to(baseline.records, of.records) for of in (group, baseline))
-    if reached is None or own is None or not improved(baseline):
+    reached = rollouts_to(baseline.records, group.records)
+    if reached is None or not improved(baseline):
         return None
     return {
         "baseline": baseline.name,
         "target": final_accuracy(baseline.records),
-        "needed": own.at,
+        "needed": crossing([run.curve("rollouts") for run in baseline.records], final_accuracy(baseline.records)),
         "rollouts": reached.at,
         "low": reached.low,
         "high": reached.high,

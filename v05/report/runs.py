@@ -172,8 +172,8 @@ def setting_names(runs: Sequence[Recorded]) -> dict[str, str]:
     for recorded in runs:
         task = recorded.settings["task"]
         sources = [source["dataset"] for source in task["mix"]] if "mix" in task else [Path(task["path"]).stem]
-        key = setting_key(recorded)
-        alike[" + ".join(dict.fromkeys(sources))][key] = dict(zip(SETTING, json.loads(key), strict=True))
+        setting = {name: recorded.settings.get(name) for name in SETTING}
+        alike[" + ".join(dict.fromkeys(sources))][setting_key(recorded)] = setting
     names = {}
     for name, settings in alike.items():
         for number, (key, mine) in enumerate(settings.items(), 1):

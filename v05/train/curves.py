@@ -61,13 +61,13 @@ def reaching(curves: Sequence[Curve], targets: Sequence[float]) -> Reached:
     draws = []
     for _ in range(BOOTSTRAP_DRAWS // 4):
         seeds = rng.integers(len(curves), size=len(curves))
-        draws.append(_crossing([curves[i] for i in seeds], float(np.mean([targets[i] for i in seeds]))))
-    at = _crossing(curves, float(np.mean(targets)))
+        draws.append(crossing([curves[i] for i in seeds], float(np.mean([targets[i] for i in seeds]))))
+    at = crossing(curves, float(np.mean(targets)))
     low, high = np.percentile(draws, INTERVAL, method="nearest")
     return Reached(*(float(x) if np.isfinite(x) else None for x in (at, low, high)))
 
 
-def _crossing(curves: Sequence[Curve], target: float) -> float:
+def crossing(curves: Sequence[Curve], target: float) -> float:
     """From where on the mean curve is at `target` or above; infinity if it ends below."""
     points, mean, _ = mean_curve(curves)
     below = np.flatnonzero(mean < target - ROUNDING)
