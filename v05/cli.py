@@ -645,7 +645,8 @@ def _run_watched(configs: dict[str, RunConfig], out: Path, jobs: int, done: Call
                 running = state.status == "running"
                 if running:
                     progress.start_task(bars[state.name])
-                progress.update(bars[state.name], completed=state.rollouts, note=note, visible=running or not many)
+                reached = state.total if state.status == "done" else state.rollouts  # a run ends within half a step of its total
+                progress.update(bars[state.name], completed=reached, note=note, visible=running or not many)
                 if state.status in ("done", "failed"):
                     ended.add(state.name)
                     progress.update(whole, completed=len(ended))
