@@ -97,11 +97,19 @@ std::int64_t check_rewards(const Rollouts<Real>& rollouts, const AdvantageRule& 
 // What the baseline of a group is made of.
 struct Group {
   Moments moments;
-  double prior = std::numeric_limits<double>::quiet_NaN();  // reward units; NaN: none
-  // kCalibrated's:
-  double successes = 0.0;   // sum of the rewards scaled to [0, 1]
-  Belief belief;            // what the prior is taken for
-  CalibratedFusion fusion;  // of the two, where it is asked for
+  double prior;  // reward units; NaN: none
+
+  Group(const Moments& of_rewards, double predicted, const AdvantageRule& /*rule*/, bool /*wants_baseline*/)
+      : moments(of_rewards), prior(predicted) {}
+
+  [[nodiscard]] double baseline(const AdvantageRule& rule) const {
+    return baseline_of(rule.baseline, moments.count, moments.mean, prior, rule.half_range());
+  }
+
+  // Its only rollout has nothing but itself to be compared with.
+  [[nodiscard]] bool is_alone(const AdvantageRule& rule) const {
+    return moments.count == 1 && (!rule.bounded() || std::isnan(prior));
+  }
 };
 
 // The sum of a group's rewards scaled to [0, 1]. Whole numbers, as of rewards that are low or high, come back whole:
@@ -113,24 +121,24 @@ double successes_of(const Moments& group, const AdvantageRule& rule) {
   return std::abs(sum - whole) <= count * rule.scaled_rounding() ? whole : sum;
 }
 
-Group make_group(const Moments& moments, double prior, const AdvantageRule& rule, bool wants_baseline) {
-  Group group;
-  group.moments = moments;
-  group.prior = prior;
-  if (rule.baseline == Baseline::kCalibrated) {
-    group.successes = successes_of(moments, rule);
-    group.belief = believe(rule.scaled(prior), rule.calibration);
-    group.fusion = wants_baseline ? calibrated(moments.count, group.successes, group.belief) : group.fusion;
-  }
-  return group;
-}
+// The same of calibrated fusion.
+struct CalibratedGroup {
+  Moments moments;
+  double successes;         // sum of the rewards scaled to [0, 1]
+  Belief belief;            // what the prior is taken for
+  CalibratedFusion fusion;  // of the two, where the baseline is wanted
 
-double baseline_of(const Group& group, const AdvantageRule& rule) {
-  const Moments& m = group.moments;
-  return rule.baseline == Baseline::kCalibrated
-             ? rule.unscaled(group.fusion.baseline)
-             : baseline_of(rule.baseline, m.count, m.mean, group.prior, rule.half_range());
-}
+  CalibratedGroup(const Moments& of_rewards, double prior, const AdvantageRule& rule, bool wants_baseline)
+      : moments(of_rewards),
+        successes(successes_of(of_rewards, rule)),
+        belief(believe(rule.scaled(prior), rule.calibration)),
+        fusion(wants_baseline ? calibrated(moments.count, successes, belief) : CalibratedFusion{}) {}
+
+  [[nodiscard]] double baseline(const AdvantageRule& rule) const { return rule.unscaled(fusion.baseline); }
+  [[nodiscard]] static bool is_alone(const AdvantageRule& /*rule*/) {
+    return false;
+  }  // there is always the vague prior
+};
 
 // Rewards that are all equal are left as they are: nothing may explode through eps.
 double divisor_of(const Moments& population, const AdvantageRule& rule) {
@@ -138,18 +146,15 @@ double divisor_of(const Moments& population, const AdvantageRule& rule) {
   return unscaled ? 1.0 : std::sqrt(population.variance()) + rule.eps;
 }
 
-// A group's only rollout, with nothing but itself to be compared with. Calibrated fusion always has its vague prior.
-bool is_alone(const Group& group, const AdvantageRule& rule) {
-  const bool has_prior = rule.baseline == Baseline::kCalibrated || (rule.bounded() && !std::isnan(group.prior));
-  return group.moments.count == 1 && !has_prior;
-}
-
 // The advantage of a reward within its group.
+template <class GroupKind>
 class Judge {
  public:
-  Judge(const Group& group, const AdvantageRule& rule, double divisor)
-      : baseline_(baseline_of(group, rule)), divisor_(divisor) {
-    if (rule.raw_singleton && is_alone(group, rule)) {
+  using Kind = GroupKind;
+
+  Judge(const GroupKind& group, const AdvantageRule& rule, double divisor)
+      : baseline_(group.baseline(rule)), divisor_(divisor) {
+    if (rule.raw_singleton && group.is_alone(rule)) {
       baseline_ = 0.0;
       divisor_ = 1.0;
     }
@@ -165,11 +170,13 @@ class Judge {
 // The same with a baseline from the group's other rollouts.
 class LeaveOneOutJudge {
  public:
+  using Kind = Group;
+
   LeaveOneOutJudge(const Group& group, const AdvantageRule& rule, double divisor)
       : mean_(group.moments.mean),
         prior_(group.prior),
         divisor_(divisor),
-        others_(is_alone(group, rule) ? kAlone : group.moments.count - 1) {}
+        others_(group.is_alone(rule) ? kAlone : group.moments.count - 1) {}
 
   double operator()(double reward, const AdvantageRule& rule) const {
     if (others_ == kAlone) {
@@ -191,7 +198,9 @@ class LeaveOneOutJudge {
 // otherwise what the likelihood ratios of a group share is.
 class CalibratedLeaveOneOutJudge {
  public:
-  CalibratedLeaveOneOutJudge(const Group& group, const AdvantageRule& rule, double divisor)
+  using Kind = CalibratedGroup;
+
+  CalibratedLeaveOneOutJudge(const CalibratedGroup& group, const AdvantageRule& rule, double divisor)
       : belief_(group.belief),
         successes_(group.successes),
         others_(std::max<std::int64_t>(group.moments.count - 1, 0)),  // no others in an empty group
@@ -237,15 +246,17 @@ class CalibratedLeaveOneOutJudge {
   std::optional<LikelihoodRatio> ratio_;  // none where it is multiplied out
 };
 
+template <class GroupKind>
+void write_moments(const StatisticsOut& out, std::size_t g, const GroupKind& group, const AdvantageRule& rule) {
+  out.count[g] = group.moments.count;
+  out.mean[g] = group.moments.mean;
+  out.variance[g] = group.moments.variance();
+  out.baseline[g] = group.baseline(rule);
+}
+
 void write_statistics(const StatisticsOut& out, std::size_t g, const Group& group, const AdvantageRule& rule) {
-  if (out.count.empty()) {
-    return;
-  }
   const Moments& m = group.moments;
-  out.count[g] = m.count;
-  out.mean[g] = m.mean;
-  out.variance[g] = m.variance();
-  out.baseline[g] = baseline_of(group, rule);
+  write_moments(out, g, group, rule);
   if (rule.baseline == Baseline::kShrinkage) {
     const Fusion fusion = shrinkage(m.count, m.mean, group.prior, rule.half_range());
     out.mse[g] = fusion.mse;
@@ -254,11 +265,14 @@ void write_statistics(const StatisticsOut& out, std::size_t g, const Group& grou
     out.p_value[g] = fusion.p_value();
     out.take_more[g] = osla_take_more(m.count, fusion.squared_bias, rule.max_rollouts, rule.cost);
   }
-  if (rule.baseline == Baseline::kCalibrated) {
-    out.mse[g] = group.fusion.variance * (rule.high - rule.low) * (rule.high - rule.low);
-    out.hallucination[g] = group.fusion.hallucination;
-    out.take_more[g] = calibrated_take_more(m.count, group.fusion, rule.max_rollouts, rule.cost);
-  }
+}
+
+void write_statistics(const StatisticsOut& out, std::size_t g, const CalibratedGroup& group,
+                      const AdvantageRule& rule) {
+  write_moments(out, g, group, rule);
+  out.mse[g] = group.fusion.variance * (rule.high - rule.low) * (rule.high - rule.low);
+  out.hallucination[g] = group.fusion.hallucination;
+  out.take_more[g] = calibrated_take_more(group.moments.count, group.fusion, rule.max_rollouts, rule.cost);
 }
 
 // What a thread takes at a time. Moments of the batch are pooled by blocks of groups, so that their order is fixed.
@@ -267,28 +281,13 @@ constexpr std::int64_t kRowBlock = 4096;
 constexpr std::int64_t kTokenRowBlock = 16;  // rows of many tokens
 constexpr std::int64_t kPrefetchAhead = 32;
 
-// Calls body(row, table[group of the row]) for the rows begin .. end - 1.
-template <class Table, class Body>
-void for_rows(const Groups& groups, std::int64_t begin, std::int64_t end, Table* table, const Body& body) {
-  if (begin >= end) {
-    return;
-  }
-  if (groups.offsets.empty()) {
-    const std::int64_t* const ids = groups.ids.data();
-    for (std::int64_t row = begin; row < end;
-         ++row) {  // groups in any order: fetched ahead, as the hardware cannot guess
-      __builtin_prefetch(&table[ids[std::min(row + kPrefetchAhead, end - 1)]], 1);
-      body(at(row), table[ids[row]]);
-    }
-    return;
-  }
-  const auto after = std::ranges::upper_bound(groups.offsets, begin);
-  auto group = std::distance(groups.offsets.begin(), after) - 1;
+// Calls body(row, table[id of the row]) for the rows begin .. end - 1, fetched ahead, as the hardware cannot guess.
+template <class Entry, class Body>
+[[gnu::flatten]] void for_scattered(std::span<const std::int64_t> ids, std::int64_t begin, std::int64_t end,
+                                    Entry* table, const Body& body) {
   for (std::int64_t row = begin; row < end; ++row) {
-    while (groups.offsets[at(group) + 1] <= row) {
-      ++group;
-    }
-    body(at(row), table[group]);
+    __builtin_prefetch(&table[ids[at(std::min(row + kPrefetchAhead, end - 1))]], 1);
+    body(at(row), table[ids[at(row)]]);
   }
 }
 
@@ -305,9 +304,7 @@ template <class Real>
 std::vector<std::uint8_t> first_of_trajectories(const Rollouts<Real>& rollouts, const Groups& groups) {
   std::vector<std::uint8_t> is_first(rollouts.trajectory_ids.size());
   std::unordered_map<std::pair<std::int64_t, std::int64_t>, std::size_t, TrajectoryHash> first_rows;
-  std::vector<std::int64_t> numbers(at(groups.count));
-  std::iota(numbers.begin(), numbers.end(), 0);
-  for_rows(groups, 0, std::ssize(is_first), numbers.data(), [&](std::size_t row, std::int64_t group) {
+  const auto look = [&](std::size_t row, std::int64_t group) {
     if (!rollouts.is_usable(row)) {
       return;
     }
@@ -322,111 +319,178 @@ std::vector<std::uint8_t> first_of_trajectories(const Rollouts<Real>& rollouts, 
               << rollouts.rewards[row] << "). Give every row of a trajectory the trajectory's reward.";
       throw std::invalid_argument(message.str());
     }
-  });
+  };
+  std::int64_t group = 0;
+  for (std::int64_t row = 0; row < std::ssize(is_first); ++row) {
+    while (!groups.offsets.empty() && groups.offsets[at(group) + 1] <= row) {
+      ++group;
+    }
+    look(at(row), groups.offsets.empty() ? groups.ids[at(row)] : group);
+  }
   return is_first;
 }
 
-template <class Real>
-void collect_moments(const Rollouts<Real>& rollouts, const Groups& groups, MomentsAccumulator* collected, int threads) {
-  const auto is_first = first_of_trajectories(rollouts, groups);
-  const auto collect = [&](std::int64_t begin, std::int64_t end) {
-    for_rows(groups, begin, end, collected, [&](std::size_t row, MomentsAccumulator& group) {
-      if (is_first.empty() ? rollouts.is_usable(row) : is_first[row] != 0) {
-        group.add(static_cast<double>(rollouts.rewards[row]));
-      }
-    });
-  };
-  if (groups.offsets.empty()) {  // on one thread, so that a group's rows are added in their order
-    collect(0, rollouts.size());
-    return;
-  }
-  for_blocks(groups.count, kGroupBlock, rollouts.size(), threads,
-             [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
-               collect(groups.offsets[at(begin)], groups.offsets[at(end)]);
-             });
-}
+// The advantages of a batch that has been looked through: `all_usable` if no row is left out, and which rows count in
+// the statistics (all usable ones if empty).
+template <class Real, class Out>
+class Advantages {
+ public:
+  Advantages(const Rollouts<Real>& rollouts, const Groups& groups, std::span<const double> prior,
+             const AdvantageRule& rule, std::span<Out> advantages, const StatisticsOut& statistics, bool all_usable,
+             int threads)
+      : rollouts_(rollouts),
+        groups_(groups),
+        prior_(prior),
+        rule_(rule),
+        advantages_(advantages),
+        statistics_(statistics),
+        is_first_(first_of_trajectories(rollouts, groups)),
+        all_usable_(all_usable),
+        threads_(threads) {}
 
-// The moments of all rollouts, pooled in group order within blocks, then in block order.
-Moments batch_moments(std::span<const MomentsAccumulator> groups, int threads) {
-  const auto count = std::ssize(groups);
-  std::vector<Moments> blocks(at((count + kGroupBlock - 1) / kGroupBlock));
-  for_blocks(count, kGroupBlock, count, threads, [&](std::int64_t block, std::int64_t begin, std::int64_t end) {
-    for (std::int64_t g = begin; g < end; ++g) {
-      blocks[at(block)] = merge(blocks[at(block)], groups[at(g)].moments());
+  template <class GroupJudge>
+  void compute() const {
+    if (groups_.offsets.empty()) {
+      judge_scattered<GroupJudge>();
+    } else {
+      judge_contiguous<GroupJudge>();
     }
-  });
-  Moments batch;
-  for (const Moments& block : blocks) {
-    batch = merge(batch, block);
   }
-  return batch;
-}
 
-template <class GroupJudge, class Real, class Out>
-void judge_rows(const Rollouts<Real>& rollouts, const Groups& groups, std::span<const MomentsAccumulator> collected,
-                std::span<const double> prior, const AdvantageRule& rule, std::span<Out> advantages,
-                const StatisticsOut& statistics, const TokenSteps& steps, int threads) {
-  const Moments batch = rule.scale == Scale::kBatch ? batch_moments(collected, threads) : Moments{};
-  const bool wants_baseline = !rule.leave_one_out || !statistics.count.empty();
-  Scratch<GroupJudge> judges(at(groups.count));
-  for_blocks(groups.count, kGroupBlock, groups.count, threads,
-             [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
-               for (std::int64_t g = begin; g < end; ++g) {
-                 const Moments m = collected[at(g)].moments();
-                 const double v = prior.empty() ? std::numeric_limits<double>::quiet_NaN() : prior[at(g)];
-                 const Group group = make_group(m, v, rule, wants_baseline);
-                 write_statistics(statistics, at(g), group, rule);
-                 const double divisor = divisor_of(rule.scale == Scale::kBatch ? batch : m, rule);
-                 judges.data()[g] = GroupJudge(group, rule, divisor);
-               }
-             });
-  const auto for_advantages = [&](std::int64_t block_size, std::int64_t work, const auto& write) {
-    for_blocks(rollouts.size(), block_size, work, threads,
+ private:
+  // A group at a time, without scratch.
+  template <class GroupJudge>
+  void judge_contiguous() const {
+    const Moments batch = batch_moments([this](std::int64_t g) { return collect(g); });
+    for_blocks(groups_.count, kGroupBlock, rollouts_.size(), threads_,
                [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
-                 for_rows(groups, begin, end, judges.data(), [&](std::size_t row, const GroupJudge& judge) {
-                   const bool usable = rollouts.is_usable(row);
-                   write(row, usable ? judge(static_cast<double>(rollouts.rewards[row]), rule) : 0.0);
-                 });
+                 judge_groups<GroupJudge>(begin, end, batch);
                });
-  };
-  if (steps.spread) {
-    for_advantages(kTokenRowBlock, steps.tokens, steps.spread);
-  } else {
-    for_advantages(kRowBlock, rollouts.size(),
-                   [advantages](std::size_t row, double advantage) { advantages[row] = static_cast<Out>(advantage); });
   }
-}
+
+  // Flat: numbers of a group that pass through memory between calls cost more than their arithmetic.
+  template <class GroupJudge>
+  [[gnu::flatten]] void judge_groups(std::int64_t begin, std::int64_t end, const Moments& batch) const {
+    for (std::int64_t g = begin; g < end; ++g) {
+      const auto judge = judge_of<GroupJudge>(g, collect(g), batch);
+      for (std::int64_t row = groups_.offsets[at(g)]; row < groups_.offsets[at(g) + 1]; ++row) {
+        write(at(row), judge);
+      }
+    }
+  }
+
+  // Over tables of the groups.
+  template <class GroupJudge>
+  void judge_scattered() const {
+    const Scratch<MomentsAccumulator> collected(at(groups_.count));
+    // On one thread, so that a group's rows are added in their order.
+    for_scattered(groups_.ids, 0, rollouts_.size(), collected.data(),
+                  [this](std::size_t row, MomentsAccumulator& group) { count(row, group); });
+    const auto moments_of = [&](std::int64_t g) { return collected.data()[g].moments(); };
+    const Moments batch = batch_moments(moments_of);
+    const Scratch<GroupJudge> judges(at(groups_.count));
+    for_blocks(groups_.count, kGroupBlock, groups_.count, threads_,
+               [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
+                 for (std::int64_t g = begin; g < end; ++g) {
+                   judges.data()[g] = judge_of<GroupJudge>(g, moments_of(g), batch);
+                 }
+               });
+    for_blocks(rollouts_.size(), kRowBlock, rollouts_.size(), threads_,
+               [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
+                 for_scattered(groups_.ids, begin, end, judges.data(),
+                               [this](std::size_t row, const GroupJudge& judge) { write(row, judge); });
+               });
+  }
+
+  // The moments of group g, whose rows are contiguous.
+  [[nodiscard]] Moments collect(std::int64_t g) const {
+    MomentsAccumulator group;
+    for (std::int64_t row = groups_.offsets[at(g)]; row < groups_.offsets[at(g) + 1]; ++row) {
+      count(at(row), group);
+    }
+    return group.moments();
+  }
+
+  void count(std::size_t row, MomentsAccumulator& group) const {
+    if (is_first_.empty() ? all_usable_ || rollouts_.is_usable(row) : is_first_[row] != 0) {
+      group.add(static_cast<double>(rollouts_.rewards[row]));
+    }
+  }
+
+  template <class GroupJudge>
+  void write(std::size_t row, const GroupJudge& judge) const {
+    const bool usable = all_usable_ || rollouts_.is_usable(row);
+    advantages_[row] = static_cast<Out>(usable ? judge(static_cast<double>(rollouts_.rewards[row]), rule_) : 0.0);
+  }
+
+  // The moments of all rollouts, where the scale wants them: pooled in group order within blocks, then in block order.
+  template <class MomentsOf>
+  [[nodiscard]] Moments batch_moments(const MomentsOf& moments_of) const {
+    Moments batch;
+    if (rule_.scale != Scale::kBatch) {
+      return batch;
+    }
+    std::vector<Moments> blocks(at((groups_.count + kGroupBlock - 1) / kGroupBlock));
+    for_blocks(groups_.count, kGroupBlock, rollouts_.size(), threads_,
+               [&](std::int64_t block, std::int64_t begin, std::int64_t end) {
+                 for (std::int64_t g = begin; g < end; ++g) {
+                   blocks[at(block)] = merge(blocks[at(block)], moments_of(g));
+                 }
+               });
+    for (const Moments& block : blocks) {
+      batch = merge(batch, block);
+    }
+    return batch;
+  }
+
+  // What judges the rollouts of group g, whose statistics are written on the way.
+  template <class GroupJudge>
+  [[nodiscard]] GroupJudge judge_of(std::int64_t g, const Moments& moments, const Moments& batch) const {
+    const double prior = prior_.empty() ? std::numeric_limits<double>::quiet_NaN() : prior_[at(g)];
+    const bool wants_statistics = !statistics_.count.empty();
+    const typename GroupJudge::Kind group(moments, prior, rule_, wants_statistics || !rule_.leave_one_out);
+    if (wants_statistics) {
+      write_statistics(statistics_, at(g), group, rule_);
+    }
+    return GroupJudge(group, rule_, divisor_of(rule_.scale == Scale::kBatch ? batch : moments, rule_));
+  }
+
+  const Rollouts<Real>& rollouts_;
+  const Groups& groups_;
+  std::span<const double> prior_;
+  const AdvantageRule& rule_;
+  std::span<Out> advantages_;
+  const StatisticsOut& statistics_;
+  std::vector<std::uint8_t> is_first_;
+  bool all_usable_;
+  int threads_;
+};
 
 }  // namespace
 
 template <class Real, class Out>
 std::int64_t compute_advantages(const Rollouts<Real>& rollouts, const Groups& groups, std::span<const double> prior,
                                 const AdvantageRule& rule, std::span<Out> advantages, const StatisticsOut& statistics,
-                                const TokenSteps& steps, int threads) {
+                                int threads) {
   if (groups.offsets.empty()) {
     check_ids(groups.ids, groups.count);
   }
   if (rule.bounded()) {
     check_prior(prior, rule);
   }
-  if (steps.sum) {
-    for_blocks(rollouts.size(), kTokenRowBlock, steps.tokens, threads,
-               [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
-                 for (std::int64_t row = begin; row < end; ++row) {
-                   steps.sum(at(row));
-                 }
-               });
-  }
   const std::int64_t nonfinite = check_rewards(rollouts, rule);
-  Scratch<MomentsAccumulator> collected(at(groups.count));
-  collect_moments(rollouts, groups, collected.data(), threads);
-  const std::span<const MomentsAccumulator> of_groups(collected.data(), at(groups.count));
-  const auto leave_one_out = rule.baseline == Baseline::kCalibrated ? judge_rows<CalibratedLeaveOneOutJudge, Real, Out>
-                                                                    : judge_rows<LeaveOneOutJudge, Real, Out>;
-  const auto judge = rule.leave_one_out ? leave_one_out : judge_rows<Judge, Real, Out>;
-  judge(rollouts, groups, of_groups, prior, rule, advantages, statistics, steps, threads);
+  const bool all_usable = rollouts.valid.empty() && nonfinite == 0;
+  const Advantages<Real, Out> batch(rollouts, groups, prior, rule, advantages, statistics, all_usable, threads);
+  if (rule.baseline == Baseline::kCalibrated) {
+    rule.leave_one_out ? batch.template compute<CalibratedLeaveOneOutJudge>()
+                       : batch.template compute<Judge<CalibratedGroup>>();
+  } else {
+    rule.leave_one_out ? batch.template compute<LeaveOneOutJudge>() : batch.template compute<Judge<Group>>();
+  }
   return nonfinite;
 }
+
+namespace {
 
 // As many sums side by side as two 512-bit registers hold. The lanes are added in a fixed order, whatever the
 // registers. A whole block of zeros, which is what most token rewards are, changes no lane and is passed over without
@@ -475,34 +539,76 @@ V05_MULTIVERSION void spread_row(Out advantage, const Mask* mask, std::size_t to
   }
 }
 
+// From the first cache line that is its own on, so that no vector is written to two: packed rows start anywhere.
 template <class Out>
 V05_MULTIVERSION void fill_row(Out advantage, std::size_t tokens, Out* out) {
-  for (std::size_t t = 0; t < tokens; ++t) {
+  constexpr std::size_t kLine = 64 / sizeof(Out);
+  const std::size_t past_line = reinterpret_cast<std::uintptr_t>(out) / sizeof(Out) % kLine;
+  const std::size_t head = std::min(tokens, (kLine - past_line) % kLine);
+  std::size_t t = 0;
+  for (; t < head; ++t) {
+    out[t] = advantage;
+  }
+  for (; t < tokens; ++t) {
     out[t] = advantage;
   }
 }
 
+template <class Body>
+void for_token_rows(std::size_t rows, std::size_t tokens, int threads, const Body& body) {
+  for_blocks(static_cast<std::int64_t>(rows), kTokenRowBlock, static_cast<std::int64_t>(tokens), threads,
+             [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
+               for (std::int64_t row = begin; row < end; ++row) {
+                 body(at(row));
+               }
+             });
+}
+
+}  // namespace
+
+template <class Reward, class Mask>
+void sum_tokens(std::span<const Reward> rewards, const Mask* mask, std::span<double> sums, int threads) {
+  const std::size_t tokens = sums.empty() ? 0 : rewards.size() / sums.size();
+  for_token_rows(sums.size(), rewards.size(), threads, [&](std::size_t row) {
+    sums[row] = sum_row(rewards.data() + row * tokens, mask + row * tokens, tokens);
+  });
+}
+
+template <class Out, class Mask>
+void spread_padded(std::span<const Out> advantages, const Mask* mask, std::span<Out> out, int threads) {
+  const std::size_t tokens = advantages.empty() ? 0 : out.size() / advantages.size();
+  for_token_rows(advantages.size(), out.size(), threads, [&](std::size_t row) {
+    spread_row(advantages[row], mask + row * tokens, tokens, out.data() + row * tokens);
+  });
+}
+
+template <class Out>
+void spread_packed(std::span<const Out> advantages, const std::int64_t* starts, std::span<Out> out, int threads) {
+  for_token_rows(advantages.size(), out.size(), threads, [&](std::size_t row) {
+    fill_row(advantages[row], at(starts[row + 1] - starts[row]), out.data() + starts[row]);
+  });
+}
+
 // clang-format off
-#define V05_FOR_REWARDS(Real, Out)                                                                                      \
-  template std::int64_t compute_advantages<Real, Out>(const Rollouts<Real>&, const Groups&, std::span<const double>,    \
-                                                      const AdvantageRule&, std::span<Out>, const StatisticsOut&, \
-                                                      const TokenSteps&, int);
+#define V05_FOR_REWARDS(Real, Out)                                                                                     \
+  template std::int64_t compute_advantages<Real, Out>(const Rollouts<Real>&, const Groups&, std::span<const double>,   \
+                                                      const AdvantageRule&, std::span<Out>, const StatisticsOut&, int);
 V05_FOR_REWARDS(float, float)
 V05_FOR_REWARDS(float, double)
 V05_FOR_REWARDS(double, float)
 V05_FOR_REWARDS(double, double)
 #undef V05_FOR_REWARDS
-#define V05_FOR_MASK(Mask)                                                             \
-  template double sum_row<float, Mask>(const float*, const Mask*, std::size_t);        \
-  template double sum_row<double, Mask>(const double*, const Mask*, std::size_t);      \
-  template void spread_row<float, Mask>(float, const Mask*, std::size_t, float*);      \
-  template void spread_row<double, Mask>(double, const Mask*, std::size_t, double*);
+#define V05_FOR_MASK(Mask)                                                                                 \
+  template void sum_tokens<float, Mask>(std::span<const float>, const Mask*, std::span<double>, int);      \
+  template void sum_tokens<double, Mask>(std::span<const double>, const Mask*, std::span<double>, int);    \
+  template void spread_padded<float, Mask>(std::span<const float>, const Mask*, std::span<float>, int);    \
+  template void spread_padded<double, Mask>(std::span<const double>, const Mask*, std::span<double>, int);
 V05_FOR_MASK(std::uint8_t)
 V05_FOR_MASK(std::int64_t)
 V05_FOR_MASK(float)
 #undef V05_FOR_MASK
-template void fill_row<float>(float, std::size_t, float*);
-template void fill_row<double>(double, std::size_t, double*);
+template void spread_packed<float>(std::span<const float>, const std::int64_t*, std::span<float>, int);
+template void spread_packed<double>(std::span<const double>, const std::int64_t*, std::span<double>, int);
 // clang-format on
 
 }  // namespace v05

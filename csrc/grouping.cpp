@@ -24,12 +24,12 @@ struct Range {
 };
 
 V05_MULTIVERSION Range range_of(const std::int64_t* ids, std::size_t rows) {
-  Range range;
+  auto [lowest, highest] = Range{};  // not through what is returned, which would be memory
   for (std::size_t i = 0; i < rows; ++i) {
-    range.lowest = std::min(range.lowest, ids[i]);
-    range.highest = std::max(range.highest, ids[i]);
+    lowest = std::min(lowest, ids[i]);
+    highest = std::max(highest, ids[i]);
   }
-  return range;
+  return {.lowest = lowest, .highest = highest};
 }
 
 // Ids of a small range are numbered through a table of the range: no hash, no comparison, no branch on what is new.

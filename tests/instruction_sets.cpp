@@ -40,20 +40,13 @@ void run(v05::Baseline baseline, bool leave_one_out, v05::Scale scale) {
   const std::vector<double> prior(kGroups, 0.4);
   const v05::AdvantageRule rule{.baseline = baseline, .scale = scale, .leave_one_out = leave_one_out};
   std::vector<double> outcomes(kRows);
-  std::vector<double> advantages(kRows);
-  std::vector<Real> spread(tokens.size());
-  const v05::TokenSteps steps{
-      .sum =
-          [&](std::size_t row) { outcomes[row] = v05::sum_row(&tokens[row * kTokens], &mask[row * kTokens], kTokens); },
-      .spread =
-          [&](std::size_t row, double advantage) {
-            advantages[row] = advantage;
-            v05::spread_row(static_cast<Real>(advantage), &mask[row * kTokens], kTokens, &spread[row * kTokens]);
-          },
-      .tokens = kRows * kTokens};
+  v05::sum_tokens(std::span<const Real>(tokens), mask.data(), std::span<double>(outcomes), 1);
+  std::vector<Real> advantages(kRows);
   v05::compute_advantages(v05::Rollouts<double>{.rewards = outcomes, .valid = {}, .trajectory_ids = {}},
                           v05::Groups{.offsets = offsets, .ids = {}, .count = kGroups}, std::span<const double>(prior),
-                          rule, std::span<double>(), v05::StatisticsOut{}, steps, 1);
+                          rule, std::span<Real>(advantages), v05::StatisticsOut{}, 1);
+  std::vector<Real> spread(tokens.size());
+  v05::spread_padded(std::span<const Real>(advantages), mask.data(), std::span<Real>(spread), 1);
   add(outcomes);
   add(advantages);
   add(spread);

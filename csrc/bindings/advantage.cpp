@@ -143,14 +143,13 @@ py::tuple fused_advantage(const RealArray& rewards, const MaybeArray<std::int64_
   Statistics statistics(stats ? num_groups : 0, rule.baseline);
   const v05::StatisticsOut statistics_out = statistics.out();
   const v05::Groups groups{.offsets = view(offsets), .ids = view(ids), .count = num_groups};
-  v05::TokenSteps steps;
 
   const auto compute = [&]<class Real, class Out>(std::span<const Real> outcomes, std::span<Out> advantages) {
     const v05::Rollouts<Real> rollouts{
         .rewards = outcomes,
         .valid = {reinterpret_cast<const std::uint8_t*>(view(valid).data()), view(valid).size()},
         .trajectory_ids = view(trajectory_ids)};
-    return v05::compute_advantages(rollouts, groups, view(prior), rule, advantages, statistics_out, steps, threads);
+    return v05::compute_advantages(rollouts, groups, view(prior), rule, advantages, statistics_out, threads);
   };
   // From rewards of either kind.
   const auto compute_rollouts = [&]<class Out>(std::span<Out> advantages) {
@@ -160,42 +159,28 @@ py::tuple fused_advantage(const RealArray& rewards, const MaybeArray<std::int64_
             return compute(view(array), advantages);
           }
           std::vector<double> outcomes(rows);
-          const auto tokens = static_cast<std::size_t>(array.shape(1));
-          std::visit(
-              [&](const auto& m) {
-                steps.sum = [&outcomes, tokens, from = array.data(), kept = mask_data(m)](std::size_t row) {
-                  outcomes[row] = v05::sum_row(from + row * tokens, kept + row * tokens, tokens);
-                };
-              },
-              mask.value());
+          std::visit([&](const auto& m) { v05::sum_tokens(view(array), mask_data(m), std::span(outcomes), threads); },
+                     mask.value());
           return compute(std::span<const double>(outcomes), advantages);
         },
         rewards);
   };
   // To any layout.
   const auto compute_into = [&]<class Out>(Array<Out>& array) {
-    v05::prefer_huge_pages(mutable_view(array));
-    Out* const to = array.mutable_data();
+    const std::span<Out> to = mutable_view(array);
+    v05::prefer_huge_pages(to);
     if (!mask && !cu_seqlens) {
-      return compute_rollouts(mutable_view(array));
+      return compute_rollouts(to);
     }
+    std::vector<Out> advantages(rows);
+    const std::int64_t left_out = compute_rollouts(std::span(advantages));
+    const std::span<const Out> from(advantages);
     if (mask) {
-      const auto tokens = rows == 0 ? 0 : static_cast<std::size_t>(array.size()) / rows;
-      std::visit(
-          [&](const auto& m) {
-            steps.spread = [tokens, to, kept = mask_data(m)](std::size_t row, double advantage) {
-              v05::spread_row(static_cast<Out>(advantage), kept + row * tokens, tokens, to + row * tokens);
-            };
-          },
-          *mask);
+      std::visit([&](const auto& m) { v05::spread_padded(from, mask_data(m), to, threads); }, *mask);
     } else {
-      steps.spread = [to, starts = cu_seqlens->data()](std::size_t row, double advantage) {
-        const auto tokens = static_cast<std::size_t>(starts[row + 1] - starts[row]);
-        v05::fill_row(static_cast<Out>(advantage), tokens, to + starts[row]);
-      };
+      v05::spread_packed(from, cu_seqlens->data(), to, threads);
     }
-    steps.tokens = array.size();
-    return compute_rollouts(std::span<Out>());
+    return left_out;
   };
 
   std::int64_t* const nonfinite = statistics.counts.mutable_data();

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <limits>
 #include <span>
 
@@ -68,33 +67,25 @@ struct StatisticsOut {
   std::span<bool> take_more;
 };
 
-// The tokens of a row, before and after its group's statistics. Both empty where rewards and advantages are one a
-// rollout.
-struct TokenSteps {
-  std::function<void(std::size_t row)> sum;                       // writes rewards[row]; empty: rewards are there
-  std::function<void(std::size_t row, double advantage)> spread;  // empty: advantages go to `advantages`
-  std::int64_t tokens = 0;                                        // of all rows
-};
-
-// Writes one advantage a row (0 for a row left out) and the statistics, and takes the steps; returns how many
-// non-finite rewards were left out. At most `threads` threads, the same bits on any number of them. Scratch is a few
-// numbers a group, and a map of what trajectory ids there are. Throws std::invalid_argument that names the argument,
-// the rows and the remedy, before it has written an advantage. Offsets are trusted, ids are not.
+// Writes one advantage a row (0 for a row left out) and the statistics; returns how many non-finite rewards were left
+// out. At most `threads` threads, the same bits on any number of them. Contiguous groups need no scratch, others a few
+// numbers a group; trajectories a map of their ids. Throws std::invalid_argument that names the argument, the rows and
+// the remedy, before it has written anything. Offsets are trusted, ids are not.
 template <class Real, class Out>
 std::int64_t compute_advantages(const Rollouts<Real>& rollouts, const Groups& groups, std::span<const double> prior,
                                 const AdvantageRule& rule, std::span<Out> advantages, const StatisticsOut& statistics,
-                                const TokenSteps& steps, int threads);
+                                int threads);
 
-// The sum of rewards[t] over the tokens where mask[t] is not zero.
+// (N, T) token rewards to N outcomes: sums over the tokens whose mask is not zero.
 template <class Reward, class Mask>
-double sum_row(const Reward* rewards, const Mask* mask, std::size_t tokens);
+void sum_tokens(std::span<const Reward> rewards, const Mask* mask, std::span<double> sums, int threads);
 
-// out[t] = advantage where mask[t] is not zero, else 0.
+// N advantages to (N, T): where the mask is not zero, else 0.
 template <class Out, class Mask>
-void spread_row(Out advantage, const Mask* mask, std::size_t tokens, Out* out);
+void spread_padded(std::span<const Out> advantages, const Mask* mask, std::span<Out> out, int threads);
 
-// out[t] = advantage.
+// N advantages to packed rows: row i is starts[i] .. starts[i + 1] - 1.
 template <class Out>
-void fill_row(Out advantage, std::size_t tokens, Out* out);
+void spread_packed(std::span<const Out> advantages, const std::int64_t* starts, std::span<Out> out, int threads);
 
 }  // namespace v05

@@ -30,26 +30,32 @@ void prefer_huge_pages([[maybe_unused]] std::span<Out> out) {
 #endif
 }
 
-// `size` elements of zero bytes, which must be a state of T.
+// `size` elements of zero bytes, which must be a state of T. They start on a cache line, so that none of a power of two
+// of bytes lies on two.
 template <class T>
 class Scratch {
   static_assert(std::is_trivially_copyable_v<T>);
 
  public:
-  explicit Scratch(std::size_t size) : data_(static_cast<T*>(std::calloc(size, sizeof(T)))) {
-    if (size > 0 && data_ == nullptr) {
+  explicit Scratch(std::size_t size) : memory_(std::calloc(size * sizeof(T) + kLine, 1)) {
+    if (memory_ == nullptr) {
       throw std::bad_alloc();
     }
-    prefer_huge_pages(std::span<T>(data_.get(), size));
+    void* first = memory_.get();
+    std::size_t space = size * sizeof(T) + kLine;
+    data_ = static_cast<T*>(std::align(kLine, size * sizeof(T), first, space));
+    prefer_huge_pages(std::span<T>(data_, size));
   }
 
-  [[nodiscard]] T* data() const { return data_.get(); }
+  [[nodiscard]] T* data() const { return data_; }
 
  private:
+  static constexpr std::size_t kLine = 64;
   struct Free {
-    void operator()(T* data) const { std::free(data); }
+    void operator()(void* memory) const { std::free(memory); }
   };
-  std::unique_ptr<T, Free> data_;
+  std::unique_ptr<void, Free> memory_;
+  T* data_;
 };
 
 }  // namespace v05

@@ -14,10 +14,18 @@ inline constexpr std::int64_t kSerialWork = 65536;
 template <class Body>
 void for_blocks(std::int64_t count, std::int64_t block_size, std::int64_t work, int threads, const Body& body) {
   const std::int64_t blocks = (count + block_size - 1) / block_size;
-  const bool serial = threads <= 1 || blocks <= 1 || work < kSerialWork;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (!serial)
-  for (std::int64_t block = 0; block < blocks; ++block) {
+  const auto take = [&](std::int64_t block) {
     body(block, block * block_size, std::min(count, (block + 1) * block_size));
+  };
+  if (threads <= 1 || blocks <= 1 || work < kSerialWork) {  // a team of one thread is not free either
+    for (std::int64_t block = 0; block < blocks; ++block) {
+      take(block);
+    }
+    return;
+  }
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    take(block);
   }
 }
 
