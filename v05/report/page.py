@@ -18,19 +18,10 @@ from pathlib import Path
 import plotly.offline
 
 from v05.files import explained
+from v05.palette import COLOURS
 from v05.report.figures import Document
 from v05.train.metrics import plain_json
 
-# A colour a method; its variants are lighter and darker. The second is for dark surroundings.
-COLOURS = {
-    "v05": ("#2563eb", "#60a5fa"),
-    "calibrated": ("#0d9488", "#2dd4bf"),
-    "grpo": ("#ea580c", "#fb923c"),
-    "dr_grpo": ("#be185d", "#f472b6"),
-    "rloo": ("#7c3aed", "#a78bfa"),
-    "dapo": ("#a16207", "#eab308"),
-    "prior": ("#64748b", "#94a3b8"),
-}
 LIGHTNESS = 0.26  # between a method's darkest and its lightest variant
 
 

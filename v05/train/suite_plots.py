@@ -9,21 +9,12 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
+from v05.palette import COLOURS
 from v05.train.curves import bootstrap_interval, mean_curve
 from v05.train.suite import RIVALS, Row, best_size, counted
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-
-COLOURS = {
-    "grpo": "#7f7f7f",
-    "dr_grpo": "#1f77b4",
-    "rloo": "#17becf",
-    "dapo": "#9467bd",
-    "prior": "#8c564b",
-    "v05": "#2ca02c",
-    "calibrated": "#d62728",
-}
 
 VARIANTS = (  # of a budget with a test
     ("", "*", " with a test"),
@@ -50,7 +41,7 @@ def _group_sizes(mixes: Mapping[str, ByLabel], file: Path) -> Path:
     learnt, true or noise, and where rollouts and not prompts weigh alike."""
     figure, panels = plt.subplots(1, len(mixes), figsize=(4.6 * len(mixes), 4.4), squeeze=False, layout="constrained")
     for axes, (mix, by_label) in zip(panels[0], mixes.items(), strict=True):
-        for method, colour in COLOURS.items():
+        for method, (colour, _) in COLOURS.items():
             fixed = [label for label in by_label if re.fullmatch(rf"{method}@\d+", label)]
             fixed.sort(key=lambda label: int(label.split("@")[1]))
             tested = rf"{method}@\d+\.\.\d+"
@@ -103,7 +94,7 @@ def _curves(mixes: Mapping[str, ByLabel], column: str, x_label: str, file: Path)
             method = label.split("@")[0]
             points, mean, _ = mean_curve([row.accuracy_over(column) for row in group])
             dashed = "--" if label in ("grpo@16", "v05@4..16") else "-"
-            axes.plot(points, mean, dashed, color=COLOURS[method], label=f"{label} ({len(group)})", lw=1.6)
+            axes.plot(points, mean, dashed, color=COLOURS[method][0], label=f"{label} ({len(group)})", lw=1.6)
         axes.set(xlabel=x_label, title=mix)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, title="(seeds)")
