@@ -77,6 +77,9 @@ def train(
     ] = None,
     policy: Annotated[Path | None, typer.Option(help="Policy instead of the preset's: a Hugging Face model folder.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of a completion; with --policy.", min=1)] = MAX_NEW_TOKENS,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put prompts into the policy's chat template, as an instruct model expects them.")
+    ] = False,
     engine: Annotated[
         str | None, typer.Option(help="What samples rollouts: transformers (in this process), vllm, vllm_server or ray.")
     ] = None,
@@ -114,6 +117,8 @@ def train(
             overrides["task"] = {"kind": "jsonl", "path": jsonl}
         if policy is not None:
             overrides["policy"] = {"path": policy, "max_new_tokens": max_new_tokens}
+        if chat:
+            overrides["chat"] = True
         if engine is not None:
             overrides["engine"] = {"kind": engine}
         sources = {name: context.get_parameter_source(name) for name in context.params}

@@ -34,7 +34,7 @@ from v05.tasks import Prompt
 from v05.tasks.jsonl import read_answer, verify_answer
 from v05.train.curves import bootstrap_interval
 from v05.train.metrics import write_json
-from v05.train.policy import load_policy, load_tokenizer
+from v05.train.policy import chat_tokens, load_policy, load_tokenizer
 
 PROBLEM_FIELDS = ("problem", "question", "prompt")
 ANSWER_FIELDS = ("answer", "final_answer", "solution")  # the first that a line has; of a solution, what its last \boxed{} holds
@@ -167,11 +167,7 @@ def _last_boxed(solution: str) -> str:
 
 def prompt_tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
     """Token ids of a user's message in the tokenizer's chat template; of the bare text where it has none, as base models."""
-    if tokenizer.chat_template is None:
-        return tuple(tokenizer(text)["input_ids"])
-    message = [{"role": "user", "content": text}]
-    chat = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    return tuple(tokenizer(chat, add_special_tokens=False)["input_ids"])
+    return tuple(tokenizer(text)["input_ids"]) if tokenizer.chat_template is None else chat_tokens(tokenizer, text)
 
 
 def seed_of(seed: int, benchmark: str, problem: str, sample: int) -> int:

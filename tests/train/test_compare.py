@@ -1,5 +1,7 @@
 """The figures of a comparison, on runs made up to have known answers."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -88,6 +90,10 @@ def test_a_run_is_neither_repeated_nor_overwritten(tmp_path):
     states = []
     run_all({"one": config}, tmp_path, 1, states.append)
     assert (tmp_path / "one" / "metrics.jsonl").stat().st_mtime_ns == written
+    stored = json.loads((tmp_path / "one" / "config.json").read_text())
+    del stored["chat"]  # as an earlier version left it
+    (tmp_path / "one" / "config.json").write_text(json.dumps(stored))
+    assert is_finished(config, tmp_path / "one")
     other = run_config("smoke", "grpo", total_rollouts=128)
     with pytest.raises(ValueError, match="one holds a finished run; give another directory"):
         run_all({"one": other}, tmp_path, 1, states.append)

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -15,11 +16,21 @@ from v05.prior import NoisePrior
 from v05.prior.v0.logs import read_logs
 from v05.rollout import Completion
 from v05.stopping import path_counting_advantages
+from v05.tasks import make_task
 from v05.train import trainer as trainer_module
-from v05.train.config import BudgetConfig, LossConfig, OptimizerConfig, OverlongConfig, RunConfig, label_of, run_config
+from v05.train.config import (
+    BudgetConfig,
+    LossConfig,
+    OptimizerConfig,
+    OverlongConfig,
+    PolicyConfig,
+    RunConfig,
+    label_of,
+    run_config,
+)
 from v05.train.engine import engine_of_folder
 from v05.train.metrics import read_metrics
-from v05.train.policy import policy_folder
+from v05.train.policy import load_tokenizer, policy_folder
 from v05.train.trainer import (
     SAMPLED_COMPLETIONS,
     SAMPLED_GROUPS,
@@ -62,6 +73,24 @@ def test_every_method_runs_to_its_budget(method, tmp_path):
     assert RunConfig.model_validate_json((tmp_path / "config.json").read_text()) == run_config("smoke", method)
     assert all(math.isfinite(e["entropy"]) for e in read_metrics(tmp_path, "evaluation"))
     assert any(s["grad_norm"] for s in steps)
+
+
+def test_prompts_go_into_the_chat_template(tmp_path):
+    config = run_config("smoke", "v05", total_rollouts=64)
+    start = policy_folder(config.policy, config.task, make_task(config.task), print)
+    asked = config.model_copy(update={"policy": PolicyConfig(path=tmp_path / "start", max_new_tokens=4), "chat": True})
+    shutil.copytree(start, tmp_path / "start")
+    with pytest.raises(ValueError, match=r"chat=True, but the tokenizer of .*start has no chat template"):
+        Trainer(asked, tmp_path / "none", print)
+    tokenizer = load_tokenizer(start)
+    tokenizer.chat_template = "{{ messages[0]['role'] }}:{{ messages[0]['content'] }}{% if add_generation_prompt %}:{% endif %}"
+    tokenizer.save_pretrained(tmp_path / "start")
+    trainer = Trainer(asked, tmp_path / "run", print)
+    prompt = trainer.heldout[0]
+    assert tokenizer.decode(trainer.tokens_of(prompt)) == f"user:{prompt.text}:"
+    for _ in trainer.run():
+        pass
+    assert (tmp_path / "run" / "result.json").is_file()
 
 
 def test_the_same_seed_gives_the_same_run(tmp_path):

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from v05.train.config import RunConfig
 from v05.train.curves import Curve, Reached, bootstrap_interval, reaching
-from v05.train.metrics import CONFIG, RESULT, read_metrics, refuse_to_overwrite
+from v05.train.metrics import RESULT, changed_settings, read_metrics, refuse_to_overwrite
 
 BASELINE = "grpo"  # the first run of this method is what the others are measured against
 POLL_SECONDS = 2.0
@@ -86,10 +86,9 @@ def run_all(configs: Mapping[str, RunConfig], directory: Path, jobs: int, watch:
 def is_finished(config: RunConfig, directory: Path) -> bool:
     """The directory holds the finished run of exactly this configuration."""
     try:
-        same = json.loads((directory / CONFIG).read_text()) == config.model_dump(mode="json")
+        return (directory / RESULT).is_file() and not changed_settings(config, directory)
     except (OSError, json.JSONDecodeError):
         return False
-    return same and (directory / RESULT).is_file()
 
 
 def run_one(config: RunConfig, directory: Path) -> None:

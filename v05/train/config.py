@@ -157,6 +157,7 @@ class RunConfig(Settings):
     seed: int = Field(default=0, ge=0)
     task: TaskConfig
     policy: PolicyConfig
+    chat: bool = Field(default=False, description="prompts are a user's message in the chat template of the policy's tokenizer")
     prior: Prior = "history"
     v0: V0Config = V0Config()
     leave_one_out: bool = False

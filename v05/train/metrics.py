@@ -26,6 +26,13 @@ from v05.train.config import RunConfig, label_of
 METRICS, CONFIG, RESULT, OUTCOMES = "metrics.jsonl", "config.json", "result.json", "outcomes"
 
 
+def changed_settings(config: BaseModel, directory: Path) -> list[str]:
+    """The settings in which a directory's run differs. What an earlier version did not know yet was at its default."""
+    theirs = json.loads((directory / CONFIG).read_text())
+    fields = type(config).model_fields
+    return [name for name, value in config.model_dump(mode="json").items() if value != theirs.get(name, fields[name].default)]
+
+
 def refuse_to_overwrite(config: BaseModel, directory: Path) -> None:
     """ValueError if the directory holds a finished run, or the records of one with another configuration."""
     if (directory / RESULT).exists():
@@ -33,9 +40,7 @@ def refuse_to_overwrite(config: BaseModel, directory: Path) -> None:
     metrics = directory / METRICS
     if not metrics.exists() or not metrics.stat().st_size:  # nothing, or a start that failed
         return
-    theirs = json.loads((directory / CONFIG).read_text())
-    mine = config.model_dump(mode="json")
-    changed = [name for name in mine if mine[name] != theirs.get(name)]
+    changed = changed_settings(config, directory)
     if changed:
         raise ValueError(f"{directory} holds a run that differs in {', '.join(changed)}; give another directory")
 

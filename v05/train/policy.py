@@ -96,6 +96,13 @@ def load_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
+def chat_tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Token ids of a user's message in the tokenizer's chat template, up to where the model answers."""
+    message = [{"role": "user", "content": text}]
+    chat = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    return tuple(tokenizer(chat, add_special_tokens=False)["input_ids"])
+
+
 def policy_folder(config: PolicyConfig, task_config: BaseModel, task: Task, report: Callable[[str], None]) -> Path:
     """The folder of the policy to start from; warm-starts and caches the character-level one the first time."""
     if config.path is not None:

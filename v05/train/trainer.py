@@ -78,7 +78,7 @@ from v05.train.distributed import (
 from v05.train.engine import make_engine, make_verifier, sync_weights
 from v05.train.loss import importance_weights, mismatch, policy_loss, rollout_weights, token_weights
 from v05.train.metrics import CONFIG, RESULT, MetricsLog, refuse_to_overwrite, write_json, write_outcomes
-from v05.train.policy import load_policy, policy_folder
+from v05.train.policy import chat_tokens, load_policy, policy_folder
 from v05.train.sinks import Sink, TensorBoard, figures_of
 
 PROMPTS_BETWEEN_SEEDS = 10_000_000  # runs of different seeds read different stretches of the task's prompts
@@ -167,6 +167,8 @@ class Trainer:
         folder = self.world.broadcast(start)
         assert folder is not None
         self.model, self.tokenizer = load_policy(folder)
+        if config.chat and self.tokenizer.chat_template is None:
+            raise ValueError(f"chat=True, but the tokenizer of {folder} has no chat template; leave it out, or give it one")
         self.reference = load_policy(folder)[0] if config.loss.kl_coefficient > 0 else None
         self.sharded = self.world.size > 1 and config.distributed == "fsdp2"
         self.sampled = load_policy(folder)[0] if self.sharded else self.model  # unsharded
@@ -573,6 +575,8 @@ class Trainer:
         return np.concatenate(parts)
 
     def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
+        if self.config.chat:
+            return chat_tokens(self.tokenizer, prompt.text)
         return tuple(self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"])
 
     def sync(self) -> float:
