@@ -5,7 +5,6 @@
 #include <bit>
 #include <cmath>
 #include <limits>
-#include <numeric>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -330,8 +329,8 @@ std::vector<std::uint8_t> first_of_trajectories(const Rollouts<Real>& rollouts, 
   return is_first;
 }
 
-// The advantages of a batch that has been looked through: `all_usable` if no row is left out, and which rows count in
-// the statistics (all usable ones if empty).
+// The advantages of a batch whose rewards were checked; `all_usable` if no row is left out. Throws where a trajectory
+// has two rewards.
 template <class Real, class Out>
 class Advantages {
  public:
@@ -362,7 +361,8 @@ class Advantages {
   template <class GroupJudge>
   void judge_contiguous() const {
     const Moments batch = batch_moments([this](std::int64_t g) { return collect(g); });
-    for_blocks(groups_.count, kGroupBlock, rollouts_.size(), threads_,
+    const std::int64_t groups_of_rows = kRowBlock * groups_.count / std::max<std::int64_t>(1, rollouts_.size());
+    for_blocks(groups_.count, std::clamp<std::int64_t>(groups_of_rows, 1, kGroupBlock), rollouts_.size(), threads_,
                [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
                  judge_groups<GroupJudge>(begin, end, batch);
                });
@@ -385,7 +385,7 @@ class Advantages {
     const Scratch<MomentsAccumulator> collected(at(groups_.count));
     // On one thread, so that a group's rows are added in their order.
     for_scattered(groups_.ids, 0, rollouts_.size(), collected.data(),
-                  [this](std::size_t row, MomentsAccumulator& group) { count(row, group); });
+                  [this](std::size_t row, MomentsAccumulator& group) { add_row(row, group); });
     const auto moments_of = [&](std::int64_t g) { return collected.data()[g].moments(); };
     const Moments batch = batch_moments(moments_of);
     const Scratch<GroupJudge> judges(at(groups_.count));
@@ -406,12 +406,12 @@ class Advantages {
   [[nodiscard]] Moments collect(std::int64_t g) const {
     MomentsAccumulator group;
     for (std::int64_t row = groups_.offsets[at(g)]; row < groups_.offsets[at(g) + 1]; ++row) {
-      count(at(row), group);
+      add_row(at(row), group);
     }
     return group.moments();
   }
 
-  void count(std::size_t row, MomentsAccumulator& group) const {
+  void add_row(std::size_t row, MomentsAccumulator& group) const {
     if (is_first_.empty() ? all_usable_ || rollouts_.is_usable(row) : is_first_[row] != 0) {
       group.add(static_cast<double>(rollouts_.rewards[row]));
     }
@@ -433,9 +433,11 @@ class Advantages {
     std::vector<Moments> blocks(at((groups_.count + kGroupBlock - 1) / kGroupBlock));
     for_blocks(groups_.count, kGroupBlock, rollouts_.size(), threads_,
                [&](std::int64_t block, std::int64_t begin, std::int64_t end) {
+                 Moments pooled;
                  for (std::int64_t g = begin; g < end; ++g) {
-                   blocks[at(block)] = merge(blocks[at(block)], moments_of(g));
+                   pooled = merge(pooled, moments_of(g));
                  }
+                 blocks[at(block)] = pooled;
                });
     for (const Moments& block : blocks) {
       batch = merge(batch, block);
@@ -461,7 +463,7 @@ class Advantages {
   const AdvantageRule& rule_;
   std::span<Out> advantages_;
   const StatisticsOut& statistics_;
-  std::vector<std::uint8_t> is_first_;
+  std::vector<std::uint8_t> is_first_;  // the rows that count in the statistics; empty: all usable ones
   bool all_usable_;
   int threads_;
 };
@@ -480,12 +482,12 @@ std::int64_t compute_advantages(const Rollouts<Real>& rollouts, const Groups& gr
   }
   const std::int64_t nonfinite = check_rewards(rollouts, rule);
   const bool all_usable = rollouts.valid.empty() && nonfinite == 0;
-  const Advantages<Real, Out> batch(rollouts, groups, prior, rule, advantages, statistics, all_usable, threads);
+  const Advantages<Real, Out> of_batch(rollouts, groups, prior, rule, advantages, statistics, all_usable, threads);
   if (rule.baseline == Baseline::kCalibrated) {
-    rule.leave_one_out ? batch.template compute<CalibratedLeaveOneOutJudge>()
-                       : batch.template compute<Judge<CalibratedGroup>>();
+    rule.leave_one_out ? of_batch.template compute<CalibratedLeaveOneOutJudge>()
+                       : of_batch.template compute<Judge<CalibratedGroup>>();
   } else {
-    rule.leave_one_out ? batch.template compute<LeaveOneOutJudge>() : batch.template compute<Judge<Group>>();
+    rule.leave_one_out ? of_batch.template compute<LeaveOneOutJudge>() : of_batch.template compute<Judge<Group>>();
   }
   return nonfinite;
 }

@@ -24,7 +24,8 @@ struct Range {
 };
 
 V05_MULTIVERSION Range range_of(const std::int64_t* ids, std::size_t rows) {
-  auto [lowest, highest] = Range{};  // not through what is returned, which would be memory
+  std::int64_t lowest = Range{}.lowest;
+  std::int64_t highest = Range{}.highest;
   for (std::size_t i = 0; i < rows; ++i) {
     lowest = std::min(lowest, ids[i]);
     highest = std::max(highest, ids[i]);

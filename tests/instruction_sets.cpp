@@ -41,12 +41,13 @@ void run(v05::Baseline baseline, bool leave_one_out, v05::Scale scale) {
   const v05::AdvantageRule rule{.baseline = baseline, .scale = scale, .leave_one_out = leave_one_out};
   std::vector<double> outcomes(kRows);
   v05::sum_tokens(std::span<const Real>(tokens), mask.data(), std::span<double>(outcomes), 1);
-  std::vector<Real> advantages(kRows);
+  std::vector<double> advantages(kRows);
   v05::compute_advantages(v05::Rollouts<double>{.rewards = outcomes, .valid = {}, .trajectory_ids = {}},
                           v05::Groups{.offsets = offsets, .ids = {}, .count = kGroups}, std::span<const double>(prior),
-                          rule, std::span<Real>(advantages), v05::StatisticsOut{}, 1);
+                          rule, std::span<double>(advantages), v05::StatisticsOut{}, 1);
   std::vector<Real> spread(tokens.size());
-  v05::spread_padded(std::span<const Real>(advantages), mask.data(), std::span<Real>(spread), 1);
+  const std::vector<Real> rounded(advantages.begin(), advantages.end());
+  v05::spread_padded(std::span<const Real>(rounded), mask.data(), std::span<Real>(spread), 1);
   add(outcomes);
   add(advantages);
   add(spread);

@@ -135,6 +135,29 @@ def test_packed(ragged):
     torch.testing.assert_close(buffer, flat.repeat_interleave(lengths), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("start", [0, 1, 7, 15])
+def test_packed_rows_of_any_length_and_place(dtype, start):
+    """A row is filled to its first cache line, and from there on: neither reaches into what is not its own."""
+    lengths = torch.tensor([0, 1, 15, 16, 17, 63, 64, 0, 65, 200, 3, 130])
+    total = int(lengths.sum())
+    cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+    rewards = torch.arange(12.0) / 16
+    buffer = torch.full((start + total + 20,), math.nan, dtype=dtype)
+    options = dict(group_offsets=[0, 4, 12], method="dr_grpo", dtype=dtype)
+    fused_advantage(rewards, cu_seqlens=cu_seqlens, out=buffer[start : start + total], **options)
+    flat = fused_advantage(rewards, **options).advantages
+    assert torch.equal(buffer[start : start + total], flat.repeat_interleave(lengths))
+    assert buffer[:start].isnan().all()
+    assert buffer[start + total :].isnan().all()
+
+
+def test_more_groups_than_memory():
+    for stats in (True, False):
+        with pytest.raises(MemoryError):
+            fused_advantage(torch.rand(4), group_ids=[0, 1, 2, 3], num_groups=2**59, method="dr_grpo", stats=stats)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_output_dtype(ragged, dtype):
     rewards, ids, prior, lengths = ragged
@@ -436,6 +459,10 @@ BAD_INPUT = {
     "out shape": (dict(group_offsets=[0, 4], out=torch.empty(3)), r"out: shape \(3,\).*give a contiguous \(4,\) tensor"),
     "out dtype": (dict(group_offsets=[0, 4], out=torch.empty(4, dtype=torch.float64)), "out: .*torch.float32"),
     "out is rewards": (dict(group_offsets=[0, 4], rewards=SHARED, out=SHARED), "out: shares memory with rewards"),
+    "out is prior": (
+        dict(rewards=[0.0, 1.0], prior=SHARED[:2], group_offsets=[0, 1, 2], out=SHARED[2:]),
+        "out: shares memory with prior",
+    ),
     "integer dtype": (dict(group_offsets=[0, 4], dtype=torch.int64), "dtype=torch.int64 cannot hold advantages"),
     "calibration": (
         dict(group_offsets=[0, 4], calibration=(0, 1, 4, 0.1)),

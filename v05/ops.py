@@ -254,7 +254,7 @@ def fused_advantage(
         )
 
     tracing = torch.compiler.is_compiling() or isinstance(rewards, _VALUELESS)
-    given = (rewards, response_mask, cu_seqlens, valid, trajectory_ids, dtype, out, tracing)
+    given = (rewards, prior, response_mask, cu_seqlens, valid, trajectory_ids, dtype, out, tracing)
     if process_group is not None:
         if tracing:
             raise ValueError("process_group: gathers through the host, which torch cannot trace; call outside torch.compile")
@@ -341,6 +341,7 @@ class _Rollouts(NamedTuple):
 
 def _rollouts(
     rewards: Array,
+    prior: Array | None,
     response_mask: Array | None,
     cu_seqlens: Array | None,
     valid: Array | None,
@@ -363,7 +364,7 @@ def _rollouts(
     valid = None if valid is None else _row_vector("valid", valid, n, torch.bool, device)
     trajectory_ids = None if trajectory_ids is None else _row_vector("trajectory_ids", trajectory_ids, n, torch.int64, device)
     mask, cu, shape = _layout(response_mask, cu_seqlens, out, n, device, tracing)
-    return _Rollouts(rewards, mask, cu, valid, trajectory_ids, _output(out, rewards, shape, dtype, tracing))
+    return _Rollouts(rewards, mask, cu, valid, trajectory_ids, _output(out, rewards, prior, shape, dtype, tracing))
 
 
 def _group(
@@ -544,7 +545,12 @@ def _layout(
 
 
 def _output(
-    out: torch.Tensor | None, rewards: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, tracing: bool
+    out: torch.Tensor | None,
+    rewards: torch.Tensor,
+    prior: Array | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    tracing: bool,
 ) -> torch.Tensor:
     device = rewards.device
     if out is None and shape == rewards.shape and dtype == rewards.dtype:
@@ -555,8 +561,10 @@ def _output(
         seen = f"out: shape {tuple(out.shape)}, {out.dtype}, {out.device}{'' if out.is_contiguous() else ', not contiguous'}"
         raise ValueError(f"{seen}; give a contiguous {shape} tensor, {dtype}, on {device}")
     if not tracing:
-        if out.untyped_storage().data_ptr() == rewards.untyped_storage().data_ptr() and out.numel() > 0:
-            raise ValueError("out: shares memory with rewards; give a buffer of its own")
+        memory = out.untyped_storage().data_ptr()
+        for name, read in (("rewards", rewards), ("prior", prior)):
+            if isinstance(read, torch.Tensor) and read.untyped_storage().data_ptr() == memory and out.numel() > 0:
+                raise ValueError(f"out: shares memory with {name}; give a buffer of its own")
         torch.autograd.graph.increment_version(out)  # autograd refuses a backward through the values that are overwritten
     return out
 

@@ -68,9 +68,10 @@ struct StatisticsOut {
 };
 
 // Writes one advantage a row (0 for a row left out) and the statistics; returns how many non-finite rewards were left
-// out. At most `threads` threads, the same bits on any number of them. Contiguous groups need no scratch, others a few
-// numbers a group; trajectories a map of their ids. Throws std::invalid_argument that names the argument, the rows and
-// the remedy, before it has written anything. Offsets are trusted, ids are not.
+// out. At most `threads` threads, the same bits on any number of them. Contiguous groups need no table, others a few
+// numbers a group; trajectories a map of their ids. The advantages share no memory with what is read. Throws
+// std::invalid_argument that names the argument, the rows and the remedy, before it has written anything. Offsets are
+// trusted, ids are not.
 template <class Real, class Out>
 std::int64_t compute_advantages(const Rollouts<Real>& rollouts, const Groups& groups, std::span<const double> prior,
                                 const AdvantageRule& rule, std::span<Out> advantages, const StatisticsOut& statistics,

@@ -30,19 +30,19 @@ void prefer_huge_pages([[maybe_unused]] std::span<Out> out) {
 #endif
 }
 
-// `size` elements of zero bytes, which must be a state of T. They start on a cache line, so that none of a power of two
-// of bytes lies on two.
+// `size` elements of zero bytes, which must be a state of T. They start on a cache line, so that an element of 8, 16,
+// 32 or 64 bytes never lies on two.
 template <class T>
 class Scratch {
   static_assert(std::is_trivially_copyable_v<T>);
 
  public:
-  explicit Scratch(std::size_t size) : memory_(std::calloc(size * sizeof(T) + kLine, 1)) {
-    if (memory_ == nullptr) {
+  explicit Scratch(std::size_t size) : memory_(std::calloc(size + kSpare, sizeof(T))) {
+    if (memory_ == nullptr) {  // also where the product overflows
       throw std::bad_alloc();
     }
     void* first = memory_.get();
-    std::size_t space = size * sizeof(T) + kLine;
+    std::size_t space = (size + kSpare) * sizeof(T);
     data_ = static_cast<T*>(std::align(kLine, size * sizeof(T), first, space));
     prefer_huge_pages(std::span<T>(data_, size));
   }
@@ -51,6 +51,7 @@ class Scratch {
 
  private:
   static constexpr std::size_t kLine = 64;
+  static constexpr std::size_t kSpare = (kLine + sizeof(T) - 1) / sizeof(T);  // elements, for the alignment
   struct Free {
     void operator()(void* memory) const { std::free(memory); }
   };
