@@ -76,7 +76,7 @@ def long_tables(rows: Sequence[Row]) -> str:
             "baseline MSE",
             "gradient norm",
             "entropy",
-            "seconds: generate + verify + advantages + update",
+            "seconds, median: generate + verify + advantages + update",
         ]
         lines = _head(["method", "rate", "seeds", "accuracy", *versus, *figures])
         for r in records:

@@ -136,6 +136,15 @@ def test_rows_of_another_suite_are_refused():
         in_order(SUITES["smoke"], [made_up_row("grpo@4")])
 
 
+def test_times_are_medians():
+    """A run that waited for something else takes long, and says nothing of its method."""
+    seconds = (3.0, 5.0, 600.0)
+    rows = [replace(made_up_row("grpo@4", seed, (0.4, 0.5)), update_seconds=taken) for seed, taken in enumerate(seconds)]
+    record = summarise(rows)[0]
+    assert record["update_seconds"] == 5.0
+    assert record["accuracy_after"] == pytest.approx(0.5)
+
+
 def test_summary_compares_with_each_rival_at_its_best(tmp_path):
     rows = [
         *(made_up_row("grpo@4", seed, (0.4, 0.5, 0.6), successes="2110") for seed in range(2)),
