@@ -23,6 +23,8 @@ VARIANTS = (  # of a budget with a test
     (r"\+weighting=rollout", "P", ", rollouts alike"),
 )
 
+APART = 1.015  # of two neighbouring methods at one size, so that their bars can be told apart
+
 ByLabel = Mapping[str, Mapping[int, Row]]
 
 
@@ -38,10 +40,10 @@ def draw_suite(rows: Sequence[Row], directory: Path) -> list[Path]:
 
 def _group_sizes(mixes: Mapping[str, ByLabel], file: Path) -> Path:
     """Final accuracy over rollouts a prompt: a line for a method's fixed sizes, a star where a test decides, by a prior that is
-    learnt, true or noise, and where rollouts and not prompts weigh alike."""
+    learnt, true or noise, and where rollouts and not prompts weigh alike. Methods stand a little apart."""
     figure, panels = plt.subplots(1, len(mixes), figsize=(4.6 * len(mixes), 4.4), squeeze=False, layout="constrained")
     for axes, (mix, by_label) in zip(panels[0], mixes.items(), strict=True):
-        for method, (colour, _) in COLOURS.items():
+        for place, (method, (colour, _)) in enumerate(COLOURS.items()):
             fixed = [label for label in by_label if re.fullmatch(rf"{method}@\d+", label)]
             fixed.sort(key=lambda label: int(label.split("@")[1]))
             tested = rf"{method}@\d+\.\.\d+"
@@ -53,7 +55,8 @@ def _group_sizes(mixes: Mapping[str, ByLabel], file: Path) -> Path:
                 if not labels:
                     continue
                 groups = [list(by_label[label].values()) for label in labels]
-                sizes = [np.mean([row.group_size for row in group]) for group in groups]
+                apart = APART ** (place - len(COLOURS) // 2)
+                sizes = [apart * np.mean([row.group_size for row in group]) for group in groups]
                 means = np.array([np.mean([row.accuracy_after for row in group]) for group in groups])
                 ends = np.array([bootstrap_interval([row.prompt_accuracy for row in group]) for group in groups])
                 axes.errorbar(
@@ -76,7 +79,8 @@ def _group_sizes(mixes: Mapping[str, ByLabel], file: Path) -> Path:
         axes.set(xlabel="rollouts a prompt", title=mix)
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("final held-out accuracy, equal rollouts")
-    panels[0][-1].legend(fontsize=8)
+    handles = dict(zip(*reversed(panels[0][-1].get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=8)
     figure.savefig(file, dpi=130)
     plt.close(figure)
     return file
