@@ -83,6 +83,8 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
             raise ValueError(f"reward_funcs={reward_funcs!r}: V_0.5 tests rewards while it samples; give functions that score")
         super().__init__(reward_funcs=[], num_generations=num_generations, **kwargs)
         if self._env_reward_types:
+            self._loop.close()  # opened above, and never to be run
+            self._tool_pool.shutdown()
             names = ", ".join(kind.__name__ for kind in self._env_reward_types)
             raise ValueError(
                 f"environment_factory: {names} has a get_reward, which TRL calls only after V_0.5's test; take it away and "
