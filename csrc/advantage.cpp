@@ -120,7 +120,7 @@ double successes_of(const Moments& group, const AdvantageRule& rule) {
   return std::abs(sum - whole) <= count * rule.scaled_rounding() ? whole : sum;
 }
 
-// The same of calibrated fusion.
+// The same for calibrated fusion.
 struct CalibratedGroup {
   Moments moments;
   double successes;         // sum of the rewards scaled to [0, 1]
@@ -134,9 +134,9 @@ struct CalibratedGroup {
         fusion(wants_baseline ? calibrated(moments.count, successes, belief) : CalibratedFusion{}) {}
 
   [[nodiscard]] double baseline(const AdvantageRule& rule) const { return rule.unscaled(fusion.baseline); }
-  [[nodiscard]] static bool is_alone(const AdvantageRule& /*rule*/) {
-    return false;
-  }  // there is always the vague prior
+
+  // Never: there is always the vague prior.
+  [[nodiscard]] static bool is_alone(const AdvantageRule& /*rule*/) { return false; }
 };
 
 // Rewards that are all equal are left as they are: nothing may explode through eps.
