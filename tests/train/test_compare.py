@@ -94,6 +94,9 @@ def test_a_run_is_neither_repeated_nor_overwritten(tmp_path):
     del stored["chat"]  # as an earlier version left it
     (tmp_path / "one" / "config.json").write_text(json.dumps(stored))
     assert is_finished(config, tmp_path / "one")
+    (tmp_path / "one" / "config.json").write_text(json.dumps(stored | {"later": 1}))  # of a version to come
+    assert not is_finished(config, tmp_path / "one")
+    (tmp_path / "one" / "config.json").write_text(json.dumps(stored))
     other = run_config("smoke", "grpo", total_rollouts=128)
     with pytest.raises(ValueError, match="one holds a finished run; give another directory"):
         run_all({"one": other}, tmp_path, 1, states.append)

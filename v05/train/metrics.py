@@ -29,8 +29,9 @@ METRICS, CONFIG, RESULT, OUTCOMES = "metrics.jsonl", "config.json", "result.json
 def changed_settings(config: BaseModel, directory: Path) -> list[str]:
     """The settings in which a directory's run differs. What an earlier version did not know yet was at its default."""
     theirs = json.loads((directory / CONFIG).read_text())
+    mine = config.model_dump(mode="json")
     fields = type(config).model_fields
-    return [name for name, value in config.model_dump(mode="json").items() if value != theirs.get(name, fields[name].default)]
+    return [name for name in mine | theirs if name not in mine or mine[name] != theirs.get(name, fields[name].default)]
 
 
 def refuse_to_overwrite(config: BaseModel, directory: Path) -> None:
