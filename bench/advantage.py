@@ -257,11 +257,12 @@ def test_small(measure: Measure, provider: str) -> None:
     """What Python adds to the call of the core, for so few rollouts that nothing else counts: the floor is the call itself."""
     rewards, prior = torch.rand(SMALL, generator=torch.Generator().manual_seed(0)), torch.full((4,), 0.5, dtype=torch.float64)
     offsets, out = torch.arange(0, SMALL + 1, GROUP_SIZE), torch.empty(SMALL)
-    arrays = (rewards.numpy(), offsets.numpy(), None, 4, prior.numpy(), None, None, None, None, out.numpy())
-    rule = (True, 2, 0, False, False, False, 0.0, 1.0, 1e-6, 16, 1 / 256, [0.0, 1.0, 4.5, 0.12])
+    table = torch.empty(11, 4, dtype=torch.float64)
+    read = (rewards.data_ptr(), 3, False, SMALL, offsets.data_ptr(), 0, 4, prior.data_ptr(), 0, 0, 0, 0, 0)
+    rule = (True, 2, 0, False, False, False, 0.0, 1.0, 1e-6, 16, 1 / 256, (0.0, 1.0, 4.5, 0.12))
     calls = {
         "v05": lambda: fused_advantage(rewards, prior, group_offsets=offsets).advantages,
-        FLOOR: lambda: (_core.fused_advantage(*arrays, 1, *rule), out)[1],
+        FLOOR: lambda: (_core.fused_advantage(*read, out.data_ptr(), 3, SMALL, table.data_ptr(), 1, *rule), out)[1],
     }
     ids = torch.arange(SMALL) // GROUP_SIZE
     expected = torch.from_numpy(reference.fused_advantage(rewards.double().numpy(), ids.numpy(), prior.numpy())[0])

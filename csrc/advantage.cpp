@@ -42,8 +42,10 @@ void check_prior(std::span<const double> prior, const AdvantageRule& rule) {
       outside.add(g, prior[g]);
     }
   }
-  outside.raise_if_any("prior: outside " + range_text(rule) + " in groups",
-                       "Give priors in reward units, NaN for no prior, or pass the reward_range that holds them.");
+  if (outside.any()) {
+    outside.raise("prior: outside " + range_text(rule) + " in groups",
+                  "Give priors in reward units, NaN for no prior, or pass the reward_range that holds them.");
+  }
 }
 
 // True if every reward lies in [low, high]: then nobody has to look for the ones that do not. NaN lies nowhere.
@@ -57,16 +59,15 @@ V05_MULTIVERSION bool all_within(const Real* rewards, std::size_t rows, double l
   return outside == 0;
 }
 
-// Complains about rewards as the rule says, and returns how many valid ones are not finite.
+// Complains about rewards as the rule says, and returns whether all valid ones are finite.
 template <class Real>
-std::int64_t check_rewards(const Rollouts<Real>& rollouts, const AdvantageRule& rule) {
+bool check_rewards(const Rollouts<Real>& rollouts, const AdvantageRule& rule) {
   constexpr double kLargest = 1e150;  // whose squares are finite
   const double low = rule.bounded() ? rule.low - rule.rounding_slack() : -kLargest;
   const double high = rule.bounded() ? rule.high + rule.rounding_slack() : kLargest;
   if (all_within(rollouts.rewards.data(), rollouts.rewards.size(), low, high)) {
-    return 0;
+    return true;
   }
-  std::int64_t nonfinite = 0;
   Offenders broken;
   Offenders outside;
   for (std::size_t i = 0; i < rollouts.rewards.size(); ++i) {
@@ -75,22 +76,34 @@ std::int64_t check_rewards(const Rollouts<Real>& rollouts, const AdvantageRule& 
       continue;
     }
     if (!std::isfinite(reward)) {
-      ++nonfinite;
       broken.add(i, reward);
     } else if (reward < low || reward > high) {
       outside.add(i, reward);
     }
   }
-  if (!rule.exclude_nonfinite) {
-    broken.raise_if_any("rewards: not finite in rows",
-                        "Mark them in valid=, or pass nonfinite='exclude' to leave them out and count them.");
+  if (broken.any() && !rule.exclude_nonfinite) {
+    broken.raise("rewards: not finite in rows",
+                 "Mark them in valid=, or pass nonfinite='exclude' to leave them out and count them.");
   }
-  if (rule.bounded()) {
-    outside.raise_if_any("rewards: outside " + range_text(rule) + " in rows", "Pass the reward_range that holds them.");
-  } else {
-    outside.raise_if_any("rewards: beyond 1e150 in rows", "Scale them down.");
+  if (outside.any() && rule.bounded()) {
+    outside.raise("rewards: outside " + range_text(rule) + " in rows", "Pass the reward_range that holds them.");
   }
-  return nonfinite;
+  if (outside.any()) {
+    outside.raise("rewards: beyond 1e150 in rows", "Scale them down.");
+  }
+  return !broken.any();
+}
+
+// Calls body(row, group of the row) for all rows.
+template <class Body>
+void for_rows(std::int64_t rows, const Groups& groups, const Body& body) {
+  std::int64_t group = 0;
+  for (std::int64_t row = 0; row < rows; ++row) {
+    while (!groups.offsets.empty() && groups.offsets[at(group) + 1] <= row) {
+      ++group;
+    }
+    body(at(row), groups.offsets.empty() ? groups.ids[at(row)] : group);
+  }
 }
 
 // What the baseline of a group is made of.
@@ -247,7 +260,9 @@ class CalibratedLeaveOneOutJudge {
 
 template <class GroupKind>
 void write_moments(const StatisticsOut& out, std::size_t g, const GroupKind& group, const AdvantageRule& rule) {
-  out.count[g] = group.moments.count;
+  out.count[g] = static_cast<double>(group.moments.count);
+  out.nonfinite[g] = 0.0;  // until they are counted
+  out.clipped[g] = 0.0;
   out.mean[g] = group.moments.mean;
   out.variance[g] = group.moments.variance();
   out.baseline[g] = group.baseline(rule);
@@ -262,7 +277,7 @@ void write_statistics(const StatisticsOut& out, std::size_t g, const Group& grou
     out.weight[g] = fusion.weight;
     out.statistic[g] = fusion.statistic;
     out.p_value[g] = fusion.p_value();
-    out.take_more[g] = osla_take_more(m.count, fusion.squared_bias, rule.max_rollouts, rule.cost);
+    out.take_more[g] = osla_take_more(m.count, fusion.squared_bias, rule.max_rollouts, rule.cost) ? 1.0 : 0.0;
   }
 }
 
@@ -271,7 +286,7 @@ void write_statistics(const StatisticsOut& out, std::size_t g, const CalibratedG
   write_moments(out, g, group, rule);
   out.mse[g] = group.fusion.variance * (rule.high - rule.low) * (rule.high - rule.low);
   out.hallucination[g] = group.fusion.hallucination;
-  out.take_more[g] = calibrated_take_more(group.moments.count, group.fusion, rule.max_rollouts, rule.cost);
+  out.take_more[g] = calibrated_take_more(group.moments.count, group.fusion, rule.max_rollouts, rule.cost) ? 1.0 : 0.0;
 }
 
 // What a thread takes at a time. Moments of the batch are pooled by blocks of groups, so that their order is fixed.
@@ -303,7 +318,7 @@ template <class Real>
 std::vector<std::uint8_t> first_of_trajectories(const Rollouts<Real>& rollouts, const Groups& groups) {
   std::vector<std::uint8_t> is_first(rollouts.trajectory_ids.size());
   std::unordered_map<std::pair<std::int64_t, std::int64_t>, std::size_t, TrajectoryHash> first_rows;
-  const auto look = [&](std::size_t row, std::int64_t group) {
+  for_rows(std::ssize(is_first), groups, [&](std::size_t row, std::int64_t group) {
     if (!rollouts.is_usable(row)) {
       return;
     }
@@ -318,14 +333,7 @@ std::vector<std::uint8_t> first_of_trajectories(const Rollouts<Real>& rollouts, 
               << rollouts.rewards[row] << "). Give every row of a trajectory the trajectory's reward.";
       throw std::invalid_argument(message.str());
     }
-  };
-  std::int64_t group = 0;
-  for (std::int64_t row = 0; row < std::ssize(is_first); ++row) {
-    while (!groups.offsets.empty() && groups.offsets[at(group) + 1] <= row) {
-      ++group;
-    }
-    look(at(row), groups.offsets.empty() ? groups.ids[at(row)] : group);
-  }
+  });
   return is_first;
 }
 
@@ -471,17 +479,17 @@ class Advantages {
 }  // namespace
 
 template <class Real, class Out>
-std::int64_t compute_advantages(const Rollouts<Real>& rollouts, const Groups& groups, std::span<const double> prior,
-                                const AdvantageRule& rule, std::span<Out> advantages, const StatisticsOut& statistics,
-                                int threads) {
+void compute_advantages(const Rollouts<Real>& rollouts, const Groups& groups, std::span<const double> prior,
+                        const AdvantageRule& rule, std::span<Out> advantages, const StatisticsOut& statistics,
+                        int threads) {
   if (groups.offsets.empty()) {
     check_ids(groups.ids, groups.count);
   }
   if (rule.bounded()) {
     check_prior(prior, rule);
   }
-  const std::int64_t nonfinite = check_rewards(rollouts, rule);
-  const bool all_usable = rollouts.valid.empty() && nonfinite == 0;
+  const bool all_finite = check_rewards(rollouts, rule);
+  const bool all_usable = rollouts.valid.empty() && all_finite;
   const Advantages<Real, Out> of_batch(rollouts, groups, prior, rule, advantages, statistics, all_usable, threads);
   if (rule.baseline == Baseline::kCalibrated) {
     rule.leave_one_out ? of_batch.template compute<CalibratedLeaveOneOutJudge>()
@@ -489,7 +497,11 @@ std::int64_t compute_advantages(const Rollouts<Real>& rollouts, const Groups& gr
   } else {
     rule.leave_one_out ? of_batch.template compute<LeaveOneOutJudge>() : of_batch.template compute<Judge<Group>>();
   }
-  return nonfinite;
+  if (!all_finite && !statistics.nonfinite.empty()) {
+    for_rows(rollouts.size(), groups, [&](std::size_t row, std::int64_t group) {
+      statistics.nonfinite[at(group)] += rollouts.is_valid(row) && !rollouts.is_usable(row) ? 1.0 : 0.0;
+    });
+  }
 }
 
 namespace {
@@ -592,9 +604,9 @@ void spread_packed(std::span<const Out> advantages, const std::int64_t* starts, 
 }
 
 // clang-format off
-#define V05_FOR_REWARDS(Real, Out)                                                                                     \
-  template std::int64_t compute_advantages<Real, Out>(const Rollouts<Real>&, const Groups&, std::span<const double>,   \
-                                                      const AdvantageRule&, std::span<Out>, const StatisticsOut&, int);
+#define V05_FOR_REWARDS(Real, Out)                                                                           \
+  template void compute_advantages<Real, Out>(const Rollouts<Real>&, const Groups&, std::span<const double>, \
+                                              const AdvantageRule&, std::span<Out>, const StatisticsOut&, int);
 V05_FOR_REWARDS(float, float)
 V05_FOR_REWARDS(float, double)
 V05_FOR_REWARDS(double, float)

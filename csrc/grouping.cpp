@@ -66,8 +66,8 @@ void check_ids(std::span<const std::int64_t> ids, std::int64_t num_groups) {
       outside.add(i, static_cast<double>(ids[i]));
     }
   }
-  outside.raise_if_any("group_ids: outside [0, num_groups=" + std::to_string(num_groups) + ") in rows",
-                       "With num_groups an id is its group's position; leave num_groups out for ids of any value.");
+  outside.raise("group_ids: outside [0, num_groups=" + std::to_string(num_groups) + ") in rows",
+                "With num_groups an id is its group's position; leave num_groups out for ids of any value.");
 }
 
 std::int64_t number_ids(std::span<const std::int64_t> ids, std::span<std::int64_t> numbers) {

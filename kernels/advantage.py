@@ -201,10 +201,7 @@ def fused_advantage_kernel(
     p_counted,  # (N,) bool, or None: as valid
     p_batch_divisor,  # (1,) float64, with BATCH_SCALE
     p_out,  # (N, T), (total_tokens,) or (N,)
-    p_moments,  # (v05.ops.MOMENTS, G) float64, or None
-    p_count,  # (G,) int64, or None
-    p_take_more,  # (G,) bool, or None
-    p_counters,  # (2,) int64: non-finite, clipped
+    p_table,  # (v05.ops.TABLE_ROWS, G) float64, or None
     G,
     T,
     low: tl.float64,  # rewards and priors are clipped to [low, high]
@@ -253,31 +250,33 @@ def fused_advantage_kernel(
     if SCALE == BATCH_SCALE:
         divisor = tl.load(p_batch_divisor)
 
-    if (split == 0) & (chunk == 0):
-        tl.atomic_add(p_counters, nonfinite, mask=nonfinite > 0, sem="relaxed")
-        tl.atomic_add(p_counters + 1, clipped, mask=clipped > 0, sem="relaxed")
-        if p_moments is not None:
-            tl.store(p_count + group, count)
-            tl.store(p_moments + group, mean)
-            tl.store(p_moments + G + group, variance)
+    if p_table is not None:  # noqa: SIM102 -- known when it is compiled
+        if (split == 0) & (chunk == 0):
+            row = G.to(tl.int64)
+            tl.store(p_table + group, count.to(tl.float64))
+            tl.store(p_table + row + group, nonfinite.to(tl.float64))
+            tl.store(p_table + 2 * row + group, clipped.to(tl.float64))
+            tl.store(p_table + 3 * row + group, mean)
+            tl.store(p_table + 4 * row + group, variance)
             if BASELINE == CALIBRATED:
                 rate, complement, rate_variance, hallucination = calibrated(
                     count, successes, believed_a, believed_b, believed_log_odds
                 )
-                tl.store(p_moments + 2 * G + group, low + (high - low) * rate)
-                tl.store(p_moments + 3 * G + group, rate_variance * (high - low) * (high - low))
-                tl.store(p_moments + 4 * G + group, hallucination)
+                tl.store(p_table + 5 * row + group, low + (high - low) * rate)
+                tl.store(p_table + 6 * row + group, rate_variance * (high - low) * (high - low))
+                tl.store(p_table + 7 * row + group, hallucination)
                 more = calibrated_take_more(count, rate, complement, rate_variance, max_rollouts, cost)
-                tl.store(p_take_more + group, more)
+                tl.store(p_table + 8 * row + group, more.to(tl.float64))
             else:
-                tl.store(p_moments + 2 * G + group, baseline_of(BASELINE, count, mean, prior, (high - low) / 2))
+                tl.store(p_table + 5 * row + group, baseline_of(BASELINE, count, mean, prior, (high - low) / 2))
             if BASELINE == SHRINKAGE:
                 _, weight, statistic, squared_bias, mse = shrinkage(count, mean, prior, (high - low) / 2)
-                tl.store(p_moments + 3 * G + group, mse)
-                tl.store(p_moments + 4 * G + group, weight)
-                tl.store(p_moments + 5 * G + group, statistic)
-                tl.store(p_moments + 6 * G + group, p_value(statistic))
-                tl.store(p_take_more + group, osla_take_more(count, squared_bias, max_rollouts, cost))
+                tl.store(p_table + 6 * row + group, mse)
+                tl.store(p_table + 7 * row + group, weight)
+                tl.store(p_table + 8 * row + group, statistic)
+                tl.store(p_table + 9 * row + group, p_value(statistic))
+                more = osla_take_more(count, squared_bias, max_rollouts, cost)
+                tl.store(p_table + 10 * row + group, more.to(tl.float64))
 
     if p_mask is None and p_cu_seqlens is None:
         for start in range(split * BLOCK_ROWS, size, tl.num_programs(1) * BLOCK_ROWS):
@@ -360,10 +359,7 @@ def fused_advantage(
     valid: torch.Tensor | None,
     counted: torch.Tensor | None,
     out: torch.Tensor,
-    moments: torch.Tensor | None,
-    count: torch.Tensor | None,
-    take_more: torch.Tensor | None,
-    counters: torch.Tensor,
+    table: torch.Tensor | None,
     baseline: int,
     scale: int,
     leave_one_out: bool,
@@ -375,12 +371,11 @@ def fused_advantage(
     cost: float,
     calibration: Sequence[float],
 ) -> None:
-    """Write the advantages into `out` and, where given, the statistics; the caller is `v05.ops.fused_advantage`.
+    """Write the advantages into `out` and the statistics into `table`, where given; the caller is `v05.ops.fused_advantage`.
 
     Shapes and dtypes are those that `fused_advantage_kernel` notes; rewards may also be (N, T), float32 or float64.
-    Only what `baseline` defines is written: the rows mean, var, baseline of `moments` and `count`, and with SHRINKAGE
-    and CALIBRATED their other rows and `take_more`. Non-finite rewards of valid rows are left out, and with a bounded
-    baseline rewards and priors outside [low, high] clipped; `counters`, which start at 0, count both.
+    Non-finite rewards of valid rows are left out, and with a bounded baseline rewards and priors outside [low, high] clipped;
+    both are counted.
 
     Raises:
         ValueError: CPU tensors without the interpreter.
@@ -420,10 +415,7 @@ def fused_advantage(
             counted,
             divisor,
             out,
-            moments,
-            count,
-            take_more,
-            counters,
+            table,
             G,
             T,
             low,

@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from v05.kernels import advantage, fusion
+from v05.ops import TABLE_ROWS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -110,7 +111,7 @@ def traffic(variant: Variant) -> tuple[int, int]:
     row = sum(size.get(name, 0) for name in ("p_rewards", "p_order", "p_valid"))  # what a rollout is read as
     group = 2 * size["p_offsets"] + size.get("p_prior", 0)
     outputs = (ROLLOUTS if per_rollout else tokens) * size["p_out"] + tokens * size.get("p_mask", 0)
-    outputs += GROUPS * (7 * size["p_moments"] + size["p_count"] + size["p_take_more"])
+    outputs += GROUPS * TABLE_ROWS[variant.constants["BASELINE"]] * size["p_table"]
     lengths = ROLLOUTS * chunks * 2 * size.get("p_cu_seqlens", 0)
     statistics = 2 * ROLLOUTS // GROUPS * (row + size.get("p_counted", 0)) + group  # two passes over a group
     asked = GROUPS * splits * chunks * statistics + ROLLOUTS * chunks * row + lengths + outputs
@@ -130,7 +131,7 @@ def occupancy(target: str, registers: int, warps: int) -> float:
 def variants() -> Iterator[Variant]:
     """Every layout with every baseline in float32, then each other choice once, on padded shrinkage; calibrated, whose baseline
     differs from rollout to rollout under leave-one-out, has that on scalars and on the largest blocks."""
-    statistics = {"p_moments": "fp64", "p_count": "i64", "p_take_more": "u1", "p_counters": "i64"}
+    statistics = {"p_table": "fp64"}
     inputs = {"p_rewards": "fp32", "p_offsets": "i64", "p_order": "i64", "p_prior": "fp64"}
     layouts = {"padded": {"p_mask": "u8"}, "packed": {"p_cu_seqlens": "i64"}, "per-rollout": {}}
     baselines = {

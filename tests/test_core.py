@@ -35,7 +35,7 @@ def digest() -> str:
         for mask_dtype in (torch.bool, torch.int64, torch.float32):
             for rewards in (tokens, tokens.double(), tokens[:, 0]):
                 out = fused_advantage(rewards, prior, response_mask=mask.to(mask_dtype), **options)
-                for tensor in (out.advantages, out.stats.moments, out.stats.counts, out.stats.take_more):
+                for tensor in (out.advantages, out.stats.table):
                     seen.update(tensor.numpy().tobytes())
         for dtype in (torch.float32, torch.float64):
             out = fused_advantage(tokens[:, 0], prior, dtype=dtype, cu_seqlens=cu_seqlens, **options)
@@ -44,7 +44,7 @@ def digest() -> str:
             for leave_one_out in (False, True):
                 fused = options | dict(method="calibrated", leave_one_out=leave_one_out)
                 out = fused_advantage(rewards, prior, dtype=torch.float64, **fused)
-                for tensor in (out.advantages, out.stats.moments, out.stats.take_more):
+                for tensor in (out.advantages, out.stats.table):
                     seen.update(tensor.numpy().tobytes())
         many = torch.from_numpy(rng.random(200_000))
         out = fused_advantage(many, group_offsets=torch.arange(0, 200_001, 4), scale=scale, method="grpo")
@@ -75,8 +75,7 @@ def test_the_form_of_the_groups_does_not_change_a_bit(scale):
     by_offset = fused_advantage(rewards, prior, group_offsets=offsets, scale=scale)
     by_id = fused_advantage(rewards, prior, group_ids=ids, num_groups=300, scale=scale)
     assert torch.equal(by_offset.advantages, by_id.advantages)
-    for name in ("moments", "counts", "take_more"):
-        torch.testing.assert_close(getattr(by_offset.stats, name), getattr(by_id.stats, name), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(by_offset.stats.table, by_id.stats.table, rtol=0, atol=0, equal_nan=True)
 
 
 def test_instruction_set_does_not_change_a_bit(tmp_path):

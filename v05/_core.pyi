@@ -5,25 +5,29 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-Real = NDArray[np.float32] | NDArray[np.float64]
-Mask = NDArray[np.bool_] | NDArray[np.uint8] | NDArray[np.int64] | NDArray[np.float32]
-
 def number_ids(ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]: ...
 def check_ids(ids: NDArray[np.int64], num_groups: int) -> None: ...
 def are_strings(keys: Sequence[object] | NDArray[np.object_]) -> bool: ...
 def factorize(keys: Sequence[object] | NDArray[np.object_]) -> tuple[NDArray[np.int64], int]: ...
 def check_offsets(name: str, offsets: NDArray[np.int64], end: int | None) -> None: ...
 def fused_advantage(
-    rewards: Real,
-    offsets: NDArray[np.int64] | None,
-    ids: NDArray[np.int64] | None,
+    rewards: int,
+    rewards_dtype: int,
+    token_rewards: bool,
+    rows: int,
+    offsets: int,
+    ids: int,
     num_groups: int,
-    prior: NDArray[np.float64] | None,
-    mask: Mask | None,
-    cu_seqlens: NDArray[np.int64] | None,
-    valid: NDArray[np.bool_] | None,
-    trajectory_ids: NDArray[np.int64] | None,
-    out: Real,
+    prior: int,
+    mask: int,
+    mask_dtype: int,
+    cu_seqlens: int,
+    valid: int,
+    trajectory_ids: int,
+    out: int,
+    out_dtype: int,
+    out_size: int,
+    table: int,
     threads: int,
     stats: bool,
     baseline: int,
@@ -38,7 +42,7 @@ def fused_advantage(
     cost: float,
     calibration: Sequence[float],
     /,
-) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.bool_]]: ...
+) -> None: ...
 def build_info() -> dict[str, str | bool]: ...
 
 class RolloutAllocator:

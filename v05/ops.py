@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -26,13 +27,19 @@ _VALUELESS = (FakeTensor, FunctionalTensor)  # what stands for tensors while tor
 SCALES: tuple[Scale, ...] = ("none", "group", "batch")  # positions are shared with advantage.hpp and kernels/advantage.py
 _DIVIDE_BY = {name: position for position, name in enumerate(SCALES)}
 
-# Rows of `AdvantageStats.moments`, by what the method subtracts. Shared with bindings/advantage.cpp and kernels/advantage.py.
-MEANS = 3  # mean, var, baseline; methods that define no more have no budget rule either
-MOMENTS = {Baseline.GROUP_MEAN: MEANS, Baseline.PRIOR: MEANS, Baseline.SHRINKAGE: 7, Baseline.CALIBRATED: 5}
+# Rows of `AdvantageStats.table`, by what the method subtracts; their order is shared with bindings/advantage.cpp and
+# kernels/advantage.py.
+COMMON_ROWS = 6  # methods that define no more have no budget rule either
+TABLE_ROWS: dict[int, int] = {
+    Baseline.GROUP_MEAN: COMMON_ROWS,
+    Baseline.PRIOR: COMMON_ROWS,
+    Baseline.SHRINKAGE: 11,
+    Baseline.CALIBRATED: 9,
+}
 DEFAULT_CALIBRATION = Calibration()
 
 Array = torch.Tensor | ArrayLike
-_Kernel = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+_Kernel = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +47,8 @@ class AdvantageStats:
     """Statistics of each group, tensors of shape (G,); None where the method does not define one.
 
     They describe the full group, also under `leave_one_out`. A group without a valid rollout has count 0, mean NaN and the
-    prior as its baseline. Most are views of `moments` and `counts`, made when they are asked for: a tensor for each of them at
-    each call would cost more than the statistics of a small batch.
+    prior as its baseline. All but the prior are made of `table` when they are asked for: a tensor for each of them at each
+    call would cost more than the statistics of a small batch.
 
     Attributes:
         count: int64, valid rollouts (trajectories) of the group.
@@ -55,64 +62,69 @@ class AdvantageStats:
         p_value: float64, of T under chi-square with one degree of freedom; a diagnostic (v05).
         hallucination: float64 in [0, 1], probability that the prior says nothing of this group (calibrated).
         take_more: bool, the method's budget rule would buy another rollout: v05's one-step look-ahead, or calibrated's gain.
-        nonfinite: int64 scalar, NaN or infinite rewards left out.
-        clipped: int64 scalar, rewards and priors clipped to `reward_range` (CUDA only; on the CPU they are an error).
-        moments: float64, (3, G): mean, var, baseline; of v05 (7, G), with mse, weight, statistic, p_value after them; of
-            calibrated (5, G), with mse, hallucination.
-        counts: int64, (2 + G,): nonfinite, clipped, and the count of each group.
+        nonfinite: int64, NaN or infinite rewards of the group, left out.
+        clipped: int64, rewards and priors of the group clipped to `reward_range` (CUDA only; on the CPU they are an error).
+        table: float64, (6, G): count, nonfinite, clipped, mean, var, baseline; of v05 (11, G), with mse, weight, statistic,
+            p_value, take_more after them; of calibrated (9, G), with mse, hallucination, take_more.
     """
 
     prior: torch.Tensor | None
-    moments: torch.Tensor
-    counts: torch.Tensor
-    take_more: torch.Tensor | None
+    table: torch.Tensor
 
     @property
     def count(self) -> torch.Tensor:
-        return self.counts[2:]
-
-    @property
-    def mean(self) -> torch.Tensor:
-        return self.moments[0]
-
-    @property
-    def var(self) -> torch.Tensor:
-        return self.moments[1]
-
-    @property
-    def baseline(self) -> torch.Tensor:
-        return self.moments[2]
-
-    @property
-    def mse(self) -> torch.Tensor | None:
-        return None if self.take_more is None else self.moments[3]
-
-    @property
-    def weight(self) -> torch.Tensor | None:
-        return self._of(Baseline.SHRINKAGE, 4)
-
-    @property
-    def statistic(self) -> torch.Tensor | None:
-        return self._of(Baseline.SHRINKAGE, 5)
-
-    @property
-    def p_value(self) -> torch.Tensor | None:
-        return self._of(Baseline.SHRINKAGE, 6)
-
-    @property
-    def hallucination(self) -> torch.Tensor | None:
-        return self._of(Baseline.CALIBRATED, 4)
-
-    def _of(self, baseline: Baseline, row: int) -> torch.Tensor | None:
-        return self.moments[row] if self.moments.shape[0] == MOMENTS[baseline] else None
+        return self.table[0].to(torch.int64)
 
     @property
     def nonfinite(self) -> torch.Tensor:
-        return self.counts[0]
+        return self.table[1].to(torch.int64)
 
     @property
     def clipped(self) -> torch.Tensor:
-        return self.counts[1]
+        return self.table[2].to(torch.int64)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.table[3]
+
+    @property
+    def var(self) -> torch.Tensor:
+        return self.table[4]
+
+    @property
+    def baseline(self) -> torch.Tensor:
+        return self.table[5]
+
+    @property
+    def mse(self) -> torch.Tensor | None:
+        return self.table[6] if self._has_budget_rule else None
+
+    @property
+    def weight(self) -> torch.Tensor | None:
+        return self._of(Baseline.SHRINKAGE, 7)
+
+    @property
+    def statistic(self) -> torch.Tensor | None:
+        return self._of(Baseline.SHRINKAGE, 8)
+
+    @property
+    def p_value(self) -> torch.Tensor | None:
+        return self._of(Baseline.SHRINKAGE, 9)
+
+    @property
+    def hallucination(self) -> torch.Tensor | None:
+        return self._of(Baseline.CALIBRATED, 7)
+
+    @property
+    def take_more(self) -> torch.Tensor | None:
+        return self.table[-1] != 0 if self._has_budget_rule else None
+
+    @property
+    def _has_budget_rule(self) -> bool:
+        return self.table.shape[0] > COMMON_ROWS
+
+    def _of(self, baseline: Baseline, row: int) -> torch.Tensor | None:
+        return self.table[row] if self.table.shape[0] == TABLE_ROWS[baseline] else None
 
 
 # An exported program may return one, and be saved.
@@ -223,6 +235,51 @@ def fused_advantage(
 
     Source: V_0.5, arXiv 2603.10848 (fusion, sequential test); the other methods as named in `v05.methods`.
     """
+    tracing = torch.compiler.is_compiling() or isinstance(rewards, _VALUELESS)
+    options = (method, scale, leave_one_out, tuple(reward_range), eps, singleton, nonfinite, max_rollouts, cost, calibration)
+    try:
+        rule, values = _option_values(*options) if tracing else _known_option_values(*options)
+    except TypeError:  # what cannot be hashed is of a wrong type: this says which
+        rule, values = _option_values(*options)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} cannot hold advantages; choose a floating dtype")
+    if num_groups is not None and not (isinstance(num_groups, int | torch.SymInt) and num_groups >= 0):
+        raise ValueError(f"num_groups={num_groups}; give an integer of at least 0, or leave it out")
+
+    given = (rewards, response_mask, cu_seqlens, valid, trajectory_ids, dtype, out, tracing)
+    if process_group is not None:
+        if tracing:
+            raise ValueError("process_group: gathers through the host, which torch cannot trace; call outside torch.compile")
+        of_union: dict[str, Any] = dict(method=method, scale=scale, leave_one_out=leave_one_out, reward_range=reward_range)
+        of_union |= dict(eps=eps, singleton=singleton, nonfinite=nonfinite, max_rollouts=max_rollouts, cost=cost)
+        of_union |= dict(calibration=calibration, backend=backend)
+        advantages, statistics = _across_ranks(process_group, given, prior, group_ids, group_offsets, num_groups, **of_union)
+        return AdvantageOutput(advantages, statistics if stats else None)
+    rewards, mask, cu, valid, trajectory_ids, advantages = _rollouts(*given)
+    device = rewards.device
+    offsets, ids, groups = _group(group_ids, group_offsets, num_groups, rewards.shape[0], device, tracing)
+    prior = _prior(prior, rule, groups, device)
+    inputs = (rewards, offsets, ids, groups, prior, mask, cu, valid, trajectory_ids)
+    if out is not None and not tracing:
+        _refuse_shared_memory(out, inputs)
+
+    table = _kernel(backend, device, tracing)(*inputs, advantages, stats, *values)
+    return AdvantageOutput(advantages, AdvantageStats(prior, table) if stats else None)
+
+
+def _option_values(
+    method: str,
+    scale: Scale | None,
+    leave_one_out: bool,
+    reward_range: tuple[float, ...],
+    eps: float,
+    singleton: str,
+    nonfinite: str,
+    max_rollouts: int,
+    cost: float | None,
+    calibration: Calibration | None,
+) -> tuple[Method, tuple[Any, ...]]:
+    """The method, and the operator's arguments after `stats`: options of `fused_advantage`, checked."""
     rule = find_method(method)
     scale = rule.scale if scale is None else scale
     if len(reward_range) != 2:
@@ -236,12 +293,8 @@ def fused_advantage(
         raise ValueError(f"nonfinite={nonfinite!r} is unknown; choose 'raise' or 'exclude'")
     if not low < high or high - low == math.inf:
         raise ValueError(f"reward_range={reward_range} is not a finite range; give (lo, hi) with lo < hi")
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype} cannot hold advantages; choose a floating dtype")
     if not isinstance(max_rollouts, int) or max_rollouts < 1:
         raise ValueError(f"max_rollouts={max_rollouts}; give an integer of at least 1")
-    if num_groups is not None and not (isinstance(num_groups, int | torch.SymInt) and num_groups >= 0):
-        raise ValueError(f"num_groups={num_groups}; give an integer of at least 0, or leave it out")
     if cost is not None and not 0 <= cost < math.inf:
         raise ValueError(f"cost={cost}; give 0 or more, or None for 1 / max_rollouts^2")
     if not 0 <= eps < math.inf:
@@ -252,34 +305,7 @@ def fused_advantage(
         raise ValueError(
             f"calibration={calibration!r} is no v05.ops.Calibration; give Calibration(alpha, beta, kappa, eps) or None"
         )
-
-    tracing = torch.compiler.is_compiling() or isinstance(rewards, _VALUELESS)
-    given = (rewards, prior, response_mask, cu_seqlens, valid, trajectory_ids, dtype, out, tracing)
-    if process_group is not None:
-        if tracing:
-            raise ValueError("process_group: gathers through the host, which torch cannot trace; call outside torch.compile")
-        options: dict[str, Any] = dict(method=method, scale=scale, leave_one_out=leave_one_out, reward_range=reward_range, eps=eps)
-        options |= dict(singleton=singleton, max_rollouts=max_rollouts, cost=cost, nonfinite=nonfinite, backend=backend)
-        options |= dict(calibration=calibration)
-        out, statistics = _across_ranks(process_group, given, prior, group_ids, group_offsets, num_groups, **options)
-        return AdvantageOutput(out, statistics if stats else None)
-    rewards, mask, cu, valid, trajectory_ids, out = _rollouts(*given)
-    device = rewards.device
-    offsets, ids, groups = _group(group_ids, group_offsets, num_groups, rewards.shape[0], device, tracing)
-    prior = _prior(prior, rule, groups, device)
-
-    counts, moments, take_more = _kernel(backend, device, tracing)(
-        rewards,
-        offsets,
-        ids,
-        groups,
-        prior,
-        mask,
-        cu,
-        valid,
-        trajectory_ids,
-        out,
-        stats,
+    return rule, (
         int(rule.baseline),
         _DIVIDE_BY[scale],
         leave_one_out or rule.leave_one_out,
@@ -290,17 +316,18 @@ def fused_advantage(
         float(eps),
         max_rollouts,
         1.0 / max_rollouts**2 if cost is None else float(cost),
-        [calibration.alpha, calibration.beta, calibration.kappa, calibration.eps],
+        (calibration.alpha, calibration.beta, calibration.kappa, calibration.eps),
     )
-    if not stats:
-        return AdvantageOutput(out, None)
-    return AdvantageOutput(out, AdvantageStats(prior, moments, counts, take_more if MOMENTS[rule.baseline] > MEANS else None))
+
+
+# Those of one step are those of the next.
+_known_option_values = lru_cache(maxsize=64, typed=True)(_option_values)
 
 
 def _tensor(name: str, value: Array) -> torch.Tensor:
-    """A tensor as it is, but without its gradient; anything else through NumPy, so that Python floats keep their 64 bits."""
+    """A tensor as it is; anything else through NumPy, so that Python floats keep their 64 bits."""
     if isinstance(value, torch.Tensor):
-        return value.detach() if value.requires_grad else value
+        return value
     try:
         array = np.asarray(value)
     except ValueError as error:  # ragged
@@ -312,20 +339,28 @@ def _tensor(name: str, value: Array) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
-def _placed(value: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _values(name: str, value: Array) -> torch.Tensor:
+    """What stands in the tensor's memory, which may be the negative of it, without a gradient."""
+    tensor = _tensor(name, value)
+    return (tensor.detach() if tensor.requires_grad else tensor).resolve_neg()
+
+
+def _placed(name: str, value: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Contiguous, in the dtype and on the device. Asking first is cheaper than a conversion to what it is already."""
     if value.dtype != dtype or value.device != device:
+        if value.dtype.is_complex:
+            raise ValueError(f"{name}: dtype {value.dtype} is not real")
         value = value.to(device, dtype)
     return value.contiguous()
 
 
-def _real(rewards: torch.Tensor) -> torch.Tensor:
+def _rewards(rewards: Array) -> torch.Tensor:
     """Rewards as contiguous float32 or float64: half precision widens exactly, integers and bool become float64."""
-    if rewards.dtype in (torch.float32, torch.float64):
-        return rewards.contiguous()
-    if rewards.is_complex():
-        raise ValueError(f"rewards: dtype {rewards.dtype} is not real")
-    return rewards.to(torch.float32 if rewards.is_floating_point() else torch.float64).contiguous()
+    given = _values("rewards", rewards)
+    dtype = given.dtype
+    if dtype in (torch.float32, torch.float64):
+        return given.contiguous()
+    return _placed("rewards", given, torch.float32 if dtype.is_floating_point else torch.float64, given.device)
 
 
 class _Rollouts(NamedTuple):
@@ -341,7 +376,6 @@ class _Rollouts(NamedTuple):
 
 def _rollouts(
     rewards: Array,
-    prior: Array | None,
     response_mask: Array | None,
     cu_seqlens: Array | None,
     valid: Array | None,
@@ -350,21 +384,21 @@ def _rollouts(
     out: torch.Tensor | None,
     tracing: bool,
 ) -> _Rollouts:
-    rewards = _real(_tensor("rewards", rewards))
-    device = rewards.device
+    rewards = _rewards(rewards)
+    device, size = rewards.device, rewards.shape
     response_mask = None if response_mask is None else _tensor("response_mask", response_mask)
-    if rewards.ndim not in (1, 2):
-        raise ValueError(f"rewards: shape {tuple(rewards.shape)}; give (N,) outcome rewards or (N, T) token rewards")
-    if rewards.ndim == 2 and (response_mask is None or response_mask.shape != rewards.shape):
+    if len(size) not in (1, 2):
+        raise ValueError(f"rewards: shape {tuple(size)}; give (N,) outcome rewards or (N, T) token rewards")
+    if len(size) == 2 and (response_mask is None or response_mask.shape != size):
         raise ValueError(
-            f"rewards: token rewards of shape {tuple(rewards.shape)} need response_mask of the same shape"
+            f"rewards: token rewards of shape {tuple(size)} need response_mask of the same shape"
             + ("" if response_mask is None else f", got {tuple(response_mask.shape)}")
         )
-    n = rewards.shape[0]
+    n = size[0]
     valid = None if valid is None else _row_vector("valid", valid, n, torch.bool, device)
     trajectory_ids = None if trajectory_ids is None else _row_vector("trajectory_ids", trajectory_ids, n, torch.int64, device)
     mask, cu, shape = _layout(response_mask, cu_seqlens, out, n, device, tracing)
-    return _Rollouts(rewards, mask, cu, valid, trajectory_ids, _output(out, rewards, prior, shape, dtype, tracing))
+    return _Rollouts(rewards, mask, cu, valid, trajectory_ids, _output(out, rewards, shape, dtype, tracing))
 
 
 def _group(
@@ -401,7 +435,7 @@ def _group(
         ids, num_groups = factorize(ids)
     elif ids.is_cpu and device.type != "cpu" and not tracing:
         _core.check_ids(ids.contiguous().numpy(), num_groups)
-    return None, _placed(ids, torch.int64, device), num_groups
+    return None, _placed("group_ids", ids, torch.int64, device), num_groups
 
 
 def factorize(group_ids: Array | Sequence[str]) -> tuple[torch.Tensor, int]:
@@ -488,13 +522,12 @@ def _integer_ids(group_ids: Array | Sequence[str], tracing: bool) -> tuple[torch
 def _offsets(name: str, value: Array, end: int | None, device: torch.device, tracing: bool) -> torch.Tensor:
     """int64 offsets on the device. The CPU kernel checks what it reads; values on their way to another device are checked here."""
     offsets = _tensor(name, value)
-    if offsets.ndim != 1 or offsets.shape[0] < 1 or offsets.is_floating_point():
-        raise ValueError(
-            f"{name}: shape {tuple(offsets.shape)}, dtype {offsets.dtype}; give integers (number of parts + 1,) that start at 0"
-        )
+    size, dtype = offsets.shape, offsets.dtype
+    if len(size) != 1 or size[0] < 1 or dtype.is_floating_point:
+        raise ValueError(f"{name}: shape {tuple(size)}, dtype {dtype}; give integers (number of parts + 1,) that start at 0")
     if offsets.is_cpu and device.type != "cpu" and not tracing:
         _core.check_offsets(name, offsets.to(torch.int64).contiguous().numpy(), end)
-    return _placed(offsets, torch.int64, device)
+    return _placed(name, offsets, torch.int64, device)
 
 
 def _prior(prior: Array | None, rule: Method, groups: int, device: torch.device) -> torch.Tensor | None:
@@ -502,12 +535,10 @@ def _prior(prior: Array | None, rule: Method, groups: int, device: torch.device)
         if rule.needs_prior:
             raise ValueError(f"prior: needed by method={rule.name!r}; give (G,) values in reward units")
         return None
-    given = _tensor("prior", prior)
-    if given.is_complex():
-        raise ValueError(f"prior: dtype {given.dtype} is not real")
-    values = _placed(given, torch.float64, device)
-    if values.ndim != 1 or values.shape[0] != groups:
-        raise ValueError(f"prior: shape {tuple(values.shape)} for {groups} groups; give one value a group")
+    values = _placed("prior", _values("prior", prior), torch.float64, device)
+    size = values.shape
+    if len(size) != 1 or size[0] != groups:
+        raise ValueError(f"prior: shape {tuple(size)} for {groups} groups; give one value a group")
     return values
 
 
@@ -528,7 +559,7 @@ def _layout(
             raise ValueError(f"response_mask: shape {tuple(mask.shape)} for {n} rollouts; give (N, T)")
         if mask.dtype not in (torch.bool, torch.uint8, torch.int64, torch.float32):
             mask = mask != 0
-        return _placed(mask, mask.dtype, device), None, (n, mask.shape[1])
+        return _placed("response_mask", mask, mask.dtype, device), None, (n, mask.shape[1])
     if cu_seqlens is not None:
         given = _tensor("cu_seqlens", cu_seqlens)
         cu = _offsets("cu_seqlens", given, None, device, tracing)
@@ -547,7 +578,6 @@ def _layout(
 def _output(
     out: torch.Tensor | None,
     rewards: torch.Tensor,
-    prior: Array | None,
     shape: tuple[int, ...],
     dtype: torch.dtype,
     tracing: bool,
@@ -561,21 +591,33 @@ def _output(
         seen = f"out: shape {tuple(out.shape)}, {out.dtype}, {out.device}{'' if out.is_contiguous() else ', not contiguous'}"
         raise ValueError(f"{seen}; give a contiguous {shape} tensor, {dtype}, on {device}")
     if not tracing:
-        memory = out.untyped_storage().data_ptr()
-        for name, read in (("rewards", rewards), ("prior", prior)):
-            if isinstance(read, torch.Tensor) and read.untyped_storage().data_ptr() == memory and out.numel() > 0:
-                raise ValueError(f"out: shares memory with {name}; give a buffer of its own")
         torch.autograd.graph.increment_version(out)  # autograd refuses a backward through the values that are overwritten
     return out
 
 
+def _refuse_shared_memory(out: torch.Tensor, inputs: tuple[torch.Tensor | int | None, ...]) -> None:
+    """What is read must not change while `out` is written. All are contiguous."""
+    names = ("rewards", "group_offsets", "group_ids", "", "prior", "response_mask", "cu_seqlens", "valid", "trajectory_ids")
+    begin, end = _extent(out)
+    for name, read in zip(names, inputs, strict=True):
+        if isinstance(read, torch.Tensor):
+            first, last = _extent(read)
+            if max(first, begin) < min(last, end):
+                raise ValueError(f"out: shares memory with {name}; give a buffer of its own")
+
+
+def _extent(contiguous: torch.Tensor) -> tuple[int, int]:
+    begin = contiguous.data_ptr()
+    return begin, begin + contiguous.nbytes
+
+
 def _row_vector(name: str, value: Array, n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     vector = _tensor(name, value)
-    if vector.is_floating_point() or vector.is_complex():
+    if vector.is_floating_point():
         raise ValueError(f"{name}: dtype {vector.dtype}; give {'bool' if dtype == torch.bool else 'integers'}")
     if vector.ndim != 1 or vector.shape[0] != n:
         raise ValueError(f"{name}: shape {tuple(vector.shape)} for {n} rollouts; give one value a rollout")
-    return _placed(vector, dtype, device)
+    return _placed(name, vector, dtype, device)
 
 
 def _outcomes(rewards: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -618,7 +660,7 @@ def _of_this_rank(
     return _RankRollouts(
         keys,
         _outcomes(local.rewards, local.mask).to("cpu", torch.float64),
-        None if prior is None else _tensor("prior", prior).to("cpu", torch.float64),
+        None if prior is None else _placed("prior", _values("prior", prior), torch.float64, torch.device("cpu")),
         torch.ones(n, dtype=torch.bool) if local.valid is None else local.valid.cpu(),
         None if local.trajectory_ids is None else local.trajectory_ids.cpu(),
     )
@@ -698,9 +740,7 @@ def _across_ranks(
     whole = union.stats
     stats = AdvantageStats(
         prior=None if whole.prior is None else whole.prior[own_groups],
-        moments=whole.moments[:, own_groups],
-        counts=torch.cat((whole.counts[:2], whole.count[own_groups])),
-        take_more=None if whole.take_more is None else whole.take_more[own_groups],
+        table=whole.table[:, own_groups],
     )
     return _spread(union.advantages[starts[me] : starts[me + 1]], local), stats
 
@@ -727,28 +767,41 @@ def _run_cpp(
     valid: torch.Tensor | None,
     trajectory_ids: torch.Tensor | None,
     out: torch.Tensor,
+    stats: bool,
+    baseline: int,
     *rule: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Write `out` and return (counts, moments, take_more), as in `_empty_statistics`; `rule` is what the schema has after out."""
+) -> torch.Tensor:
+    """Write `out` and return the table of `AdvantageStats`, of no group without `stats`; `rule` is what the operator's schema
+    has after baseline."""
     # The core writes float32 and float64; a half-precision output is rounded from float32.
     target = out if out.dtype in (torch.float32, torch.float64) else torch.empty_like(out, dtype=torch.float32)
-    counts, moments, take_more = _core.fused_advantage(
-        rewards.numpy(),
-        None if offsets is None else offsets.numpy(),
-        None if ids is None else ids.numpy(),
+    table = torch.from_numpy(np.empty((TABLE_ROWS[baseline], num_groups if stats else 0)))  # in half the time of torch.empty
+    _core.fused_advantage(
+        rewards.data_ptr(),
+        _DTYPES[rewards.dtype],
+        rewards.ndim == 2,
+        rewards.shape[0],
+        0 if offsets is None else offsets.data_ptr(),
+        0 if ids is None else ids.data_ptr(),
         num_groups,
-        None if prior is None else prior.numpy(),
-        None if mask is None else mask.numpy(),
-        None if cu_seqlens is None else cu_seqlens.numpy(),
-        None if valid is None else valid.numpy(),
-        None if trajectory_ids is None else trajectory_ids.numpy(),
-        target.numpy(),
+        0 if prior is None else prior.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+        0 if mask is None else _DTYPES[mask.dtype],
+        0 if cu_seqlens is None else cu_seqlens.data_ptr(),
+        0 if valid is None else valid.data_ptr(),
+        0 if trajectory_ids is None else trajectory_ids.data_ptr(),
+        target.data_ptr(),
+        _DTYPES[target.dtype],
+        target.numel(),
+        table.data_ptr(),
         torch.get_num_threads(),
+        stats,
+        baseline,
         *rule,
     )
     if target is not out:
         out.copy_(target)
-    return torch.from_numpy(counts), torch.from_numpy(moments), torch.from_numpy(take_more)
+    return table
 
 
 def _run_triton(
@@ -769,7 +822,7 @@ def _run_triton(
     raw_singleton: bool,
     exclude_nonfinite: bool,  # a kernel cannot raise: it always excludes and counts
     *rule: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     from v05.kernels.advantage import fused_advantage as launch
 
     order = None
@@ -784,28 +837,19 @@ def _run_triton(
     if trajectory_ids is not None:
         finite = _outcomes(rewards, mask).isfinite()
         counted = first_of_trajectory(trajectory_ids, offsets, order, finite if valid is None else valid & finite)
-    counts, moments, take_more = _empty_statistics(rewards, num_groups, stats, baseline)
-    statistics = (moments, counts[2:], take_more) if stats else (None, None, None)
+    table = _empty_table(rewards, num_groups, stats, baseline)
     inputs = (rewards, offsets, order, prior, mask, cu_seqlens, valid, counted)
-    launch(*inputs, out, *statistics, counts[:2].zero_(), baseline, scale, leave_one_out, raw_singleton, *rule)
-    return counts, moments, take_more
+    launch(*inputs, out, table if stats else None, baseline, scale, leave_one_out, raw_singleton, *rule)
+    return table
 
 
-def _empty_statistics(
-    rewards: torch.Tensor, num_groups: int, stats: bool, baseline: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(counts (2 + G,), moments (MOMENTS, G), take_more (G,)) as in `AdvantageStats`: what the baseline defines, of no group
-    without `stats`."""
-    groups = num_groups if stats else 0
-    rows = MOMENTS[Baseline(baseline)]
-    return (
-        rewards.new_empty(2 + groups, dtype=torch.int64),
-        rewards.new_empty((rows, groups), dtype=torch.float64),
-        rewards.new_empty(groups if rows > MEANS else 0, dtype=torch.bool),
-    )
+def _empty_table(rewards: torch.Tensor, num_groups: int, stats: bool, baseline: int) -> torch.Tensor:
+    return torch.empty((TABLE_ROWS[baseline], num_groups if stats else 0), dtype=torch.float64, device=rewards.device)
 
 
 _STATS_AND_BASELINE = slice(6, 8)  # of the operator's arguments after num_groups
+# What the core tells its buffers by, shared with bindings/advantage.cpp.
+_DTYPES = {torch.bool: 1, torch.uint8: 1, torch.int64: 2, torch.float32: 3, torch.float64: 4}
 _BACKENDS: dict[str, _Kernel] = {"cpp": _run_cpp, "triton": _run_triton}
 _BACKEND_OF_DEVICE = {"cpu": "cpp", "cuda": "triton"}
 
@@ -836,13 +880,13 @@ _LIBRARY.define(
     "fused_advantage(Tensor rewards, Tensor? offsets, Tensor? ids, SymInt num_groups, Tensor? prior, Tensor? mask, "
     "Tensor? cu_seqlens, Tensor? valid, Tensor? trajectory_ids, Tensor(a!) out, bool stats, int baseline, int scale, "
     "bool leave_one_out, bool raw_singleton, bool exclude_nonfinite, float low, float high, float eps, int max_rollouts, "
-    "float cost, float[] calibration) -> (Tensor counts, Tensor moments, Tensor take_more)",
+    "float cost, float[] calibration) -> Tensor table",
     tags=_TAGS,
 )
 for _device, _name in _BACKEND_OF_DEVICE.items():
     _LIBRARY.impl("fused_advantage", _BACKENDS[_name], _device.upper())
 torch.library.register_fake(
     "v05::fused_advantage",
-    lambda rewards, offsets, ids, num_groups, *rest: _empty_statistics(rewards, num_groups, *rest[_STATS_AND_BASELINE]),
+    lambda rewards, offsets, ids, num_groups, *rest: _empty_table(rewards, num_groups, *rest[_STATS_AND_BASELINE]),
     lib=_LIBRARY,
 )

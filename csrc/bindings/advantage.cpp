@@ -6,11 +6,12 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdint>
 #include <functional>
 #include <optional>
+#include <span>
 #include <stdexcept>
 #include <string>
-#include <variant>
 #include <vector>
 
 #include "v05/pages.hpp"
@@ -19,83 +20,60 @@ namespace py = pybind11;
 
 namespace {
 
-// v05.ops hands over C-contiguous arrays of the right dtype; anything else fails the overload instead of being copied.
+// v05.ops hands over addresses: to make NumPy arrays of a small batch's tensors costs more than its advantages. It has
+// checked that what lies there is contiguous, of the dtype said here and of as many elements as the arguments say.
 template <class T>
-using Array = py::array_t<T, py::array::c_style>;
-template <class T>
-using MaybeArray = std::optional<Array<T>>;
-using RealArray = std::variant<Array<float>, Array<double>>;
-using MaskArray = std::variant<Array<bool>, Array<std::uint8_t>, Array<std::int64_t>, Array<float>>;
-
-template <class T>
-std::span<const T> view(const Array<T>& array) {
-  return {array.data(), static_cast<std::size_t>(array.size())};
+std::span<const T> view(std::uintptr_t address, std::int64_t size) {
+  return {reinterpret_cast<const T*>(address), address == 0 ? 0 : static_cast<std::size_t>(size)};
 }
 
 template <class T>
-std::span<const T> view(const MaybeArray<T>& array) {
-  return array ? view(*array) : std::span<const T>{};
+std::span<T> mutable_view(std::uintptr_t address, std::int64_t size) {
+  return {reinterpret_cast<T*>(address), static_cast<std::size_t>(size)};
 }
 
-template <class T>
-std::span<T> mutable_view(Array<T>& array) {
-  return {array.mutable_data(), static_cast<std::size_t>(array.size())};
+// Shared by number with v05.ops.
+enum class Dtype { kNone = 0, kBytes = 1, kInt64 = 2, kFloat32 = 3, kFloat64 = 4 };
+
+template <class Body>
+void with_real(Dtype dtype, const Body& body) {
+  dtype == Dtype::kFloat32 ? body.template operator()<float>() : body.template operator()<double>();
 }
 
-template <class T>
-const T* mask_data(const Array<T>& mask) {
-  return mask.data();
-}
-
-const std::uint8_t* mask_data(const Array<bool>& mask) { return reinterpret_cast<const std::uint8_t*>(mask.data()); }
-
-// What v05.ops.AdvantageStats is made of: counts (2 + G,) of non-finite rewards, clipped ones (never: they are refused)
-// and each group's rollouts; moments (3, G), more where the baseline defines more; take_more (G,) or (0,). Of no group
-// where statistics are not wanted.
-struct Statistics {
-  static constexpr py::ssize_t kMeans = 3;  // mean, variance, baseline
-  v05::Baseline baseline;
-  py::ssize_t groups;
-  Array<std::int64_t> counts;
-  Array<double> moments;
-  Array<bool> take_more;
-
-  Statistics(py::ssize_t wanted, v05::Baseline rule)
-      : baseline(rule),
-        groups(wanted),
-        counts(2 + wanted),
-        moments({rows(), wanted}),
-        take_more(rows() > kMeans ? wanted : 0) {
-    std::fill_n(counts.mutable_data(), 2, 0);
+template <class Body>
+void with_mask(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::kInt64:
+      body.template operator()<std::int64_t>();
+      break;
+    case Dtype::kFloat32:
+      body.template operator()<float>();
+      break;
+    default:
+      body.template operator()<std::uint8_t>();
   }
+}
 
-  // Of moments. Those of kShrinkage after mse are weight, statistic and p_value, that of kCalibrated is hallucination.
-  [[nodiscard]] py::ssize_t rows() const {
-    return baseline == v05::Baseline::kShrinkage ? 7 : baseline == v05::Baseline::kCalibrated ? 5 : kMeans;
-  }
-
-  v05::StatisticsOut out() {
-    const std::span<double> all = mutable_view(moments);
-    const auto size = static_cast<std::size_t>(groups);
-    const auto row = [&](std::size_t i) {
-      return size * i < all.size() ? all.subspan(size * i, size) : std::span<double>{};
-    };
-    return {.count = mutable_view(counts).subspan(2),
-            .mean = row(0),
-            .variance = row(1),
-            .baseline = row(2),
-            .mse = row(3),
-            .weight = row(4),
-            .statistic = row(5),
-            .p_value = row(6),
-            .hallucination = row(4),
-            .take_more = mutable_view(take_more)};
-  }
-};
+// The rows of v05.ops.AdvantageStats.table, which a baseline defines the first 6, 9 or 11 of.
+v05::StatisticsOut statistics_of(v05::Baseline baseline, std::int64_t groups, std::uintptr_t table) {
+  const auto size = static_cast<std::uintptr_t>(groups);
+  const auto row = [&](std::uintptr_t i) { return mutable_view<double>(table + i * size * sizeof(double), groups); };
+  return {.count = row(0),
+          .nonfinite = row(1),
+          .clipped = row(2),
+          .mean = row(3),
+          .variance = row(4),
+          .baseline = row(5),
+          .mse = row(6),
+          .weight = row(7),
+          .statistic = row(8),
+          .p_value = row(9),
+          .hallucination = row(7),
+          .take_more = row(baseline == v05::Baseline::kCalibrated ? 8 : 10)};
+}
 
 // Offsets of parts that lie one after another from 0 on, to `end` where it is known.
-void check_offsets(const std::string& name, const Array<std::int64_t>& offsets, std::optional<std::int64_t> end) {
-  const std::span<const std::int64_t> values = view(offsets);
+void check_offsets(const std::string& name, std::span<const std::int64_t> values, std::optional<std::int64_t> end) {
   if (values.empty() || values.front() != 0) {
     throw std::invalid_argument(name + ": starts at " + (values.empty() ? "nothing" : std::to_string(values.front())) +
                                 "; the first offset is 0");
@@ -114,13 +92,14 @@ void check_offsets(const std::string& name, const Array<std::int64_t>& offsets, 
   }
 }
 
-py::tuple fused_advantage(const RealArray& rewards, const MaybeArray<std::int64_t>& offsets,
-                          const MaybeArray<std::int64_t>& ids, std::int64_t num_groups, const MaybeArray<double>& prior,
-                          const std::optional<MaskArray>& mask, const MaybeArray<std::int64_t>& cu_seqlens,
-                          const MaybeArray<bool>& valid, const MaybeArray<std::int64_t>& trajectory_ids, RealArray& out,
-                          int threads, bool stats, int baseline, int scale, bool leave_one_out, bool raw_singleton,
-                          bool exclude_nonfinite, double low, double high, double eps, std::int64_t max_rollouts,
-                          double cost, const std::array<double, 4>& calibration) {
+// Addresses of optional arguments are 0 where they are not given, and may be where they are empty.
+void fused_advantage(std::uintptr_t rewards, int rewards_dtype, bool token_rewards, std::int64_t rows,
+                     std::uintptr_t offsets, std::uintptr_t ids, std::int64_t num_groups, std::uintptr_t prior,
+                     std::uintptr_t mask, int mask_dtype, std::uintptr_t cu_seqlens, std::uintptr_t valid,
+                     std::uintptr_t trajectory_ids, std::uintptr_t out, int out_dtype, std::int64_t out_size,
+                     std::uintptr_t table, int threads, bool stats, int baseline, int scale, bool leave_one_out,
+                     bool raw_singleton, bool exclude_nonfinite, double low, double high, double eps,
+                     std::int64_t max_rollouts, double cost, const std::array<double, 4>& calibration) {
   const v05::AdvantageRule rule{
       .baseline = static_cast<v05::Baseline>(baseline),
       .scale = static_cast<v05::Scale>(scale),
@@ -133,71 +112,71 @@ py::tuple fused_advantage(const RealArray& rewards, const MaybeArray<std::int64_
       .max_rollouts = max_rollouts,
       .cost = cost,
       .calibration = {.alpha = calibration[0], .beta = calibration[1], .kappa = calibration[2], .eps = calibration[3]}};
-  const auto rows = static_cast<std::size_t>(std::visit([](const auto& array) { return array.shape(0); }, rewards));
-  if (offsets) {
-    check_offsets("group_offsets", *offsets, static_cast<std::int64_t>(rows));
+  const v05::Groups groups{.offsets = view<std::int64_t>(offsets, num_groups + 1),
+                           .ids = view<std::int64_t>(ids, rows),
+                           .count = num_groups};
+  const std::span<const std::int64_t> starts = view<std::int64_t>(cu_seqlens, rows + 1);
+  if (!groups.offsets.empty()) {
+    check_offsets("group_offsets", groups.offsets, rows);
   }
-  if (cu_seqlens) {
-    check_offsets("cu_seqlens", *cu_seqlens, std::visit([](const auto& array) { return array.size(); }, out));
+  if (!starts.empty()) {
+    check_offsets("cu_seqlens", starts, out_size);
   }
-  Statistics statistics(stats ? num_groups : 0, rule.baseline);
-  const v05::StatisticsOut statistics_out = statistics.out();
-  const v05::Groups groups{.offsets = view(offsets), .ids = view(ids), .count = num_groups};
+  const v05::StatisticsOut statistics = statistics_of(rule.baseline, stats ? num_groups : 0, table);
 
   const auto compute = [&]<class Real, class Out>(std::span<const Real> outcomes, std::span<Out> advantages) {
-    const v05::Rollouts<Real> rollouts{
-        .rewards = outcomes,
-        .valid = {reinterpret_cast<const std::uint8_t*>(view(valid).data()), view(valid).size()},
-        .trajectory_ids = view(trajectory_ids)};
-    return v05::compute_advantages(rollouts, groups, view(prior), rule, advantages, statistics_out, threads);
+    const v05::Rollouts<Real> rollouts{.rewards = outcomes,
+                                       .valid = view<std::uint8_t>(valid, rows),
+                                       .trajectory_ids = view<std::int64_t>(trajectory_ids, rows)};
+    v05::compute_advantages(rollouts, groups, view<double>(prior, num_groups), rule, advantages, statistics, threads);
   };
   // From rewards of either kind.
   const auto compute_rollouts = [&]<class Out>(std::span<Out> advantages) {
-    return std::visit(
-        [&](const auto& array) {
-          if (array.ndim() == 1) {
-            return compute(view(array), advantages);
-          }
-          std::vector<double> outcomes(rows);
-          std::visit([&](const auto& m) { v05::sum_tokens(view(array), mask_data(m), std::span(outcomes), threads); },
-                     mask.value());
-          return compute(std::span<const double>(outcomes), advantages);
-        },
-        rewards);
+    with_real(Dtype{rewards_dtype}, [&]<class Real>() {
+      if (!token_rewards) {
+        compute(view<Real>(rewards, rows), advantages);
+        return;
+      }
+      std::vector<double> outcomes(static_cast<std::size_t>(rows));
+      with_mask(Dtype{mask_dtype}, [&]<class Mask>() {
+        v05::sum_tokens(view<Real>(rewards, out_size), view<Mask>(mask, out_size).data(), std::span(outcomes), threads);
+      });
+      compute(std::span<const double>(outcomes), advantages);
+    });
   };
   // To any layout.
-  const auto compute_into = [&]<class Out>(Array<Out>& array) {
-    const std::span<Out> to = mutable_view(array);
+  const auto compute_into = [&]<class Out>() {
+    const std::span<Out> to = mutable_view<Out>(out, out_size);
     v05::prefer_huge_pages(to);
-    if (!mask && !cu_seqlens) {
-      return compute_rollouts(to);
+    if (Dtype{mask_dtype} == Dtype::kNone && starts.empty()) {
+      compute_rollouts(to);
+      return;
     }
-    std::vector<Out> advantages(rows);
-    const std::int64_t left_out = compute_rollouts(std::span(advantages));
+    std::vector<Out> advantages(static_cast<std::size_t>(rows));
+    compute_rollouts(std::span(advantages));
     const std::span<const Out> from(advantages);
-    if (mask) {
-      std::visit([&](const auto& m) { v05::spread_padded(from, mask_data(m), to, threads); }, *mask);
+    if (starts.empty()) {
+      with_mask(Dtype{mask_dtype},
+                [&]<class Mask>() { v05::spread_padded(from, view<Mask>(mask, out_size).data(), to, threads); });
     } else {
-      v05::spread_packed(from, cu_seqlens->data(), to, threads);
+      v05::spread_packed(from, starts.data(), to, threads);
     }
-    return left_out;
   };
 
-  std::int64_t* const nonfinite = statistics.counts.mutable_data();
-  {
-    const py::gil_scoped_release release;
-    *nonfinite = std::visit(compute_into, out);
-  }
-  return py::make_tuple(statistics.counts, statistics.moments, statistics.take_more);
+  const py::gil_scoped_release release;
+  with_real(Dtype{out_dtype}, compute_into);
 }
 
 }  // namespace
 
 void register_advantage(py::module_& m) {
-  m.def("check_offsets", &check_offsets, py::arg("name"), py::arg("offsets").noconvert(), py::arg("end"));
+  m.def(
+      "check_offsets",
+      [](const std::string& name, const py::array_t<std::int64_t, py::array::c_style>& offsets,
+         std::optional<std::int64_t> end) {
+        check_offsets(name, {offsets.data(), static_cast<std::size_t>(offsets.size())}, end);
+      },
+      py::arg("name"), py::arg("offsets").noconvert(), py::arg("end"));
   // By position only: names would cost more than the advantages of a small batch.
-  m.def("fused_advantage", &fused_advantage, py::arg().noconvert(), py::arg().noconvert(), py::arg().noconvert(),
-        py::arg(), py::arg().noconvert(), py::arg().noconvert(), py::arg().noconvert(), py::arg().noconvert(),
-        py::arg().noconvert(), py::arg().noconvert(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
-        py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg(), py::arg());
+  m.def("fused_advantage", &fused_advantage);
 }

@@ -58,24 +58,22 @@ struct Rollouts {
   [[nodiscard]] bool is_usable(std::size_t row) const { return is_valid(row) && std::isfinite(rewards[row]); }
 };
 
-// Where statistics go, one element a group; all empty if nobody asked. Only what the baseline defines is written: mse
-// and take_more by kShrinkage and kCalibrated, weight, statistic and p_value by the former, hallucination by the
-// latter.
+// Where statistics go, one element a group, whole numbers too; all empty if nobody asked. Only what the baseline
+// defines is written: mse and take_more (0 or 1) by kShrinkage and kCalibrated, weight, statistic and p_value by the
+// former, hallucination by the latter. Nothing is clipped here.
 struct StatisticsOut {
-  std::span<std::int64_t> count;
-  std::span<double> mean, variance, baseline, mse, weight, statistic, p_value, hallucination;
-  std::span<bool> take_more;
+  std::span<double> count, nonfinite, clipped, mean, variance, baseline;
+  std::span<double> mse, weight, statistic, p_value, hallucination, take_more;
 };
 
-// Writes one advantage a row (0 for a row left out) and the statistics; returns how many non-finite rewards were left
-// out. At most `threads` threads, the same bits on any number of them. Contiguous groups need no table, others a few
-// numbers a group; trajectories a map of their ids. The advantages share no memory with what is read. Throws
-// std::invalid_argument that names the argument, the rows and the remedy, before it has written anything. Offsets are
-// trusted, ids are not.
+// Writes one advantage a row (0 for a row left out) and the statistics. At most `threads` threads, the same bits on any
+// number of them. Contiguous groups need no table, others a few numbers a group; trajectories a map of their ids. The
+// advantages share no memory with what is read. Throws std::invalid_argument that names the argument, the rows and the
+// remedy, before it has written anything. Offsets are trusted, ids are not.
 template <class Real, class Out>
-std::int64_t compute_advantages(const Rollouts<Real>& rollouts, const Groups& groups, std::span<const double> prior,
-                                const AdvantageRule& rule, std::span<Out> advantages, const StatisticsOut& statistics,
-                                int threads);
+void compute_advantages(const Rollouts<Real>& rollouts, const Groups& groups, std::span<const double> prior,
+                        const AdvantageRule& rule, std::span<Out> advantages, const StatisticsOut& statistics,
+                        int threads);
 
 // (N, T) token rewards to N outcomes: sums over the tokens whose mask is not zero.
 template <class Reward, class Mask>

@@ -21,10 +21,9 @@ class Offenders {
     ++count_;
   }
 
-  void raise_if_any(const std::string& what, const std::string& remedy) const {
-    if (count_ == 0) {
-      return;
-    }
+  [[nodiscard]] bool any() const { return count_ > 0; }
+
+  [[noreturn]] void raise(const std::string& what, const std::string& remedy) const {
     std::ostringstream message;
     message.precision(std::numeric_limits<double>::digits10);  // rounded further, it could look legal
     message << what << ' ';
