@@ -258,7 +258,7 @@ def test_small(measure: Measure, provider: str) -> None:
     rewards, prior = torch.rand(SMALL, generator=torch.Generator().manual_seed(0)), torch.full((4,), 0.5, dtype=torch.float64)
     offsets, out = torch.arange(0, SMALL + 1, GROUP_SIZE), torch.empty(SMALL)
     table = torch.empty(11, 4, dtype=torch.float64)
-    read = (rewards.data_ptr(), 3, False, SMALL, offsets.data_ptr(), 0, 4, prior.data_ptr(), 0, 0, 0, 0, 0)
+    read = (rewards.data_ptr(), 3, False, SMALL, offsets.data_ptr(), None, 4, prior.data_ptr(), None, 0, None, None, None)
     rule = (True, 2, 0, False, False, False, 0.0, 1.0, 1e-6, 16, 1 / 256, (0.0, 1.0, 4.5, 0.12))
     calls = {
         "v05": lambda: fused_advantage(rewards, prior, group_offsets=offsets).advantages,

@@ -459,6 +459,9 @@ BAD_INPUT = {
     "valid length": (dict(group_offsets=[0, 4], valid=[True]), r"valid: shape \(1,\) for 4 rollouts"),
     "out shape": (dict(group_offsets=[0, 4], out=torch.empty(3)), r"out: shape \(3,\).*give a contiguous \(4,\) tensor"),
     "out dtype": (dict(group_offsets=[0, 4], out=torch.empty(4, dtype=torch.float64)), "out: .*torch.float32"),
+    "out with a gradient": (dict(group_offsets=[0, 4], out=torch.empty(4, requires_grad=True)), "out: requires a gradient"),
+    "out is a negative": (dict(group_offsets=[0, 4], out=torch._neg_view(torch.empty(4))), "out: .* the negative of its memory"),
+    "num_groups is no number": (dict(group_ids=[0, 0, 0, 0], num_groups=True), "num_groups=True; give an integer"),
     "out is rewards": (dict(group_offsets=[0, 4], rewards=SHARED, out=SHARED), "out: shares memory with rewards"),
     "out is prior": (
         dict(prior=SHARED_ARRAY, group_offsets=[0, 1, 2, 3, 4], dtype=torch.float64, out=torch.from_numpy(SHARED_ARRAY)),

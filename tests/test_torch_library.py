@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+from torch.testing._internal.two_tensor import TwoTensor
 
 from v05.methods import METHODS, Baseline, Calibration
 from v05.ops import AdvantageOutput, fused_advantage
@@ -271,6 +272,38 @@ def test_export_round_trip(grouping, strict, method, tmp_path):
     assert_same(AdvantageOutput(*loaded(*arguments)), AdvantageOutput(*Advantage()(*arguments)))
     with pytest.raises(ValueError, match=r"rewards: outside reward_range=\(0, 1\) in rows 0 \(7\)"):
         loaded(torch.where(torch.arange(N) == 0, 7.0, REWARDS), *arguments[1:])
+
+
+def test_an_exported_program_reads_inputs_of_any_form():
+    class Advantage(torch.nn.Module):
+        def forward(self, rewards, prior, offsets, mask):
+            return fused_advantage(rewards, prior, group_offsets=offsets, response_mask=mask).advantages
+
+    arguments = (REWARDS, PRIOR.double(), OFFSETS, torch.arange(5) < LENGTHS[:, None])
+    program = torch.export.export(Advantage(), arguments).module()
+    for position, forms in {
+        0: (REWARDS.double(), REWARDS.half(), REWARDS.repeat_interleave(2)[::2], REWARDS.clone().requires_grad_()),
+        1: (PRIOR, PRIOR.double().repeat_interleave(3)[::3]),
+        2: (OFFSETS.int(), OFFSETS.repeat_interleave(2)[::2]),
+        3: (arguments[3].bfloat16(), arguments[3].long(), arguments[3].T.contiguous().T),
+    }.items():
+        for form in forms:
+            given = (*arguments[:position], form, *arguments[position + 1 :])
+            torch.testing.assert_close(program(*given), Advantage()(*given), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"prior: shape \(3,\) for 4 groups"):
+        torch.ops.v05.fused_advantage(*operands("padded")[:4], PRIOR[:3], *operands("padded")[5:])
+    with pytest.raises(ValueError, match=r"rewards: token rewards .* need response_mask"):
+        torch.ops.v05.fused_advantage(torch.rand(N, 5), *operands("per-rollout")[1:])
+
+
+@pytest.mark.parametrize("name", ["rewards", "prior", "valid", "group_offsets", "response_mask", "out"])
+def test_tensors_without_memory_are_refused(name):
+    """What collectives and DTensor return wraps the tensor that has the values."""
+    arguments = dict(rewards=REWARDS, prior=PRIOR.double(), valid=REWARDS > -1, group_offsets=OFFSETS)
+    arguments |= dict(response_mask=torch.ones(N, 5, dtype=torch.bool), out=torch.empty(N, 5))
+    arguments[name] = TwoTensor(arguments[name], arguments[name].clone())
+    with pytest.raises(ValueError, match=rf"{name}: a tensor without memory of its own; give a plain one"):
+        fused_advantage(**arguments)
 
 
 @pytest.mark.parametrize("grouping", GROUPINGS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -206,8 +206,8 @@ def fused_advantage(
             excludes.
         stats: False skips the statistics.
         dtype: floating dtype of the advantages.
-        out: a contiguous buffer of the output's shape, dtype and device to write into; required with cu_seqlens on CUDA,
-            where finding total_tokens would synchronise, and under torch.compile.
+        out: a contiguous buffer of the output's shape, dtype and device to write into, beside what is read; required with
+            cu_seqlens on CUDA, where finding total_tokens would synchronise, and under torch.compile.
         process_group: groups may be split over its ranks: every rank passes its own rollouts, with `group_ids` that mean the same
             on all ranks and the `prior` of its own groups (with `num_groups`: of all groups, NaN where it knows none), and gets
             its own rows and groups back. The result is that of one process on the ranks' rollouts in rank order, rows in error
@@ -236,14 +236,14 @@ def fused_advantage(
     Source: V_0.5, arXiv 2603.10848 (fusion, sequential test); the other methods as named in `v05.methods`.
     """
     tracing = torch.compiler.is_compiling() or isinstance(rewards, _VALUELESS)
-    options = (method, scale, leave_one_out, tuple(reward_range), eps, singleton, nonfinite, max_rollouts, cost, calibration)
-    try:
-        rule, values = _option_values(*options) if tracing else _known_option_values(*options)
-    except TypeError:  # what cannot be hashed is of a wrong type: this says which
-        rule, values = _option_values(*options)
+    rule, options = _option_values(
+        method, scale, leave_one_out, reward_range, eps, singleton, nonfinite, max_rollouts, cost, calibration
+    )
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} cannot hold advantages; choose a floating dtype")
-    if num_groups is not None and not (isinstance(num_groups, int | torch.SymInt) and num_groups >= 0):
+    if num_groups is not None and (
+        not isinstance(num_groups, int | torch.SymInt) or isinstance(num_groups, bool) or num_groups < 0
+    ):
         raise ValueError(f"num_groups={num_groups}; give an integer of at least 0, or leave it out")
 
     given = (rewards, response_mask, cu_seqlens, valid, trajectory_ids, dtype, out, tracing)
@@ -257,13 +257,18 @@ def fused_advantage(
         return AdvantageOutput(advantages, statistics if stats else None)
     rewards, mask, cu, valid, trajectory_ids, advantages = _rollouts(*given)
     device = rewards.device
+    run = _kernel(backend, device, tracing)
     offsets, ids, groups = _group(group_ids, group_offsets, num_groups, rewards.shape[0], device, tracing)
-    prior = _prior(prior, rule, groups, device)
+    if prior is None and rule.needs_prior:
+        raise ValueError(f"prior: needed by method={rule.name!r}; give (G,) values in reward units")
+    prior = None if prior is None else _prior(prior, groups, device)
     inputs = (rewards, offsets, ids, groups, prior, mask, cu, valid, trajectory_ids)
     if out is not None and not tracing:
         _refuse_shared_memory(out, inputs)
 
-    table = _kernel(backend, device, tracing)(*inputs, advantages, stats, *values)
+    table = run(*inputs, advantages, stats, *options)
+    if out is not None and not tracing:
+        torch.autograd.graph.increment_version(out)  # autograd refuses a backward through the values that were overwritten
     return AdvantageOutput(advantages, AdvantageStats(prior, table) if stats else None)
 
 
@@ -271,7 +276,7 @@ def _option_values(
     method: str,
     scale: Scale | None,
     leave_one_out: bool,
-    reward_range: tuple[float, ...],
+    reward_range: tuple[float, float],
     eps: float,
     singleton: str,
     nonfinite: str,
@@ -320,10 +325,6 @@ def _option_values(
     )
 
 
-# Those of one step are those of the next.
-_known_option_values = lru_cache(maxsize=64, typed=True)(_option_values)
-
-
 def _tensor(name: str, value: Array) -> torch.Tensor:
     """A tensor as it is; anything else through NumPy, so that Python floats keep their 64 bits."""
     if isinstance(value, torch.Tensor):
@@ -340,7 +341,7 @@ def _tensor(name: str, value: Array) -> torch.Tensor:
 
 
 def _values(name: str, value: Array) -> torch.Tensor:
-    """What stands in the tensor's memory, which may be the negative of it, without a gradient."""
+    """A tensor without a gradient, whose memory holds its values and not their negative."""
     tensor = _tensor(name, value)
     return (tensor.detach() if tensor.requires_grad else tensor).resolve_neg()
 
@@ -530,11 +531,7 @@ def _offsets(name: str, value: Array, end: int | None, device: torch.device, tra
     return _placed(name, offsets, torch.int64, device)
 
 
-def _prior(prior: Array | None, rule: Method, groups: int, device: torch.device) -> torch.Tensor | None:
-    if prior is None:
-        if rule.needs_prior:
-            raise ValueError(f"prior: needed by method={rule.name!r}; give (G,) values in reward units")
-        return None
+def _prior(prior: Array, groups: int, device: torch.device) -> torch.Tensor:
     values = _placed("prior", _values("prior", prior), torch.float64, device)
     size = values.shape
     if len(size) != 1 or size[0] != groups:
@@ -590,8 +587,8 @@ def _output(
     if tuple(out.shape) != shape or out.dtype != dtype or out.device != device or not out.is_contiguous():
         seen = f"out: shape {tuple(out.shape)}, {out.dtype}, {out.device}{'' if out.is_contiguous() else ', not contiguous'}"
         raise ValueError(f"{seen}; give a contiguous {shape} tensor, {dtype}, on {device}")
-    if not tracing:
-        torch.autograd.graph.increment_version(out)  # autograd refuses a backward through the values that are overwritten
+    if out.requires_grad or (not tracing and out.is_neg()):
+        raise ValueError("out: requires a gradient or is the negative of its memory; give a buffer to write into")
     return out
 
 
@@ -781,15 +778,15 @@ def _run_cpp(
         _DTYPES[rewards.dtype],
         rewards.ndim == 2,
         rewards.shape[0],
-        0 if offsets is None else offsets.data_ptr(),
-        0 if ids is None else ids.data_ptr(),
+        None if offsets is None else offsets.data_ptr(),
+        None if ids is None else ids.data_ptr(),
         num_groups,
-        0 if prior is None else prior.data_ptr(),
-        0 if mask is None else mask.data_ptr(),
+        None if prior is None else prior.data_ptr(),
+        None if mask is None else mask.data_ptr(),
         0 if mask is None else _DTYPES[mask.dtype],
-        0 if cu_seqlens is None else cu_seqlens.data_ptr(),
-        0 if valid is None else valid.data_ptr(),
-        0 if trajectory_ids is None else trajectory_ids.data_ptr(),
+        None if cu_seqlens is None else cu_seqlens.data_ptr(),
+        None if valid is None else valid.data_ptr(),
+        None if trajectory_ids is None else trajectory_ids.data_ptr(),
         target.data_ptr(),
         _DTYPES[target.dtype],
         target.numel(),
@@ -883,8 +880,37 @@ _LIBRARY.define(
     "float cost, float[] calibration) -> Tensor table",
     tags=_TAGS,
 )
+
+
+def _run_checked(
+    run: _Kernel,
+    rewards: torch.Tensor,
+    offsets: torch.Tensor | None,
+    ids: torch.Tensor | None,
+    num_groups: int,
+    prior: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    valid: torch.Tensor | None,
+    trajectory_ids: torch.Tensor | None,
+    out: torch.Tensor,
+    *rest: Any,
+) -> torch.Tensor:
+    """The registered operator: an exported program hands over whatever it is given, in any dtype and layout."""
+    if not out.dtype.is_floating_point:
+        raise ValueError(f"out: dtype {out.dtype} cannot hold advantages; give the program what it was exported with")
+    rewards, mask, cu_seqlens, valid, trajectory_ids, out = _rollouts(
+        rewards, mask, cu_seqlens, valid, trajectory_ids, out.dtype, out, tracing=False
+    )
+    device = rewards.device
+    groups = num_groups if offsets is None else None
+    offsets, ids, num_groups = _group(ids, offsets, groups, rewards.shape[0], device, tracing=False)
+    prior = None if prior is None else _prior(prior, num_groups, device)
+    return run(rewards, offsets, ids, num_groups, prior, mask, cu_seqlens, valid, trajectory_ids, out, *rest)
+
+
 for _device, _name in _BACKEND_OF_DEVICE.items():
-    _LIBRARY.impl("fused_advantage", _BACKENDS[_name], _device.upper())
+    _LIBRARY.impl("fused_advantage", partial(_run_checked, _BACKENDS[_name]), _device.upper())
 torch.library.register_fake(
     "v05::fused_advantage",
     lambda rewards, offsets, ids, num_groups, *rest: _empty_table(rewards, num_groups, *rest[_STATS_AND_BASELINE]),

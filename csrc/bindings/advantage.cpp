@@ -22,14 +22,22 @@ namespace {
 
 // v05.ops hands over addresses: to make NumPy arrays of a small batch's tensors costs more than its advantages. It has
 // checked that what lies there is contiguous, of the dtype said here and of as many elements as the arguments say.
+using Address = std::uintptr_t;
+using MaybeAddress = std::optional<Address>;  // of what need not be given
+
 template <class T>
-std::span<const T> view(std::uintptr_t address, std::int64_t size) {
-  return {reinterpret_cast<const T*>(address), address == 0 ? 0 : static_cast<std::size_t>(size)};
+std::span<T> view(const char* name, Address address, std::int64_t size) {
+  if (address == 0 && size > 0) {
+    throw std::invalid_argument(std::string(name) +
+                                ": a tensor without memory of its own; give a plain one, as wait() or " +
+                                "to_local() makes of those that collectives and DTensor return");
+  }
+  return {reinterpret_cast<T*>(address), static_cast<std::size_t>(size)};
 }
 
 template <class T>
-std::span<T> mutable_view(std::uintptr_t address, std::int64_t size) {
-  return {reinterpret_cast<T*>(address), static_cast<std::size_t>(size)};
+std::span<T> view(const char* name, MaybeAddress address, std::int64_t size) {
+  return address ? view<T>(name, *address, size) : std::span<T>{};
 }
 
 // Shared by number with v05.ops.
@@ -54,22 +62,26 @@ void with_mask(Dtype dtype, const Body& body) {
   }
 }
 
-// The rows of v05.ops.AdvantageStats.table, which a baseline defines the first 6, 9 or 11 of.
-v05::StatisticsOut statistics_of(v05::Baseline baseline, std::int64_t groups, std::uintptr_t table) {
-  const auto size = static_cast<std::uintptr_t>(groups);
-  const auto row = [&](std::uintptr_t i) { return mutable_view<double>(table + i * size * sizeof(double), groups); };
-  return {.count = row(0),
-          .nonfinite = row(1),
-          .clipped = row(2),
-          .mean = row(3),
-          .variance = row(4),
-          .baseline = row(5),
-          .mse = row(6),
-          .weight = row(7),
-          .statistic = row(8),
-          .p_value = row(9),
-          .hallucination = row(7),
-          .take_more = row(baseline == v05::Baseline::kCalibrated ? 8 : 10)};
+// The rows of v05.ops.AdvantageStats.table; those that the baseline does not define are empty.
+v05::StatisticsOut statistics_of(v05::Baseline baseline, std::int64_t groups, Address table) {
+  const bool shrinkage = baseline == v05::Baseline::kShrinkage;
+  const bool calibrated = baseline == v05::Baseline::kCalibrated;
+  const auto row = [&](std::int64_t i, bool defined) {
+    return defined ? std::span(reinterpret_cast<double*>(table) + i * groups, static_cast<std::size_t>(groups))
+                   : std::span<double>{};
+  };
+  return {.count = row(0, true),
+          .nonfinite = row(1, true),
+          .clipped = row(2, true),
+          .mean = row(3, true),
+          .variance = row(4, true),
+          .baseline = row(5, true),
+          .mse = row(6, shrinkage || calibrated),
+          .weight = row(7, shrinkage),
+          .statistic = row(8, shrinkage),
+          .p_value = row(9, shrinkage),
+          .hallucination = row(7, calibrated),
+          .take_more = row(calibrated ? 8 : 10, shrinkage || calibrated)};
 }
 
 // Offsets of parts that lie one after another from 0 on, to `end` where it is known.
@@ -92,14 +104,12 @@ void check_offsets(const std::string& name, std::span<const std::int64_t> values
   }
 }
 
-// Addresses of optional arguments are 0 where they are not given, and may be where they are empty.
-void fused_advantage(std::uintptr_t rewards, int rewards_dtype, bool token_rewards, std::int64_t rows,
-                     std::uintptr_t offsets, std::uintptr_t ids, std::int64_t num_groups, std::uintptr_t prior,
-                     std::uintptr_t mask, int mask_dtype, std::uintptr_t cu_seqlens, std::uintptr_t valid,
-                     std::uintptr_t trajectory_ids, std::uintptr_t out, int out_dtype, std::int64_t out_size,
-                     std::uintptr_t table, int threads, bool stats, int baseline, int scale, bool leave_one_out,
-                     bool raw_singleton, bool exclude_nonfinite, double low, double high, double eps,
-                     std::int64_t max_rollouts, double cost, const std::array<double, 4>& calibration) {
+void fused_advantage(Address rewards, int rewards_dtype, bool token_rewards, std::int64_t rows, MaybeAddress offsets,
+                     MaybeAddress ids, std::int64_t num_groups, MaybeAddress prior, MaybeAddress mask, int mask_dtype,
+                     MaybeAddress cu_seqlens, MaybeAddress valid, MaybeAddress trajectory_ids, Address out,
+                     int out_dtype, std::int64_t out_size, Address table, int threads, bool stats, int baseline,
+                     int scale, bool leave_one_out, bool raw_singleton, bool exclude_nonfinite, double low, double high,
+                     double eps, std::int64_t max_rollouts, double cost, const std::array<double, 4>& calibration) {
   const v05::AdvantageRule rule{
       .baseline = static_cast<v05::Baseline>(baseline),
       .scale = static_cast<v05::Scale>(scale),
@@ -112,10 +122,14 @@ void fused_advantage(std::uintptr_t rewards, int rewards_dtype, bool token_rewar
       .max_rollouts = max_rollouts,
       .cost = cost,
       .calibration = {.alpha = calibration[0], .beta = calibration[1], .kappa = calibration[2], .eps = calibration[3]}};
-  const v05::Groups groups{.offsets = view<std::int64_t>(offsets, num_groups + 1),
-                           .ids = view<std::int64_t>(ids, rows),
+  using Integers = const std::int64_t;
+  const v05::Groups groups{.offsets = view<Integers>("group_offsets", offsets, offsets ? num_groups + 1 : 0),
+                           .ids = view<Integers>("group_ids", ids, rows),
                            .count = num_groups};
-  const std::span<const std::int64_t> starts = view<std::int64_t>(cu_seqlens, rows + 1);
+  const std::span<Integers> starts = view<Integers>("cu_seqlens", cu_seqlens, rows + 1);
+  const auto priors = view<const double>("prior", prior, num_groups);
+  const auto are_valid = view<const std::uint8_t>("valid", valid, rows);
+  const auto trajectories = view<Integers>("trajectory_ids", trajectory_ids, rows);
   if (!groups.offsets.empty()) {
     check_offsets("group_offsets", groups.offsets, rows);
   }
@@ -125,39 +139,39 @@ void fused_advantage(std::uintptr_t rewards, int rewards_dtype, bool token_rewar
   const v05::StatisticsOut statistics = statistics_of(rule.baseline, stats ? num_groups : 0, table);
 
   const auto compute = [&]<class Real, class Out>(std::span<const Real> outcomes, std::span<Out> advantages) {
-    const v05::Rollouts<Real> rollouts{.rewards = outcomes,
-                                       .valid = view<std::uint8_t>(valid, rows),
-                                       .trajectory_ids = view<std::int64_t>(trajectory_ids, rows)};
-    v05::compute_advantages(rollouts, groups, view<double>(prior, num_groups), rule, advantages, statistics, threads);
+    const v05::Rollouts<Real> rollouts{.rewards = outcomes, .valid = are_valid, .trajectory_ids = trajectories};
+    v05::compute_advantages(rollouts, groups, priors, rule, advantages, statistics, threads);
   };
+  const auto mask_of = [&]<class Mask>() { return view<const Mask>("response_mask", mask, out_size).data(); };
   // From rewards of either kind.
   const auto compute_rollouts = [&]<class Out>(std::span<Out> advantages) {
     with_real(Dtype{rewards_dtype}, [&]<class Real>() {
       if (!token_rewards) {
-        compute(view<Real>(rewards, rows), advantages);
+        compute(view<const Real>("rewards", rewards, rows), advantages);
         return;
       }
       std::vector<double> outcomes(static_cast<std::size_t>(rows));
       with_mask(Dtype{mask_dtype}, [&]<class Mask>() {
-        v05::sum_tokens(view<Real>(rewards, out_size), view<Mask>(mask, out_size).data(), std::span(outcomes), threads);
+        v05::sum_tokens(view<const Real>("rewards", rewards, out_size), mask_of.template operator()<Mask>(),
+                        std::span(outcomes), threads);
       });
       compute(std::span<const double>(outcomes), advantages);
     });
   };
   // To any layout.
   const auto compute_into = [&]<class Out>() {
-    const std::span<Out> to = mutable_view<Out>(out, out_size);
+    const std::span<Out> to = view<Out>("out", out, out_size);
     v05::prefer_huge_pages(to);
-    if (Dtype{mask_dtype} == Dtype::kNone && starts.empty()) {
+    if (!mask && starts.empty()) {
       compute_rollouts(to);
       return;
     }
     std::vector<Out> advantages(static_cast<std::size_t>(rows));
     compute_rollouts(std::span(advantages));
     const std::span<const Out> from(advantages);
-    if (starts.empty()) {
+    if (mask) {
       with_mask(Dtype{mask_dtype},
-                [&]<class Mask>() { v05::spread_padded(from, view<Mask>(mask, out_size).data(), to, threads); });
+                [&]<class Mask>() { v05::spread_padded(from, mask_of.template operator()<Mask>(), to, threads); });
     } else {
       v05::spread_packed(from, starts.data(), to, threads);
     }
