@@ -487,6 +487,7 @@ BAD_INPUT = {
     ),
     "max_rollouts": (dict(group_offsets=[0, 4], max_rollouts=0), "max_rollouts=0"),
     "cost": (dict(group_offsets=[0, 4], cost=math.nan), "cost=nan; give 0 or more"),
+    "an option is a tensor": (dict(group_offsets=[0, 4], eps=torch.tensor(1e-6)), "eps: a tensor, .* give a Python number"),
     "eps": (dict(group_offsets=[0, 4], eps=math.inf), "eps=inf; give 0 or more"),
     "too large": (dict(group_offsets=[0, 4], rewards=[0.0, 0.0, 0.0, -2e150]), r"rewards: beyond 1e150 in rows 3 \(-2e\+150\)"),
     "a hair outside": (
