@@ -22,6 +22,7 @@ from v05.train.suite import (
     counted,
     difference,
     in_order,
+    over,
     over_best_rival,
     read_csv,
     summarise,
@@ -32,6 +33,17 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "headline.csv"
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "headline.md"
 MIXES = SUITES["headline"].mixes
+PAIRS = (
+    ("v05@4..16", "grpo@16"),
+    ("v05@4..16", "dapo@16"),
+    ("v05@4..16", "dr_grpo@8"),
+    ("v05@4", "v05@4..16"),
+    ("v05@4..16+oracle", "v05@4"),
+    ("v05@4..16+noise", "grpo@16"),
+    ("v05@4", "dr_grpo@4"),
+    ("v05@2", "dr_grpo@2"),
+    ("calibrated@1", "prior@1"),
+)
 OURS = ("v05@4..16", "v05@4", "v05@2", "calibrated@2..16", "calibrated@2", "calibrated@1", "prior@1")
 
 
@@ -101,6 +113,15 @@ def long_tables(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
+def pairs_table(rows: Sequence[Row]) -> str:
+    """How much higher one method ends than another, in each mix and over all."""
+    lines = _head(["method", "over", *MIXES, "mean over mixes"])
+    for label, other in PAIRS:
+        compared = [over(rows, label, other, mixes) for mixes in (*((mix,) for mix in MIXES), tuple(MIXES))]
+        lines.append("| " + " | ".join([label, other, *(difference(record, "over") for record in compared)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _head(columns: Sequence[str], *under: Sequence[str]) -> list[str]:
     first, *others = ("| " + " | ".join(line) + " |" for line in (columns, *under))
     return [first, "|" + "---|" * len(columns), *others]
@@ -131,8 +152,11 @@ def replaced(page: str, name: str, content: str) -> str:
 def pages() -> dict[Path, str]:
     """README and docs/headline.md with the tables of the results."""
     rows = in_order(SUITES["headline"], read_csv(RESULTS))
-    contents = {README: ("headline", short_table(rows)), PAGE: ("headline tables", long_tables(rows))}
-    return {path: replaced(path.read_text(), name, content) for path, (name, content) in contents.items()}
+    page = replaced(PAGE.read_text(), "headline pairs", pairs_table(rows))
+    return {
+        README: replaced(README.read_text(), "headline", short_table(rows)),
+        PAGE: replaced(page, "headline tables", long_tables(rows)),
+    }
 
 
 def main() -> None:

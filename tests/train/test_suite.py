@@ -16,6 +16,7 @@ from v05.train.suite import (
     counted_runs,
     difference,
     in_order,
+    over,
     over_best_rival,
     read_rows,
     row_of,
@@ -183,6 +184,11 @@ def test_all_mixes_together_against_the_best_rival_of_each():
     assert record["over_best_low"] < record["over_best"] < record["over_best_high"]
     assert over_best_rival(rows, "grpo@4")["over_best"] == pytest.approx(-1 / 16)
     assert over_best_rival(rows[:-2], "v05@2") == {}
+    compared = over(rows, "v05@2", "grpo@4", ("arithmetic", "hard"))
+    assert compared["over"] == pytest.approx((3 / 8 + 1 / 8) / 2)
+    assert compared["over_low"] < compared["over"] < compared["over_high"]
+    assert over(rows, "v05@2", "grpo@4", ("hard",))["over"] == pytest.approx(1 / 8)
+    assert over(rows, "v05@2", "grpo@16", ("hard",)) == {}
     assert difference(record, "over_best").startswith("+0.188 [")
     assert difference(over_best_rival(rows[::2], "v05@2"), "over_best") == "+0.188"  # one seed has no interval
 

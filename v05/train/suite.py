@@ -374,6 +374,17 @@ def over_best_rival(rows: Iterable[Row], label: str) -> dict[str, float]:
             return {}
         ends = {size: float(np.mean([row.accuracy_after for row in by_label[size].values()])) for size in best}
         pairs.append((by_label[label], by_label[max(best, key=lambda size: ends[size])]))
+    return _mean_difference(pairs, "over_best")
+
+
+def over(rows: Iterable[Row], label: str, other: str, mixes: Iterable[str]) -> dict[str, float]:
+    """How much higher `label` ends than `other`, mean over `mixes`: `over`, `over_low` and `over_high` as of `over_best_rival`."""
+    by_mix = counted(rows)
+    return _mean_difference([(by_mix[mix].get(label, {}), by_mix[mix].get(other, {})) for mix in mixes], "over")
+
+
+def _mean_difference(pairs: Sequence[tuple[Mapping[int, Row], Mapping[int, Row]]], name: str) -> dict[str, float]:
+    """Mean over pairs of runs by seed, one pair a mix, on the seeds that all have."""
     seeds = set.intersection(*({*ours} & {*theirs} for ours, theirs in pairs)) if pairs else set()
     if not seeds:
         return {}
@@ -381,9 +392,9 @@ def over_best_rival(rows: Iterable[Row], label: str) -> dict[str, float]:
         np.concatenate([ours[seed].prompt_accuracy - theirs[seed].prompt_accuracy for ours, theirs in pairs])
         for seed in sorted(seeds)
     ]
-    record = {"over_best": float(np.mean(differences))}
+    record = {name: float(np.mean(differences))}
     if len(seeds) > 1:
-        record["over_best_low"], record["over_best_high"] = bootstrap_interval(differences)
+        record[f"{name}_low"], record[f"{name}_high"] = bootstrap_interval(differences)
     return record
 
 
