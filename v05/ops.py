@@ -207,7 +207,7 @@ def fused_advantage(
             excludes.
         stats: False skips the statistics.
         dtype: floating dtype of the advantages.
-        out: a contiguous buffer of the output's shape, dtype and device to write into, beside what is read; required with
+        out: a contiguous buffer of the output's shape, dtype and device, apart from what is read, to write into; required with
             cu_seqlens on CUDA, where finding total_tokens would synchronise, and under torch.compile.
         process_group: groups may be split over its ranks: every rank passes its own rollouts, with `group_ids` that mean the same
             on all ranks and the `prior` of its own groups (with `num_groups`: of all groups, NaN where it knows none), and gets
