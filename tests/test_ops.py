@@ -267,6 +267,18 @@ def test_nonfinite_rewards():
     assert out.stats.nonfinite.tolist() == [2]
 
 
+@pytest.mark.parametrize("valid", [None, [True, True, True, True, False]])
+def test_nonfinite_rewards_are_counted_by_group(valid):
+    rewards = [math.nan, 1.0, math.inf, 0.0, math.nan]
+    options = dict(method="dr_grpo", nonfinite="exclude", valid=valid)
+    last = 1 if valid is None else 0
+    by_id = fused_advantage(rewards, group_ids=[2, 0, 2, 1, 0], num_groups=4, **options).stats
+    assert by_id.nonfinite.tolist() == [last, 0, 2, 0]
+    by_offset = fused_advantage(rewards, group_offsets=[0, 2, 2, 5], **options).stats
+    assert by_offset.nonfinite.tolist() == [1, 0, 1 + last]
+    assert by_offset.count.tolist() == [1, 0, 1]
+
+
 def test_a_trajectory_counts_once():
     rewards, trajectories = [1.0, 1.0, 1.0, 0.0], [7, 7, 7, 9]
     out = fused_advantage(rewards, group_offsets=[0, 4], trajectory_ids=trajectories, method="rloo")
