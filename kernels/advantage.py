@@ -250,9 +250,9 @@ def fused_advantage_kernel(
     if SCALE == BATCH_SCALE:
         divisor = tl.load(p_batch_divisor)
 
-    if p_table is not None:  # noqa: SIM102 -- known when it is compiled
+    if p_table is not None:
+        row = G.to(tl.int64)  # from one row of the table to the next
         if (split == 0) & (chunk == 0):
-            row = G.to(tl.int64)
             tl.store(p_table + group, count.to(tl.float64))
             tl.store(p_table + row + group, nonfinite.to(tl.float64))
             tl.store(p_table + 2 * row + group, clipped.to(tl.float64))

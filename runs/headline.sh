@@ -4,7 +4,8 @@
 #     runs/headline.sh [DIRECTORY]
 #
 # Hours: 132 runs to tune and 405 that count, most of 15 to 160 s of a core that had other work too. It goes on where it stopped when
-# called again. Tables, figures and README's numbers are made of DIRECTORY/runs.csv; bench/results/headline.csv is the copy that README shows:
+# called again. Tables, figures and README's numbers are made of DIRECTORY/runs.csv; bench/results/headline.csv is the copy that README
+# shows:
 #
 #     cp runs/headline/runs.csv bench/results/headline.csv && python bench/headline.py
 set -euo pipefail

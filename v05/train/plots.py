@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +38,22 @@ def draw_all(runs: Mapping[str, Sequence[Run]], directory: Path) -> list[Path]:
     return files + [_steps(runs, key, label, directory / f"{key}.png") for key, label in STEP_PLOTS.items()]
 
 
-def _styles(runs: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, Any]]:
-    """The colour of each label's method, and a line that tells it from others of that method."""
+def _styled(runs: Mapping[str, Sequence[Run]]) -> Iterator[tuple[Sequence[Run], dict[str, Any]]]:
+    """Each label's runs, and how they are drawn: in the colour of the method, by a line that tells it from others of that method."""
     seen: Counter[str] = Counter()
-    styles = {}
     for label, group in runs.items():
         method = group[0].result["method"]
-        styles[label] = {"color": COLOURS[method][0], "linestyle": LINES[seen[method] % len(LINES)]}
+        yield group, {"label": label, "color": COLOURS[method][0], "linestyle": LINES[seen[method] % len(LINES)]}
         seen[method] += 1
-    return styles
 
 
 def _learning_curves(
     runs: Mapping[str, Sequence[Run]], x: str, x_label: str, file: Path, y: str = "accuracy", y_label: str = "held-out accuracy"
 ) -> Path:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for label, group in runs.items():
+    for group, style in _styled(runs):
         points, mean, spread = mean_curve([run.curve(x, y) for run in group])
-        style = _styles(runs)[label]
-        axes.plot(points, mean, label=label, **style)
+        axes.plot(points, mean, **style)
         axes.fill_between(points, mean - spread, mean + spread, alpha=0.15, color=style["color"])
     axes.set(xlabel=x_label, ylabel=y_label, title="mean over seeds, band: one standard deviation")
     return _save(figure, axes, file)
@@ -64,24 +61,24 @@ def _learning_curves(
 
 def _baseline_error(runs: Mapping[str, Sequence[Run]], file: Path) -> Path:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for label, group in runs.items():
+    for group, style in _styled(runs):
         count = min(len(run.probes) for run in group)
         if count:
             rollouts = np.mean([[p["rollouts"] for p in run.probes[:count]] for run in group], axis=0)
             errors = np.mean([[p["baseline_mse"] for p in run.probes[:count]] for run in group], axis=0)
-            axes.plot(rollouts, errors, marker="o", label=label, **_styles(runs)[label])
+            axes.plot(rollouts, errors, marker="o", **style)
     axes.set(xlabel="training rollouts", ylabel="squared error of the baseline (reward units squared)")
     return _save(figure, axes, file)
 
 
 def _steps(runs: Mapping[str, Sequence[Run]], key: str, y_label: str, file: Path) -> Path:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for label, group in runs.items():
+    for group, style in _styled(runs):
         steps = [s for s in group[0].steps if s[key] is not None]  # one seed: averaging would hide the spread
         values = np.array([s[key] for s in steps])
         window = min(SMOOTHED_STEPS, max(len(values), 1))
         smooth = np.convolve(values, np.ones(window) / window, mode="valid") if len(values) else values
-        axes.plot([s["rollouts"] for s in steps[window - 1 :]], smooth, label=label, **_styles(runs)[label])
+        axes.plot([s["rollouts"] for s in steps[window - 1 :]], smooth, **style)
     axes.set(xlabel="training rollouts", ylabel=y_label, title=f"first seed, mean of up to {SMOOTHED_STEPS} steps")
     return _save(figure, axes, file)
 
