@@ -39,7 +39,7 @@ def draw_all(runs: Mapping[str, Sequence[Run]], directory: Path) -> list[Path]:
 
 
 def _styled(runs: Mapping[str, Sequence[Run]]) -> Iterator[tuple[Sequence[Run], dict[str, Any]]]:
-    """Each label's runs, and how they are drawn: in the colour of the method, by a line that tells it from others of that method."""
+    """Each label's runs and how they are drawn: in the colour of the method, by a line that tells it from others of the method."""
     seen: Counter[str] = Counter()
     for label, group in runs.items():
         method = group[0].result["method"]
