@@ -160,8 +160,8 @@ def train(
         _interrupted(out)
     except (ValueError, OSError, RuntimeError) as error:
         _fail(error)
-    leave_world()
     _say(f"held-out accuracy {state.accuracy:.3f} after {state.rollouts} rollouts; written to {out}")
+    leave_world()
 
 
 @app.command()

@@ -13,6 +13,7 @@ steps.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -86,9 +87,17 @@ def join_world() -> World:
 
 
 def leave_world() -> None:
-    """Part from the other ranks; nothing to do alone."""
+    """End this process as one of a job, once all that it holds open is closed; nothing to do alone.
+
+    Gloo's threads let go of a collective's tensors some time after it is over, and one that needs the interpreter for it while that
+    is being torn down aborts the process (pytorch/pytorch#179291). DTensor's caches keep the group, and so these threads, to the
+    end. So the interpreter is not torn down.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 class Scorer(torch.nn.Module):
