@@ -542,7 +542,7 @@ def _offsets(name: str, value: Array, end: int | None, device: torch.device, tra
     size, dtype = offsets.shape, offsets.dtype
     if len(size) != 1 or size[0] < 1 or dtype.is_floating_point:
         raise ValueError(f"{name}: shape {tuple(size)}, dtype {dtype}; give integers (number of parts + 1,) that start at 0")
-    if offsets.is_cpu and device.type != "cpu" and not tracing:
+    if offsets.is_cpu and offsets.device != device and not tracing:
         _core.check_offsets(name, offsets.to(torch.int64).contiguous().numpy(), end)
     return _placed(name, offsets, torch.int64, device)
 
@@ -596,7 +596,7 @@ def _output(
     tracing: bool,
 ) -> torch.Tensor:
     device = rewards.device
-    if out is None and len(shape) == 1 and device.type == "cpu" and dtype in _NUMPY_DTYPES and not tracing:
+    if out is None and len(shape) == 1 and rewards.is_cpu and dtype in _NUMPY_DTYPES and not tracing:
         return torch.from_numpy(np.empty(shape, _NUMPY_DTYPES[dtype]))  # in half the time; but rows start anywhere
     if out is None:
         return torch.empty(shape, dtype=dtype, device=device)
