@@ -64,7 +64,7 @@ train)
   shift 2
   prior=()
   if [[ $method == v05 ]]; then
-    prior=("+algorithm.v05.outcomes=$OUT/context/outcomes.jsonl")
+    prior=("+algorithm.v05.outcomes=$OUT/context/outcomes.jsonl" "+algorithm.v05.learnt=$OUT/$method/prior.safetensors")
     if [[ $BACKBONE ]]; then prior+=("+algorithm.v05.backbone=$(realpath -m "$BACKBONE")"); fi
     if [[ $ADAPTER ]]; then prior+=("+algorithm.v05.adapter=$(realpath -m "$ADAPTER")"); fi
   fi

@@ -9,6 +9,7 @@ import torch
 from host_situations import TOLERANCE, FixedPrior, situations
 
 from v05.integrations.groups import PromptPriors, Settings, in_reward_units, outcome_advantages, prior_of, prompt_text
+from v05.prior.history import HistoryPrior
 
 
 def advantages_of(case, priors, **options):
@@ -97,6 +98,40 @@ def test_calibrated_advantages_follow_the_groups_that_were_closed():
     assert baselines[0] == baselines[63] > baselines[100] > 0.49
     assert baselines[100] == pytest.approx(0.5, abs=0.02)
     assert priors.calibration("v05") is None
+
+
+def train(priors, steps, settings):
+    """Steps of the method "calibrated" on two prompts; returns what it predicts of them after each, and the calibration then."""
+    predicted = []
+    for step in steps:
+        priors.settle(settings)
+        ids, prompts = [f"{step}a", f"{step}b"], ["1+1=", f"{step}+1="]
+        predicted.append(priors.open(ids, prompts).tolist())
+        rewards = torch.tensor([[1.0], [0.0], [1.0], [step % 2]])
+        given = dict(method="calibrated", settings=settings, priors=priors, normalize=True, remedy="open them")
+        outcome_advantages(rewards, torch.ones(4, 1), np.repeat(ids, 2), **given)
+    return predicted, priors.calibration("calibrated")
+
+
+def test_a_run_goes_on_from_what_was_learnt(tmp_path):
+    settings = Settings(learnt=str(tmp_path / "new" / "prior.safetensors"))
+    whole, calibration = train(PromptPriors(), range(50), Settings())
+    train(PromptPriors(), range(40), settings)
+    assert train(PromptPriors(), range(40, 50), settings) == (whole[40:], calibration)
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["prior.safetensors"]
+
+
+def test_what_another_prior_learnt_is_refused(tmp_path):
+    settings = Settings(learnt=str(tmp_path / "prior"))
+    train(PromptPriors(), range(2), settings)
+    mine = PromptPriors(FixedPrior())
+    with pytest.raises(ValueError, match="prior holds what a HistoryPrior learnt, and this run's prior is a FixedPrior; give it"):
+        mine.settle(settings)
+    mine.prior = HistoryPrior()
+    mine.settle(settings)
+    assert mine.prior.predict(["1+1="]) > 0.5
+    with pytest.raises(OSError, match=r"prior/in/a/file cannot be written \(.*\); make room or give write access"):
+        train(PromptPriors(), range(1), Settings(learnt=str(tmp_path / "prior" / "in" / "a" / "file")))
 
 
 def test_a_group_keeps_its_prediction_while_it_is_open():

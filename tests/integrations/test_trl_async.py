@@ -155,6 +155,18 @@ def test_a_prompts_own_past_outlives_an_epoch(loop):
     assert prior.state_dict()["step"] == 1  # nothing was scored since
 
 
+def test_a_new_process_goes_on_from_what_was_learnt(loop, tmp_path):
+    settings = Settings(initial=2, learnt=str(tmp_path / "prior.safetensors"))
+    prompts = [("sure", "yes"), ("hopeless", "no")]
+    made = loop(prompts, HistoryPrior(), settings)
+    collect(made, len(prompts))
+    change_version(made)
+    again = loop(prompts, HistoryPrior(), settings)
+    predicted = again._prior.predict(["sure", "hopeless"])
+    assert predicted[0] > 0.5 > predicted[1]
+    assert predicted.tolist() == made._prior.predict(["sure", "hopeless"]).tolist()
+
+
 class Game:
     """An environment that owns its reward."""
 

@@ -104,6 +104,7 @@ def test_verl_accepts_it(composed):
         settings = Settings.read(config.algorithm.v05)
         assert (settings.reward_range, settings.initial, settings.prior) == ((-1.0, 1.0), 4, "v0")
         assert settings.outcomes == config.trainer.default_local_dir.removesuffix("v05") + "context/outcomes.jsonl"
+        assert settings.learnt == config.trainer.default_local_dir + "/prior.safetensors"
 
 
 def test_its_data_and_rewards(composed, made):

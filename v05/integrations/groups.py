@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
+from v05.files import explained, flush
 from v05.methods import Calibration, find_method
 from v05.ops import AdvantageStats, fused_advantage
 from v05.prior import ValuePrior
@@ -22,13 +26,14 @@ if TYPE_CHECKING:
 
 Range = tuple[float, float]
 PRIORS = ("history", "v0")
-OF_THE_PRIOR = ("prior", "backbone", "adapter", "outcomes")  # settings that say which prior is made
+OF_THE_PRIOR = ("prior", "backbone", "adapter", "outcomes", "learnt")  # settings that say which prior is made
 ESTIMATORS = {  # name in verl and SkyRL: method; the last two for comparison with the host's own
     "v05": "v05",
     "v05_calibrated": "calibrated",
     "v05_grpo": "grpo",
     "v05_rloo": "rloo",
 }
+OF_CLASS = "class of "  # the metadata of a file of `keep_learnt`: what each learner was
 PADDING = re.compile(r"pad([0-9]+|[0-9a-f]{32})")  # group ids of the rows that fill up a batch, in SkyRL and in verl
 
 
@@ -45,6 +50,8 @@ class Settings:
         backbone: of v0, the model folder that reads prompts; None is the sentence model of the extra `value`.
         adapter: of v0, a file that `v05 fit-prior` trained on that backbone.
         outcomes: JSON lines of what the policy came to before training (`v05 eval` writes them), which the prior learns first.
+        learnt: a file for what the prior and its calibration have learnt, replaced after every batch; a run that finds one goes on
+            from it.
     """
 
     reward_range: Range = (0.0, 1.0)
@@ -55,6 +62,7 @@ class Settings:
     backbone: str | None = None
     adapter: str | None = None
     outcomes: str | None = None
+    learnt: str | None = None
 
     @classmethod
     def read(cls, given: Mapping[str, Any] | None) -> Settings:
@@ -107,6 +115,39 @@ def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text)
 
 
+def keep_learnt(path: Path, learners: Mapping[str, ValuePrior | Calibrator]) -> None:
+    """Write what learners have learnt to a file, for `restore_learnt`. One that is there is replaced whole, or stays.
+
+    Raises OSError where it cannot be written.
+    """
+    arrays = {f"{name}.{key}": value for name, part in learners.items() for key, value in part.state_dict().items()}
+    scratch = path.with_name(f"{path.name}.partial")
+    with explained(path, "the run goes on from its last checkpoint"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(arrays, scratch, {OF_CLASS + name: type(part).__qualname__ for name, part in learners.items()})
+        flush(scratch)
+        os.replace(scratch, path)
+
+
+def restore_learnt(path: Path, learners: Mapping[str, ValuePrior | Calibrator]) -> None:
+    """Have learners go on from what a file of `keep_learnt` has of them; where there is no file, nothing happens.
+
+    Raises ValueError where one of them was another when the file was written.
+    """
+    if not path.exists():
+        return
+    with safe_open(path, framework="numpy") as file:
+        classes = file.metadata() or {}
+    arrays = load_file(path)
+    for name, part in learners.items():
+        was, now = classes.get(OF_CLASS + name), type(part).__qualname__
+        if was is None:
+            continue
+        if was != now:
+            raise ValueError(f"{path} holds what a {was} learnt, and this run's {name} is a {now}; give it a file of its own")
+        part.load_state_dict({key.removeprefix(f"{name}."): v for key, v in arrays.items() if key.startswith(f"{name}.")})
+
+
 def prompt_text(prompt: Any) -> str:
     """A prompt as the text a prior reads: itself, or the texts of its messages, one a line.
 
@@ -133,6 +174,7 @@ class PromptPriors:
         self._prior = prior
         self._settled: Settings | None = None  # what the prior was made with; None of one that was given
         self._calibrator: Calibrator | None = None
+        self._learnt: Path | None = None
         self._capacity = capacity
         self._open: OrderedDict[str, tuple[str, float]] = OrderedDict()
 
@@ -145,12 +187,13 @@ class PromptPriors:
 
     @prior.setter
     def prior(self, prior: ValuePrior) -> None:
-        self._prior, self._settled = prior, None
+        self._prior, self._settled, self._learnt = prior, None, None
 
     def settle(self, settings: Settings) -> None:
-        """Take the prior of these settings, unless there is one already; one that was given as an object stands.
+        """Take the prior of these settings, unless there is one already; one that was given as an object stands. Whichever it is
+        goes on from the file `learnt`.
 
-        Raises ValueError where the one at hand was made with other settings, or what `prior_of` raises.
+        Raises ValueError where the one at hand was made with other settings, or what `prior_of` and `restore_learnt` raise.
         """
         if self._prior is None:
             self._prior, self._settled = prior_of(settings), settings
@@ -162,6 +205,10 @@ class PromptPriors:
                         f"v05.{name}={asked!r}: the prior in PRIORS was made with {made!r}; give PRIORS.settle these settings "
                         "before its first use"
                     )
+        if settings.learnt is not None and self._learnt is None:
+            self._learnt = Path(settings.learnt)
+            self._calibrator = _new_calibrator()
+            restore_learnt(self._learnt, self._learners())
 
     def calibration(self, method: str) -> Calibration | None:
         """How far the priors are to be trusted, fitted to the groups closed since the method "calibrated" first asked for it.
@@ -171,10 +218,11 @@ class PromptPriors:
         if method != "calibrated":
             return None
         if self._calibrator is None:
-            from v05.prior.calibration import Calibrator
-
-            self._calibrator = Calibrator()
+            self._calibrator = _new_calibrator()
         return self._calibrator.fit()
+
+    def _learners(self) -> dict[str, ValuePrior | Calibrator]:
+        return {"prior": self.prior} | ({} if self._calibrator is None else {"calibrator": self._calibrator})
 
     def open(self, group_ids: Sequence[str], prompts: Sequence[Any], anew: bool = False) -> NDArray[np.float64]:
         """(G,) predicted success rates of G prompts, texts or lists of messages, remembered under their ids.
@@ -210,6 +258,14 @@ class PromptPriors:
             self._calibrator.observe(successes[learnt], trials[learnt], self.rates([group_ids[g] for g in learnt]))
         prompts = [self._open.pop(group_ids[g])[0] for g in learnt]
         self.prior.observe(prompts, successes[learnt], trials[learnt])
+        if self._learnt is not None:
+            keep_learnt(self._learnt, self._learners())
+
+
+def _new_calibrator() -> Calibrator:
+    from v05.prior.calibration import Calibrator  # needs scipy, which methods without a prior do not
+
+    return Calibrator()
 
 
 def in_reward_units(rates: NDArray[np.float64], reward_range: Range) -> NDArray[np.float64]:

@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from safetensors.numpy import load_file, save_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 
 from v05.budget import RolloutAllocator
-from v05.integrations.groups import in_reward_units, outcomes, prompt_text
+from v05.integrations.groups import in_reward_units, keep_learnt, outcomes, prompt_text, restore_learnt
 from v05.methods import find_method
 from v05.ops import fused_advantage
 from v05.prior import ValuePrior
@@ -239,14 +238,9 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            save_file(
-                {f"{name}.{key}": value for name, part in self._learners().items() for key, value in part.state_dict().items()},
-                folder / PRIOR_FILE,
-            )
+            keep_learnt(folder / PRIOR_FILE, self._learners())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (file := Path(checkpoint) / PRIOR_FILE).exists():
-            learnt = load_file(file)
-            for name, part in self._learners().items():
-                part.load_state_dict({key.removeprefix(f"{name}."): v for key, v in learnt.items() if key.startswith(f"{name}.")})
+        if checkpoint is not None:
+            restore_learnt(Path(checkpoint) / PRIOR_FILE, self._learners())

@@ -5,8 +5,8 @@
 
 A prompt starts with `settings.initial` conversations, each scored as it ends, and gets more while the test asks for them. A sample
 carries its own advantage to the trainer, so groups differ in size and nothing is padded. A conversation that waits for its group's
-test holds one of `max_inflight_tasks`: raise that by num_generations / initial. The prior lives in the worker's process, starts
-anew with it, and learns whenever the policy's version has changed.
+test holds one of `max_inflight_tasks`: raise that by num_generations / initial. The prior lives in the worker's process and
+learns whenever the policy's version has changed; it starts anew with that process unless `settings.learnt` names a file for it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker,
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from v05.budget import RolloutAllocator
-from v05.integrations.groups import Settings, in_reward_units, outcomes, prior_of, prompt_text
+from v05.integrations.groups import Settings, in_reward_units, keep_learnt, outcomes, prior_of, prompt_text, restore_learnt
 from v05.ops import fused_advantage
 from v05.prior import ValuePrior
 
@@ -94,6 +95,8 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
         self._settings = settings
         self._judges = reward_funcs
         self._prior: ValuePrior = prior_of(settings) if prior is None else prior
+        if settings.learnt is not None:
+            restore_learnt(Path(settings.learnt), {"prior": self._prior})
         self._groups: dict[int, _Group] = {}
         self._scored: list[tuple[str, NDArray[np.float64], NDArray[np.float64]]] = []  # text, (1,) successes and trials, not learnt
         self._learnt_version = self.model_version
@@ -129,6 +132,8 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
             texts, successes, trials = zip(*self._scored, strict=True)
             self._prior.observe(texts, np.concatenate(successes), np.concatenate(trials))
             self._scored.clear()
+            if self._settings.learnt is not None:
+                keep_learnt(Path(self._settings.learnt), {"prior": self._prior})
 
     async def _generate_one(self, prompt: Any, tool_dict: Any, tools: Any, group_id: int = 0) -> tuple[Any, ...]:
         """A conversation and its reward, once its group wants it; NOT_NEEDED if the group stops first."""
