@@ -1,5 +1,10 @@
 """V05Trainer in TRL, on CPU with a tiny model, against GRPOTrainer; `make test-integrations` installs it."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +15,7 @@ from datasets import Dataset
 from tiny_policy import tiny_model, tiny_tokenizer
 from trl import GRPOConfig, GRPOTrainer
 
+from v05 import reference
 from v05.integrations.trl import EPS, V05Config, V05Trainer
 from v05.methods import Calibration
 
@@ -228,6 +234,31 @@ def test_an_interrupted_run_keeps_its_prior(tokenizer, tmp_path):
     assert resumed[0].keys() == first.prior.state_dict().keys()
     for name, learnt in first.prior.state_dict().items():
         np.testing.assert_array_equal(resumed[0][name], learnt)
+
+
+def test_groups_split_over_processes(tmp_path):
+    """Every process judges whole groups and hands on its own rows; all learn the same, and go on from one checkpoint."""
+    script = Path(__file__).with_name("trl_rank_script.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)]
+    paths = os.pathsep.join(filter(None, sys.path))
+    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    assert len(first["batches"]) == len(second["batches"]) == 3
+    for (rates, rewards, mine), (their_rates, their_rewards, theirs) in zip(first["batches"], second["batches"], strict=True):
+        assert rates == their_rates
+        assert len(rewards) == 2 * len(mine) == 2 * len(theirs) == 8
+        assert torch.equal(rewards, their_rewards)
+        expected = reference.fused_advantage(rewards.double().numpy(), np.zeros(8, dtype=int), np.array(rates))[0]
+        assert torch.cat((mine, theirs)).tolist() == pytest.approx(expected.tolist(), abs=TOLERANCE)
+    assert len({tuple(rewards.tolist()) for _, rewards, _ in first["batches"]}) > 1
+    assert torch.equal(first["weights"], second["weights"])
+    assert int(first["learnt"]["step"]) == 3
+    assert int(first["resumed"]["step"]) == 4
+    for kept in ("learnt", "resumed"):
+        assert first[kept].keys() == second[kept].keys()
+        for name, learnt in first[kept].items():
+            np.testing.assert_array_equal(second[kept][name], learnt)
 
 
 @pytest.mark.parametrize(
