@@ -138,7 +138,6 @@ def train(
             run = run_config(preset, method, seed=seed, **overrides)
         refuse_to_overwrite(run, out)
         _set_threads(threads)
-        from v05.train.distributed import leave_world
         from v05.train.live import LiveView
         from v05.train.sinks import Sink, TensorBoard, WeightsAndBiases
         from v05.train.trainer import Trainer
@@ -161,7 +160,6 @@ def train(
     except (ValueError, OSError, RuntimeError) as error:
         _fail(error)
     _say(f"held-out accuracy {state.accuracy:.3f} after {state.rollouts} rollouts; written to {out}")
-    leave_world()
 
 
 @app.command()
@@ -878,4 +876,11 @@ def _interrupted(out: Path) -> NoReturn:
 
 def main() -> None:
     """Entry point of the command `v05`."""
-    app()
+    try:
+        app()
+    except SystemExit as end:  # which typer makes of every end but that of a bug
+        if "RANK" in os.environ:
+            from v05.train.distributed import leave_world
+
+            leave_world(int(end.code or 0))
+        raise

@@ -48,6 +48,13 @@ def torchrun(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
+def train(folder, name, out):
+    """`v05 train` in two ranks, which must end without tearing their interpreters down: gloo's threads now and then abort that."""
+    command = folder / "command.py"
+    command.write_text("import atexit, os, runpy; atexit.register(os.abort); runpy.run_module('v05', run_name='__main__')")
+    return torchrun(command, "train", "--config", folder / f"{name}.json", "--out", out)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The runs of two ranks in FOLDER/NAME, of one in FOLDER/NAME-alone, and how the two ranks ended."""
@@ -111,9 +118,7 @@ def test_what_two_ranks_began_goes_on(ranks, folder):
     taken = int(find_checkpoints(torn)[-1].name.removeprefix("checkpoint-"))
     assert 0 < taken < len(steps(folder / "torn-alone"))
     if ranks == 2:
-        command = folder / "command.py"  # a rank must end without tearing its interpreter down: gloo's threads may abort that
-        command.write_text("import atexit, os, runpy; atexit.register(os.abort); runpy.run_module('v05', run_name='__main__')")
-        result = torchrun(command, "train", "--config", folder / "torn.json", "--out", torn)
+        result = train(folder, "torn", torn)
         assert result.returncode == 0, result.stderr
         output = result.stdout + result.stderr
         assert output.count("held-out accuracy") >= 1
@@ -125,6 +130,15 @@ def test_what_two_ranks_began_goes_on(ranks, folder):
     assert f"going on from step {taken}, " in output
     assert_same(comparable(torn), comparable(folder / "torn-alone"))
     assert len(read_metrics(torn, "step")) == json.loads((torn / "result.json").read_text())["steps"]
+
+
+def test_ranks_that_fail_say_how(tmp_path):
+    config = run_config("smoke", "v05", engine={"kind": "ray"})
+    (tmp_path / "ray.json").write_text(config.model_dump_json())
+    result = train(tmp_path, "ray", tmp_path / "out")
+    assert "under torchrun use 'transformers'" in result.stdout + result.stderr
+    assert "exitcode  : 2" in result.stderr
+    assert "SIGABRT" not in result.stderr
 
 
 def test_other_engines_serve_one_process(tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ def join_world() -> World:
     return World(dist.get_rank(), size)
 
 
-def leave_world() -> None:
+def leave_world(status: int) -> None:
     """End this process as one of a job, once all that it holds open is closed; nothing to do alone.
 
     Gloo's threads let go of a collective's tensors some time after it is over, and one that needs the interpreter for it while that
@@ -94,10 +94,11 @@ def leave_world() -> None:
     end. So the interpreter is not torn down.
     """
     if dist.is_initialized():
-        dist.destroy_process_group()
+        if status == 0:  # ranks that failed may wait for each other
+            dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)
 
 
 class Scorer(torch.nn.Module):
