@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from host_situations import TOLERANCE, FixedPrior, situations
+from safetensors.numpy import save_file
 
 from v05.integrations.groups import PromptPriors, Settings, in_reward_units, outcome_advantages, prior_of, prompt_text
 from v05.prior.history import HistoryPrior
@@ -122,16 +124,69 @@ def test_a_run_goes_on_from_what_was_learnt(tmp_path):
 
 
 def test_what_another_prior_learnt_is_refused(tmp_path):
-    settings = Settings(learnt=str(tmp_path / "prior"))
+    file = tmp_path / "prior"
+    settings = Settings(learnt=str(file))
     train(PromptPriors(), range(2), settings)
+    held = file.read_bytes()
     mine = PromptPriors(FixedPrior())
-    with pytest.raises(ValueError, match="prior holds what a HistoryPrior learnt, and this run's prior is a FixedPrior; give it"):
-        mine.settle(settings)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="prior holds what a HistoryPrior learnt, and this run's prior is a FixedPrior; give"):
+            mine.settle(settings)
+    assert file.read_bytes() == held
     mine.prior = HistoryPrior()
     mine.settle(settings)
     assert mine.prior.predict(["1+1="]) > 0.5
-    with pytest.raises(OSError, match=r"prior/in/a/file cannot be written \(.*\); make room or give write access"):
-        train(PromptPriors(), range(1), Settings(learnt=str(tmp_path / "prior" / "in" / "a" / "file")))
+    with pytest.raises(ValueError, match=r"prior: settled, and kept in v05\.learnt='.*prior'; set it before"):
+        mine.prior = HistoryPrior()
+
+
+def test_what_no_prior_learnt_is_refused(tmp_path):
+    file = tmp_path / "file"
+    settings = Settings(learnt=str(file))
+    for write, message in (
+        (lambda: file.write_bytes(b""), r"file cannot be read \(.*\); delete it, or give another path"),
+        (lambda: save_file({"weight": np.zeros(2)}, file), "file is no file of what a prior has learnt; give another path"),
+    ):
+        write()
+        held = file.read_bytes()
+        with pytest.raises(ValueError, match=message):
+            PromptPriors().settle(settings)
+        assert file.read_bytes() == held
+    with pytest.raises(ValueError, match=r"v05\.learnt='prior' is relative, and hosts .*; give an absolute path"):
+        Settings.read({"learnt": "prior"})
+
+
+def test_a_file_that_cannot_be_written_is_refused_at_once_and_endured_later(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file/prior cannot be written \(.*\); make room or give write access"):
+        PromptPriors().settle(Settings(learnt=str(tmp_path / "file" / "prior")))
+    settings, priors = Settings(learnt=str(tmp_path / "folder" / "prior")), PromptPriors()
+    train(priors, range(1), settings)
+    shutil.rmtree(tmp_path / "folder")
+    (tmp_path / "folder").touch()
+    train(priors, range(1, 2), settings)
+    assert "what the prior learnt of this batch is not kept" in caplog.text
+    (tmp_path / "folder").unlink()
+    train(priors, range(2, 3), settings)
+    assert train(PromptPriors(), range(3, 4), settings) == train(priors, range(3, 4), settings)
+
+
+def test_a_group_that_an_earlier_process_finished_is_judged_by_its_mean(caplog):
+    """A resumed host may hand over what it had sampled before."""
+    priors = PromptPriors(FixedPrior({"x": 0.9}))
+    priors.open(["new"], ["x"])
+    advantages, _ = outcome_advantages(
+        torch.tensor([[1.0], [0.0], [1.0]]),
+        torch.ones(3, 1),
+        ["old", "old", "new"],
+        method="v05",
+        settings=Settings(),
+        priors=priors,
+        normalize=True,
+        remedy="open them",
+    )
+    assert advantages.flatten().tolist() == pytest.approx([0.5, -0.5, 0.1])
+    assert "prior: none for 1 of 2 groups, the first is 'old'; their own means stand in" in caplog.text
 
 
 def test_a_group_keeps_its_prediction_while_it_is_open():

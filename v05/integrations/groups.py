@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import OrderedDict
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from v05.files import explained, flush
@@ -24,6 +25,7 @@ from v05.prior import ValuePrior
 if TYPE_CHECKING:
     from v05.prior.calibration import Calibrator
 
+logger = logging.getLogger(__name__)
 Range = tuple[float, float]
 PRIORS = ("history", "v0")
 OF_THE_PRIOR = ("prior", "backbone", "adapter", "outcomes", "learnt")  # settings that say which prior is made
@@ -50,8 +52,8 @@ class Settings:
         backbone: of v0, the model folder that reads prompts; None is the sentence model of the extra `value`.
         adapter: of v0, a file that `v05 fit-prior` trained on that backbone.
         outcomes: JSON lines of what the policy came to before training (`v05 eval` writes them), which the prior learns first.
-        learnt: a file for what the prior and its calibration have learnt, replaced after every batch; a run that finds one goes on
-            from it.
+        learnt: a file, by its absolute path, for what the prior and its calibration have learnt, replaced after every batch; a run
+            that finds one goes on from it. One run, one file.
     """
 
     reward_range: Range = (0.0, 1.0)
@@ -80,6 +82,10 @@ class Settings:
         settings = cls(**given)
         if settings.prior not in PRIORS:
             raise ValueError(f"v05.prior={settings.prior!r} is unknown; choose one of {', '.join(PRIORS)}")
+        if settings.learnt is not None and not Path(settings.learnt).is_absolute():
+            raise ValueError(
+                f"v05.learnt={settings.learnt!r} is relative, and hosts start their processes anywhere; give an absolute path"
+            )
         for name in ("backbone", "adapter"):
             if settings.prior != "v0" and getattr(settings, name) is not None:
                 raise ValueError(
@@ -115,13 +121,16 @@ def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text)
 
 
-def keep_learnt(path: Path, learners: Mapping[str, ValuePrior | Calibrator]) -> None:
+Learners = Mapping[str, "ValuePrior | Calibrator"]
+
+
+def keep_learnt(path: Path, learners: Learners) -> None:
     """Write what learners have learnt to a file, for `restore_learnt`. One that is there is replaced whole, or stays.
 
     Raises OSError where it cannot be written.
     """
     arrays = {f"{name}.{key}": value for name, part in learners.items() for key, value in part.state_dict().items()}
-    scratch = path.with_name(f"{path.name}.partial")
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with explained(path, "the run goes on from its last checkpoint"):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(arrays, scratch, {OF_CLASS + name: type(part).__qualname__ for name, part in learners.items()})
@@ -129,23 +138,47 @@ def keep_learnt(path: Path, learners: Mapping[str, ValuePrior | Calibrator]) -> 
         os.replace(scratch, path)
 
 
-def restore_learnt(path: Path, learners: Mapping[str, ValuePrior | Calibrator]) -> None:
+def restore_learnt(path: Path, learners: Learners) -> None:
     """Have learners go on from what a file of `keep_learnt` has of them; where there is no file, nothing happens.
 
-    Raises ValueError where one of them was another when the file was written.
+    Raises ValueError where it is no such file, or one of them was another when it was written. Nothing is restored then.
     """
     if not path.exists():
         return
-    with safe_open(path, framework="numpy") as file:
-        classes = file.metadata() or {}
-    arrays = load_file(path)
-    for name, part in learners.items():
-        was, now = classes.get(OF_CLASS + name), type(part).__qualname__
-        if was is None:
-            continue
-        if was != now:
-            raise ValueError(f"{path} holds what a {was} learnt, and this run's {name} is a {now}; give it a file of its own")
-        part.load_state_dict({key.removeprefix(f"{name}."): v for key, v in arrays.items() if key.startswith(f"{name}.")})
+    try:
+        with safe_open(path, framework="numpy") as file:
+            classes = file.metadata() or {}
+        arrays = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); delete it, or give another path") from error
+    known = {name: classes[OF_CLASS + name] for name in learners if OF_CLASS + name in classes}
+    if not known:
+        raise ValueError(f"{path} is no file of what a prior has learnt; give another path")
+    for name, was in known.items():
+        if was != type(learners[name]).__qualname__:
+            raise ValueError(
+                f"{path} holds what a {was} learnt, and this run's {name} is a {type(learners[name]).__qualname__}; "
+                "give another path, or the prior that it is of before the settings"
+            )
+    for name in known:
+        state = {key.removeprefix(f"{name}."): value for key, value in arrays.items() if key.startswith(f"{name}.")}
+        learners[name].load_state_dict(state)
+
+
+def begin_learnt(path: Path, learners: Learners) -> None:
+    """`restore_learnt`, and a file that cannot be written raises now and not after the first batch."""
+    found = path.exists()
+    restore_learnt(path, learners)
+    keep_learnt(path, learners)
+    logger.info("what the prior learns is kept in %s, %s", path, "from which it goes on" if found else "a new file")
+
+
+def keep_learnt_or_warn(path: Path, learners: Learners) -> None:
+    """`keep_learnt` after a batch: one that cannot be written is no reason to end a run, and the next may be."""
+    try:
+        keep_learnt(path, learners)
+    except OSError as error:
+        logger.warning("what the prior learnt of this batch is not kept in %s: %s", path, error.__cause__)
 
 
 def prompt_text(prompt: Any) -> str:
@@ -177,6 +210,7 @@ class PromptPriors:
         self._learnt: Path | None = None
         self._capacity = capacity
         self._open: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        self.used = False  # whether any group was ever opened
 
     @property
     def prior(self) -> ValuePrior:
@@ -187,13 +221,15 @@ class PromptPriors:
 
     @prior.setter
     def prior(self, prior: ValuePrior) -> None:
-        self._prior, self._settled, self._learnt = prior, None, None
+        if self._learnt is not None:
+            raise ValueError(f"prior: settled, and kept in v05.learnt={str(self._learnt)!r}; set it before the settings are given")
+        self._prior, self._settled = prior, None
 
     def settle(self, settings: Settings) -> None:
         """Take the prior of these settings, unless there is one already; one that was given as an object stands. Whichever it is
         goes on from the file `learnt`.
 
-        Raises ValueError where the one at hand was made with other settings, or what `prior_of` and `restore_learnt` raise.
+        Raises ValueError where the one at hand was made with other settings, or what `prior_of` and `begin_learnt` raise.
         """
         if self._prior is None:
             self._prior, self._settled = prior_of(settings), settings
@@ -206,12 +242,13 @@ class PromptPriors:
                         "before its first use"
                     )
         if settings.learnt is not None and self._learnt is None:
-            self._learnt = Path(settings.learnt)
-            self._calibrator = _new_calibrator()
-            restore_learnt(self._learnt, self._learners())
+            path, calibrator = Path(settings.learnt), self._calibrator or _new_calibrator()
+            begin_learnt(path, {"prior": self.prior, "calibrator": calibrator})
+            self._learnt, self._calibrator = path, calibrator
 
     def calibration(self, method: str) -> Calibration | None:
-        """How far the priors are to be trusted, fitted to the groups closed since the method "calibrated" first asked for it.
+        """How far the priors are to be trusted, fitted to the groups closed since the method "calibrated" first asked for it, or
+        since `learnt` was begun.
 
         None for the other methods. The first 64 groups are judged by the default.
         """
@@ -221,15 +258,13 @@ class PromptPriors:
             self._calibrator = _new_calibrator()
         return self._calibrator.fit()
 
-    def _learners(self) -> dict[str, ValuePrior | Calibrator]:
-        return {"prior": self.prior} | ({} if self._calibrator is None else {"calibrator": self._calibrator})
-
     def open(self, group_ids: Sequence[str], prompts: Sequence[Any], anew: bool = False) -> NDArray[np.float64]:
         """(G,) predicted success rates of G prompts, texts or lists of messages, remembered under their ids.
 
         A group that is open already keeps its prediction, so that rows of one group may come in several calls. With `anew` it gets
         a new one: where a prompt's id is the same in every epoch, an open group may be one that was dropped in the last.
         """
+        self.used = True
         if anew:
             for group in group_ids:
                 self._open.pop(group, None)
@@ -259,7 +294,8 @@ class PromptPriors:
         prompts = [self._open.pop(group_ids[g])[0] for g in learnt]
         self.prior.observe(prompts, successes[learnt], trials[learnt])
         if self._learnt is not None:
-            keep_learnt(self._learnt, self._learners())
+            assert self._calibrator is not None
+            keep_learnt_or_warn(self._learnt, {"prior": self.prior, "calibrator": self._calibrator})
 
 
 def _new_calibrator() -> Calibrator:
@@ -308,7 +344,7 @@ def outcome_advantages(
         advantages and returns, both the same (N, T) float32 tensor.
 
     Raises:
-        ValueError: the method needs a prior, and a group was not opened or the priors are not of these settings; a reward is
+        ValueError: the method needs a prior, and no group was ever opened or the priors are not of these settings; a reward is
             outside `settings.reward_range`.
     """
     rule = find_method(method)
@@ -318,7 +354,10 @@ def outcome_advantages(
     if rule.needs_prior:
         missing = [group for group in groups if group not in priors and not PADDING.fullmatch(group)]
         if missing:
-            raise ValueError(f"prior: none for {len(missing)} of {len(groups)} groups, the first is {missing[0]!r}; {remedy}")
+            problem = f"prior: none for {len(missing)} of {len(groups)} groups, the first is {missing[0]!r}"
+            if not priors.used:
+                raise ValueError(f"{problem}; {remedy}")
+            logger.warning("%s; their own means stand in", problem)  # a resumed host may hand over what it finished before
         priors.settle(settings)
     out = fused_advantage(
         token_level_rewards.sum(-1, dtype=torch.float64),
