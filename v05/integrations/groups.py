@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -14,10 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
 
-from v05.files import explained, flush
+from v05.integrations.learnt import LearntFile
 from v05.methods import Calibration, find_method
 from v05.ops import AdvantageStats, fused_advantage
 from v05.prior import ValuePrior
@@ -35,7 +32,6 @@ ESTIMATORS = {  # name in verl and SkyRL: method; the last two for comparison wi
     "v05_grpo": "grpo",
     "v05_rloo": "rloo",
 }
-OF_CLASS = "class of "  # the metadata of a file of `keep_learnt`: what each learner was
 PADDING = re.compile(r"pad([0-9]+|[0-9a-f]{32})")  # group ids of the rows that fill up a batch, in SkyRL and in verl
 
 
@@ -121,66 +117,6 @@ def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text)
 
 
-Learners = Mapping[str, "ValuePrior | Calibrator"]
-
-
-def keep_learnt(path: Path, learners: Learners) -> None:
-    """Write what learners have learnt to a file, for `restore_learnt`. One that is there is replaced whole, or stays.
-
-    Raises OSError where it cannot be written.
-    """
-    arrays = {f"{name}.{key}": value for name, part in learners.items() for key, value in part.state_dict().items()}
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with explained(path, "the run goes on from its last checkpoint"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(arrays, scratch, {OF_CLASS + name: type(part).__qualname__ for name, part in learners.items()})
-        flush(scratch)
-        os.replace(scratch, path)
-
-
-def restore_learnt(path: Path, learners: Learners) -> None:
-    """Have learners go on from what a file of `keep_learnt` has of them; where there is no file, nothing happens.
-
-    Raises ValueError where it is no such file, or one of them was another when it was written. Nothing is restored then.
-    """
-    if not path.exists():
-        return
-    try:
-        with safe_open(path, framework="numpy") as file:
-            classes = file.metadata() or {}
-        arrays = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); delete it, or give another path") from error
-    known = {name: classes[OF_CLASS + name] for name in learners if OF_CLASS + name in classes}
-    if not known:
-        raise ValueError(f"{path} is no file of what a prior has learnt; give another path")
-    for name, was in known.items():
-        if was != type(learners[name]).__qualname__:
-            raise ValueError(
-                f"{path} holds what a {was} learnt, and this run's {name} is a {type(learners[name]).__qualname__}; "
-                "give another path, or the prior that it is of before the settings"
-            )
-    for name in known:
-        state = {key.removeprefix(f"{name}."): value for key, value in arrays.items() if key.startswith(f"{name}.")}
-        learners[name].load_state_dict(state)
-
-
-def begin_learnt(path: Path, learners: Learners) -> None:
-    """`restore_learnt`, and a file that cannot be written raises now and not after the first batch."""
-    found = path.exists()
-    restore_learnt(path, learners)
-    keep_learnt(path, learners)
-    logger.info("what the prior learns is kept in %s, %s", path, "from which it goes on" if found else "a new file")
-
-
-def keep_learnt_or_warn(path: Path, learners: Learners) -> None:
-    """`keep_learnt` after a batch: one that cannot be written is no reason to end a run, and the next may be."""
-    try:
-        keep_learnt(path, learners)
-    except OSError as error:
-        logger.warning("what the prior learnt of this batch is not kept in %s: %s", path, error.__cause__)
-
-
 def prompt_text(prompt: Any) -> str:
     """A prompt as the text a prior reads: itself, or the texts of its messages, one a line.
 
@@ -207,7 +143,7 @@ class PromptPriors:
         self._prior = prior
         self._settled: Settings | None = None  # what the prior was made with; None of one that was given
         self._calibrator: Calibrator | None = None
-        self._learnt: Path | None = None
+        self._learnt: LearntFile | None = None
         self._capacity = capacity
         self._open: OrderedDict[str, tuple[str, float]] = OrderedDict()
         self.used = False  # whether any group was ever opened
@@ -222,14 +158,14 @@ class PromptPriors:
     @prior.setter
     def prior(self, prior: ValuePrior) -> None:
         if self._learnt is not None:
-            raise ValueError(f"prior: settled, and kept in v05.learnt={str(self._learnt)!r}; set it before the settings are given")
+            raise ValueError(f"prior: {self._learnt.path} keeps the one that is there; set another before the settings are given")
         self._prior, self._settled = prior, None
 
     def settle(self, settings: Settings) -> None:
         """Take the prior of these settings, unless there is one already; one that was given as an object stands. Whichever it is
         goes on from the file `learnt`.
 
-        Raises ValueError where the one at hand was made with other settings, or what `prior_of` and `begin_learnt` raise.
+        Raises ValueError where the one at hand was made with other settings, or what `prior_of` and `LearntFile` raise.
         """
         if self._prior is None:
             self._prior, self._settled = prior_of(settings), settings
@@ -242,9 +178,9 @@ class PromptPriors:
                         "before its first use"
                     )
         if settings.learnt is not None and self._learnt is None:
-            path, calibrator = Path(settings.learnt), self._calibrator or _new_calibrator()
-            begin_learnt(path, {"prior": self.prior, "calibrator": calibrator})
-            self._learnt, self._calibrator = path, calibrator
+            calibrator = self._calibrator or _new_calibrator()
+            self._learnt = LearntFile(Path(settings.learnt), {"prior": self.prior, "calibrator": calibrator})
+            self._calibrator = calibrator
 
     def calibration(self, method: str) -> Calibration | None:
         """How far the priors are to be trusted, fitted to the groups closed since the method "calibrated" first asked for it, or
@@ -294,8 +230,7 @@ class PromptPriors:
         prompts = [self._open.pop(group_ids[g])[0] for g in learnt]
         self.prior.observe(prompts, successes[learnt], trials[learnt])
         if self._learnt is not None:
-            assert self._calibrator is not None
-            keep_learnt_or_warn(self._learnt, {"prior": self.prior, "calibrator": self._calibrator})
+            self._learnt.keep()
 
 
 def _new_calibrator() -> Calibrator:

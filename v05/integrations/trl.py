@@ -21,7 +21,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 
 from v05.budget import RolloutAllocator
-from v05.integrations.groups import in_reward_units, keep_learnt, outcomes, prompt_text, restore_learnt
+from v05.integrations.groups import in_reward_units, outcomes, prompt_text
+from v05.integrations.learnt import keep_learnt, restore_learnt
 from v05.methods import find_method
 from v05.ops import fused_advantage
 from v05.prior import ValuePrior

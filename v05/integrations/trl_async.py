@@ -23,15 +23,8 @@ from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker,
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from v05.budget import RolloutAllocator
-from v05.integrations.groups import (
-    Settings,
-    begin_learnt,
-    in_reward_units,
-    keep_learnt_or_warn,
-    outcomes,
-    prior_of,
-    prompt_text,
-)
+from v05.integrations.groups import Settings, in_reward_units, outcomes, prior_of, prompt_text
+from v05.integrations.learnt import LearntFile
 from v05.ops import fused_advantage
 from v05.prior import ValuePrior
 
@@ -103,8 +96,7 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
         self._settings = settings
         self._judges = reward_funcs
         self._prior: ValuePrior = prior_of(settings) if prior is None else prior
-        if settings.learnt is not None:
-            begin_learnt(Path(settings.learnt), {"prior": self._prior})
+        self._learnt = None if settings.learnt is None else LearntFile(Path(settings.learnt), {"prior": self._prior})
         self._groups: dict[int, _Group] = {}
         self._scored: list[tuple[str, NDArray[np.float64], NDArray[np.float64]]] = []  # text, (1,) successes and trials, not learnt
         self._learnt_version = self.model_version
@@ -140,8 +132,8 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
             texts, successes, trials = zip(*self._scored, strict=True)
             self._prior.observe(texts, np.concatenate(successes), np.concatenate(trials))
             self._scored.clear()
-            if self._settings.learnt is not None:
-                keep_learnt_or_warn(Path(self._settings.learnt), {"prior": self._prior})
+            if self._learnt is not None:
+                self._learnt.keep()
 
     async def _generate_one(self, prompt: Any, tool_dict: Any, tools: Any, group_id: int = 0) -> tuple[Any, ...]:
         """A conversation and its reward, once its group wants it; NOT_NEEDED if the group stops first."""
