@@ -291,3 +291,23 @@ def test_the_prior_of_the_settings_knows_the_outcomes_given(kind, tmp_path, monk
     priors.prior = mine
     priors.settle(settings)
     assert priors.prior is mine
+
+
+@pytest.mark.parametrize("kind", ["history", "v0"])
+def test_either_prior_goes_on_from_its_file(kind, tmp_path, monkeypatch):
+    from tiny_policy import tiny_model, tiny_tokenizer
+
+    monkeypatch.setenv("V05_CACHE", str(tmp_path / "cache"))
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    given = {"prior": kind, "learnt": str(tmp_path / "learnt")} | ({"backbone": str(tmp_path / "model")} if kind == "v0" else {})
+    first = PromptPriors()
+    first.settle(Settings.read(given))
+    prompts = [f"{a}+{b}=" for a in range(6) for b in range(6)]
+    first.open(prompts, prompts)
+    first.close(prompts, np.array([4.0 * (prompt < "3") for prompt in prompts]), np.full(len(prompts), 4.0))
+    second = PromptPriors()
+    second.settle(Settings.read(given))
+    rates = second.open(["a", "b"], ["1+1=", "5+5="])
+    assert rates[0] > 0.6 > 0.4 > rates[1]
+    assert rates.tolist() == first.open(["a", "b"], ["1+1=", "5+5="]).tolist()
