@@ -19,6 +19,20 @@ def explained(path: Path, outlook: str) -> Iterator[None]:
         raise OSError(f"{path} cannot be written ({error}); make room or give write access, then call again: {outlook}") from error
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A scratch file beside `path`; what is written to it within takes the place of `path`, whole, or nothing changes. The folder
+    is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")  # processes may write the same file
+    try:
+        yield scratch
+        flush(scratch)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 def flush(path: Path) -> None:
     """Have the disk hold a file's contents, or a directory's names."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from v05.files import explained, flush
+from v05.files import explained, replacing
 from v05.prior import ValuePrior
 
 if TYPE_CHECKING:
@@ -29,12 +28,8 @@ def keep_learnt(path: Path, learners: Learners) -> None:
     Raises OSError where it cannot be written.
     """
     arrays = {f"{name}.{key}": value for name, part in learners.items() for key, value in part.state_dict().items()}
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with explained(path, "the run goes on from its last checkpoint"):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with explained(path, "the run goes on from its last checkpoint"), replacing(path) as scratch:
         save_file(arrays, scratch, {OF_CLASS + name: type(part).__qualname__ for name, part in learners.items()})
-        flush(scratch)
-        os.replace(scratch, path)
 
 
 def restore_learnt(path: Path, learners: Learners) -> None:

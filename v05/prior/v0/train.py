@@ -9,7 +9,6 @@ predicts them best is kept, and none at all if that is no better than the backbo
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from v05.files import replacing
 from v05.prior.v0.adapter import Adapter, joined, save_adapter
 from v05.prior.v0.backbone import BATCH, Backbone
 from v05.prior.v0.context import Context, Past
@@ -186,6 +186,5 @@ def _write(state: dict[str, Any], path: Path) -> None:
     """Whole or not at all."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    scratch = path.with_suffix(".partial")
-    scratch.write_bytes(buffer.getvalue())
-    os.replace(scratch, path)
+    with replacing(path) as scratch:
+        scratch.write_bytes(buffer.getvalue())
