@@ -879,8 +879,6 @@ def main() -> None:
     try:
         app()
     except SystemExit as end:  # which typer makes of every end but that of a bug
-        if "RANK" in os.environ:
-            from v05.train.distributed import leave_world
-
-            leave_world(int(end.code or 0))
+        if (distributed := sys.modules.get("v05.train.distributed")) is not None:  # only a run joins a job, and imports it
+            distributed.leave_world(int(end.code or 0))
         raise

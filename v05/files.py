@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """A scratch file beside `path`; what is written to it within takes the place of `path`, whole, or nothing changes. The folder
     is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.partial")  # processes may write the same file
+    # Processes of one node or several, which may have the same number in their containers, may write the same file.
+    scratch = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield scratch
         flush(scratch)

@@ -265,13 +265,20 @@ def test_settings_of_the_prior():
         prior_of(Settings.read({"prior": "v0", "backbone": "absent"}))
 
 
-@pytest.mark.parametrize("kind", ["history", "v0"])
-def test_the_prior_of_the_settings_knows_the_outcomes_given(kind, tmp_path, monkeypatch):
+@pytest.fixture(params=["history", "v0"])
+def prior_settings(request, tmp_path, monkeypatch):
+    """Settings that make a prior of either kind."""
     from tiny_policy import tiny_model, tiny_tokenizer
 
+    if request.param == "history":
+        return {"prior": "history"}
     monkeypatch.setenv("V05_CACHE", str(tmp_path / "cache"))
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return {"prior": "v0", "backbone": str(tmp_path / "model")}
+
+
+def test_the_prior_of_the_settings_knows_the_outcomes_given(prior_settings, tmp_path):
     rows = [
         {"policy": "p", "prompt": f"{a}{sign}{b}=", "score": score, "trials": 8}
         for a in range(6)
@@ -279,8 +286,7 @@ def test_the_prior_of_the_settings_knows_the_outcomes_given(kind, tmp_path, monk
         for sign, score in (("+", 1.0), ("=", -1.0))
     ]
     (tmp_path / "outcomes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = {"prior": kind, "outcomes": str(tmp_path / "outcomes.jsonl")}
-    settings = Settings.read(given | ({"backbone": str(tmp_path / "model")} if kind == "v0" else {}))
+    settings = Settings.read(prior_settings | {"outcomes": str(tmp_path / "outcomes.jsonl")})
     priors = PromptPriors()
     priors.settle(settings)
     messages = [[{"role": "user", "content": prompt}] for prompt in ("1+1=", "1=1=")]
@@ -293,21 +299,15 @@ def test_the_prior_of_the_settings_knows_the_outcomes_given(kind, tmp_path, monk
     assert priors.prior is mine
 
 
-@pytest.mark.parametrize("kind", ["history", "v0"])
-def test_either_prior_goes_on_from_its_file(kind, tmp_path, monkeypatch):
-    from tiny_policy import tiny_model, tiny_tokenizer
-
-    monkeypatch.setenv("V05_CACHE", str(tmp_path / "cache"))
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    given = {"prior": kind, "learnt": str(tmp_path / "learnt")} | ({"backbone": str(tmp_path / "model")} if kind == "v0" else {})
+def test_either_prior_goes_on_from_its_file(prior_settings, tmp_path):
+    settings = Settings.read(prior_settings | {"learnt": str(tmp_path / "learnt")})
     first = PromptPriors()
-    first.settle(Settings.read(given))
+    first.settle(settings)
     prompts = [f"{a}+{b}=" for a in range(6) for b in range(6)]
     first.open(prompts, prompts)
     first.close(prompts, np.array([4.0 * (prompt < "3") for prompt in prompts]), np.full(len(prompts), 4.0))
     second = PromptPriors()
-    second.settle(Settings.read(given))
+    second.settle(settings)
     rates = second.open(["a", "b"], ["1+1=", "5+5="])
     assert rates[0] > 0.6 > 0.4 > rates[1]
     assert rates.tolist() == first.open(["a", "b"], ["1+1=", "5+5="]).tolist()
