@@ -1,8 +1,10 @@
-"""Files that are written whole or not at all."""
+"""Files that people hand over are read or named; files are written whole or not at all."""
+
+import codecs
 
 import pytest
 
-from v05.files import replacing
+from v05.files import read_object, read_objects, read_text, replacing
 
 
 def test_a_file_is_replaced_whole_or_stays(tmp_path):
@@ -24,3 +26,44 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path):
         assert path.read_text() == "first"
     assert path.read_text() == "second"
     assert [file.name for file in path.parent.iterdir()] == ["file.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1}\n\xff\xfe{"a"', "line 2 is UTF-16; convert the file to UTF-8"),
+        (b'{"a": 1}\n{"a": "\xe9"}\n', "line 2 is not UTF-8"),
+        (b'{"a": 1}\n[1]\n', r"line 2 holds no JSON object but '\[1\]'"),
+        (b'{"a": 1}\n{"a": \n', "line 2: Expecting value"),
+        (b'{"a": 1}\n{"a": ' + b"1" * 5000 + b"}\n", "line 2: Exceeds the limit"),
+        (b'{"a": 1}\n{"a": "\\ud800"}\n', "line 2: .*surrogates not allowed"),
+        (b'{"a": 1}\n{"a": ' + b"[" * 100_000 + b"\n", "line 2: .*recursion"),
+    ],
+    ids=["utf-16", "latin-1", "list", "torn", "digits", "surrogate", "nested"],
+)
+def test_a_bad_line_is_named_with_its_file(tmp_path, content, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"rows.jsonl, {message}"):
+        list(read_objects(path))
+
+
+def test_lines_that_mean_plain_json_are_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(codecs.BOM_UTF8 + b'{"a": "\\ud83d\\ude00"}\r\n\n{"a": "\xc3\xa9"}\n{"a": 3')
+    assert list(read_objects(path, growing=True)) == [(1, {"a": "\N{GRINNING FACE}"}), (3, {"a": "é"})]
+    with pytest.raises(ValueError, match="line 4"):
+        list(read_objects(path))
+
+
+def test_one_object_and_its_text(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(codecs.BOM_UTF8 + b'{"a": 1}')
+    assert read_text(path) == '{"a": 1}'
+    assert read_object(path) == {"a": 1}
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json holds no JSON object"):
+        read_object(path)
+    path.write_bytes(b"\n\n\xe9")
+    with pytest.raises(ValueError, match=r"config\.json, line 3 is not UTF-8"):
+        read_text(path)

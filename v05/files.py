@@ -1,14 +1,71 @@
-"""Writing to disks that fill up, fail and lose power."""
+"""Reading files that people hand over, and writing to disks that fill up, fail and lose power."""
 
 from __future__ import annotations
 
+import codecs
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte-order mark. ValueError names the file and the line that is not UTF-8."""
+    data = path.read_bytes()
+    try:
+        return _decoded(data, str(path))
+    except ValueError:
+        for _ in _numbered_lines(path):  # names the line
+            pass
+        raise
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds. ValueError names the file and what is wrong with it."""
+    return _object(read_text(path), str(path))
+
+
+def read_objects(path: Path, *, growing: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects of a file that has one a line, each with the number of its line; blank lines are skipped.
+
+    With `growing`, a last line without a line break is still being written, and left out. The file is read as a stream.
+    Raises ValueError that names the file and the line: not UTF-8, no JSON object, a number of too many digits, a lone surrogate.
+    """
+    for number, line in _numbered_lines(path):
+        if line.strip() and not (growing and not line.endswith("\n")):
+            yield number, _object(line, f"{path}, line {number}")
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            yield number, _decoded(line, f"{path}, line {number}")
+
+
+def _decoded(data: bytes, where: str) -> str:
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{where} is UTF-16; convert the file to UTF-8")
+    try:
+        return data.removeprefix(codecs.BOM_UTF8).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not UTF-8 ({error}); convert the file") from None
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # half of a surrogate pair has no UTF-8, which would show where it is written or tokenised
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, a lone surrogate, or more digits than Python reads
+        raise ValueError(f"{where}: {error}; give one JSON object") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} holds no JSON object but {text.strip()[:60]!r}; give one")
+    return value
 
 
 @contextmanager
