@@ -1,0 +1,204 @@
+"""Whether two formulas are equal: math-verify's verdict, from a process of its own with limits of time and memory.
+
+A formula may ask for more than a machine can compute (`(10^8)!`), inside a C function that no signal handler interrupts. So
+math-verify runs in a process that asks the system for an alarm before every verdict. The system ends the process at the limit,
+whatever it is doing, and another takes its place. This holds in every thread and in the workers of a pool.
+
+math-verify rounds decimals to six places, and asks whether a difference is nearly 0, which makes all tiny numbers equal. Formulas
+that are numbers are therefore compared here, relatively. Others must also agree relatively at a few values of their variables.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from functools import lru_cache
+from typing import IO, Any
+
+TIME_LIMIT = 4.0  # seconds that a verdict may take
+MEMORY_LIMIT = 2 << 30  # bytes of the process
+TOLERANCE = 1e-6  # relative, where a decimal takes part
+EXACT_TOLERANCE = 1e-12  # relative, of exact numbers such as roots
+DIGITS = 30  # that numbers are evaluated to
+POINTS = (0.0, 0.37, 1.83, -2.71)  # values of variables
+LONGEST_FORMULA = 1000  # characters
+
+
+def equal(reference: str, answer: str, time_limit: float = TIME_LIMIT) -> bool:
+    """Whether two formulas, in LaTeX without dollar signs, are equal. False where one cannot be read, or time or memory run out."""
+    return _PROCESS.ask(["equal", reference, answer], time_limit)
+
+
+def readable(formula: str) -> bool:
+    """Whether math-verify can read a formula."""
+    return _PROCESS.ask(["readable", formula], TIME_LIMIT)
+
+
+class _JudgeProcess:
+    """The process, started when it is first needed, and anew once a verdict has ended it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._ready = False
+        self._owner = 0  # the process that started it: a fork must not share its pipes
+
+    def ask(self, question: list[str], time_limit: float) -> bool:
+        if time_limit <= 0 or any(len(text) > LONGEST_FORMULA for text in question):
+            return False
+        with self._lock:
+            process = self._running()
+            try:
+                _pipe(process.stdin).write(json.dumps([time_limit, *question]) + "\n")
+                _pipe(process.stdin).flush()
+                verdict = _pipe(process.stdout).readline()
+            except BrokenPipeError:
+                verdict = ""
+            if not verdict:
+                self._stop()
+                self._start()  # it gets ready while this process goes on
+            return verdict == "1\n"
+
+    def _running(self) -> subprocess.Popen[str]:
+        """The process, ready for a question: its start is no part of a verdict's time."""
+        if self._process is None or self._owner != os.getpid():
+            self._start()
+        assert self._process is not None
+        if not self._ready:
+            if _pipe(self._process.stdout).readline() != "ready\n":
+                code = self._stop()
+                raise RuntimeError(f"the process that compares formulas could not start (exit code {code}); see its error above")
+            self._ready = True
+        return self._process
+
+    def _start(self) -> None:
+        command = [sys.executable, "-m", "v05.tasks.formulas"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+        self._owner, self._ready = os.getpid(), False
+
+    def _stop(self) -> int:
+        """End the process and close its pipes; its exit code."""
+        process, self._process = self._process, None
+        assert process is not None
+        process.kill()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(BrokenPipeError):  # it died with a question unread
+                _pipe(pipe).close()
+        return process.wait()
+
+    def close(self) -> None:
+        if self._process is not None and self._owner == os.getpid():
+            self._stop()
+
+
+def _pipe(pipe: IO[str] | None) -> IO[str]:
+    assert pipe is not None
+    return pipe
+
+
+_PROCESS = _JudgeProcess()
+atexit.register(_PROCESS.close)
+
+
+def _serve() -> None:
+    """Answer questions from standard input until it ends. The system ends this process at a question's time limit."""
+    import resource
+
+    import math_verify  # noqa: F401  the first question is not to pay for it
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    logging.disable(logging.CRITICAL)  # a formula that cannot be read is no news
+    print("ready", flush=True)
+    for line in sys.stdin:
+        time_limit, kind, *formulas = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, time_limit)
+        try:
+            verdict = all(map(_parsed, formulas)) if kind == "readable" else _equal(*formulas)
+        except (Exception, RecursionError, MemoryError):  # what cannot be compared is not equal
+            verdict = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(int(verdict), flush=True)
+
+
+@lru_cache(maxsize=4096)
+def _parsed(formula: str) -> list[Any]:
+    from math_verify import LatexExtractionConfig, parse
+
+    config = LatexExtractionConfig(boxed_match_priority=-1)
+    parsed: list[Any] = parse(f"${formula}$", [config], fallback_mode="no_fallback", parsing_timeout=None)
+    return parsed
+
+
+def _equal(reference: str, answer: str) -> bool:
+    import sympy
+    from math_verify import verify
+
+    left, right = _parsed(reference), _parsed(answer)
+    if not left or not right:
+        return False
+    left, right = left[0], right[0]
+    expressions = isinstance(left, sympy.Expr) and isinstance(right, sympy.Expr)
+    if expressions and not left.free_symbols and not right.free_symbols:
+        return _close(left, right)
+    return verify([left], [right], timeout_seconds=None) and _agree(left, right)
+
+
+def _close(left: Any, right: Any) -> bool:
+    """Whether two expressions without variables are equal as numbers."""
+    import sympy
+
+    if left == right:
+        return True
+    a, b = (sympy.N(side.doit(), DIGITS) for side in (left, right))
+    if not (a.is_number and b.is_number and a.is_finite and b.is_finite):
+        return bool(a == b)
+    tolerance = TOLERANCE if left.has(sympy.Float) or right.has(sympy.Float) else EXACT_TOLERANCE
+    return bool(abs(a - b) <= tolerance * max(abs(a), abs(b)))
+
+
+def _agree(left: Any, right: Any) -> bool:
+    """Whether what math-verify calls equal also is where its variables have a value. True where that cannot be computed."""
+    import sympy
+
+    if isinstance(left, sympy.MatrixBase) and isinstance(right, sympy.MatrixBase):
+        return all(_agree(a, b) for a, b in zip(left, right, strict=True))
+    if isinstance(left, sympy.core.relational.Relational) and isinstance(right, sympy.core.relational.Relational):
+        values = [(_value(left.lhs - left.rhs, point), _value(right.lhs - right.rhs, point)) for point in POINTS]
+        ratios = [a / b for a, b in values if a is not None and b]
+        zeros = all((a == 0) == (b == 0) for a, b in values if a is not None and b is not None)
+        return zeros and all(abs(ratio - ratios[0]) <= TOLERANCE * abs(ratios[0]) for ratio in ratios)
+    if not (isinstance(left, sympy.Expr) and isinstance(right, sympy.Expr)):
+        return True
+    for point in POINTS:
+        a, b = _value(left, point), _value(right, point)
+        if a is not None and b is not None and abs(a - b) > TOLERANCE * max(abs(a), abs(b)) + 1e-25 * (a != 0 and b != 0):
+            return False
+    return True
+
+
+def _value(expression: Any, point: float) -> Any:
+    """The number that an expression is where its variables are near `point`, each elsewhere; None if it is none."""
+    import sympy
+
+    symbols = sorted(expression.free_symbols, key=str)
+    values = {symbol: sympy.Float(point * (1 + 0.13 * i), DIGITS) for i, symbol in enumerate(symbols)}
+    try:
+        value = sympy.N(expression.subs(values), DIGITS)
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError):
+        return None
+    return value if value.is_number and value.is_finite else None
+
+
+if __name__ == "__main__":
+    _serve()

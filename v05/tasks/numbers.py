@@ -1,0 +1,153 @@
+"""Numbers as people and models write them, read exactly, and how two of them compare.
+
+1,234.5 and 1{,}234.5; 4.5e33, 4.5 \\times 10^{33} and 10^{33}; 5/2, \\frac{5}{2} and 3 1/2, which is a sum. Arithmetic of numbers
+(26+15) is computed only to check an equation such as "26+15=41".
+
+Two whole numbers are equal or not. Two decimals are equal up to a relative `DECIMAL_TOLERANCE`, the noise of a JSON number such as
+0.30000000000000004. Where one of the two has no end as a decimal (1/3, a root), the other may be its rounding: then the relative
+tolerance is `ROUNDING_TOLERANCE`, six digits. Zero equals zero alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+DECIMAL_TOLERANCE = Fraction(1, 10**9)
+ROUNDING_TOLERANCE = Fraction(1, 10**6)
+LONGEST_NUMBER = 1000  # characters
+LARGEST_EXPONENT = 5000  # of ten
+LONGEST_ARITHMETIC = 200  # characters
+LARGEST_POWER = 10_000  # bits of a power in arithmetic
+
+_DIGITS = r"[1-9]\d{0,2}(?:(?:,|\{,\})\d{3})+(?!\d)|[1-9]\d{0,2}(?: \d{3})+(?![\d ]*/)(?!\d)|\d+"
+_PLAIN = rf"(?:(?:{_DIGITS})(?:\.\d*)?|\.\d+)"
+_EXPONENT = r"10\s*\^\s*(?:\{\s*(?P<sa>[+-]?\s*\d+)\s*\}|\(\s*(?P<sb>[+-]?\s*\d+)\s*\)|(?P<sc>[+-]?\d+))"
+_TIMES = r"(?:\\times|\\cdot|[*x])"
+_INTEGER = r"\d+"
+_FRACTION = rf"(?:\\frac\s*(?:\{{\s*(?P<n1>-?{_PLAIN})\s*\}}|(?P<n2>\d))\s*(?:\{{\s*(?P<d1>{_PLAIN})\s*\}}|(?P<d2>\d)))"
+_LITERAL = re.compile(
+    rf"(?P<sign>[+-]?)\s*(?:"
+    rf"(?P<whole>{_INTEGER})(?:\s*{_FRACTION}|\s+(?P<mn>{_INTEGER})\s*/\s*(?P<md>{_INTEGER}))"  # a mixed number
+    rf"|(?P<mantissa>{_PLAIN})(?:[eE](?P<e>[+-]?\d+)|\s*{_TIMES}\s*{_EXPONENT})"
+    rf"|{_EXPONENT.replace('?P<s', '?P<p')}"
+    rf"|(?P<over>{_PLAIN})\s*/\s*(?P<under>{_PLAIN})"
+    rf"|{_FRACTION.replace('?P<n', '?P<f').replace('?P<d', '?P<g')}"
+    rf"|(?P<plain>{_PLAIN}))"
+)
+
+
+@dataclass(frozen=True)
+class Number:
+    """An exact value; `whole` where it was written as an integer, `ends` where it has finitely many decimals."""
+
+    value: Fraction
+    whole: bool
+
+    @property
+    def ends(self) -> bool:
+        denominator = self.value.denominator
+        for factor in (2, 5):
+            while denominator % factor == 0:
+                denominator //= factor
+        return denominator == 1
+
+
+def leading_number(text: str) -> tuple[Number, str] | None:
+    """The number that a text begins with, and what follows it; None where it begins with none."""
+    match = _LITERAL.match(text)
+    if match is None or match.end() > LONGEST_NUMBER:
+        return None
+    number = _value(match)
+    return None if number is None else (number, text[match.end() :])
+
+
+def read_number(text: str) -> Number | None:
+    """The number that is the whole text; None where it is none."""
+    found = leading_number(text)
+    return found[0] if found and not found[1].strip() else None
+
+
+def _value(match: re.Match[str]) -> Number | None:
+    groups = {name: value for name, value in match.groupdict().items() if value is not None}
+    sign = -1 if groups["sign"] == "-" else 1
+    exponents = [int(groups[name].replace(" ", "")) for name in ("e", "sa", "sb", "sc", "pa", "pb", "pc") if name in groups]
+    if any(abs(exponent) > LARGEST_EXPONENT for exponent in exponents):
+        return None
+    scale = Fraction(10) ** exponents[0] if exponents else Fraction(1)
+
+    def first(*names: str) -> Fraction:
+        return _decimal(next(groups[name] for name in names if name in groups))
+
+    if "plain" in groups:
+        return Number(sign * first("plain"), re.sub(r"[{}, ]", "", groups["plain"]).isdigit())
+    if "mantissa" in groups:
+        return Number(sign * first("mantissa") * scale, False)
+    if "whole" in groups:
+        over, under = first("mn", "n1", "n2"), first("md", "d1", "d2")
+        return None if under == 0 or over < 0 else Number(sign * (first("whole") + over / under), False)
+    if exponents:
+        return Number(sign * scale, False)
+    over, under = first("over", "f1", "f2"), first("under", "g1", "g2")
+    return None if under == 0 else Number(sign * over / under, False)
+
+
+def _decimal(text: str) -> Fraction:
+    digits = re.sub(r"[{}, ]", "", text)
+    return -Fraction(digits[1:] + "0" * digits.endswith(".")) if digits[0] == "-" else Fraction(digits + "0" * digits.endswith("."))
+
+
+def same_number(left: Number, right: Number, tolerance: Fraction | None = None) -> bool:
+    """Whether two numbers are equal, as the module says. `tolerance` takes the place of both tolerances."""
+    if left.value == right.value:
+        return True
+    if left.whole and right.whole:
+        return False
+    if tolerance is None:
+        tolerance = DECIMAL_TOLERANCE if left.ends and right.ends else ROUNDING_TOLERANCE
+    return abs(left.value - right.value) <= tolerance * max(abs(left.value), abs(right.value))
+
+
+def arithmetic(text: str) -> Number | None:
+    """The value of numbers joined by + - * / ^ and parentheses; None where the text is anything else, or too large."""
+    if len(text) > LONGEST_ARITHMETIC:
+        return None
+    plain = re.sub(r"\\times|\\cdot|\u00d7", "*", re.sub(r"\\div|\u00f7", "/", text)).replace("^", "**")
+    plain = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))", plain).replace("{,}", "")
+    plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", plain.replace("{", "(").replace("}", ")"))
+    if not re.fullmatch(r"[\d.+\-*/() ]+", plain):
+        return None
+    plain = re.sub(r"(?<![\d.])0+(?=\d)", "", plain)
+    try:
+        value = _computed(ast.parse(plain.strip(), mode="eval").body)
+        return Number(value, value.denominator == 1 and "." not in plain)
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return None
+
+
+def _computed(node: ast.expr) -> Fraction:
+    """The value of a tree of numbers; ValueError for anything else."""
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return Fraction(str(node.value))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):
+        value = _computed(node.operand)
+        return -value if isinstance(node.op, ast.USub) else value
+    if not isinstance(node, ast.BinOp):
+        raise ValueError
+    left, right = _computed(node.left), _computed(node.right)
+    match node.op:
+        case ast.Add():
+            return left + right
+        case ast.Sub():
+            return left - right
+        case ast.Mult():
+            return left * right
+        case ast.Div():
+            return left / right
+        case ast.Pow() if right.denominator == 1 and abs(right) * math.log2(abs(left) + 2) < LARGEST_POWER:
+            power = left ** int(right)
+            return Fraction(power)
+    raise ValueError
