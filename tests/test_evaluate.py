@@ -18,8 +18,6 @@ from typer.testing import CliRunner
 
 from v05.cli import app
 from v05.evaluate import (
-    ANSWER_FIELDS,
-    PROBLEM_FIELDS,
     TEMPLATE,
     EvalConfig,
     MathTask,
@@ -39,6 +37,8 @@ from v05.prior.v0.logs import read_logs
 from v05.rollout import Failure, Request
 from v05.rollout.verifier import InlineVerifier
 from v05.tasks import Prompt
+from v05.tasks.answers import read_answer
+from v05.tasks.rows import ANSWER_FIELDS, PROBLEM_FIELDS
 from v05.train.config import PolicyConfig
 from v05.train.policy import character_decoder, character_tokenizer
 
@@ -143,12 +143,12 @@ def test_fields_of_public_files(tmp_path, row, asked, right, wrong):
     ("line", "message"),
     [
         ("{", r"b\.jsonl, line 2: .*give one JSON object a line"),
-        ("[1]", r"line 2: .*give one JSON object a line"),
+        ("[1]", r"line 2 holds no JSON object but .*give one a line"),
         ('{"text": "a", "answer": 1}', r"line 2: none of problem, question, prompt among its fields text, answer; rename one"),
         ('{"problem": "a", "label": 1}', r"line 2: none of answer, final_answer, solution among its fields problem, label"),
-        ('{"problem": [{"role": "user"}], "answer": 1}', r"line 2: problem=.* is no text and no number"),
-        ('{"problem": "a", "answer": "$"}', r"line 2: math-verify cannot read the answer '\$' of answer"),
-        ('{"problem": "a", "solution": "so it is 4"}', r"line 2: math-verify cannot read the answer '' of solution"),
+        ('{"problem": [{"role": "user"}], "answer": 1}', r"line 2: problem: .* is no message"),
+        ('{"problem": "a", "answer": " "}', r"line 2: answer: the answer ' ' is empty"),
+        ('{"problem": "a", "solution": "so it is 4"}', r"line 2: the solution marks no answer"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
@@ -169,6 +169,24 @@ def test_mistakes_say_what_to_do(tmp_path, data, model):
         run(config_of(model, max_new_tokens=255), data, tmp_path / "long", 1)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"a": 1}',
+        '{"benchmark": "sums", "problem": "x", "sample": "0", "reward": 1.0, "tokens": 1, "finished": true, "completion": ""}',
+    ],
+)
+def test_a_foreign_line_among_the_samples_is_named(tmp_path, data, model, line):
+    config = config_of(model)
+    log = SampleLog(tmp_path / "out", config)
+    log.add(Sample("sums", "x", 0, 1.0, 1, True, "2"))
+    log.close()
+    with (tmp_path / "out" / "samples.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(ValueError, match=r"samples\.jsonl, line 2 is no sample of an evaluation; delete the line"):
+        SampleLog(tmp_path / "out", config)
+
+
 def test_a_repeated_problem_counts_once(tmp_path):
     write(tmp_path / "b.jsonl", *[{"problem": "a", "answer": "1"}] * 2, {"problem": "b", "answer": "1"})
     said = []
@@ -178,9 +196,21 @@ def test_a_repeated_problem_counts_once(tmp_path):
 
 def test_the_chat_template_is_applied():
     tokenizer = character_tokenizer()
-    assert tokenizer.decode(prompt_tokens(tokenizer, "1+1=")) == "1+1="
+    prompt = Prompt("1+1=", "2", None)
+    assert tokenizer.decode(prompt_tokens(tokenizer, prompt)) == "1+1="
     tokenizer.chat_template = CHAT
-    assert tokenizer.decode(prompt_tokens(tokenizer, "1+1=")) == "<user>1+1=<assistant>"
+    assert tokenizer.decode(prompt_tokens(tokenizer, prompt)) == "<user>1+1=<assistant>"
+
+
+def test_a_chat_is_asked_with_its_messages(tmp_path):
+    chat = [{"role": "system", "content": "short"}, {"role": "user", "content": "1+1="}]
+    write(tmp_path / "b.jsonl", {"prompt": chat, "answer": 2})
+    (problem,) = read_benchmark(tmp_path, "b", "{problem}?", print)
+    tokenizer = character_tokenizer()
+    with pytest.raises(ValueError, match=r"is a chat, but the tokenizer has no chat template; give it one"):
+        prompt_tokens(tokenizer, problem.prompt)
+    tokenizer.chat_template = CHAT
+    assert tokenizer.decode(prompt_tokens(tokenizer, problem.prompt)) == "<system>short<user>1+1=?<assistant>"
 
 
 def test_seeds_differ_by_all_they_depend_on():
@@ -272,7 +302,7 @@ def verified(engine, prompts):
 
 
 def test_every_completion_is_verified_once_whatever_fails_and_whenever_it_comes():
-    prompts = [Prompt(str(i), "1", [1, "1"]) for i in range(50)]
+    prompts = [Prompt(str(i), "1", read_answer(1)) for i in range(50)]
     engine = CoinEngine(capacity=7, order=0, fails=lambda request, attempts: request.seed % 3 == 0 and attempts == 0)
     found = verified(engine, prompts)
     assert sorted(index for index, *_ in found) == list(range(50))
@@ -296,7 +326,7 @@ def test_a_crash_of_the_verifier_is_not_a_wrong_answer():
                 if item.key == 3 or (item.key % 2 and self.seen[item.key] == 1):
                     self._results[i] = item.key, Failure("killed")
 
-    prompts = [Prompt(str(i), "1", [1, "1"]) for i in range(8)]
+    prompts = [Prompt(str(i), "1", read_answer(1)) for i in range(8)]
     verifier = Crashes()
     found = list(_verified(CoinEngine(), verifier, prompts, [Request((0,), seed=i) for i in range(8)]))
     assert sorted(index for index, *_ in found) == list(range(8))
@@ -307,7 +337,7 @@ def test_a_crash_of_the_verifier_is_not_a_wrong_answer():
 def test_a_completion_that_always_fails_ends_the_run():
     engine = CoinEngine(fails=lambda request, attempts: request.seed == 1)
     with pytest.raises(RuntimeError, match="a completion failed 3 times; the last error: the coin rolled under the table"):
-        verified(engine, [Prompt(str(i), "1", [1, "1"]) for i in range(3)])
+        verified(engine, [Prompt(str(i), "1", read_answer(1)) for i in range(3)])
 
 
 def test_killed_from_the_command_line_it_goes_on(tmp_path, data, model):

@@ -1,9 +1,9 @@
 """Benchmarks: how often a model answers right, from local JSON-lines files. The work behind `v05 eval`.
 
 DIR/NAME.jsonl is the benchmark NAME, a problem a line. A problem is put into a template, that into the tokenizer's chat template,
-and each of its samples is verified by math-verify in processes of their own. A sample's seed is a function of the run's seed, the
-benchmark, the problem and the sample's number alone, and a sample is appended to samples.jsonl once it is verified: a run that was
-interrupted samples what is missing, and more samples or benchmarks can be asked for later. Nothing is downloaded.
+and each of its samples is verified (v05.tasks.answers) in processes of their own. A sample's seed is a function of the run's seed,
+the benchmark, the problem and the sample's number alone, and a sample is appended to samples.jsonl once it is verified: a run that
+was interrupted samples what is missing, and more samples or benchmarks can be asked for later. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -25,19 +25,18 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from transformers import AutoConfig
 
-from v05.files import explained
+from v05.files import explained, read_object, read_objects
 from v05.rollout import ATTEMPTS, Completion, Failure, Request, RolloutEngine
 from v05.rollout.scheduler import VERIFIER_GLANCE
 from v05.rollout.transformers_engine import TransformersEngine
 from v05.rollout.verifier import Item, Verifier
 from v05.tasks import Prompt
-from v05.tasks.jsonl import read_answer, verify_answer
+from v05.tasks.answers import verify_answer
+from v05.tasks.rows import PROBLEM_FIELDS, Row, read_rows
 from v05.train.curves import bootstrap_interval
 from v05.train.metrics import write_json
 from v05.train.policy import chat_tokens, load_policy, load_tokenizer
 
-PROBLEM_FIELDS = ("problem", "question", "prompt")
-ANSWER_FIELDS = ("answer", "final_answer", "solution")  # the first that a line has; of a solution, what its last \boxed{} holds
 PLACEHOLDER = "{problem}"
 TEMPLATE = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."  # as Qwen's model cards ask
 SAMPLES, CONFIG, RESULT, OUTCOMES = "samples.jsonl", "config.json", "result.json", "outcomes.jsonl"
@@ -72,7 +71,7 @@ class Problem:
     Attributes:
         benchmark: its name.
         key: a hash of the problem and its answer.
-        prompt: what the model is asked, chat template aside, and the answer that math-verify read.
+        prompt: what the model is asked, chat template aside, and its answer.
     """
 
     benchmark: str
@@ -107,18 +106,13 @@ class MathTask:
 def read_benchmark(directory: Path, name: str, template: str, say: Callable[[str], None]) -> list[Problem]:
     """The problems of directory/name.jsonl. One that is repeated counts once, and `say` is told.
 
-    Raises ValueError: there is no such file, or no problem in it; a line is malformed, lacks a field, or has an answer that
-    math-verify cannot read.
+    Raises ValueError: there is no such file, or no problem in it; a line is malformed or lacks a field.
     """
     path = directory / f"{name}.jsonl"
     if not path.is_file():
         found = ", ".join(sorted(file.stem for file in directory.glob("*.jsonl"))) or "none"
         raise ValueError(f"benchmarks={name!r}: no file {path}; benchmarks in {directory}: {found}")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}); convert it") from None
-    problems = [_problem(line, name, template, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    problems = [_problem(row, name, template) for row in read_rows(path, PROBLEM_FIELDS)]
     if not problems:
         raise ValueError(f"{path} holds no problem; give one JSON object a line")
     different = list({problem.key: problem for problem in problems}.values())
@@ -127,47 +121,21 @@ def read_benchmark(directory: Path, name: str, template: str, say: Callable[[str
     return different
 
 
-def _problem(line: str, benchmark: str, template: str, where: str) -> Problem:
-    try:
-        row = {str(name).lower(): value for name, value in json.loads(line).items()}
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise ValueError(f"{where}: {error}; give one JSON object a line") from None
-    _, question = _field(row, PROBLEM_FIELDS, where)
-    name, answer = _field(row, ANSWER_FIELDS, where)
-    if name == "solution":
-        answer = _last_boxed(answer)
-    gold = read_answer(answer) if answer else []
-    if not gold:
-        raise ValueError(f"{where}: math-verify cannot read the answer {answer!r} of {name}; give a number or formula")
-    key = hashlib.blake2b(json.dumps([question, answer]).encode(), digest_size=8).hexdigest()
-    return Problem(benchmark, key, Prompt(template.replace(PLACEHOLDER, question), answer, gold))
+def _problem(row: Row, benchmark: str, template: str) -> Problem:
+    """A row asked through the template; of a chat, the last message is."""
+    messages = row.messages
+    if messages is not None:
+        role, content = messages[-1]
+        messages = (*messages[:-1], (role, template.replace(PLACEHOLDER, content)))
+    key = hashlib.blake2b(json.dumps([row.prompt, row.answer]).encode(), digest_size=8).hexdigest()
+    return Problem(benchmark, key, Prompt(template.replace(PLACEHOLDER, row.prompt), row.answer, row.reference, messages))
 
 
-def _field(row: dict[str, Any], names: Sequence[str], where: str) -> tuple[str, str]:
-    """The first of these fields that the row has, and its text; a list's items are joined."""
-    name = next((name for name in names if row.get(name) not in (None, "", [])), None)
-    if name is None:
-        raise ValueError(f"{where}: none of {', '.join(names)} among its fields {', '.join(row)}; rename one")
-    items = row[name] if isinstance(row[name], list) else [row[name]]
-    if not all(isinstance(item, str | int | float) for item in items):
-        raise ValueError(f"{where}: {name}={row[name]!r} is no text and no number; give one")
-    return name, ", ".join(str(item) for item in items)
-
-
-def _last_boxed(solution: str) -> str:
-    r"""The last \boxed{} of a worked solution, with its braces; nothing if there is none."""
-    start = solution.rfind("\\boxed{")
-    depth = 0
-    for end in range(start, len(solution) if start >= 0 else start):
-        depth += {"{": 1, "}": -1}.get(solution[end], 0)
-        if depth == 0 and solution[end] == "}":
-            return solution[start : end + 1]
-    return ""
-
-
-def prompt_tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Token ids of a user's message in the tokenizer's chat template; of the bare text where it has none, as base models."""
-    return tuple(tokenizer(text)["input_ids"]) if tokenizer.chat_template is None else chat_tokens(tokenizer, text)
+def prompt_tokens(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
+    """Token ids of a prompt in the tokenizer's chat template; of its bare text where it has none, as base models."""
+    if tokenizer.chat_template is None and prompt.messages is None:
+        return tuple(tokenizer(prompt.text)["input_ids"])
+    return chat_tokens(tokenizer, prompt)
 
 
 def seed_of(seed: int, benchmark: str, problem: str, sample: int) -> int:
@@ -197,19 +165,18 @@ class SampleLog:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
         except BlockingIOError:
             raise ValueError(f"{path.parent} is being written by another process; wait for it or stop it") from None
-        self._file.seek(0)
-        whole, _, torn = self._file.read().rpartition("\n")
+        whole = self._path.read_bytes().rfind(b"\n") + 1
         if whole:
-            theirs = json.loads(path.read_text())
+            theirs = read_object(path)
             if changed := [name for name in mine if name != "model" and mine[name] != theirs.get(name)]:
                 raise ValueError(
                     f"{path.parent} holds samples that differ in {', '.join(changed)}; give another directory with --out"
                 )
+        read = (_sample(fields, f"{self._path}, line {n}") for n, fields in read_objects(self._path, growing=True))
+        samples = {sample.place: sample for sample in read}
         write_json(path, mine)
-        if torn:
-            os.truncate(self._path, self._path.stat().st_size - len(torn.encode()))
-        samples = (Sample(**json.loads(line)) for line in whole.split("\n") if line)
-        return {sample.place: sample for sample in samples}
+        os.truncate(self._path, whole)
+        return samples
 
     def add(self, sample: Sample) -> None:
         with explained(self._path, "what was sampled is kept"):
@@ -219,6 +186,18 @@ class SampleLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _sample(fields: dict[str, Any], where: str) -> Sample:
+    """The sample that a line of the log records. ValueError for a line that this log did not write."""
+    try:
+        sample = Sample(**fields)
+    except TypeError:
+        sample = None
+    types = {"benchmark": str, "problem": str, "sample": int, "reward": float, "tokens": int, "finished": bool, "completion": str}
+    if sample is None or any(type(value) is not types[name] for name, value in vars(sample).items()):
+        raise ValueError(f"{where} is no sample of an evaluation; delete the line, or give another directory with --out")
+    return sample
 
 
 def evaluate(
@@ -254,7 +233,7 @@ def evaluate(
     if not missing:
         return 0
     tokenizer = load_tokenizer(config.model)
-    tokens = {problem.key: prompt_tokens(tokenizer, problem.prompt.text) for problem, _ in missing}
+    tokens = {problem.key: prompt_tokens(tokenizer, problem.prompt) for problem, _ in missing}
     engine = _engine(config, tokenizer, max(map(len, tokens.values())), capacity)
     requests = [
         Request(tokens[problem.key], seed_of(config.seed, problem.benchmark, problem.key, number)) for problem, number in missing

@@ -38,7 +38,7 @@ def read_objects(path: Path, *, growing: bool = False) -> Iterator[tuple[int, di
     """
     for number, line in _numbered_lines(path):
         if line.strip() and not (growing and not line.endswith("\n")):
-            yield number, _object(line, f"{path}, line {number}")
+            yield number, _object(line, f"{path}, line {number}", " a line")
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -56,15 +56,15 @@ def _decoded(data: bytes, where: str) -> str:
         raise ValueError(f"{where} is not UTF-8 ({error}); convert the file") from None
 
 
-def _object(text: str, where: str) -> dict[str, Any]:
+def _object(text: str, where: str, each: str = "") -> dict[str, Any]:
     try:
         value = json.loads(text)
         if "\\ud" in text.lower():  # half of a surrogate pair has no UTF-8, which would show where it is written or tokenised
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, a lone surrogate, or more digits than Python reads
-        raise ValueError(f"{where}: {error}; give one JSON object") from None
+        raise ValueError(f"{where}: {error}; give one JSON object{each}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{where} holds no JSON object but {text.strip()[:60]!r}; give one")
+        raise ValueError(f"{where} holds no JSON object but {text.strip()[:60]!r}; give one{each}")
     return value
 
 

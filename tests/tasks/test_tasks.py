@@ -1,13 +1,11 @@
 """Prompts, splits and verifiers: right answers pass, junk never does, nothing raises."""
 
 import itertools
-import json
 
 import pytest
 from pydantic import ValidationError
 
-from v05.tasks import HELDOUT_SHARE, JsonlConfig, ReasoningGymConfig, Source, heldout_set, make_task, split_of
-from v05.tasks.jsonl import JsonlTask
+from v05.tasks import HELDOUT_SHARE, ReasoningGymConfig, Source, heldout_set, make_task, split_of
 from v05.tasks.reasoning_gym import ReasoningGymTask
 from v05.train.config import PRESETS
 
@@ -72,57 +70,3 @@ def test_sum_surface_is_padded_and_reversed():
 def test_unknown_settings_are_refused():
     with pytest.raises(ValidationError, match="surfaces"):
         ReasoningGymConfig.model_validate({"mix": [{"dataset": "gcd"}], "surfaces": "sum"})
-
-
-@pytest.fixture
-def arithmetic_file(tmp_path):
-    path = tmp_path / "tasks.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"What is {i}/2?", "answer": f"{i}/2"}) + "\n" for i in range(200)))
-    return path
-
-
-def test_jsonl_verifies_mathematically(arithmetic_file):
-    task = JsonlTask(JsonlConfig(path=arithmetic_file))
-    prompt = next(p for _, p in task.prompts("train") if p.answer == "5/2")
-    assert task.verify(prompt, r"It is $\frac{5}{2}$") == 1.0
-    assert task.verify(prompt, "$2.5$") == 1.0
-    assert task.verify(prompt, "$2$") == 0.0
-    assert task.verify(prompt, "") == 0.0
-
-
-def test_jsonl_epochs_hold_every_prompt_once(arithmetic_file):
-    task = JsonlTask(JsonlConfig(path=arithmetic_file))
-    stream = [p.text for _, p in itertools.islice(task.prompts("train"), 400)]
-    size = len(set(stream))
-    assert len(set(stream[:size])) == size
-    assert set(stream[:size]) == set(stream[size : 2 * size])
-    assert stream[:size] != stream[size : 2 * size]
-    resumed = [p.text for _, p in itertools.islice(task.prompts("train", start=size + 3), 5)]
-    assert resumed == stream[size + 3 : size + 8]
-
-
-@pytest.mark.parametrize("line", ["{", '{"prompt": "a"}', "[1]", '"text"'])
-def test_jsonl_names_the_bad_line(tmp_path, line):
-    path = tmp_path / "bad.jsonl"
-    path.write_text('{"prompt": "a", "answer": "1"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"line 2: .*give one \{\"prompt\""):
-        JsonlTask(JsonlConfig(path=path))
-
-
-def test_jsonl_needs_both_splits(tmp_path):
-    path = tmp_path / "one.jsonl"
-    path.write_text('{"prompt": "a", "answer": "1"}\n')
-    with pytest.raises(ValueError, match=r"no (train|heldout) prompt among its lines"):
-        JsonlTask(JsonlConfig(path=path))
-
-
-@pytest.mark.parametrize(
-    ("answer", "right", "wrong"), [("2x+1", "$1+2x$", "$2$"), ("(3, \\pi)", "$(3, \\pi)$", "$3$"), ("12 apples", "12", "13")]
-)
-def test_jsonl_reads_bare_formulas_as_formulas(tmp_path, answer, right, wrong):
-    path = tmp_path / "tasks.jsonl"
-    path.write_text("".join(json.dumps({"prompt": str(i), "answer": answer}) + "\n" for i in range(40)))
-    task = JsonlTask(JsonlConfig(path=path))
-    _, prompt = next(task.prompts("train"))
-    assert task.verify(prompt, right) == 1.0
-    assert task.verify(prompt, wrong) == 0.0

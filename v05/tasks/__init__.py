@@ -26,11 +26,13 @@ class Prompt:
         text: what the policy reads; also the prompt's identity across steps.
         answer: a right completion, for supervised warm starts.
         item: what the verifier needs, opaque to everyone else.
+        messages: (role, content) of a chat. The policy then reads the chat, in its tokenizer's chat template. None for plain text.
     """
 
     text: str
     answer: str
     item: Any = field(compare=False, repr=False)
+    messages: tuple[tuple[str, str], ...] | None = None
 
 
 class Task(Protocol):

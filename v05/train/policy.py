@@ -96,10 +96,17 @@ def load_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def chat_tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Token ids of a user's message in the tokenizer's chat template, up to where the model answers."""
-    message = [{"role": "user", "content": text}]
-    chat = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+def chat_tokens(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
+    """Token ids of a prompt in the tokenizer's chat template, up to where the model answers: of its messages, or as a user's.
+
+    Raises ValueError where the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the prompt {prompt.text[:60]!r} is a chat, but the tokenizer has no chat template; give it one, or the prompt as text"
+        )
+    messages = [{"role": role, "content": content} for role, content in prompt.messages or (("user", prompt.text),)]
+    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tuple(tokenizer(chat, add_special_tokens=False)["input_ids"])
 
 

@@ -575,8 +575,8 @@ class Trainer:
         return np.concatenate(parts)
 
     def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
-        if self.config.chat:
-            return chat_tokens(self.tokenizer, prompt.text)
+        if self.config.chat or prompt.messages is not None:
+            return chat_tokens(self.tokenizer, prompt)
         return tuple(self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"])
 
     def sync(self) -> float:
