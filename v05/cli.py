@@ -16,6 +16,7 @@ try:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
+    from rich.text import Text
 except ImportError as error:
     if sys.argv[1:2] == ["doctor"]:  # which says what is missing, and what works without it
         from v05.doctor import main as examine
@@ -44,6 +45,7 @@ READ_AT_ONCE = 128  # prompts
 INTERRUPTED = 130  # exit status after Ctrl-C
 MAX_NEW_TOKENS = 256  # of a policy that is given
 DEFAULT_METHODS = "grpo,dr_grpo,dapo,v05,calibrated"
+MOST_FAULTS = 20  # of a task's rows that are shown
 MOST_BARS = 24  # of a progress display; of more runs, only those under way have one
 
 Preset = Annotated[
@@ -408,7 +410,7 @@ def evaluate(
 
     A line of NAME.jsonl is a JSON object with the problem under problem, question or prompt, and the answer under answer,
     final_answer or solution (of which the last \\boxed{} counts). Each problem is asked as a user's message in the tokenizer's
-    chat template; math-verify scores the completions, in processes of their own. Interrupted, the same command goes on, and
+    chat template; completions are verified in processes of their own. Interrupted, the same command goes on, and
     samples only what is missing, also where more samples or benchmarks are asked for. Nothing is downloaded.
 
     Example: v05 eval path/to/model --benchmarks aime24,math500 --data benchmarks --samples 16 --engine vllm
@@ -467,6 +469,67 @@ def evaluate(
         _say(f"{crashed} completions crashed the verifier {ATTEMPTS} times and count as wrong")
     Console(width=None if sys.stdout.isatty() else 180).print(_benchmark_table(records))
     _say(f"samples and records are in {out}")
+
+
+@app.command("check-task")
+def check_task(
+    file: Annotated[Path, typer.Argument(help="A task for v05 train --jsonl, a prompt and its answer a line.")],
+    show: Annotated[int, typer.Option(help="Rows of each kind to show.", min=0)] = 3,
+    json: Annotated[Path | None, typer.Option(help="Also write a record for every line to this file.")] = None,
+) -> None:
+    """How is each reference answer of a task read, and can it be earned? Run this before training on a file of your own.
+
+    Shows what the answers are read as (numbers, formulas, words), which rows cannot earn their reward even by a completion that is
+    the reference, and which prompts repeat. Ends with status 1 if a row cannot earn its reward.
+
+    Example: v05 check-task tasks.jsonl --json checked.json
+    """
+    from dataclasses import asdict
+
+    from v05.tasks.check import check_task as check
+    from v05.train.metrics import write_json
+
+    try:
+        with _progress() as progress:
+            bar = progress.add_task("rows", total=None, note="")
+            rows = check(file, lambda: progress.advance(bar))
+        if json is not None:
+            write_json(json, [asdict(row) | {"cannot_earn": row.cannot_earn} for row in rows])
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        _fail(error)
+    if not rows:
+        _fail(ValueError(f"{file} holds no row; give one JSON object a line"))
+    output = Console(width=None if sys.stdout.isatty() else 180)
+    kinds = Table("kind", "rows", "line", "answer", "is read as", title=f"{len(rows)} rows of {file}")
+    for kind in dict.fromkeys(row.kind for row in rows):
+        of_kind = [row for row in rows if row.kind == kind]
+        for i, row in enumerate(of_kind[:show] or of_kind[:1]):
+            kinds.add_row(
+                *((kind, str(len(of_kind))) if i == 0 else ("", "")), str(row.line), *map(_plain, (row.answer, row.reads))
+            )
+    output.print(kinds)
+    faults = [(row, ", ".join(row.unearned) or row.reads) for row in rows if row.unearned or row.kind == "unreadable"]
+    if faults:
+        table = Table("line", "answer", "earns nothing", title="rows whose reference itself is not rewarded")
+        for row, why in faults[:MOST_FAULTS]:
+            table.add_row(str(row.line), *map(_plain, (row.answer, why)))
+        output.print(table)
+        if len(faults) > MOST_FAULTS:
+            _say(f"{len(faults) - MOST_FAULTS} more such rows; --json FILE writes all")
+    for row in [row for row in rows if row.repeats is not None][:MOST_FAULTS]:
+        _say(f"line {row.line} repeats the prompt of line {row.repeats}{', with another answer' if row.contradicts else ''}")
+    cannot = sum(row.cannot_earn for row in rows)
+    repeated = sum(row.repeats is not None for row in rows)
+    _say(f"{cannot} of {len(rows)} rows cannot earn their reward; {repeated} repeat a prompt")
+    if cannot:
+        raise typer.Exit(1)
+
+
+def _plain(text: str) -> Text:
+    """A text from a file, for a table: no markup, one line."""
+    return Text(" ".join(text.split()))
 
 
 def _benchmark_table(records: list[dict[str, Any]]) -> Table:
