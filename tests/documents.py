@@ -27,6 +27,7 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglo
 SMALLEST = {
     "train": ["--preset", "smoke", "--rollouts", "64"],
     "compare": ["--preset", "smoke", "--rollouts", "64", "--seeds", "1", "--jobs", "1"],
+    "simulate": ["--maximum", "5"],
 }
 
 

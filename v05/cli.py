@@ -30,7 +30,6 @@ if TYPE_CHECKING:  # heavy imports wait until a command runs, so that --help is 
     import numpy as np
 
     from v05.simulate.outcomes import Outcomes
-    from v05.simulate.replay import Record
     from v05.train.config import RunConfig
 
 app = typer.Typer(
@@ -552,7 +551,10 @@ def _benchmark_table(records: list[dict[str, Any]]) -> Table:
 @app.command()
 def simulate(
     outcomes: Annotated[
-        Path, typer.Argument(help="CSV file with columns model, question, successes, trials; or a run directory (or one of runs).")
+        Path,
+        typer.Argument(
+            help="A log or a folder of logs: of v05 train and eval, verl, TRL, prime-rl or SkyRL; your own, as CSV or JSON lines."
+        ),
     ],
     prior: Annotated[
         str,
@@ -561,6 +563,13 @@ def simulate(
             "on its logit; or a column of the file with predicted success rates."
         ),
     ] = "irt",
+    reward: Annotated[
+        str | None,
+        typer.Option(help="Column with the reward, where a log has several or an unusual one; of prime-rl, a reward's name."),
+    ] = None,
+    success_above: Annotated[
+        float | None, typer.Option(help="A greater reward is a success. Needed where rewards are not 0 and 1, or -1 and 1.")
+    ] = None,
     replay: Annotated[
         str,
         typer.Option(
@@ -578,12 +587,23 @@ def simulate(
     plot: Annotated[Path, typer.Option(help="Where to draw error over mean rollouts (PNG).")] = Path("runs/simulate.png"),
     json: Annotated[Path | None, typer.Option(help="Also write a record for each method and budget to this file.")] = None,
 ) -> None:
-    """What would adaptive rollout budgets save? Replay recorded outcomes under each method and budget.
+    """What would adaptive rollout budgets save on your logs? Replay recorded outcomes under each method and budget.
 
     Measures how far each baseline is from the true success rate, and says how many rollouts a prompt each method needs for
-    the error of GRPO at 16 (or the maximum, if less).
+    the error of GRPO at 16 (or the maximum, if less). The rollouts of one prompt at one step are a group. Logs are told apart by
+    their columns:
 
-    Example: v05 simulate outcomes.csv --initial 4 --maximum 16 --json simulate.json
+    Example, a CSV file with model, question, successes and trials: v05 simulate outcomes.csv --initial 4 --json simulate.json
+
+    Example, runs of v05 train or v05 eval: v05 simulate runs/eval
+
+    Example, verl with trainer.rollout_data_dir=rollouts: v05 simulate rollouts
+
+    Example, TRL with log_completions (needs pyarrow): v05 simulate output_dir/completions --reward accuracy_reward
+
+    Example, prime-rl: v05 simulate outputs/rollouts --success-above 0.5
+
+    Example, any other: JSON lines with prompt, reward and, in training, step: v05 simulate mine.jsonl
     """
     from dataclasses import asdict
 
@@ -591,13 +611,14 @@ def simulate(
 
     from v05.simulate.plot import draw
     from v05.simulate.replay import MEASURED, REFERENCE, WARM_UP, Replay, Source
+    from v05.simulate.summary import conclusion, table, what_was_read
     from v05.train.metrics import write_json
 
     try:
         noise = _number(prior)
         column = None if prior == "irt" or noise is not None else prior
         with _progress() as progress:
-            read = _read(outcomes, column, progress)
+            read = _read(outcomes, column, reward, success_above, progress)
             if maximum is None:
                 maximum = REFERENCE if replay != "finite" else min(REFERENCE, int(read.trials.max()))
             rng = np.random.default_rng(seed)
@@ -615,11 +636,14 @@ def simulate(
             write_json(json, [asdict(record) for record in records])
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         _fail(error)
-    left_out = f"; {read.left_out} rows without a trial left out" if read.left_out else ""
-    Console(width=None if sys.stdout.isatty() else 180).print(_simulation_table(records, initial, maximum))
-    console.out(f"{source.cells} cells of {len(read)} replayed{left_out}; plot in {plot}")
+    out = Console(width=None if sys.stdout.isatty() else 180)
+    out.print(table(records, initial, maximum))
+    for sentence in what_was_read(read, prior):
+        console.out(sentence)
+    console.out(f"{source.cells} cells of {len(read)} replayed; plot in {plot}")
+    out.print(conclusion(records, initial, maximum), highlight=False)
 
 
 def _number(text: str) -> float | None:
@@ -629,11 +653,13 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _read(path: Path, column: str | None, progress: Progress) -> Outcomes:
+def _read(path: Path, column: str | None, reward: str | None, success_above: float | None, progress: Progress) -> Outcomes:
     from v05.simulate.outcomes import read_outcomes
 
     bar = progress.add_task("reading", total=None, note="")
-    read = read_outcomes(path, column, lambda lines: progress.update(bar, completed=lines))
+    read = read_outcomes(
+        path, column, lambda rows: progress.update(bar, completed=rows), reward=reward, success_above=success_above
+    )
     progress.update(bar, total=len(read), completed=len(read))
     return read
 
@@ -645,32 +671,6 @@ def _with_item_response(outcomes: Outcomes, rng: np.random.Generator, progress: 
 
     bar = progress.add_task("prior", total=FOLDS, note="item response, cross-fitted")
     return replace(outcomes, priors=cross_fitted(outcomes, rng, lambda: progress.advance(bar)))
-
-
-def _simulation_table(records: list[Record], initial: int, maximum: int) -> Table:
-    from v05.simulate.replay import METHODS, REFERENCE, rollouts_needed
-
-    def of(method: str, rollouts: float) -> Record | None:
-        return next((r for r in records if r.method == method and abs(r.mean_rollouts - rollouts) < 1e-9), None)
-
-    osla = next(r for r in records if r.method == "v05+osla").mean_rollouts
-    points = (float(initial), osla, float(maximum))
-    size = max(initial, min(REFERENCE, maximum))
-    target = of("grpo", size)
-    assert target is not None
-    table = Table(title="mean squared error of the baseline, centred units, by mean rollouts a prompt")
-    for column in ("method", *(f"at {mean:.4g}" for mean in points), f"rollouts for the error of grpo at {size}"):
-        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
-    for method in METHODS:
-        found = (of(method, mean) for mean in points)
-        needed = rollouts_needed(records, method, target.mse)
-        fewest = min(r.mean_rollouts for r in records if r.method == method)  # fewer were not tried
-        table.add_row(
-            method,
-            *("" if r is None else f"{r.mse:.4f} ± {r.mse_standard_error:.4f}" for r in found),
-            "not reached" if needed is None else f"≤ {needed:.1f}" if needed == fewest else f"{needed:.1f}",
-        )
-    return table
 
 
 @app.command()

@@ -1,0 +1,135 @@
+"""The rows of logs, checked and gathered: a few numbers each, whatever the length of their texts."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator
+from hashlib import blake2b
+from math import isinf, nan
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from v05.simulate.logs import NO_REWARDS, TRL, Log, LogFile, Outcome, columns_of_numbers
+from v05.simulate.tables import NotANumberError, Row, number
+
+ROWS_BETWEEN_REPORTS = 10_000
+LONGEST_KEY = 64  # characters of a model or question that is kept; of a longer one, its hash
+MOST_VALUES = 5  # different rewards that a message names
+REPEATED_BATCH = 32  # rows; fewer may be equal by chance
+
+
+class Tally:
+    """What logs say, row by row.
+
+    Args:
+        prior, reward: columns, as `read_outcomes` takes them.
+        success_above: a greater reward is a success.
+        progress: called now and then with the rows read so far.
+    """
+
+    def __init__(self, prior: str | None, reward: str | None, success_above: float | None, progress: Callable[[int], None]) -> None:
+        self._prior, self._reward, self._success_above, self._progress = prior, reward, success_above, progress
+        self._numbers: tuple[dict[str, int], dict[str, int]] = ({}, {})  # of models, of questions
+        self._model, self._question = array("q"), array("q")
+        self._successes, self._trials, self._priors = array("d"), array("d"), array("d")
+        self._rewards: dict[float, str] = {}  # the first different ones, and where they are
+        self._other_numbers: list[str] = []  # columns that might be meant with --reward
+        self._kind: Log | None = None  # of the last file
+        self._rows = 0
+        self._batch = b""  # hash of the last file's texts
+        self.repeated: list[Path] = []  # files that say what the one before said
+
+    def read(self, log: Log, file: LogFile, columns: list[str], rows: Iterator[Row]) -> None:
+        """Add a file's rows.
+
+        Raises:
+            ValueError: a column is missing; a row lacks a number or has an impossible one, with its place.
+        """
+        if self._prior is not None and self._prior not in columns:
+            raise ValueError(f"{file.path} has no column {self._prior}; it has {', '.join(columns)}")
+        if not log.rewards and (self._reward is not None or self._success_above is not None):
+            raise ValueError(f"{file.path} holds {log.name}; --reward and --success-above are for logs of rollouts, leave them out")
+        self._kind = log
+        start = len(self._trials)
+        texts = blake2b()
+        for index, row in enumerate(rows, start=1):
+            lacking = [name for name in log.columns if name not in row.values and name not in log.numbers]
+            if lacking:
+                raise ValueError(f"{row.place}: {row.quote!r} lacks {', '.join(lacking)}; mend the file or leave it out")
+            try:
+                for outcome in log.outcomes(row, file, self._reward):
+                    self._add(log, row, index, outcome)
+            except (NotANumberError, LookupError, TypeError, AttributeError):
+                needed = [name for name in (self._reward, *log.numbers, self._prior) if name] or log.columns
+                form = "numbers" if log.numbers else f"in {log.name}"
+                raise ValueError(
+                    f"{row.place}: {row.quote!r} lacks {', '.join(needed)} as {form}; mend the file or leave it out"
+                ) from None
+            if log.name == TRL:
+                texts.update(f"{row.values['prompt']}\0{row.values['completion']}\0".encode(errors="surrogatepass"))
+            if self._rows == 0:
+                self._other_numbers = columns_of_numbers(row, {*NO_REWARDS, *log.columns, *log.numbers, self._reward or ""})
+            self._rows += 1
+            if self._rows % ROWS_BETWEEN_REPORTS == 0:
+                self._progress(self._rows)
+        # TRL logs its last batch again at each step that reuses it (num_iterations or steps_per_generation above 1).
+        if log.name == TRL and len(self._trials) - start >= REPEATED_BATCH and texts.digest() == self._batch:
+            for values in (self._model, self._question, self._successes, self._trials, self._priors):
+                del values[start:]
+            self.repeated.append(file.path)
+        self._batch = texts.digest()
+
+    def _add(self, log: Log, row: Row, index: int, outcome: Outcome) -> None:
+        successes, trials = outcome.successes, outcome.trials
+        if not log.rewards:
+            possible = 0 <= successes <= trials and not isinf(trials) and successes == int(successes) and trials == int(trials)
+            if not possible:
+                raise ValueError(
+                    f"{row.place}: row {index} has successes={successes:g}, trials={trials:g} "
+                    "instead of whole numbers with 0 <= successes <= trials"
+                )
+        elif trials and self._success_above is not None:
+            successes = float(successes > self._success_above)
+        elif trials and successes not in self._rewards and len(self._rewards) < MOST_VALUES:
+            self._rewards[successes] = row.place
+        if self._prior is not None:
+            value = row.values.get(self._prior)
+            prior = nan if value in (None, "") else number(value)
+            if prior < 0 or prior > 1:
+                raise ValueError(f"{row.place}: row {index} has the prior {prior:g}; give success rates in [0, 1], or nothing")
+            self._priors.append(prior)
+        for values, numbered, text in zip((self._model, self._question), self._numbers, outcome[:2], strict=True):
+            key = text if len(text) <= LONGEST_KEY else blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+            values.append(numbered.setdefault(key, len(numbered)))
+        self._successes.append(successes)
+        self._trials.append(trials)
+
+    @property
+    def arrays(
+        self,
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]:
+        """(R,) model, question, successes, trials, and priors if a column was named.
+
+        Raises ValueError: rewards have more values than two, and `success_above` was not given.
+        """
+        successes, trials = np.frombuffer(self._successes), np.frombuffer(self._trials)
+        seen = set(self._rewards)
+        others = f"; or choose another column with --reward: {', '.join(self._other_numbers)}" if self._other_numbers else ""
+        if self._kind is not None and self._kind.rewards and len(trials) and not trials.any():
+            raise ValueError(
+                f"none of the {len(trials)} rows has a reward{f' in the column {self._reward}' if self._reward else ''}; "
+                f"fill the column{others}"
+            )
+        if seen <= {-1.0, 1.0} and -1.0 in seen:
+            successes = np.where(trials > 0, (successes + 1) / 2, 0.0)
+        elif not seen <= {0.0, 1.0}:
+            place = next(place for value, place in self._rewards.items() if value not in (0.0, 1.0))
+            values = ", ".join(f"{value:g}" for value in sorted(seen)) + (", ..." if len(seen) == MOST_VALUES else "")
+            raise ValueError(
+                f"{place}: rewards are {values}, where 0 and 1 (or -1 and 1) say which rollouts succeeded; "
+                f"give --success-above X to count rewards above X as successes{others}"
+            )
+        priors = None if self._prior is None else np.frombuffer(self._priors)
+        return np.frombuffer(self._model, np.int64), np.frombuffer(self._question, np.int64), successes, trials, priors
