@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from v05.files import read_object
-from v05.simulate.tables import SUFFIXES, NotANumberError, Row, column, number
+from v05.simulate.tables import SUFFIXES, NotANumberError, Row, column, listed, number
 
 EVAL_SAMPLES, EVAL_CONFIG = "samples.jsonl", "config.json"  # of a folder of v05 eval
 TRL = "completions of TRL"
@@ -142,7 +142,7 @@ def _trl(row: Row, file: LogFile, reward: str | None) -> Iterator[Outcome]:
             row, ("prompt", "completion", *NO_REWARDS)
         )
         if len(found) > 1:
-            raise ValueError(f"{row.place} has numbers in the columns {', '.join(found)}; name the one to count with --reward")
+            raise ValueError(f"{row.place} has numbers in the columns {listed(found)}; name the one to count with --reward")
         reward = found[0] if found else ""
     yield _rollout(file.policy(v.get("step")), _name(v["prompt"]), v.get(reward))
 
@@ -213,7 +213,7 @@ def unknown_log(path: Path, columns: Collection[str]) -> str:
     likeliest = max(LOGS, key=lambda log: len(set(log.columns) & set(columns)))
     missing = [name for name in likeliest.columns if name not in columns]
     return (
-        f"{path} has no column {', '.join(missing)}; it has {', '.join(columns) or 'no header'}. "
+        f"{path} has no column {', '.join(missing)}; it has {listed(columns) or 'no header'}. "
         "v05 simulate --help names the logs that it reads"
     )
 

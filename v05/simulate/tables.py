@@ -6,7 +6,7 @@ import codecs
 import csv
 import re
 from collections.abc import Collection, Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,8 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")  # of the files of 
 GROWING = ("samples.jsonl", "traces.jsonl")  # which v05 eval and prime-rl append to: the last line may be unfinished
 DELIMITERS = ",;\t|:^ "  # the space comes last, because other files have it within their names of columns
 LONGEST_FIELD = 1 << 24  # characters; questions may be given by their texts
-LONGEST_QUOTE = 60  # characters of a row in a message
+LONGEST_QUOTE = 60  # characters of a row or a name in a message
+MOST_NAMES = 40  # of columns, in a message
 ROWS_AT_ONCE = 512  # of a parquet file
 PARQUET = b"PAR1"
 BINARY = (b"PK\x03\x04", b"\x1f\x8b", b"\x80", b"\x28\xb5\x2f\xfd")  # zip (torch and Excel files), gzip, pickle, zstd
@@ -61,6 +62,8 @@ def read_rows(path: Path, known: Collection[str]) -> Iterator[Row]:
         raise ValueError(f"{path} is UTF-16; convert the file to UTF-8")
     if start.startswith(BINARY):
         raise ValueError(f"{path} is compressed or a pickle, which is not opened; write its rows as CSV, JSON lines or parquet")
+    if b"\0" in start:
+        raise ValueError(f"{path} is UTF-16 without a mark, or no text; convert the file to UTF-8")
     first = start.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     if first == b"[":
         raise ValueError(f"{path} holds a JSON array; write one object a line, for example with: jq -c '.[]' {path.name}")
@@ -70,6 +73,14 @@ def read_rows(path: Path, known: Collection[str]) -> Iterator[Row]:
 def column(name: str) -> str:
     """A column's name as rows have it: case and outer spaces do not matter."""
     return name.strip().casefold()
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of columns for a message: a file that is no log may have anything in the place of names."""
+    return ", ".join(
+        name if name.isprintable() and len(name) <= LONGEST_QUOTE else repr(name[:LONGEST_QUOTE])
+        for name in islice(names, MOST_NAMES)
+    )
 
 
 def number(value: Any) -> float:
@@ -107,7 +118,7 @@ def _csv(path: Path, known: Collection[str]) -> Iterator[Row]:
             reader = csv.reader(chain([header], file), delimiter=delimiter or _delimiter(header, known), skipinitialspace=True)
             names = [column(name) for name in next(reader, [])]
             if twice := sorted({name for name in names if names.count(name) > 1 and name in known}):
-                raise ValueError(f"{path} has two columns {', '.join(twice)}; leave one out")
+                raise ValueError(f"{path} has two columns {listed(twice)}; leave one out")
             places: dict[str, int] = {}
             for place, name in enumerate(names):
                 places.setdefault(name, place)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from v05.simulate.logs import NO_REWARDS, TRL, Log, LogFile, Outcome, columns_of_numbers
-from v05.simulate.tables import NotANumberError, Row, number
+from v05.simulate.tables import NotANumberError, Row, listed, number
 
 ROWS_BETWEEN_REPORTS = 10_000
 LONGEST_KEY = 64  # characters of a model or question that is kept; of a longer one, its hash
@@ -48,7 +48,7 @@ class Tally:
             ValueError: a column is missing; a row lacks a number or has an impossible one, with its place.
         """
         if self._prior is not None and self._prior not in columns:
-            raise ValueError(f"{file.path} has no column {self._prior}; it has {', '.join(columns)}")
+            raise ValueError(f"{file.path} has no column {self._prior}; it has {listed(columns)}")
         if not log.rewards and (self._reward is not None or self._success_above is not None):
             raise ValueError(f"{file.path} holds {log.name}; --reward and --success-above are for logs of rollouts, leave them out")
         self._kind = log
@@ -116,7 +116,7 @@ class Tally:
         """
         successes, trials = np.frombuffer(self._successes), np.frombuffer(self._trials)
         seen = set(self._rewards)
-        others = f"; or choose another column with --reward: {', '.join(self._other_numbers)}" if self._other_numbers else ""
+        others = f"; or choose another column with --reward: {listed(self._other_numbers)}" if self._other_numbers else ""
         if self._kind is not None and self._kind.rewards and len(trials) and not trials.any():
             raise ValueError(
                 f"none of the {len(trials)} rows has a reward{f' in the column {self._reward}' if self._reward else ''}; "
