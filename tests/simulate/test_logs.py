@@ -1,13 +1,16 @@
 """Logs of other trainers and of v05 eval are read as they are written; their columns here are those of the real files."""
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from v05.cli import app
+from v05.evaluate import EvalConfig, Problem, Sample, SampleLog, write_results
 from v05.simulate import replay as module
 from v05.simulate.outcomes import read_outcomes
+from v05.tasks import Prompt
 
 
 def write_lines(path, rows):
@@ -201,15 +204,14 @@ def test_evaluations_of_skyrl_and_plain_rollouts(tmp_path):
 
 
 def write_evaluation(directory, model, rewards, seed=0):
-    rows = [
-        {"benchmark": "sums", "problem": f"key{p}", "sample": s, "reward": r, "tokens": 3, "finished": True, "completion": "4"}
-        for p, samples in enumerate(rewards)
-        for s, r in enumerate(samples)
-    ]
-    write_lines(directory / "samples.jsonl", rows)
-    (directory / "config.json").write_text(json.dumps({"model": model, "weights": model, "seed": seed}))
-    (directory / "result.json").write_text(json.dumps([{"benchmark": "sums", "mean": 0.5}]))
-    write_lines(directory / "outcomes.jsonl", [{"policy": model, "prompt": "2+2?", "score": 0.0, "trials": 2}])
+    config = EvalConfig(model=Path("models") / model, weights=model, seed=seed)
+    log = SampleLog(directory, config)
+    for problem, samples in enumerate(rewards):
+        for number, reward in enumerate(samples):
+            log.add(Sample("sums", f"key{problem}", number, reward, 3, True, "4"))
+    problems = [Problem("sums", f"key{problem}", Prompt(f"{problem}+2?", "4", None)) for problem in range(len(rewards))]
+    write_results(directory, config, {"sums": problems}, len(rewards[0]), log)
+    log.close()
 
 
 def test_folders_of_v05_eval(tmp_path):
@@ -259,115 +261,6 @@ def test_outcomes_of_v05_are_read_with_their_mean_rewards(tmp_path):
         read_outcomes(tmp_path)
     with pytest.raises(ValueError, match="--reward and --success-above are for logs of rollouts"):
         read_outcomes(tmp_path, success_above=0.5)
-
-
-HEADER, CELLS = "model,question,successes,trials", [(0, 0, 1, 2), (1, 0, 2, 2)]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "model;question;successes;trials\na;q;1;2\nb;q;2;2\n",
-        "model\tquestion\tsuccesses\ttrials\na\tq\t1\t2\nb\tq\t2\t2\n",
-        "model|question|successes|trials\na|q|1|2\nb|q|2|2\n",
-        "model:question:successes:trials\na:q:1:2\nb:q:2:2\n",
-        "model   question successes trials\na       q        1         2\nb       q        2         2\n",
-        "Model,QUESTION,Successes,Trials\na,q,1,2\nb,q,2,2\n",
-        " model , question ,successes , trials\na , q ,1 , 2\nb, q, 2, 2\n",
-        "\ufeffmodel,question,successes,trials\r\na,q,1,2\r\nb,q,2,2\r\n",
-        "sep=;\nmodel;question;successes;trials\na;q;1;2\nb;q;2;2\n",
-        '\n"model";"question";"successes";"trials"\n"a";"q";"1,0";"2,0"\n\n"b";"q";"2,0";"2,0"\n',
-        "model,question,successes,trials,,,\na,q,1,2,,,\nb,q,2,2,,,\n",
-        "model\rquestion\rsuccesses".replace("\r", ",") + ",trials\ra,q,1,2\rb,q,2,2\r",
-        "model;a,b;c,d;question;e,f;successes;trials\na;;;q;;1;2\nb;;;q;;2;2\n",
-    ],
-    ids=[
-        "semicolon",
-        "tab",
-        "bar",
-        "colon",
-        "spaces",
-        "capitals",
-        "outer spaces",
-        "mark",
-        "sep",
-        "comma",
-        "empty",
-        "returns",
-        "names",
-    ],
-)
-def test_csv_of_every_dialect(tmp_path, text):
-    (tmp_path / "outcomes.csv").write_text(text, newline="")
-    assert cells(tmp_path / "outcomes.csv") == CELLS
-    assert cells(tmp_path) == CELLS
-
-
-def test_a_decimal_comma_is_not_a_separator_of_thousands(tmp_path):
-    file = tmp_path / "outcomes.csv"
-    file.write_text("model;question;successes;trials;guess\na;q;1;2;0,250\n")
-    assert read_outcomes(file, "Guess").priors == pytest.approx([0.25])
-    file.write_text("model;question;successes;trials\na;q;1;1,000\n")
-    with pytest.raises(ValueError, match=r"line 2: 'a,q,1,1,000' lacks successes, trials as numbers"):
-        read_outcomes(file)
-
-
-def test_a_csv_of_rollouts(tmp_path):
-    (tmp_path / "table.csv").write_text(
-        '"","Step","Prompt","Completion","Right"\n"0","1","2+2?","4","True"\n"1","1","2+2?","5","False"\n'
-    )
-    assert cells(tmp_path / "table.csv") == [(0, 0, 1, 2)]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.csv", HEADER.encode("utf-16"), r"a\.csv is UTF-16; convert the file to UTF-8"),
-        ("a.jsonl", '{"input": "é"}'.encode("utf-16"), r"a\.jsonl is UTF-16; convert the file to UTF-8"),
-        (
-            "1.jsonl",
-            b'{"input": "q", "output": "o", "score": 1}\n{"input": "q", "outp',
-            r"1\.jsonl, line 2: .*give one JSON object",
-        ),
-        ("1.jsonl", b'{"input": "q", "output": "o", "score": "good"}\n', r"1\.jsonl, line 1: 'q,o,good' lacks score as numbers"),
-        ("1.jsonl", b'{"input": "q", "output": "o", "score": 1}\n{"epoch": 1}\n', r"line 2: '1' lacks input, output; mend"),
-        (
-            "traces.jsonl",
-            b'{"task": {}, "traces": [1]}\n',
-            r"traces\.jsonl, line 1: '\{\},\[1\]' lacks traces, task as in episodes of prime-rl",
-        ),
-        ("a.csv", HEADER.encode("utf-16-le"), r"a\.csv is UTF-16 without a mark, or no text; convert the file to UTF-8"),
-        ("a.csv", b"\x1b[2Jmodel,x\n", r"it has '\\x1b\[2jmodel', x\. "),
-        ("1.pt", b"PK\x03\x04", r"1\.pt is compressed or a pickle"),
-        ("a.json", b'[{"input": "q"}]', r"a\.json holds a JSON array; write one object a line"),
-        ("a.csv", b"model,Model,question,successes,trials\n", r"a\.csv has two columns model; leave one out"),
-        (
-            "a.jsonl",
-            b'{"loss": 1}\n',
-            r"a\.jsonl has no column model, question, successes, trials; it has loss\. v05 simulate --help",
-        ),
-        ("a.csv", b"", r"a\.csv has no column .*; it has no header"),
-        ("empty/.keep", b"", r"empty holds no finished run: .* no file with the ending \.csv, \.tsv, \.jsonl"),
-        (
-            "folder/a.jsonl",
-            b'{"loss": 1}\n',
-            r"folder holds no finished run: .*no log of rollouts either: .*a\.jsonl has no column",
-        ),
-    ],
-)
-def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        read_outcomes(tmp_path / name.split("/")[0])
-
-
-def test_one_damaged_file_of_a_folder_is_named(tmp_path):
-    for step in (1, 2, 3):
-        write_lines(tmp_path / f"{step}.jsonl", [verl(step, "2+2?", 1.0)])
-    (tmp_path / "2.jsonl").write_text((tmp_path / "2.jsonl").read_text() + '{"input"\n')
-    with pytest.raises(ValueError, match=r"/2\.jsonl, line 2: "):
-        read_outcomes(tmp_path)
 
 
 def test_logs_of_several_kinds_are_not_mixed(tmp_path):
