@@ -844,14 +844,14 @@ def _report(configs: dict[str, RunConfig], out: Path, json_file: Path | None) ->
 
 
 def _table(methods: list[dict[str, Any]]) -> Table:
-    from v05.train.compare import BASELINE
+    from v05.methods import REFERENCE
 
     start = sum(m["accuracy_before"] for m in methods) / len(methods)
     table = Table(
         title=f"held-out accuracy from {start:.3f} at equal training rollouts; "
         f"up to {max(len(m['seeds']) for m in methods)} seeds, 95 % intervals"
     )
-    reference = next((m["label"] for m in methods if m["method"] == BASELINE), None)
+    reference = next((m["label"] for m in methods if m["method"] == REFERENCE.name), None)
     versus = [] if reference is None else [f"gain over {reference}", f"rollouts to {reference}'s final"]
     columns = ["method", "accuracy", *versus, "rollouts", "baseline MSE", "gradient norm", "entropy", "a prompt", "seconds"]
     for column in columns:

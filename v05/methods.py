@@ -1,14 +1,16 @@
-"""The table of advantage methods: what each subtracts, how it scales, what inputs it needs; and the numbers of a calibration.
+"""The table of advantage methods: what each subtracts, how it scales, what its paper prescribes beside; and the numbers of a
+calibration.
 
-A method is a row of data, not code. The arithmetic behind `Baseline` lives in the fusion files: `csrc/include/v05/fusion.hpp`,
-`kernels/fusion.py` and, as the specification, `v05/reference.py`.
+A method is a row of data, not code. No other file compares a method's name with a string. The arithmetic behind `Baseline` lives
+in the fusion files: `csrc/include/v05/fusion.hpp`, `kernels/fusion.py` and, as the specification, `v05/reference.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Literal
+from typing import Any, Literal
 
 Scale = Literal["none", "group", "batch"]
 
@@ -55,42 +57,117 @@ class Calibration:
                 raise ValueError(f"{name}={value} of a Calibration is not {bounds}; fit it on groups with a prior")
 
 
+BudgetRule = Literal["osla", "calibrated"]
+BUDGET_RULES: dict[Baseline, BudgetRule] = {
+    Baseline.PRIOR: "osla",
+    Baseline.SHRINKAGE: "osla",
+    Baseline.CALIBRATED: "calibrated",
+}
+FIXED_AT_4: Mapping[str, Any] = {"budget": {"initial": 4, "maximum": 4}}
+
+
 @dataclass(frozen=True)
 class Method:
-    """One way to turn rewards into advantages.
+    """One way to turn rewards into advantages: all that tells it from the others.
 
     Attributes:
         name: the public name, as in `fused_advantage(method=...)`.
         baseline: what is subtracted.
+        source: the paper.
+        colour: in every picture: on light ground, and on dark.
         scale: what the difference is divided by unless the caller says otherwise.
         leave_one_out: the baseline of a rollout never sees that rollout's own reward.
-        source: the paper.
+        recipe: what its paper prescribes beside the advantage: fields of `v05.train.config.RunConfig`. Departures stand in
+            v05/train/loss.py and v05/train/trainer.py.
+        rival: ours are compared with it at its best group size in the headline experiment.
     """
 
     name: str
     baseline: Baseline
-    scale: Scale
-    leave_one_out: bool
     source: str
+    colour: tuple[str, str]
+    scale: Scale = "none"
+    leave_one_out: bool = False
+    recipe: Mapping[str, Any] = field(default_factory=lambda: FIXED_AT_4)
+    rival: bool = False
 
     @property
     def needs_prior(self) -> bool:
         """The method reads a value prior, and therefore a `reward_range` that holds prior and rewards."""
         return self.baseline is not Baseline.GROUP_MEAN
 
+    @property
+    def budget_rule(self) -> BudgetRule | None:
+        """The sequential test that decides on another rollout; None for a method without a prior to test."""
+        return BUDGET_RULES.get(self.baseline)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """How far the prior is to be trusted is fitted to past groups."""
+        return self.baseline is Baseline.CALIBRATED
+
+    @property
+    def estimator(self) -> str:
+        """Its name among the estimators of verl and SkyRL, which have some of these names for their own."""
+        return self.name if self.name == "v05" else f"v05_{self.name}"
+
+    @property
+    def counts_paths(self) -> bool:
+        """Its advantages under its own test can be made unbiased (`v05.stopping`)."""
+        return self.baseline in (Baseline.SHRINKAGE, Baseline.CALIBRATED)
+
 
 METHODS = {
     method.name: method
     for method in (
-        Method("v05", Baseline.SHRINKAGE, "none", False, "V_0.5, arXiv 2603.10848"),
-        Method("grpo", Baseline.GROUP_MEAN, "group", False, "DeepSeekMath, arXiv 2402.03300"),
-        Method("dr_grpo", Baseline.GROUP_MEAN, "none", False, "Dr. GRPO, arXiv 2503.20783"),
-        Method("rloo", Baseline.GROUP_MEAN, "none", True, "RLOO, arXiv 2402.14740"),
-        Method("prior", Baseline.PRIOR, "none", False, "V_0, arXiv 2602.03584"),
-        Method("dapo", Baseline.GROUP_MEAN, "group", False, "DAPO, arXiv 2503.14476"),
-        Method("calibrated", Baseline.CALIBRATED, "none", False, "ours; robust mixture priors, Schmidli et al. 2014"),
+        Method(
+            "v05",
+            Baseline.SHRINKAGE,
+            "V_0.5, arXiv 2603.10848",
+            colour=("#2563eb", "#60a5fa"),
+            recipe={"budget": {"rule": "osla", "initial": 4, "maximum": 16}, "loss": {"clip_high": 0.28}},
+        ),
+        Method(
+            "grpo",
+            Baseline.GROUP_MEAN,
+            "DeepSeekMath, arXiv 2402.03300",
+            colour=("#ea580c", "#fb923c"),
+            scale="group",
+            recipe={"budget": {"initial": 16, "maximum": 16}, "loss": {"aggregation": "sequence"}},
+            rival=True,
+        ),
+        Method("dr_grpo", Baseline.GROUP_MEAN, "Dr. GRPO, arXiv 2503.20783", colour=("#be185d", "#f472b6"), rival=True),
+        # With groups of one size RLOO is Dr. GRPO times k / (k - 1), which AdamW divides out: one of them is rival enough.
+        Method("rloo", Baseline.GROUP_MEAN, "RLOO, arXiv 2402.14740", colour=("#7c3aed", "#a78bfa"), leave_one_out=True),
+        Method("prior", Baseline.PRIOR, "V_0, arXiv 2602.03584", colour=("#64748b", "#94a3b8")),
+        Method(
+            "dapo",
+            Baseline.GROUP_MEAN,
+            "DAPO, arXiv 2503.14476",
+            colour=("#a16207", "#eab308"),
+            scale="group",
+            recipe={
+                "budget": {"initial": 16, "maximum": 16},
+                "loss": {"clip_high": 0.28},
+                "max_refills": 3,
+                "overlong": {},
+            },
+            rival=True,
+        ),
+        Method(
+            "calibrated",
+            Baseline.CALIBRATED,
+            "ours; robust mixture priors, Schmidli et al. 2014",
+            colour=("#0d9488", "#2dd4bf"),
+            recipe={
+                "budget": {"rule": "calibrated", "initial": 4, "maximum": 16, "unbiased": True},
+                "leave_one_out": True,
+                "loss": {"clip_high": 0.28},
+            },
+        ),
     )
 }
+REFERENCE = METHODS["grpo"]  # what the others are measured against
 
 
 def find_method(name: str) -> Method:

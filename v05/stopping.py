@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from v05.methods import Calibration
+from v05.methods import METHODS, Calibration, find_method
 from v05.ops import fused_advantage
 
 
@@ -49,8 +49,10 @@ def path_counting_advantages(
         ValueError: a reward is between the two, the method has no such rule, a group has a size at which the rule does not stop, a
             shape does not fit, a prior is outside `reward_range`.
     """
-    if method not in ("v05", "calibrated"):
-        raise ValueError(f"method={method!r} has no stopping rule of its own; give 'v05' or 'calibrated'")
+    rule = find_method(method)
+    if not rule.counts_paths:
+        counted = ", ".join(name for name, other in METHODS.items() if other.counts_paths)
+        raise ValueError(f"method={method!r} has no stopping rule of its own; give one of {counted}")
     low, high = reward_range
     r, v = np.asarray(rewards, dtype=np.float64), np.asarray(prior, dtype=np.float64)
     offsets = np.asarray(group_offsets, dtype=np.int64)

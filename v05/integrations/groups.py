@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from v05.integrations.learnt import LearntFile
-from v05.methods import Calibration, find_method
+from v05.methods import METHODS, Calibration, find_method
 from v05.ops import AdvantageStats, fused_advantage
 from v05.prior import ValuePrior
 
@@ -26,12 +26,7 @@ logger = logging.getLogger(__name__)
 Range = tuple[float, float]
 PRIORS = ("history", "v0")
 OF_THE_PRIOR = ("prior", "backbone", "adapter", "outcomes", "learnt")  # settings that say which prior is made
-ESTIMATORS = {  # name in verl and SkyRL: method; the last two for comparison with the host's own
-    "v05": "v05",
-    "v05_calibrated": "calibrated",
-    "v05_grpo": "grpo",
-    "v05_rloo": "rloo",
-}
+ESTIMATORS = {method.estimator: method.name for method in METHODS.values()}  # name in verl and SkyRL: method
 PADDING = re.compile(r"pad([0-9]+|[0-9a-f]{32})")  # group ids of the rows that fill up a batch, in SkyRL and in verl
 
 
@@ -183,12 +178,12 @@ class PromptPriors:
             self._calibrator = calibrator
 
     def calibration(self, method: str) -> Calibration | None:
-        """How far the priors are to be trusted, fitted to the groups closed since the method "calibrated" first asked for it, or
+        """How far the priors are to be trusted, fitted to the groups closed since a calibrated method first asked for it, or
         since `learnt` was begun.
 
         None for the other methods. The first 64 groups are judged by the default.
         """
-        if method != "calibrated":
+        if not find_method(method).is_calibrated:
             return None
         if self._calibrator is None:
             self._calibrator = _new_calibrator()

@@ -97,7 +97,7 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
         if self.args.adaptive and (self.environment_factories is not None or self.rollout_func is not None):
             raise ValueError("initial_generations: environments and rollout functions sample by themselves; give None")
         self.prior: ValuePrior = HistoryPrior() if prior is None else prior
-        self.calibrator = Calibrator()  # read by the method "calibrated"
+        self.calibrator = Calibrator()  # read by calibrated methods
         self._batch: list[dict[str, Any]] = []  # the rows that are being sampled
         self._rates = np.zeros(0)  # of their prompts
         self._scored: torch.Tensor | None = None  # (N, functions), of rows that were scored while they were sampled
@@ -129,7 +129,7 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
         if rule.needs_prior:
             successes, trials = outcomes(out.stats, self._range)
             self.prior.observe(prompts, successes, trials)
-            if args.method == "calibrated":
+            if rule.is_calibrated:
                 self.calibrator.observe(successes, trials, self._rates)
                 self.calibrator.fit()
         self._logs["advantages"].extend(out.advantages.tolist())
@@ -154,14 +154,15 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
             return tuple(super()._generate(prompts))
         args, size = self.args, self.num_generations
         generate, score = super()._generate, super()._calculate_rewards
-        calibrated = args.method == "calibrated"
+        rule = find_method(args.method)
+        assert rule.budget_rule is not None  # adaptive sizes are refused to methods without a prior
         allocator = RolloutAllocator(
-            rule="calibrated" if calibrated else "osla",
+            rule=rule.budget_rule,
             initial=args.initial_generations,
             maximum=size,
             chunk=args.chunk_generations,
             reward_range=self._range,
-            calibration=self.calibrator.calibration if calibrated else None,
+            calibration=self.calibrator.calibration if rule.is_calibrated else None,
         )
         allocator.open(np.arange(len(prompts) // size), in_reward_units(self._rates, self._range))
         rows: dict[int, tuple[Any, ...]] = {}  # prompt ids, completion ids, tool mask, completion, log-probabilities

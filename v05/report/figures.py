@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from v05.methods import REFERENCE
 from v05.report.runs import Recorded, Seeds
-from v05.train.compare import BASELINE, final_accuracy, rollouts_to
+from v05.train.compare import final_accuracy, rollouts_to
 from v05.train.curves import crossing
 
 Document = dict[str, Any]
@@ -44,7 +45,7 @@ def document(groups: Sequence[Seeds], runs: Sequence[Recorded], baseline: str | 
     summaries, idle = [], []
     for group in track(groups, "summing up"):
         rivals = [other for other in groups if other.setting == group.setting and other.finished]
-        reference = next((r for r in rivals if (r.name == baseline if baseline else r.method == BASELINE)), None)
+        reference = next((r for r in rivals if (r.name == baseline if baseline else r.method == REFERENCE.name)), None)
         summaries.append(summary(group, reference))
         if reference is not None and group is reference and not improved(group):
             idle.append(f"rollouts saved in {group.setting}: {group.name} ends no higher than it began")

@@ -17,7 +17,7 @@ from pathlib import Path
 import plotly.offline
 
 from v05.files import explained, replacing
-from v05.palette import COLOURS
+from v05.methods import METHODS
 from v05.report.figures import Document
 from v05.train.metrics import plain_json
 
@@ -55,7 +55,7 @@ def coloured(document: Document) -> Document:
         names = variants[group["method"]]
         place = names.index(group["name"])
         shift = LIGHTNESS * (place / (len(names) - 1) - 0.5) if len(names) > 1 else 0.0
-        group["colours"] = [shifted(colour, shift) for colour in COLOURS[group["method"]]]
+        group["colours"] = [shifted(colour, shift) for colour in METHODS[group["method"]].colour]
         group["variant"] = place
     return document
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from scipy.special import expit, logit
 
 from v05.budget import ClosedGroups, RolloutAllocator
+from v05.methods import find_method
 from v05.ops import fused_advantage
 from v05.prior.calibration import Calibrator
 from v05.simulate.outcomes import Outcomes, fit_population
@@ -209,7 +210,7 @@ class Replay:
         assert output.stats is not None
         if self._steps >= WARM_UP:
             self._errors[method, budget].add(output.stats.baseline.numpy(), groups.rates, len(closed.rewards))
-        if METHODS[method] == "calibrated":  # for the steps to come
+        if find_method(METHODS[method]).is_calibrated:  # for the steps to come
             calibrator.observe(np.add.reduceat(closed.rewards, closed.offsets[:-1]), np.diff(closed.offsets), closed.priors)
             calibrator.fit()
 

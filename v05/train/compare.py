@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from v05.methods import REFERENCE
 from v05.train.config import RunConfig
 from v05.train.curves import Curve, Reached, bootstrap_interval, reaching
 from v05.train.metrics import RESULT, changed_settings, read_metrics, refuse_to_overwrite
 
-BASELINE = "grpo"  # the first run of this method is what the others are measured against
 POLL_SECONDS = 2.0
 
 
@@ -157,7 +157,7 @@ def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for run in runs:
         by_label[run.label].append(run)
     records = [_run_record(run) for run in runs]
-    baseline = next((group for group in by_label.values() if group[0].result["method"] == BASELINE), None)
+    baseline = next((group for group in by_label.values() if group[0].result["method"] == REFERENCE.name), None)
     for label, group in by_label.items():
         records.append(_method_record(label, group, baseline))
     return records

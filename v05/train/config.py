@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from v05.methods import METHODS, Baseline, Scale, find_method
+from v05.methods import Scale, find_method
 from v05.tasks import ReasoningGymConfig, Source, TaskConfig
 
 Aggregation = Literal["token", "sequence"]
@@ -185,9 +185,9 @@ class RunConfig(Settings):
         budget, method = self.budget, find_method(self.method)
         if budget.rule != "uniform" and not method.needs_prior:
             raise ValueError(f"budget.rule={budget.rule!r} tests a prior, which method={self.method!r} has not; use rule='uniform'")
-        if budget.rule == "calibrated" and method.baseline is not Baseline.CALIBRATED:
+        if budget.rule == "calibrated" and not method.is_calibrated:
             raise ValueError(f"budget.rule='calibrated' needs the fit of method='calibrated', not {self.method!r}; use rule='osla'")
-        if budget.unbiased and (self.method, budget.rule) not in (("v05", "osla"), ("calibrated", "calibrated")):
+        if budget.unbiased and not (method.counts_paths and budget.rule == method.budget_rule):
             raise ValueError(
                 f"budget.unbiased counts paths of method v05 under rule 'osla' and of 'calibrated' under its own, not of "
                 f"method={self.method!r} under rule={budget.rule!r}; leave it out"
@@ -226,22 +226,6 @@ class RunConfig(Settings):
                 f"rollouts_per_step={self.rollouts_per_step} does not hold one prompt of budget.initial={self.budget.initial}"
             )
         return self
-
-
-# What each paper prescribes beside its advantage. Departures stand in v05/train/loss.py and v05/train/trainer.py.
-RECIPES: dict[str, dict[str, Any]] = {
-    "grpo": {"budget": {"initial": 16, "maximum": 16}, "loss": {"aggregation": "sequence"}},
-    "dr_grpo": {"budget": {"initial": 4, "maximum": 4}},
-    "rloo": {"budget": {"initial": 4, "maximum": 4}},
-    "prior": {"budget": {"initial": 4, "maximum": 4}},
-    "dapo": {"budget": {"initial": 16, "maximum": 16}, "loss": {"clip_high": 0.28}, "max_refills": 3, "overlong": {}},
-    "v05": {"budget": {"rule": "osla", "initial": 4, "maximum": 16}, "loss": {"clip_high": 0.28}},
-    "calibrated": {
-        "budget": {"rule": "calibrated", "initial": 4, "maximum": 16, "unbiased": True},
-        "leave_one_out": True,
-        "loss": {"clip_high": 0.28},
-    },
-}
 
 
 def _sums(low: int, high: int, weight: float) -> Source:
@@ -353,14 +337,14 @@ def run_config(preset: str, spec: str, **overrides: Any) -> RunConfig:
             f"method={spec!r} is malformed; write a method, method@4, method@4..16 or method@4..16~6, "
             "then +PRIOR, +cost=NUMBER, +weighting=NAME and +clip=NUMBER if need be"
         )
-    method = find_method(parts["method"]).name
-    fields = {**PRESETS[preset], **RECIPES[method], "method": method, **overrides}
+    rule = find_method(parts["method"])
+    fields = {**PRESETS[preset], **rule.recipe, "method": rule.name, **overrides}
     if parts["initial"]:
         initial, maximum = int(parts["initial"]), int(parts["maximum"] or parts["initial"])
-        sequential = "calibrated" if method == "calibrated" else "osla"
-        rule = "total" if parts["mean"] else sequential if parts["maximum"] else "uniform"
-        fields["budget"] = {"rule": rule, "initial": initial, "maximum": maximum, "mean": parts["mean"]}
-        fields["budget"]["unbiased"] = rule == "calibrated"
+        test = rule.budget_rule or "osla"  # which a method without a prior is then refused
+        budget_rule = "total" if parts["mean"] else test if parts["maximum"] else "uniform"
+        fields["budget"] = {"rule": budget_rule, "initial": initial, "maximum": maximum, "mean": parts["mean"]}
+        fields["budget"]["unbiased"] = budget_rule == "calibrated"
     if parts["prior"]:
         if overrides.get("prior", parts["prior"]) != parts["prior"]:
             raise ValueError(f"prior={overrides['prior']!r} contradicts method={spec!r}; leave one of the two out")
@@ -390,6 +374,3 @@ def label_of(config: RunConfig) -> str:
     weighting_part = "" if weighting == LossConfig().group_weighting else f"+weighting={weighting}"
     clip_part = "" if clip == OptimizerConfig().max_grad_norm else f"+clip={clip:g}"
     return f"{config.method}@{budget.initial}{maximum}{mean}{prior}{cost}{weighting_part}{clip_part}"
-
-
-assert RECIPES.keys() == METHODS.keys(), "every method has a recipe"

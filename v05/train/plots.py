@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from v05.palette import COLOURS
+from v05.methods import METHODS
 from v05.train.compare import Run
 from v05.train.curves import mean_curve
 
@@ -43,7 +43,7 @@ def _styled(runs: Mapping[str, Sequence[Run]]) -> Iterator[tuple[Sequence[Run], 
     seen: Counter[str] = Counter()
     for label, group in runs.items():
         method = group[0].result["method"]
-        yield group, {"label": label, "color": COLOURS[method][0], "linestyle": LINES[seen[method] % len(LINES)]}
+        yield group, {"label": label, "color": METHODS[method].colour[0], "linestyle": LINES[seen[method] % len(LINES)]}
         seen[method] += 1
 
 

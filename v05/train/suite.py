@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from v05.methods import METHODS, REFERENCE
 from v05.train.compare import load_run, mean_of
 from v05.train.config import EvaluationConfig, RunConfig, run_config
 from v05.train.curves import Curve, bootstrap_interval, reaching
@@ -29,8 +30,8 @@ ROWS = "runs.csv"
 TUNING_SEED = 1000  # no seed that counts
 LAST = 2  # evaluations at a tuning run's end whose mean decides
 STAGES = ("generate", "verify", "advantage", "update", "sync")
-RIVALS = ("grpo", "dr_grpo", "dapo")  # with groups of one size RLOO is Dr. GRPO times k / (k - 1), which AdamW divides out
-TARGET = "grpo@16"  # whose final accuracy the others are to reach
+RIVALS = tuple(method.name for method in METHODS.values() if method.rival)
+TARGET = f"{REFERENCE.name}@16"  # whose final accuracy the others are to reach
 KINDS = {"int": int, "float": float, "str": str}
 
 

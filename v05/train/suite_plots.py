@@ -9,9 +9,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from v05.palette import COLOURS
+from v05.methods import METHODS
 from v05.train.curves import bootstrap_interval, mean_curve
-from v05.train.suite import RIVALS, Row, best_size, counted
+from v05.train.suite import TARGET, Row, best_size, counted
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -43,7 +43,7 @@ def _group_sizes(mixes: Mapping[str, ByLabel], file: Path) -> Path:
     learnt, true or noise, and where rollouts and not prompts weigh alike. Methods stand a little apart."""
     figure, panels = plt.subplots(1, len(mixes), figsize=(4.6 * len(mixes), 4.4), squeeze=False, layout="constrained")
     for axes, (mix, by_label) in zip(panels[0], mixes.items(), strict=True):
-        for place, (method, (colour, _)) in enumerate(COLOURS.items()):
+        for place, (method, rule) in enumerate(METHODS.items()):
             fixed = [label for label in by_label if re.fullmatch(rf"{method}@\d+", label)]
             fixed.sort(key=lambda label: int(label.split("@")[1]))
             tested = rf"{method}@\d+\.\.\d+"
@@ -55,7 +55,7 @@ def _group_sizes(mixes: Mapping[str, ByLabel], file: Path) -> Path:
                 if not labels:
                     continue
                 groups = [list(by_label[label].values()) for label in labels]
-                apart = APART ** (place - len(COLOURS) // 2)
+                apart = APART ** (place - len(METHODS) // 2)
                 sizes = [apart * np.mean([row.group_size for row in group]) for group in groups]
                 means = np.array([np.mean([row.accuracy_after for row in group]) for group in groups])
                 ends = np.array([bootstrap_interval([row.prompt_accuracy for row in group]) for group in groups])
@@ -63,7 +63,7 @@ def _group_sizes(mixes: Mapping[str, ByLabel], file: Path) -> Path:
                     sizes,
                     means,
                     np.abs(ends.T - means),
-                    color=colour,
+                    color=rule.colour[0],
                     marker=marker,
                     markersize=size,
                     linestyle=line,
@@ -90,15 +90,15 @@ def _curves(mixes: Mapping[str, ByLabel], column: str, x_label: str, file: Path)
     """Accuracy over what it cost: every method at its best fixed group size, GRPO at 16, and V_0.5 with its test."""
     figure, panels = plt.subplots(1, len(mixes), figsize=(4.6 * len(mixes), 4.4), squeeze=False, layout="constrained")
     for axes, (mix, by_label) in zip(panels[0], mixes.items(), strict=True):
-        best = [best_size(method, by_label) for method in (*RIVALS, "prior", "v05", "calibrated")]
-        for label in dict.fromkeys(["grpo@16", *best, "v05@4..16"]):
+        best = [best_size(method, by_label) for method in METHODS]
+        for label in dict.fromkeys([TARGET, *best, "v05@4..16"]):
             if label is None or label not in by_label:
                 continue
             group = list(by_label[label].values())
             method = label.split("@")[0]
             points, mean, _ = mean_curve([row.accuracy_over(column) for row in group])
-            dashed = "--" if label in ("grpo@16", "v05@4..16") else "-"
-            axes.plot(points, mean, dashed, color=COLOURS[method][0], label=f"{label} ({len(group)})", lw=1.6)
+            dashed = "--" if label in (TARGET, "v05@4..16") else "-"
+            axes.plot(points, mean, dashed, color=METHODS[method].colour[0], label=f"{label} ({len(group)})", lw=1.6)
         axes.set(xlabel=x_label, title=mix)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, title="(seeds)")
