@@ -15,8 +15,11 @@ from typing import Any
 import reasoning_gym
 
 from v05.tasks import Prompt, ReasoningGymConfig, Split, split_of
+from v05.tasks.scorers import COMPARED, refuse_unread, scorer_of
 
 ENDLESS = 2**31 - 1  # items of a dataset; each is generated from its index when asked for
+LONGEST = 1_000_000  # characters of a completion that is read; no answer has as many
+UNSOLVED = "Integral("  # in a reference answer: an antiderivative that sympy did not find
 
 
 @dataclass(frozen=True)
@@ -92,13 +95,21 @@ def surface_of(config: ReasoningGymConfig, dataset: str) -> Surface:
 
 
 class ReasoningGymTask:
-    """The task of a `ReasoningGymConfig`."""
+    """The task of a `ReasoningGymConfig`. ValueError names a data set that cannot be used.
+
+    Attributes:
+        may_stall: whether a completion could keep one of its verifiers busy; those of `COMPARED` answer at once.
+    """
 
     def __init__(self, config: ReasoningGymConfig) -> None:
         self._surfaces = [surface_of(config, source.dataset) for source in config.mix]
-        self._datasets = [
-            reasoning_gym.create_dataset(source.dataset, size=ENDLESS, seed=config.seed, **source.settings) for source in config.mix
-        ]
+        self._datasets, self._scorers = [], []
+        for source in config.mix:
+            refuse_unread(source.dataset)
+            dataset = reasoning_gym.create_dataset(source.dataset, size=ENDLESS, seed=config.seed, **source.settings)
+            self._datasets.append(dataset)
+            self._scorers.append(scorer_of(source.dataset, dataset))
+        self.may_stall = any(source.dataset not in COMPARED for source in config.mix)
         self._weights = [source.weight for source in config.mix]
         self._operand_width = config.operand_width
         self._seed = config.seed
@@ -107,7 +118,7 @@ class ReasoningGymTask:
         number = start
         while True:
             prompt = self._prompt(number)
-            if split_of(prompt.text) == split:
+            if split_of(prompt.text) == split and UNSOLVED not in prompt.answer:
                 yield number, prompt
             number += 1
 
@@ -119,8 +130,11 @@ class ReasoningGymTask:
 
     def verify(self, prompt: Prompt, completion: str) -> float:
         source, item = prompt.item
-        try:
-            score = self._datasets[source].score_answer(self._surfaces[source].read(completion), item)
-        except Exception:  # some verifiers raise on junk, which is then simply wrong
+        if len(completion) > LONGEST:
             return 0.0
-        return float(score == 1.0)  # partial credit is no success
+        try:
+            return float(self._scorers[source](item, self._surfaces[source].read(completion)))
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # some verifiers raise on junk, which is then simply wrong; none may end the run
+            return 0.0
