@@ -1,9 +1,11 @@
 """Tasks, engines and a server that misbehave on purpose. Importable by name, so that verifier processes can make the tasks."""
 
+import builtins
 import contextlib
 import http.server
 import json
 import os
+import resource
 import signal
 import threading
 import time
@@ -14,21 +16,71 @@ from v05.rollout import Completion, Failure
 
 
 class TroubleTask:
-    """Scores a completion by what it says: a number is the reward; "hang", "die", "raise" do so; others are wrong."""
+    """Scores a completion by what it says: a number is the reward; a name of `TROUBLES` or an exception happens; others raise."""
 
     def verify(self, prompt, completion):
-        if completion == "hang":
-            time.sleep(3600)
-        if completion == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if completion == "raise":
-            raise RuntimeError("not a completion I know")
+        if completion in TROUBLES:
+            return TROUBLES[completion](prompt)
+        if completion in ("SystemExit", "KeyboardInterrupt", "GeneratorExit", "MemoryError", "RecursionError", "RuntimeError"):
+            raise getattr(builtins, completion)
         return float(completion)
+
+
+def write_a_file(prompt):
+    with open(prompt.text, "w") as file:
+        file.write("x")
+    return 1.0
+
+
+def dump_core(prompt):
+    resource.setrlimit(resource.RLIMIT_CORE, (2**20, 2**20))
+    return 1.0
+
+
+TROUBLES = {
+    "hang": lambda prompt: time.sleep(3600),
+    "die": lambda prompt: os.kill(os.getpid(), signal.SIGKILL),
+    "abort": lambda prompt: os.abort(),
+    "leave": lambda prompt: os._exit(0),
+    "raise": lambda prompt: [][0],
+    "fill memory": lambda prompt: float(len(bytearray(2**30))),
+    "print": lambda prompt: [print("\x1b[2J" * 10**5), os.write(2, b"x" * 10**5)] and 1.0,
+    "write": write_a_file,
+    "dump": dump_core,
+    "return none": lambda prompt: None,
+    "return nan": lambda prompt: float("nan"),
+    "return infinity": lambda prompt: float("inf"),
+    "return text": lambda prompt: "1.0",
+    "return true": lambda prompt: True,
+}
+
+
+class DoomedTask:
+    """Ends its process over everything."""
+
+    def verify(self, prompt, completion):
+        os._exit(1)
+
+
+class StuckTask:
+    def verify(self, prompt, completion):
+        time.sleep(3600)
 
 
 class BrokenTask:
     def __init__(self):
         raise RuntimeError("this task cannot be made")
+
+
+class Unreadable:
+    """Can be sent to another process, but not read there."""
+
+    def __reduce__(self):
+        return refuse, ()
+
+
+def refuse():
+    raise ValueError("made for one process")
 
 
 class CoinEngine:

@@ -50,40 +50,37 @@ def chance(*what: object) -> float:
 
 
 class PeacefulTask:
-    """Rewards that follow from prompt and completion. Those of verifications that would hang are what a time-out is worth."""
+    """Rewards that follow from prompt and completion. A completion that would hang, kill or break its verifier is wrong."""
 
     def verify(self, prompt: Prompt, completion: str) -> float:
-        return 0.0 if hangs(prompt, completion) else float(chance("reward", prompt.text, completion) < 0.5)
+        return float(trouble_of(prompt, completion) is None and chance("reward", prompt.text, completion) < 0.5)
 
 
 class HostileTask(PeacefulTask):
-    """The same, but some verifications hang, and some die or raise the first time. What has been done stands in `folder`."""
+    """The same, but some verifications hang, die or raise. What has been done stands in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def verify(self, prompt: Prompt, completion: str) -> float:
-        if hangs(prompt, completion):
-            self._first_time("hang", prompt, completion)
+        trouble = trouble_of(prompt, completion)
+        if trouble is not None:
+            (self._folder / f"{trouble}-{int(2**60 * chance(prompt.text, completion))}").touch()
+        if trouble == "hang":
             time.sleep(3600)
-        trouble = chance("trouble", prompt.text, completion)
-        if trouble < 0.01 and self._first_time("die", prompt, completion):
+        if trouble == "die":
             os.kill(os.getpid(), signal.SIGKILL)
-        if 0.01 <= trouble < 0.03 and self._first_time("raise", prompt, completion):
+        if trouble == "raise":
             raise RuntimeError("a verifier that is not well")
         return super().verify(prompt, completion)
 
-    def _first_time(self, what: str, prompt: Prompt, completion: str) -> bool:
-        key = int(2**60 * chance(prompt.text, completion))
-        try:
-            os.close(os.open(self._folder / f"{what}-{key}", os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return False
-        return True
 
-
-def hangs(prompt: Prompt, completion: str) -> bool:
-    return chance("hang", prompt.text, completion) < 0.003
+def trouble_of(prompt: Prompt, completion: str) -> str | None:
+    """What a completion does to its verifier. The reference answer does nothing to it."""
+    place = chance("trouble", prompt.text, completion)
+    if completion == prompt.answer or place >= 0.033:
+        return None
+    return "hang" if place < 0.003 else "die" if place < 0.013 else "raise"
 
 
 class LyingAllocator(RolloutAllocator):

@@ -10,14 +10,13 @@ import sys
 import time
 
 import pytest
-from rollout_fakes import BrokenTask, TroubleTask
+from rollout_fakes import BrokenTask, DoomedTask, StuckTask, TroubleTask, Unreadable
 
-from v05.rollout import Failure
 from v05.rollout.verifier import InlineVerifier, Item, VerifierPool, verify_all
 from v05.tasks import Prompt, make_task
 from v05.train.config import PRESETS
 
-PROMPT = Prompt("", "", None)
+PROMPT = Prompt("", "1", None)
 
 
 @pytest.fixture
@@ -43,17 +42,99 @@ def test_trouble_costs_its_items_and_no_others(pool):
     completions[40] = completions[41] = "die"
     completions[60] = completions[299] = "raise"
     results = results_of(pool, completions)
-    assert pool.timed_out == 3
+    assert (pool.timed_out, pool.crashed) == (3, 2)
     for key, completion in enumerate(completions):
-        if completion == "hang":
-            assert results[key] == 0.0
-        elif completion == "die":
-            assert results[key] == Failure("the verifier's process died (exit code -9)")
-        elif completion == "raise":
-            assert results[key] == Failure("the verifier raised RuntimeError('not a completion I know')")
-        else:
-            assert results[key] == float(completion)
+        assert results[key] == (float(completion) if completion.isdigit() else 0.0)
     assert results_of(pool, ["1", "0"]) == {0: 1.0, 1: 0.0}  # and it goes on
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        *("hang", "die", "abort", "leave", "raise", "fill memory", "write", "dump", "x", ""),
+        *("SystemExit", "KeyboardInterrupt", "GeneratorExit", "MemoryError", "RecursionError"),
+        *("return none", "return nan", "return infinity", "return text"),
+    ],
+)
+def test_what_a_completion_does_to_its_verifier_is_wrong(completion, tmp_path):
+    pool = VerifierPool(TroubleTask, workers=1, time_limit=1.5, memory_gib=0.25)
+    prompt = Prompt(str(tmp_path / "written"), "1", None)
+    try:
+        assert verify_all(pool, [prompt] * 3, ["1", completion, "1"]) == [1.0, 0.0, 1.0]
+    finally:
+        pool.close()
+    assert not (tmp_path / "written").exists() or (tmp_path / "written").read_text() == ""
+    assert pool.timed_out == (completion == "hang")
+    assert pool.crashed == (completion in ("die", "abort", "leave", "KeyboardInterrupt"))
+
+
+@pytest.mark.parametrize(
+    "completion", ["raise", "x", "SystemExit", "GeneratorExit", "MemoryError", "RecursionError", "return none", "return nan"]
+)
+def test_what_a_completion_does_in_this_process_is_wrong(completion):
+    assert verify_all(InlineVerifier(TroubleTask()), [PROMPT] * 3, ["1", completion, "0.5"]) == [1.0, 0.0, 0.5]
+
+
+def test_ctrl_c_ends_verifying_in_this_process():
+    with pytest.raises(KeyboardInterrupt):
+        InlineVerifier(TroubleTask()).submit([Item(0, PROMPT, "KeyboardInterrupt")])
+
+
+def test_what_a_process_prints_is_dropped(pool, capfd):
+    assert results_of(pool, ["print", "return true"]) == {0: 1.0, 1: 1.0}
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("task", "loss"), [(DoomedTask, r"died \(exit code 1\)"), (StuckTask, "took longer than 1 s")])
+def test_a_pool_that_loses_reference_answers_too_gives_up(task, loss):
+    pool = VerifierPool(task, workers=2, time_limit=1.0)
+    with pytest.raises(RuntimeError, match=f"lost 3 times in a row .*; the last one {loss}: look at the machine's memory"):
+        results_of(pool, ["1"] * 5)
+    pool.close()
+
+
+@pytest.mark.parametrize("answer", ["die", "hang"])
+def test_a_prompt_whose_reference_answer_is_lost_too_is_a_failure(answer):
+    pool = VerifierPool(TroubleTask, workers=1, time_limit=1.0)
+    items = [Item(0, PROMPT, "1"), Item(1, Prompt("", answer, None), answer), Item(2, PROMPT, "0")]
+    try:
+        results = {}
+        pool.submit(items)
+        while len(results) < 3:
+            results |= dict(pool.poll(wait=True))
+        with pytest.raises(RuntimeError, match=r"could not be verified in 3 attempts; .* over the reference answer too"):
+            verify_all(pool, [items[1].prompt, PROMPT], [answer, "1"])
+    finally:
+        pool.close()
+    assert results[0] == 1.0
+    assert "over the reference answer too" in results[1].error
+    assert results[2] == 0.0
+    assert (pool.timed_out, pool.crashed) == (0, 0)
+
+
+def test_an_item_that_cannot_be_sent_is_a_failure(pool):
+    pool.submit([Item(0, Prompt("", "1", lambda: None), "1"), Item(1, Prompt("", "1", Unreadable()), "1"), Item(2, PROMPT, "1")])
+    results = {}
+    while len(results) < 3:
+        results |= dict(pool.poll(wait=True))
+    assert "cannot be sent to a verifier process" in results[0].error
+    assert "cannot be read by a verifier process: ValueError('made for one process')" in results[1].error
+    assert results[2] == 1.0
+
+
+def test_a_process_that_is_lost_before_its_items_costs_none(pool):
+    results_of(pool, ["1", "1"])
+    for worker in pool._workers:
+        os.kill(worker.process.pid, signal.SIGSTOP)  # they cannot begin
+    pool.submit([Item(key, PROMPT, "1") for key in range(4)])
+    assert all(worker.items for worker in pool._workers)
+    for worker in pool._workers:
+        os.kill(worker.process.pid, signal.SIGKILL)
+    results = {}
+    while len(results) < 4:
+        results |= dict(pool.poll(wait=True))
+    assert results == dict.fromkeys(range(4), 1.0)
+    assert pool.crashed == 0
 
 
 def test_nothing_is_waited_for_unasked(pool):
@@ -125,6 +206,5 @@ def test_the_pool_agrees_with_this_process_on_a_real_task():
     assert rewards == [float(bool(i % 3)) for i in range(50)]
 
 
-def test_what_fails_counts_as_wrong_in_an_evaluation():
-    assert verify_all(InlineVerifier(TroubleTask()), [PROMPT] * 3, ["1", "raise", "0.5"]) == [1.0, 0.0, 0.5]
+def test_nothing_to_verify():
     assert verify_all(InlineVerifier(TroubleTask()), [], []) == []

@@ -35,15 +35,25 @@ class Prompt:
     messages: tuple[tuple[str, str], ...] | None = None
 
 
-class Task(Protocol):
-    """A source of prompts and the verifier that scores completions."""
+class Scorer(Protocol):
+    """The verifier that scores completions."""
+
+    def verify(self, prompt: Prompt, completion: str) -> float:
+        """Reward 1.0 for a right completion, else 0.0. Never raises nor evaluates a completion, whatever it says."""
+        ...
+
+
+class Task(Scorer, Protocol):
+    """A source of prompts and their verifier.
+
+    Attributes:
+        may_stall: whether a completion could keep the verifier busy for long, which a process of its own should guard against.
+    """
+
+    may_stall: bool
 
     def prompts(self, split: Split, start: int = 0) -> Iterator[tuple[int, Prompt]]:
         """Endless (number, prompt) of a split, from number `start` on; `number + 1` is where to resume."""
-        ...
-
-    def verify(self, prompt: Prompt, completion: str) -> float:
-        """Reward 1.0 for a right completion, else 0.0. Never raises, whatever the completion."""
         ...
 
 
@@ -88,6 +98,15 @@ def make_task(config: ReasoningGymConfig | JsonlConfig) -> Task:
     from v05.tasks.jsonl import JsonlTask
 
     return JsonlTask(config)
+
+
+def make_scorer(config: ReasoningGymConfig | JsonlConfig) -> Scorer:
+    """What verifies the prompts of a task, without its file, which may have changed since."""
+    if isinstance(config, ReasoningGymConfig):
+        return make_task(config)
+    from v05.tasks.jsonl import MathScorer
+
+    return MathScorer()
 
 
 def split_of(text: str) -> Split:

@@ -15,8 +15,17 @@ from v05.tasks.rows import TRAINING_FIELDS, read_rows
 __all__ = ["JsonlTask", "read_answer", "verify_answer"]
 
 
-class JsonlTask:
+class MathScorer:
+    """Verifies answers by math-verify."""
+
+    def verify(self, prompt: Prompt, completion: str) -> float:
+        return verify_answer(prompt.item, completion)
+
+
+class JsonlTask(MathScorer):
     """The task of a `JsonlConfig`. Raises ValueError that names the line of a malformed file."""
+
+    may_stall = True
 
     def __init__(self, config: JsonlConfig) -> None:
         self._seed = config.seed
@@ -37,6 +46,3 @@ class JsonlTask:
             for index in order[position:]:
                 yield number, prompts[index]
                 number += 1
-
-    def verify(self, prompt: Prompt, completion: str) -> float:
-        return verify_answer(prompt.item, completion)
