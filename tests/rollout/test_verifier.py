@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import multiprocessing
 import os
 import signal
@@ -13,8 +14,9 @@ import pytest
 from rollout_fakes import BrokenTask, DoomedTask, StuckTask, TroubleTask, Unreadable
 
 from v05.rollout.verifier import InlineVerifier, Item, VerifierPool, verify_all
-from v05.tasks import Prompt, make_task
-from v05.train.config import PRESETS
+from v05.tasks import JsonlConfig, Prompt, ReasoningGymConfig, Source, make_task
+from v05.train.config import PRESETS, run_config
+from v05.train.engine import make_verifier
 
 PROMPT = Prompt("", "1", None)
 
@@ -204,6 +206,40 @@ def test_the_pool_agrees_with_this_process_on_a_real_task():
         pool.close()
     assert rewards == verify_all(InlineVerifier(task), prompts, completions)
     assert rewards == [float(bool(i % 3)) for i in range(50)]
+
+
+def run_of(task, **verifier):
+    return run_config("smoke", "grpo", task=task, verifier=verifier)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "workers", "processes"), [("chain_sum", None, 0), ("sudoku", None, 2), ("sudoku", 0, 0), ("chain_sum", 3, 3)]
+)
+def test_verifiers_that_may_stall_have_processes_by_default(dataset, workers, processes):
+    config = run_of(ReasoningGymConfig(mix=(Source(dataset=dataset),)), workers=workers)
+    verifier = make_verifier(config, make_task(config.task))
+    try:
+        assert len(getattr(verifier, "_workers", [])) == processes
+    finally:
+        verifier.close()
+
+
+def test_math_is_verified_in_processes_that_do_not_read_the_file_again(tmp_path):
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i}/7?", "answer": f"{i}/7"}) + "\n" for i in range(40)))
+    config = run_of(JsonlConfig(path=path))
+    task = make_task(config.task)
+    prompts = [prompt for _, prompt in itertools.islice(task.prompts("train"), 4)]
+    path.unlink()
+    verifier = make_verifier(config, task)
+    try:
+        assert isinstance(verifier, VerifierPool)
+        answers = [f"So it is $\\boxed{{{prompt.answer}}}$" for prompt in prompts]
+        assert (
+            verify_all(verifier, prompts * 2, [*answers, "$9^{9^{9^{9}}}$", "exit()", "8", "\\boxed{8}"]) == [1.0] * 4 + [0.0] * 4
+        )
+    finally:
+        verifier.close()
 
 
 def test_nothing_to_verify():

@@ -108,8 +108,13 @@ class OverlongConfig(Settings):
 class VerifierConfig(Settings):
     """Where completions are verified (v05.rollout.verifier)."""
 
-    workers: int = Field(default=0, ge=0, description="processes; 0 verifies in the trainer's, with no guard against hangs")
+    workers: int | None = Field(
+        default=None,
+        ge=0,
+        description="processes; 0 verifies in the trainer's, unguarded; None is 0 for tasks that cannot stall, else 2",
+    )
     time_limit: float = Field(default=10.0, gt=0, description="seconds an item may take; with workers only")
+    memory_gib: float = Field(default=2.0, gt=0, description="that a process may use to verify; on Linux only")
 
 
 class EngineConfig(Settings):

@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 from v05.rollout import Request, RolloutEngine, generate
 from v05.rollout.transformers_engine import TransformersEngine, completion_logprobs
 from v05.rollout.verifier import InlineVerifier, Verifier, VerifierPool
-from v05.tasks import Task, make_task
+from v05.tasks import Task, make_scorer
 from v05.train.config import EngineConfig, RunConfig
 from v05.train.policy import load_policy, load_tokenizer
+
+WORKERS = 2  # processes that verify by default; math-verify takes 2 ms a completion, less than sampling one
 
 
 def make_engine(config: RunConfig, folder: Path, directory: Path, model: PreTrainedModel, tokenizer: Any) -> RolloutEngine:
@@ -52,11 +54,14 @@ def engine_of_folder(kind: str, settings: EngineConfig, folder: Path, limits: di
 
 
 def make_verifier(config: RunConfig, task: Task) -> Verifier:
-    """The verifier of a run: inline, or a pool whose processes each make their own task."""
+    """The verifier of a run: inline, or a pool. Inline by default is a task whose verifiers cannot stall: its comparisons take
+    microseconds, which a pool only adds to."""
     settings = config.verifier
-    if settings.workers == 0:
+    workers = settings.workers if settings.workers is not None else WORKERS if task.may_stall else 0
+    if workers == 0:
         return InlineVerifier(task)
-    return VerifierPool(functools.partial(make_task, config.task), workers=settings.workers, time_limit=settings.time_limit)
+    make = functools.partial(make_scorer, config.task)
+    return VerifierPool(make, workers=workers, time_limit=settings.time_limit, memory_gib=settings.memory_gib)
 
 
 def sync_weights(engine: RolloutEngine, model: PreTrainedModel, probe: Sequence[Request], pad: int, tolerance: float) -> float:
