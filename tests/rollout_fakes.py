@@ -32,9 +32,8 @@ def write_a_file(prompt):
     return 1.0
 
 
-def dump_core(prompt):
-    resource.setrlimit(resource.RLIMIT_CORE, (2**20, 2**20))
-    return 1.0
+def no_process(prompt):
+    raise ChildProcessError("out of processes")
 
 
 TROUBLES = {
@@ -46,7 +45,8 @@ TROUBLES = {
     "fill memory": lambda prompt: float(len(bytearray(2**30))),
     "print": lambda prompt: [print("\x1b[2J" * 10**5), os.write(2, b"x" * 10**5)] and 1.0,
     "write": write_a_file,
-    "dump": dump_core,
+    "dump": lambda prompt: float(resource.getrlimit(resource.RLIMIT_CORE)[0] != 0),
+    "miss a process": no_process,
     "return none": lambda prompt: None,
     "return nan": lambda prompt: float("nan"),
     "return infinity": lambda prompt: float("inf"),

@@ -13,6 +13,7 @@ import time
 import pytest
 from rollout_fakes import BrokenTask, DoomedTask, StuckTask, TroubleTask, Unreadable
 
+from v05.rollout import Failure
 from v05.rollout.verifier import InlineVerifier, Item, VerifierPool, verify_all
 from v05.tasks import JsonlConfig, Prompt, ReasoningGymConfig, Source, make_task
 from v05.train.config import PRESETS, run_config
@@ -77,6 +78,16 @@ def test_what_a_completion_does_in_this_process_is_wrong(completion):
     assert verify_all(InlineVerifier(TroubleTask()), [PROMPT] * 3, ["1", completion, "0.5"]) == [1.0, 0.0, 0.5]
 
 
+def test_a_process_that_the_verifier_misses_is_a_failure(pool):
+    pool.submit([Item(0, PROMPT, "miss a process")])
+    inline = InlineVerifier(TroubleTask())
+    inline.submit([Item(0, PROMPT, "miss a process")])
+    for verifier in (pool, inline):
+        assert verifier.poll(wait=True) == [(0, Failure("the verifier does not run: out of processes"))]
+    with pytest.raises(RuntimeError, match=r"could not be verified in 3 attempts; the last error: .* out of processes"):
+        verify_all(pool, [PROMPT], ["miss a process"])
+
+
 def test_ctrl_c_ends_verifying_in_this_process():
     with pytest.raises(KeyboardInterrupt):
         InlineVerifier(TroubleTask()).submit([Item(0, PROMPT, "KeyboardInterrupt")])
@@ -125,7 +136,8 @@ def test_an_item_that_cannot_be_sent_is_a_failure(pool):
 
 
 def test_a_process_that_is_lost_before_its_items_costs_none(pool):
-    results_of(pool, ["1", "1"])
+    while not all(worker.ready for worker in pool._workers):
+        pool.poll(wait=False)
     for worker in pool._workers:
         os.kill(worker.process.pid, signal.SIGSTOP)  # they cannot begin
     pool.submit([Item(key, PROMPT, "1") for key in range(4)])
@@ -226,15 +238,15 @@ def test_verifiers_that_may_stall_have_processes_by_default(dataset, workers, pr
 
 def test_math_is_verified_in_processes_that_do_not_read_the_file_again(tmp_path):
     path = tmp_path / "tasks.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{i}/7?", "answer": f"{i}/7"}) + "\n" for i in range(40)))
-    config = run_of(JsonlConfig(path=path))
+    path.write_text("".join(json.dumps({"prompt": f"{i}?", "answer": f"x+{i}"}) + "\n" for i in range(40)))
+    config = run_of(JsonlConfig(path=path), memory_gib=0.5)  # the process that compares formulas has a limit of its own
     task = make_task(config.task)
     prompts = [prompt for _, prompt in itertools.islice(task.prompts("train"), 4)]
     path.unlink()
     verifier = make_verifier(config, task)
     try:
         assert isinstance(verifier, VerifierPool)
-        answers = [f"So it is $\\boxed{{{prompt.answer}}}$" for prompt in prompts]
+        answers = [f"So it is $\\boxed{{{prompt.answer[2:]}+x}}$" for prompt in prompts]
         assert (
             verify_all(verifier, prompts * 2, [*answers, "$9^{9^{9^{9}}}$", "exit()", "8", "\\boxed{8}"]) == [1.0] * 4 + [0.0] * 4
         )

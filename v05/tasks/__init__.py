@@ -39,7 +39,10 @@ class Scorer(Protocol):
     """The verifier that scores completions."""
 
     def verify(self, prompt: Prompt, completion: str) -> float:
-        """Reward 1.0 for a right completion, else 0.0. Never raises nor evaluates a completion, whatever it says."""
+        """Reward 1.0 for a right completion, else 0.0. Never evaluates a completion, nor raises because of what it says.
+
+        ChildProcessError: a process that the verifier needs does not run, which tells nothing about the completion.
+        """
         ...
 
 
@@ -104,9 +107,9 @@ def make_scorer(config: ReasoningGymConfig | JsonlConfig) -> Scorer:
     """What verifies the prompts of a task, without its file, which may have changed since."""
     if isinstance(config, ReasoningGymConfig):
         return make_task(config)
-    from v05.tasks.jsonl import MathScorer
+    from v05.tasks.jsonl import AnswerScorer
 
-    return MathScorer()
+    return AnswerScorer()
 
 
 def split_of(text: str) -> Split:

@@ -74,13 +74,16 @@ class _JudgeProcess:
         if not self._ready:
             if _pipe(self._process.stdout).readline() != "ready\n":
                 code = self._stop()
-                raise RuntimeError(f"the process that compares formulas could not start (exit code {code}); see its error above")
+                raise ChildProcessError(f"what compares formulas could not start (exit code {code}); see its error above")
             self._ready = True
         return self._process
 
     def _start(self) -> None:
         command = [sys.executable, "-m", "v05.tasks.formulas"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+        try:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+        except OSError as error:
+            raise ChildProcessError(f"what compares formulas could not start: {error}") from error
         self._owner, self._ready = os.getpid(), False
 
     def _stop(self) -> int:

@@ -10,19 +10,23 @@ from collections.abc import Iterator
 
 from v05.tasks import JsonlConfig, Prompt, Split, split_of
 from v05.tasks.answers import read_answer, verify_answer
+from v05.tasks.formulas import readable
 from v05.tasks.rows import TRAINING_FIELDS, read_rows
 
 __all__ = ["JsonlTask", "read_answer", "verify_answer"]
 
 
-class MathScorer:
-    """Verifies answers by math-verify."""
+class AnswerScorer:
+    """Verifies the prompts of a `JsonlTask`. Once it is made, the process that compares formulas is running."""
+
+    def __init__(self) -> None:
+        readable("0")
 
     def verify(self, prompt: Prompt, completion: str) -> float:
         return verify_answer(prompt.item, completion)
 
 
-class JsonlTask(MathScorer):
+class JsonlTask:
     """The task of a `JsonlConfig`. Raises ValueError that names the line of a malformed file."""
 
     may_stall = True
@@ -46,3 +50,6 @@ class JsonlTask(MathScorer):
             for index in order[position:]:
                 yield number, prompts[index]
                 number += 1
+
+    def verify(self, prompt: Prompt, completion: str) -> float:
+        return verify_answer(prompt.item, completion)
