@@ -1,10 +1,13 @@
 """Files that people hand over are read or named; files are written whole or not at all."""
 
 import codecs
+import os
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from v05.files import read_object, read_objects, read_text, replacing
+from v05.files import content_digest, read_object, read_objects, read_text, replacing
 
 
 def test_a_file_is_replaced_whole_or_stays(tmp_path):
@@ -67,3 +70,41 @@ def test_one_object_and_its_text(tmp_path):
     path.write_bytes(b"\n\n\xe9")
     with pytest.raises(ValueError, match=r"config\.json, line 3 is not UTF-8"):
         read_text(path)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_a_replaced_file_is_as_readable_as_any_other(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        (tmp_path / "plain").touch()
+        with replacing(tmp_path / "arrays") as scratch:
+            save_file({"a": np.zeros(3)}, scratch)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "arrays").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_one_content_has_one_digest(tmp_path):
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    one.write_text("a\n")
+    other.write_text("a\n")
+    assert content_digest(one) == content_digest(other)
+    other.write_text("b\n")
+    assert content_digest(one) != content_digest(other)
+    assert content_digest(tmp_path / "absent") is None
+
+
+def test_a_model_folder_is_its_model_files(tmp_path):
+    digests = []
+    for name in ("one", "moved"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
+        digests.append(content_digest(tmp_path / name))
+    assert digests[0] == digests[1]
+    (tmp_path / "one" / "README.md").write_text("notes")
+    assert content_digest(tmp_path / "one") == digests[0]
+    (tmp_path / "one" / "chat_template.jinja").write_text("{{ messages }}")
+    assert content_digest(tmp_path / "one") != digests[0]
+    (tmp_path / "moved" / "model.safetensors").write_bytes(b"changed")
+    assert content_digest(tmp_path / "moved") != digests[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import functools
+import hashlib
 import json
 import os
 import secrets
@@ -12,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")  # weights, configuration, tokenizer, chat template
+BLOCK = 1 << 20  # bytes
 
 
 def read_text(path: Path) -> str:
@@ -68,6 +73,38 @@ def _object(text: str, where: str, each: str = "") -> dict[str, Any]:
     return value
 
 
+def content_digest(path: Path) -> str | None:
+    """A hash of a file's bytes, or of a folder's model files by name: paths of one hash hold the same data, wherever they lie.
+
+    None for what is neither: nothing is there, or a pipe, which can be read only once.
+    """
+    if path.is_dir():
+        parts = sorted(file for file in path.iterdir() if file.suffix in MODEL_FILES and file.is_file())
+        named = "".join(f"{file.name} {_sha256_as_of(file)}\n" for file in parts)
+        return hashlib.sha256(named.encode()).hexdigest()
+    return _sha256_as_of(path) if path.is_file() else None
+
+
+def _sha256_as_of(path: Path) -> str:
+    found = path.stat()
+    return _remembered_sha256(path.resolve(), found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _remembered_sha256(path: Path, inode: int, size: int, changed: int) -> str:
+    """A comparison asks for the same weights again and again; they are read anew when the file has changed."""
+    return sha256(path)
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 @contextmanager
 def explained(path: Path, outlook: str) -> Iterator[None]:
     """An OSError that names `path`, the remedy and the `outlook` for any error of writing within."""
@@ -85,11 +122,25 @@ def replacing(path: Path) -> Iterator[Path]:
     # Processes of one node or several, which may have the same number in their containers, may write the same file.
     scratch = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
+        scratch.touch()
+        mode = scratch.stat().st_mode
         yield scratch
+        scratch.chmod(mode)  # safetensors replaces it by a file that its owner alone may read
         flush(scratch)
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Have the disk hold a folder and its files, and let whoever may read the folder read them: safetensors writes files that their
+    owner alone may read, whatever the umask says."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.iterdir():
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+        flush(path)
+    flush(folder)
 
 
 def flush(path: Path) -> None:

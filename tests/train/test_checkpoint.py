@@ -19,6 +19,7 @@ from v05.train.checkpoint import (
     KEPT,
     Checkpoint,
     CheckpointSchedule,
+    delete_checkpoints,
     find_checkpoints,
     newest_checkpoint,
     read_checkpoint,
@@ -82,7 +83,16 @@ DAMAGES = {
     "lost manifest": (lambda path: (path / "manifest.json").unlink(), "manifest.json is missing or unreadable"),
     "cut manifest": (lambda path: os.truncate(path / "manifest.json", 30), "manifest.json is missing or unreadable"),
     "foreign manifest": (lambda path: (path / "manifest.json").write_text("[]"), "manifest.json is missing or unreadable"),
+    "listless manifest": (lambda path: rewrite(path, files=["state.json"]), "manifest.json is missing or unreadable"),
+    "manifest without files": (lambda path: rewrite(path, files={}), "manifest.json does not list state.json"),
+    "manifest of files elsewhere": (lambda path: rewrite(path, files={"../config.json": {}}), "names '../config.json'"),
+    "manifest without a number": (lambda path: rewrite(path, format="1"), "manifest.json is missing or unreadable"),
 }
+
+
+def rewrite(path, **changes):
+    file = path / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -98,6 +108,59 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_takes_its_place(damage
     assert message in lines[0]
     write_checkpoint(tmp_path, 2, made_up(2))  # its place is free again
     assert steps_of(tmp_path) == [1, 2]
+
+
+def test_only_what_was_written_here_is_read_or_deleted(tmp_path):
+    """Other trainers, and people, put things into a run's directory whose names begin alike."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    write_checkpoint(run_of(elsewhere), 9, made_up(9))
+    run_of(run)
+    foreign = ["checkpoint-00000003-backup", "checkpoint-best", "checkpoint-500", "checkpoint-000000007", "checkpoint-best.partial"]
+    for name in foreign:
+        (run / name).mkdir()
+        (run / name / "kept").touch()
+    (run / "checkpoint-notes.txt").write_text("the best so far: 3")
+    (run / "checkpoint-00000006").write_text("a file")
+    (run / "checkpoint-00000008").symlink_to(elsewhere / "checkpoint-00000009")
+    (run / "checkpoint-00000009.partial").symlink_to(elsewhere)
+    before = {path.name for path in run.iterdir()}
+    for step in (1, 2, 3):
+        write_checkpoint(run, step, made_up(step))
+    assert steps_of(run) == [2, 3]
+    (run / "checkpoint-00000004.partial").mkdir()
+    assert newest_checkpoint(run, pytest.fail) == run / "checkpoint-00000003"
+    assert not (run / "checkpoint-00000004.partial").exists()
+    (run / "checkpoint-00000003" / "foreign.safetensors").write_bytes(b"no tensors")
+    assert read_checkpoint(run / "checkpoint-00000003").tensors.keys() == made_up(3).tensors.keys()
+    delete_checkpoints(run)
+    assert {path.name for path in run.iterdir()} == before
+    assert all((run / name / "kept").is_file() for name in foreign)
+    assert steps_of(elsewhere) == [9]
+
+
+def run_of(directory):
+    directory.mkdir()
+    return directory
+
+
+def test_a_directory_in_the_way_is_not_deleted(tmp_path):
+    (tmp_path / "checkpoint-00000001.partial").mkdir()
+    (tmp_path / "checkpoint-00000001.partial" / "kept").touch()
+    with pytest.raises(OSError, match=r"checkpoint-00000001 cannot be written \(.*File exists"):
+        write_checkpoint(tmp_path, 1, made_up(1))
+    assert (tmp_path / "checkpoint-00000001.partial" / "kept").is_file()
+
+
+def test_steps_of_more_digits_come_last(tmp_path):
+    for step in (99_999_999, 100_000_000):
+        write_checkpoint(tmp_path, step, made_up(step))
+    assert steps_of(tmp_path) == [99_999_999, 100_000_000]
+
+
+def test_a_checkpoint_is_as_readable_as_its_directory(tmp_path):
+    write_checkpoint(tmp_path, 1, made_up(1))
+    path = tmp_path / "checkpoint-00000001"
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {path.stat().st_mode & 0o666}
 
 
 def test_nothing_sound_is_an_error_that_deletes_nothing(tmp_path):

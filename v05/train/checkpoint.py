@@ -2,14 +2,15 @@
 
 A checkpoint is a directory RUN/checkpoint-STEP of safetensors files, state.json, allocator.bin and a manifest with the size and
 SHA-256 of each of them. It is written beside its place, flushed to the disk and renamed, so that a directory of that name is
-whole; its predecessor stays, and is what a run goes on from should the newest one be damaged later.
+whole; its predecessor stays, and is what a run goes on from should the newest one be damaged later. Only directories whose name is
+exactly one that is given here are read or deleted, never links: whatever else lies in a run's directory is somebody else's.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from v05 import __version__
-from v05.files import explained, flush
+from v05.files import explained, flush, flush_folder, read_object, sha256
 
 FORMAT = 1  # of the files; a new number refuses nothing old but is refused by what is older
 KEPT = 2  # checkpoints in a run directory
@@ -73,11 +74,12 @@ def write_checkpoint(directory: Path, step: int, checkpoint: Checkpoint) -> None
     Raises:
         OSError: the disk is full or the directory cannot be written. Earlier checkpoints are as they were.
     """
-    target = directory / f"checkpoint-{step:08d}"
+    target = directory / name_of(step)
     scratch = target.with_suffix(PARTIAL)
     earlier = find_checkpoints(directory)
     outlook = f"{earlier[-1].name} is intact and the run goes on from it" if earlier else "the run starts over"
     with explained(target, outlook):
+        scratch.mkdir()
         try:
             _write_files(scratch, checkpoint)
             os.replace(scratch, target)
@@ -89,19 +91,20 @@ def write_checkpoint(directory: Path, step: int, checkpoint: Checkpoint) -> None
         _delete(path)
 
 
+def name_of(step: int) -> str:
+    """Of a checkpoint's directory."""
+    return f"checkpoint-{step:08d}"
+
+
 def _write_files(directory: Path, checkpoint: Checkpoint) -> None:
-    directory.mkdir()
     for name, tensors in checkpoint.tensors.items():
         save_file(tensors, directory / (name + TENSORS))
     (directory / STATE).write_text(json.dumps(checkpoint.state, indent=1, allow_nan=False), encoding="utf-8")
     (directory / ALLOCATOR).write_bytes(checkpoint.allocator)
-    files = sorted(directory.iterdir())
-    for path in files:
-        flush(path)
-    manifest = {"format": FORMAT, "v05": __version__, "files": {path.name: _fingerprint(path) for path in files}}
+    files = {path.name: _fingerprint(path) for path in sorted(directory.iterdir())}
+    manifest = {"format": FORMAT, "v05": __version__, "files": files}
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    flush(directory / MANIFEST)
-    flush(directory)
+    flush_folder(directory)
 
 
 def newest_checkpoint(directory: Path, report: Callable[[str], None]) -> Path | None:
@@ -126,14 +129,24 @@ def newest_checkpoint(directory: Path, report: Callable[[str], None]) -> Path | 
     for path, reason in damaged.items():
         report(f"{reason}; deleted, an earlier checkpoint takes its place")
         _delete(path)
-    for path in directory.glob(f"checkpoint-*{PARTIAL}"):
+    for path in _written(directory, PARTIAL):
         shutil.rmtree(path)
     return sound
 
 
 def find_checkpoints(directory: Path) -> list[Path]:
     """The checkpoints of a run directory, oldest first."""
-    return sorted(path for path in directory.glob("checkpoint-*") if path.suffix != PARTIAL)
+    return _written(directory, "")
+
+
+def _written(directory: Path, suffix: str) -> list[Path]:
+    """The directories, links left out, that are called as `name_of` says and then `suffix`; by step."""
+    found = {}
+    for path in directory.glob("checkpoint-*"):
+        digits = re.fullmatch(r"checkpoint-(\d+)", path.name.removesuffix(suffix), re.ASCII)
+        if digits and path.name == name_of(int(digits[1])) + suffix and path.is_dir() and not path.is_symlink():
+            found[int(digits[1])] = path
+    return [found[step] for step in sorted(found)]
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -143,13 +156,12 @@ def verify_checkpoint(path: Path) -> None:
         DamagedCheckpointError: names the file and what is wrong with it.
         ValueError: a newer v05 wrote it.
     """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        version, files = int(manifest["format"]), dict(manifest["files"])
-    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
-        raise DamagedCheckpointError(f"{path}: {MANIFEST} is missing or unreadable ({error!r})") from error
+    version, files, writer = _read_manifest(path)
     if version > FORMAT:
-        raise ValueError(f"{path} has format {version}, this v05 reads {FORMAT}; go on with v05 {manifest['v05']} or newer")
+        raise ValueError(f"{path} has format {version}, this v05 reads {FORMAT}; go on with v05 {writer} or newer")
+    for name in (STATE, ALLOCATOR):
+        if name not in files:
+            raise DamagedCheckpointError(f"{path}: {MANIFEST} does not list {name}")
     for name, expected in files.items():
         if not (path / name).is_file():
             raise DamagedCheckpointError(f"{path}: {name} is missing")
@@ -157,11 +169,26 @@ def verify_checkpoint(path: Path) -> None:
             raise DamagedCheckpointError(f"{path}: {name} has {found}, its manifest says {expected}")
 
 
+def _read_manifest(path: Path) -> tuple[int, dict[str, Any], str]:
+    """Its format, what it says of each file by the file's name, and the version of v05 that wrote it."""
+    try:
+        manifest = read_object(path / MANIFEST)
+        version, files = manifest["format"], manifest["files"]
+        if type(version) is not int or not isinstance(files, dict):
+            raise ValueError(f"format={version!r} is no number, or files={files!r:.60} are not listed by name")
+    except (OSError, KeyError, ValueError) as error:
+        raise DamagedCheckpointError(f"{path}: {MANIFEST} is missing or unreadable ({error!r})") from error
+    if elsewhere := [name for name in files if Path(name).name != name]:
+        raise DamagedCheckpointError(f"{path}: {MANIFEST} names {elsewhere[0]!r}, which is no file in the checkpoint")
+    return version, files, str(manifest.get("v05"))
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """A verified checkpoint's contents."""
+    _, files, _ = _read_manifest(path)
     return Checkpoint(
-        state=json.loads((path / STATE).read_text(encoding="utf-8")),
-        tensors={file.name.removesuffix(TENSORS): load_file(file) for file in path.glob("*" + TENSORS)},
+        state=read_object(path / STATE),
+        tensors={name.removesuffix(TENSORS): load_file(path / name) for name in files if name.endswith(TENSORS)},
         allocator=(path / ALLOCATOR).read_bytes(),
     )
 
@@ -180,8 +207,4 @@ def _delete(path: Path) -> None:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
