@@ -13,4 +13,4 @@ def usable_cores() -> int:
 
 def cache_root() -> Path:
     """Where warm starts and prompts' features are kept: $V05_CACHE, or ~/.cache/v05."""
-    return Path(os.environ.get("V05_CACHE", Path.home() / ".cache" / "v05"))
+    return Path(os.environ.get("V05_CACHE") or Path.home() / ".cache" / "v05")

@@ -6,7 +6,6 @@ prescribes beside its advantage; a preset is a task and policy of some size.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -361,11 +360,6 @@ def run_config(preset: str, spec: str, **overrides: Any) -> RunConfig:
     if parts["clip"]:
         fields["optimizer"] = {**fields.get("optimizer", {}), "max_grad_norm": parts["clip"]}
     return RunConfig.model_validate(fields)
-
-
-def digest(config: RunConfig) -> str:
-    """A hash of all settings of a run, to recognise its checkpoints by."""
-    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()
 
 
 def label_of(config: RunConfig) -> str:

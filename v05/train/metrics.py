@@ -7,6 +7,7 @@ Beside them outcomes/ holds what each held-out prompt came to, a file an evaluat
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import math
@@ -20,30 +21,52 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from v05.files import explained, replacing
+from v05.files import explained, read_object, replacing
 from v05.train.config import RunConfig, label_of
+from v05.train.identity import inputs_of, paths_of, with_contents
 
-METRICS, CONFIG, RESULT, OUTCOMES = "metrics.jsonl", "config.json", "result.json", "outcomes"
+METRICS, CONFIG, INPUTS, RESULT, OUTCOMES = "metrics.jsonl", "config.json", "inputs.json", "result.json", "outcomes"
+POLICY = "policy"  # the folder of the trained policy
 
 
 def changed_settings(config: BaseModel, directory: Path) -> list[str]:
-    """The settings in which a directory's run differs. What an earlier version did not know yet was at its default."""
-    theirs = json.loads((directory / CONFIG).read_text())
-    mine = config.model_dump(mode="json")
+    """In what a directory's run differs: settings by name, and files whose content has changed. A file that was moved is the same.
+
+    What an earlier version did not know yet was at its default. ValueError names a file of the run that cannot be read.
+    """
+    theirs, mine = read_object(directory / CONFIG), config.model_dump(mode="json")
+    paths, now = paths_of(config), inputs_of(config)
+    then = {name: digest for name, digest in read_inputs(directory).items() if name in now}
+    changed = [f"the content of {paths[name]}" for name in then if then[name] != now[name]]
+    known = {name: now[name] for name in then}  # their contents have been compared, so that their paths need not be
+    theirs, mine = with_contents(theirs, known), with_contents(mine, known)
     fields = type(config).model_fields
-    return [name for name in mine | theirs if name not in mine or mine[name] != theirs.get(name, fields[name].default)]
+    settings = [name for name in mine | theirs if name not in mine or mine[name] != theirs.get(name, fields[name].default)]
+    return settings + changed
+
+
+def read_inputs(directory: Path) -> dict[str, Any]:
+    """The digests of what a directory's run read (v05.train.identity); nothing where an earlier version wrote the run."""
+    return read_object(directory / INPUTS) if (directory / INPUTS).is_file() else {}
 
 
 def refuse_to_overwrite(config: BaseModel, directory: Path) -> None:
-    """ValueError if the directory holds a finished run, or the records of one with another configuration."""
+    """ValueError if the directory holds a finished run, the records of one with other settings or data, or what no run wrote."""
     if (directory / RESULT).exists():
-        raise ValueError(f"{directory} holds a finished run; give another directory")
+        changed = []
+        with contextlib.suppress(ValueError, OSError):  # whatever it holds, it stays
+            changed = changed_settings(config, directory)
+        told = f"; the run there differs in {', '.join(changed)}" if changed else ""
+        raise ValueError(f"{directory} holds a finished run; give another directory{told}")
     metrics = directory / METRICS
-    if not metrics.exists() or not metrics.stat().st_size:  # nothing, or a start that failed
-        return
-    changed = changed_settings(config, directory)
-    if changed:
-        raise ValueError(f"{directory} holds a run that differs in {', '.join(changed)}; give another directory")
+    if not metrics.exists():
+        for name in (CONFIG, POLICY):
+            if (directory / name).exists() or (directory / name).is_symlink():
+                raise ValueError(f"{directory} holds {name} of something else, which the run would replace; give another directory")
+    elif metrics.stat().st_size:  # else a start that failed
+        changed = changed_settings(config, directory)
+        if changed:
+            raise ValueError(f"{directory} holds a run that differs in {', '.join(changed)}; give another directory")
 
 
 class MetricsLog:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import secrets
 import shutil
 import string
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,13 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from v05.files import explained, flush_folder
 from v05.machine import cache_root
 from v05.rollout import Request, RolloutEngine, generate
 from v05.rollout.transformers_engine import TransformersEngine
 from v05.tasks import Prompt, Task, heldout_set
 from v05.train.config import PolicyConfig
+from v05.train.identity import identity_of
 
 disable_progress_bar()  # a bar per weight file would cut through the run's own
 
@@ -114,23 +116,24 @@ def policy_folder(config: PolicyConfig, task_config: BaseModel, task: Task, repo
     """The folder of the policy to start from; warm-starts and caches the character-level one the first time."""
     if config.path is not None:
         return config.path
-    sources = [path.read_text() for path in vars(task_config).values() if isinstance(path, Path)]
-    made_of = json.dumps([VERSION, config.model_dump(mode="json"), task_config.model_dump(mode="json"), sources], sort_keys=True)
+    made_of = json.dumps([VERSION, config.model_dump(mode="json"), identity_of(task_config)], sort_keys=True)
     key = hashlib.blake2b(made_of.encode(), digest_size=8).hexdigest()
     folder = cache_root() / f"warm-start-{key}"
     if not folder.is_dir():
         model, tokenizer = warm_start(config, task, report)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent))
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        (scratch / "made_of.json").write_text(made_of)
-        try:
-            scratch.rename(folder)  # atomic: another process never sees half a folder
-        except OSError:
-            shutil.rmtree(scratch)
-            if not folder.is_dir():  # else another process was first
-                raise
+        scratch = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
+        with explained(folder, "the warm start begins anew"):
+            try:
+                scratch.mkdir(parents=True)
+                model.save_pretrained(scratch)
+                tokenizer.save_pretrained(scratch)
+                (scratch / "made_of.json").write_text(made_of)
+                flush_folder(scratch)
+                scratch.rename(folder)  # atomic: another process never sees half a folder
+            except Exception:
+                shutil.rmtree(scratch, ignore_errors=True)
+                if not folder.is_dir():  # else another process was first
+                    raise
     return folder
 
 

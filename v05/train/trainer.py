@@ -44,7 +44,7 @@ import torch
 from numpy.typing import NDArray
 
 from v05.budget import RolloutAllocator
-from v05.files import explained, flush
+from v05.files import explained, flush, flush_folder
 from v05.methods import Baseline, Scale, find_method
 from v05.ops import AdvantageOutput, AdvantageStats, fused_advantage
 from v05.prior import ConstantPrior, NoisePrior, ValuePrior
@@ -65,7 +65,7 @@ from v05.train.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from v05.train.config import OverlongConfig, RunConfig, digest
+from v05.train.config import OverlongConfig, RunConfig
 from v05.train.distributed import (
     distribute,
     join_world,
@@ -76,8 +76,9 @@ from v05.train.distributed import (
     whole_parameters,
 )
 from v05.train.engine import make_engine, make_verifier, sync_weights
+from v05.train.identity import identity_digest, inputs_of, paths_of
 from v05.train.loss import importance_weights, mismatch, policy_loss, rollout_weights, token_weights
-from v05.train.metrics import CONFIG, RESULT, MetricsLog, refuse_to_overwrite, write_json, write_outcomes
+from v05.train.metrics import CONFIG, INPUTS, POLICY, RESULT, MetricsLog, refuse_to_overwrite, write_json, write_outcomes
 from v05.train.policy import chat_tokens, load_policy, policy_folder
 from v05.train.sinks import Sink, TensorBoard, figures_of
 
@@ -160,6 +161,10 @@ class Trainer:
             directory.mkdir(parents=True, exist_ok=True)
             self.log = MetricsLog(directory)  # refuses a directory that another process writes: nothing in it is touched
             write_json(directory / CONFIG, config.model_dump(mode="json"))
+            write_json(directory / INPUTS, inputs_of(config))
+        self.identity = identity_digest(config)
+        if len(set(self.world.gather(self.identity))) > 1:
+            raise ValueError(f"the ranks read different contents of {', '.join(map(str, paths_of(config).values()))}; share them")
 
         self.method = find_method(config.method)
         self.task = make_task(config.task)
@@ -202,7 +207,7 @@ class Trainer:
         if path is not None:
             checkpoint = read_checkpoint(path)
             state = checkpoint.state
-            if state["config"] != digest(self.config):
+            if state["config"] != self.identity:
                 raise ValueError(f"{path} belongs to another configuration; give another directory")
             self.state = RunState(**state["run"])
             length = state["metrics_bytes"]
@@ -236,7 +241,7 @@ class Trainer:
             }
             if self.calibrator is not None:
                 tensors["calibrator"] = {name: torch.from_numpy(value) for name, value in self.calibrator.state_dict().items()}
-            state = {"config": digest(self.config), "metrics_bytes": self.log.flush(), "run": asdict(self.state)}
+            state = {"config": self.identity, "metrics_bytes": self.log.flush(), "run": asdict(self.state)}
             write_checkpoint(self.directory, self.state.steps, Checkpoint(state, tensors, self.allocator.snapshot()))
         self.schedule.written(time.monotonic() - started)
 
@@ -275,12 +280,11 @@ class Trainer:
         policy = self.kept(whole_parameters(self.model))
         if not self.world.writes:
             return
-        folder = self.directory / "policy"
+        folder = self.directory / POLICY
         with explained(folder, "the run goes on from its checkpoint"):
             self.model.save_pretrained(folder, state_dict=policy)
             self.tokenizer.save_pretrained(folder)
-            for path in (*folder.iterdir(), folder):
-                flush(path)
+            flush_folder(folder)
         result = {
             "method": config.method,
             "seed": config.seed,
