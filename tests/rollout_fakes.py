@@ -139,7 +139,7 @@ class FakeServer(http.server.ThreadingHTTPServer):
     """Answers as a vLLM server does, at `url`: a prompt with its own tokens and END.
 
     What it does instead is `trouble`'s to say: (path, body, calls of that path before) -> None, an HTTP status, "cut" (the body
-    ends too early) or "hang" (until the server is closed). `calls` are the paths and bodies so far.
+    ends too early), "hang" (until the server is closed), or the bytes of another body. `calls` are the paths and bodies so far.
     """
 
     daemon_threads = True
@@ -175,6 +175,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             server.closed.wait()
             return
         text = json.dumps({"error": "no"} if isinstance(trouble, int) else self.reply(body)).encode()
+        text = trouble if isinstance(trouble, bytes) else text
         with contextlib.suppress(OSError):  # whoever asked may be gone
             self.send_response(trouble if isinstance(trouble, int) else 200)
             self.send_header("Content-Length", str(len(text)))

@@ -1,5 +1,9 @@
 """The engine of a vLLM server, against a server that answers as vLLM does, or misbehaves."""
 
+import json
+import math
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +21,9 @@ STATE = {"weight": torch.arange(3.0)}
 
 class Tokenizer:
     eos_token_id = END
+
+    def __len__(self):
+        return 100
 
     def decode(self, tokens, skip_special_tokens):
         return " ".join(str(token) for token in tokens if token != END)
@@ -62,6 +69,76 @@ def test_a_rollout_that_fails_comes_back(trouble, error, tmp_path):
     assert error in result.error
 
 
+def choice(**changes):
+    """A completion as vLLM answers it, with changes."""
+    answered = {"token_ids": [5, 6, END], "logprobs": {"token_logprobs": [-0.5, -0.5, 0]}, "finish_reason": "stop"} | changes
+    return json.dumps({"choices": [{name: value for name, value in answered.items() if value is not ...}]}).encode()
+
+
+def logprobs(*values):
+    return {"token_logprobs": list(values)}
+
+
+def test_what_a_completion_may_be(tmp_path):
+    full = choice(token_ids=[5] * 8, logprobs=logprobs(*[-1.0] * 8), finish_reason="length")
+    assert [answer(reply, tmp_path)[2].finished for reply in (choice(), full)] == [True, False]
+    ended = choice(token_ids=[5] * 7 + [END], logprobs=logprobs(*[-1.0] * 8), finish_reason="length")  # both at once
+    assert answer(ended, tmp_path)[2].finished
+
+
+@pytest.mark.parametrize(
+    ("reply", "error"),
+    [
+        (choice(token_ids=[5, 100, END]), "answered with token 100; the policy has 0 to 99"),
+        (choice(token_ids=[5, -1, END]), "answered with token -1;"),
+        (choice(token_ids=[5, 2**70, END]), "answered with token 1180591620717411303424;"),
+        (choice(token_ids=[5, 6.0, END]), "token_ids.1=6.0: Input should be a valid integer"),
+        (choice(token_ids=[5, True, END]), "token_ids.1=True: Input should be a valid integer"),
+        (choice(token_ids=["5", 6, END]), "token_ids.0='5': Input should be a valid integer"),
+        (choice(token_ids=None), "token_ids=None: Input should be a valid array"),
+        (choice(token_ids=...), "token_ids"),
+        (choice(token_ids=[], logprobs=logprobs()), "0 tokens and 0 log-probabilities; 1 to 8 of both"),
+        (choice(token_ids=[5] * 9, logprobs=logprobs(*[-1.0] * 9), finish_reason="length"), "9 tokens and 9 log-probabilities"),
+        (choice(token_ids=[5, END]), "2 tokens and 3 log-probabilities"),
+        (choice(logprobs=logprobs(-0.5, 0.5, 0.0)), "the log-probability 0.5;"),
+        (choice(logprobs=logprobs(-0.5, math.nan, 0.0)), "Input should be a finite number"),
+        (choice(logprobs=logprobs(-0.5, -math.inf, 0.0)), "Input should be a finite number"),
+        (choice(logprobs=logprobs(-0.5, None, 0.0)), "token_logprobs.1=None: Input should be a valid number"),
+        (choice(logprobs=logprobs(-0.5, "-0.5", 0.0)), "token_logprobs.1='-0.5': Input should be a valid number"),
+        (choice(logprobs=None), "logprobs=None"),
+        (choice(finish_reason="abort"), "for the reason 'abort'"),
+        (choice(finish_reason=None), "for the reason None"),
+        (choice(finish_reason=...), "finish_reason"),
+        (choice(token_ids=[5, 6, 7]), "by 'stop' at token 7; it was to end at one of [1]"),
+        (choice(token_ids=[5, END, END]), "it was to end at one of [1]"),
+        (choice(token_ids=[5, 6, 7], finish_reason="length"), "cut the rollout off after 3 of 8 tokens; start it with a larger"),
+        (b'{"choices": []}', "choices=[]: List should have at least 1 item"),
+        (choice()[:-2] + b", " + choice()[13:], "List should have at most 1 item"),
+        (b"{}", "choices={}: Field required"),
+        (b"null", "Input should be an object"),
+        (b"[1]", "Input should be an object"),
+        (b"", "Invalid JSON"),
+        (b"<html>\x1b[31m\x1b]0;taken over\x07", "'<html>\\x1b]0;taken over\\x07', which is no answer of vLLM"),
+        (b"[" * 10_000, "Invalid JSON: recursion limit exceeded"),
+    ],
+)
+def test_what_no_vllm_server_answers_is_a_failure(reply, error, tmp_path):
+    _, _, result = answer(reply, tmp_path)
+    assert isinstance(result, Failure)
+    assert error in result.error
+
+
+@pytest.mark.parametrize("reply", [b"{}", b"[]", b"null", b'{"data": []}', b'{"data": [{"id": 3}]}', b"hello", b'{"data": [{}]}'])
+def test_another_server_at_the_address_is_told_from_vllm(reply, tmp_path):
+    with (
+        FakeServer(lambda path, body, before: reply) as server,
+        pytest.raises(
+            RuntimeError, match=f"{server.url}: no vLLM server answers there .* answered '.*', which is no answer of vLLM"
+        ),
+    ):
+        engine_of(server, tmp_path)
+
+
 def test_a_server_that_dies_fails_its_rollouts_and_takes_no_weights(tmp_path):
     with FakeServer() as server:
         engine = engine_of(server, tmp_path)
@@ -84,6 +161,55 @@ def test_weights_are_handed_over_in_a_folder_that_goes_at_the_end(tmp_path):
         assert told == {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path / "weights")}}
         engine.close()
         assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_weights_that_were_written_are_deleted(tmp_path):
+    with FakeServer() as server:
+        (tmp_path / "weights").mkdir()
+        (tmp_path / "weights" / "notes.txt").touch()
+        engine = engine_of(server, tmp_path)
+        engine.update_weights(STATE.items())
+        engine.close()
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_behind_a_link_stays(tmp_path):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "notes.txt").touch()
+    (tmp_path / "weights").symlink_to(precious)
+    with FakeServer() as server:
+        engine_of(server, tmp_path).close()  # before the first sync
+        engine = engine_of(server, tmp_path)
+        engine.update_weights(STATE.items())
+        engine.close()
+        assert [path.name for path in precious.iterdir()] == ["notes.txt"]
+        (precious / "model.safetensors").write_bytes(b"somebody's")
+        engine = engine_of(server, tmp_path)
+        with pytest.raises(ValueError, match=r"weights holds model.safetensors, which this engine did not write; give an empty"):
+            engine.update_weights(STATE.items())
+        engine.close()
+    assert (precious / "model.safetensors").read_bytes() == b"somebody's"
+    assert (tmp_path / "weights").is_symlink()
+
+
+def test_weights_beside_which_a_server_would_read_others_are_refused(tmp_path):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model-00001-of-00002.safetensors").touch()
+    (tmp_path / "weights" / "model.safetensors").touch()  # of a life that was killed
+    with FakeServer() as server:
+        engine = engine_of(server, tmp_path)
+        with pytest.raises(ValueError, match=r"holds model-00001-of-00002\.safetensors, which this engine did not write"):
+            engine.update_weights(STATE.items())
+        (tmp_path / "weights" / "model-00001-of-00002.safetensors").unlink()
+        engine.update_weights(STATE.items())
+        assert (tmp_path / "weights" / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask()
+        engine.close()
+
+
+def umask():
+    os.umask(found := os.umask(0))
+    return found
 
 
 @pytest.mark.parametrize("trouble", [404, "cut"])

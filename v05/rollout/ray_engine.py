@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from v05.messages import printable
 from v05.rollout import Completion, Failure, Request, RolloutEngine, decode, refuse_update_in_flight
 
 FAILED_STARTS = 3  # of actors, one after another, that are put up with
@@ -141,10 +142,13 @@ class RayEngine:
         try:
             results: list[tuple[int, Completion | Failure]] = self._ray.get(answer)
         except self._ray.exceptions.RayError as error:
-            return self._lose(actor, str(error))
+            return self._lose(actor, printable(str(error)))
         if not results:
             return self._lose(actor, "it knows nothing of its rollouts")
-        for key, _ in results:
+        keys = [key for key, _ in results]
+        if len(set(keys)) < len(keys) or not actor.due.keys() >= set(keys):
+            return self._lose(actor, f"it answered for the rollouts {keys}, and had {sorted(actor.due)}")
+        for key in keys:
             del actor.due[key]
         return results
 

@@ -8,25 +8,66 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import json
+import math
 import os
 import queue
-import shutil
 import threading
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save_file
 
-from v05.files import explained
+from v05.files import explained, replacing
+from v05.messages import explained_places, printable, quoted
 from v05.rollout import Completion, Failure, Request, decode, refuse_update_in_flight
+from v05.rollout.http_client import LEAST_ANSWER, HttpClient, RefusedError
 
-NO_ANSWER = (OSError, http.client.HTTPException, ValueError)  # refused, no connection, an answer cut short, another's answer
+# No connection, no whole answer in time, half an answer, a refusal, another's answer.
+NO_ANSWER = (OSError, http.client.HTTPException, RefusedError, ValueError)
+WEIGHTS = "model.safetensors"  # in the folder that a server reads
+BYTES_A_TOKEN, BYTES_A_PROMPT_TOKEN = 4096, 16  # of an answer at most: its id, its text three times, its log-probabilities
+MODELS_BYTES = 1 << 20  # of the list of models at most
+LARGEST_VOCABULARY = 1 << 24  # where a tokenizer does not say how many tokens it knows
+ROUNDING = 1e-4  # by which a log-probability may be above 0, nats
+
+
+class Answer(BaseModel):
+    """What is read of a server's answer; the rest of it is passed over."""
+
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Model(Answer):
+    id: Annotated[str, Field(min_length=1)]
+
+
+class Models(Answer):
+    """/v1/models."""
+
+    data: Annotated[list[Model], Field(min_length=1)]
+
+
+class Logprobs(Answer):
+    token_logprobs: list[float]
+
+
+class Choice(Answer):
+    token_ids: list[int]
+    logprobs: Logprobs
+    finish_reason: str | None
+
+
+class Completions(Answer):
+    """/v1/completions of one prompt, with `logprobs` and `return_token_ids`."""
+
+    choices: Annotated[list[Choice], Field(min_length=1, max_length=1)]
+
+
+T = TypeVar("T", bound=Answer)
 
 
 class VllmEngine:
@@ -101,7 +142,8 @@ class VllmEngine:
     def poll(self, timeout: float | None = None) -> list[tuple[int, Completion | Failure]]:
         finished, self._refused = self._refused, []
         while not finished and self._engine.has_unfinished_requests():
-            finished = [(int(output.request_id), _result(output.outputs[0])) for output in self._engine.step() if output.finished]
+            ended = [output for output in self._engine.step() if output.finished]
+            finished = [(int(output.request_id), self._result(output.outputs[0])) for output in ended]
         return finished
 
     def update_weights(self, state: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -113,6 +155,11 @@ class VllmEngine:
     def close(self) -> None:
         self._engine.engine_core.shutdown()
 
+    def _result(self, output: Any) -> Completion | Failure:
+        logprobs = [of_token[token].logprob for token, of_token in zip(output.token_ids, output.logprobs, strict=True)]
+        asked = self._parameters(0)
+        return _completion(output.token_ids, logprobs, output.finish_reason, asked.stop_token_ids, asked.max_tokens)
+
 
 class VllmServerEngine:
     """A vLLM server elsewhere, one HTTP request a rollout.
@@ -121,12 +168,16 @@ class VllmServerEngine:
 
         VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model MODEL
 
+    An answer that no vLLM server gives to what was asked comes back as a failure.
+
     Args:
         url: of the server, http://host:port.
-        weights: a folder for weights alone, which the server reads under the same name; `close` deletes it.
+        weights: a folder for weights alone, which the server reads under the same name. `close` deletes the file that was written
+            to it, and the folder if nothing else is in it and it is no link.
         tokenizer: the policy's.
         max_new_tokens, capacity: as in `VllmEngine`.
-        time_limit: seconds that the server may take to answer; a rollout that takes longer comes back as a failure.
+        time_limit: seconds until the last byte of an answer; a rollout that takes longer comes back as a failure.
+        vocabulary: token ids that the model may sample; None is what the tokenizer knows.
 
     Raises RuntimeError if the server does not answer, or refuses weights; OSError if `weights` cannot be written.
     """
@@ -142,20 +193,23 @@ class VllmServerEngine:
         max_new_tokens: int,
         capacity: int = 512,
         time_limit: float = 600.0,
+        vocabulary: int | None = None,
     ) -> None:
         self.capacity = capacity
-        self._url = url.rstrip("/")
-        self._weights = weights.resolve()
+        self._server = HttpClient(url, time_limit)
+        self._weights = weights.absolute()
+        self._written = False
         self._tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
-        self._time_limit = time_limit
+        known = len(tokenizer) if isinstance(tokenizer, Sized) else LARGEST_VOCABULARY
+        self._vocabulary = known if vocabulary is None else vocabulary
         self._in_flight = 0
         self._finished: queue.SimpleQueue[tuple[int, Completion | Failure]] = queue.SimpleQueue()
         try:
-            self._model = self._call("/v1/models")["data"][0]["id"]
+            self._model = self._ask(Models, "/v1/models", most_bytes=MODELS_BYTES).data[0].id
         except NO_ANSWER as error:
             raise RuntimeError(
-                f"engine.url={url}: no vLLM server answers there ({error}); start one or correct the address"
+                f"engine.url={url}: no vLLM server answers there ({printable(str(error))}); start one or correct the address"
             ) from error
 
     def decode(self, completion: Completion) -> str:
@@ -176,21 +230,33 @@ class VllmServerEngine:
 
     def update_weights(self, state: Iterable[tuple[str, torch.Tensor]]) -> None:
         refuse_update_in_flight(self._in_flight > 0)
-        with explained(self._weights, "the run goes on from its checkpoint"):
-            self._weights.mkdir(parents=True, exist_ok=True)
+        self._refuse_other_weights()
+        with explained(self._weights, "the run goes on from its checkpoint"), replacing(self._weights / WEIGHTS) as scratch:
             # Cloned: tied weights share memory, which the format has no word for, and vLLM wants them all by name.
-            save_file({name: tensor.detach().cpu().clone() for name, tensor in state}, self._weights / "model.safetensors")
+            save_file({name: tensor.detach().cpu().clone() for name, tensor in state}, scratch)
+        self._written = True
         try:
-            self._call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self._weights)}})
-            self._call("/reset_prefix_cache", {})
+            self._server.call("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self._weights)}})
+            self._server.call("/reset_prefix_cache", {})
         except NO_ANSWER as error:
             raise RuntimeError(
-                f"engine.url={self._url}: the server does not reload weights from {self._weights} ({error}); have it run, with "
-                "VLLM_SERVER_DEV_MODE=1, where it sees that folder"
+                f"engine.url={self._server.url}: the server does not reload weights from {self._weights} "
+                f"({printable(str(error))}); have it run, with VLLM_SERVER_DEV_MODE=1, where it sees that folder"
             ) from error
 
     def close(self) -> None:
-        shutil.rmtree(self._weights, ignore_errors=True)
+        if not self._written:
+            return
+        with contextlib.suppress(OSError):  # the run is over, whatever becomes of the folder
+            (self._weights / WEIGHTS).unlink()
+            if not self._weights.is_symlink():
+                self._weights.rmdir()  # refused where something else is in it
+
+    def _refuse_other_weights(self) -> None:
+        """The server would read weights that are already in the folder, and those of a folder that is a link would be replaced."""
+        mine = {WEIGHTS} if self._written or not self._weights.is_symlink() else set()
+        if others := sorted({path.name for path in self._weights.glob("*.safetensors")} - mine):
+            raise ValueError(f"weights={self._weights} holds {others[0]}, which this engine did not write; give an empty folder")
 
     def _answer(self, key: int, request: Request) -> None:
         """A thread's work. Whatever happens, the rollout comes back."""
@@ -207,21 +273,32 @@ class VllmServerEngine:
             "prompt": list(request.prompt),
             "return_token_ids": True,
         }
+        size = LEAST_ANSWER + BYTES_A_TOKEN * self._max_new_tokens + BYTES_A_PROMPT_TOKEN * len(request.prompt)
         try:
-            (choice,) = self._call("/v1/completions", asked)["choices"]
-        except urllib.error.HTTPError as error:
-            with error:
-                words = error.read().decode(errors="replace")[:500]
-            return Failure(f"the vLLM server refused the request: {error} {words}")
-        return _completion(choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"])
+            (choice,) = self._ask(Completions, "/v1/completions", asked, most_bytes=size).choices
+        except RefusedError as error:
+            return Failure(f"the vLLM server refused the request: {error}")
+        except ValueError as error:
+            return Failure(f"the vLLM server gave no completion: {error}")
+        tokens, logprobs, reason = choice.token_ids, choice.logprobs.token_logprobs, choice.finish_reason
+        if outside := [token for token in tokens if not 0 <= token < self._vocabulary]:
+            return Failure(f"the vLLM server answered with token {outside[0]}; the policy has 0 to {self._vocabulary - 1}")
+        if reason == "length" and len(tokens) < self._max_new_tokens:
+            return Failure(
+                f"the vLLM server cut the rollout off after {len(tokens)} of {self._max_new_tokens} tokens; start it with a larger "
+                "--max-model-len"
+            )
+        return _completion(tokens, logprobs, reason, asked["stop_token_ids"], self._max_new_tokens)
 
-    def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """POST `body`, or GET without one; what the server answers, read from JSON, None for an empty answer."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=self._time_limit) as response:
-            answer = response.read()
-        return json.loads(answer) if answer else None
+    def _ask(self, expected: type[T], path: str, body: dict[str, Any] | None = None, *, most_bytes: int) -> T:
+        """The server's answer; ValueError, with what was answered and what is wrong with it, where it is none."""
+        answer = self._server.call(path, body, most_bytes)
+        try:
+            return expected.model_validate_json(answer)
+        except ValidationError as error:
+            raise ValueError(
+                f"{path} answered '{quoted(answer)}', which is no answer of vLLM: {printable(explained_places(error))}"
+            ) from None
 
 
 def _sampling(tokenizer: Any, max_new_tokens: int, seed: int) -> dict[str, Any]:
@@ -241,12 +318,17 @@ def _sampling(tokenizer: Any, max_new_tokens: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _result(output: Any) -> Completion | Failure:
-    logprobs = [of_token[token].logprob for token, of_token in zip(output.token_ids, output.logprobs, strict=True)]
-    return _completion(output.token_ids, logprobs, output.finish_reason)
-
-
-def _completion(tokens: Sequence[int], logprobs: Sequence[float], finish_reason: str | None) -> Completion | Failure:
+def _completion(
+    tokens: Sequence[int], logprobs: Sequence[float], finish_reason: str | None, ends: Sequence[int], limit: int
+) -> Completion | Failure:
+    """A rollout of at most `limit` tokens that was to stop at the tokens `ends`."""
     if finish_reason not in ("stop", "length"):
         return Failure(f"vLLM ended the rollout for the reason {finish_reason!r}")
-    return Completion(np.array(tokens, dtype=np.int64), np.array(logprobs, dtype=np.float32), finish_reason == "stop")
+    if len(tokens) != len(logprobs) or not 1 <= len(tokens) <= limit:
+        return Failure(f"vLLM gave {len(tokens)} tokens and {len(logprobs)} log-probabilities; 1 to {limit} of both were asked for")
+    if wrong := [value for value in logprobs if not (math.isfinite(value) and value <= ROUNDING)]:
+        return Failure(f"vLLM gave the log-probability {wrong[0]}; those of sampled tokens are finite and at most 0")
+    ended = [token in ends for token in tokens]
+    if any(ended[:-1]) or (finish_reason == "stop" and not ended[-1]):
+        return Failure(f"vLLM ended the rollout by {finish_reason!r} at token {tokens[-1]}; it was to end at one of {ends}")
+    return Completion(np.array(tokens, dtype=np.int64), np.array(logprobs, dtype=np.float32), ended[-1])

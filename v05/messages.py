@@ -1,0 +1,41 @@
+"""Foreign text in messages: what a file, a server or a policy wrote is shown, and drives no terminal."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+# Control characters but for tab and line break; what turns the direction of text; separators that some terminals break lines at;
+# halves of surrogate pairs, which no terminal can be sent.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+COLOUR = re.compile("\x1b\\[[0-9;?]*[ -/]*[@-~]")  # and all else that a terminal is told in that form
+MOST_QUOTED = 500  # characters of foreign text in a message
+MOST_TOLD = 8  # of the faults of one value
+
+
+def printable(text: str) -> str:
+    """The text without colours, and with an escape such as \\x07 for every character that drives a terminal or that none takes."""
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), COLOUR.sub("", text))
+
+
+def quoted(data: bytes) -> str:
+    """The beginning of what somebody else sent, as one line of a message."""
+    text = data[: 4 * MOST_QUOTED].decode(errors="replace").strip()
+    return printable(" ".join(text.split()))[:MOST_QUOTED]
+
+
+def explained_places(error: ValidationError) -> str:
+    """What pydantic found wrong, in one line and without links to its documentation: "seed=-1: Input should be greater ..."."""
+    errors = error.errors()
+    places = [(".".join(map(str, found["loc"])), found) for found in errors[:MOST_TOLD]]
+    told = [f"{place}={_short(found['input'])}: {found['msg']}" if place else found["msg"] for place, found in places]
+    more = [f"and {len(errors) - MOST_TOLD} more"] if len(errors) > MOST_TOLD else []
+    return "; ".join(told + more).replace("Value error, ", "")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= MOST_QUOTED else f"{text[:MOST_QUOTED]}..."
