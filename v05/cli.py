@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -25,6 +26,7 @@ except ImportError as error:
     sys.exit(f"v05: the command line needs the package {error.name!r}; install it with: pip install 'v05[train]'")
 
 from v05.machine import cache_root, usable_cores
+from v05.messages import explained_places, printable
 
 if TYPE_CHECKING:  # heavy imports wait until a command runs, so that --help is quick
     import numpy as np
@@ -38,7 +40,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Better policy gradients from fewer rollouts: V_0.5 (arXiv 2603.10848) and its rivals, on your machine.",
 )
-console = Console(stderr=True)
+
+
+class Terminal(Console):
+    """A console whose plain lines may quote anybody: what would drive the terminal is shown as text."""
+
+    def out(self, *objects: Any, **options: Any) -> None:
+        super().out(*(printable(str(each)) for each in objects), **options)
+
+
+console = Terminal(stderr=True)
 
 READ_AT_ONCE = 128  # prompts
 INTERRUPTED = 130  # exit status after Ctrl-C
@@ -107,8 +118,8 @@ def train(
 
     Example: v05 train --preset tiny --method v05 --seed 0 --out runs/one
     """
-    from v05.train.config import RunConfig, label_of, run_config
-    from v05.train.metrics import refuse_to_overwrite
+    from v05.train.config import label_of, run_config
+    from v05.train.metrics import RESULT, refuse_to_overwrite
 
     try:
         overrides = _overrides(rollouts, learning_rate)
@@ -133,10 +144,7 @@ def train(
         beside = sorted(given - {"out", "config", "wandb", "threads"})
         if config is not None and beside:
             raise ValueError(f"--config is complete, so {', '.join(beside)} cannot be set beside it; edit the file instead")
-        if config is not None:
-            run = RunConfig.model_validate_json(config.read_text())
-        else:
-            run = run_config(preset, method, seed=seed, **overrides)
+        run = run_config(preset, method, seed=seed, **overrides) if config is None else _read_config(config)
         refuse_to_overwrite(run, out)
         _set_threads(threads)
         from v05.train.live import LiveView
@@ -146,16 +154,19 @@ def train(
         sinks: list[Sink] = [TensorBoard(out)]
         if wandb is not None:
             sinks.append(WeightsAndBiases(out, wandb, run))
-        trainer = Trainer(run, out, _say, sinks)
+        with _no_exit():
+            trainer = Trainer(run, out, _say, sinks)
     except KeyboardInterrupt:
         console.out("interrupted before the first step; a warm start begins anew when the command is called again")
         raise typer.Exit(INTERRUPTED) from None
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         _fail(error)
     try:
-        with LiveView(f"{label_of(run)}, seed {run.seed}", Console(stderr=True, quiet=_rank() > 0)) as view:
+        with _no_exit(), LiveView(f"{label_of(run)}, seed {run.seed}", Console(stderr=True, quiet=_rank() > 0)) as view:
             for state in trainer.run():
                 view.show(state)
+        if _rank() == 0:
+            _demand(out / RESULT)
     except KeyboardInterrupt:
         _interrupted(out)
     except (ValueError, OSError, RuntimeError) as error:
@@ -206,7 +217,8 @@ def compare(
         if suite is not None:
             if (preset, methods, learning_rate) != ("tiny", DEFAULT_METHODS, None):
                 raise ValueError(f"--suite {suite} is complete, so --preset, --methods and --learning-rate cannot be set beside it")
-            _run_suite(suite, seeds, rollouts, out, jobs or usable_cores(), json)
+            with _no_exit():
+                _run_suite(suite, seeds, rollouts, out, jobs or usable_cores(), json)
             return
         specs = [spec.strip() for spec in methods.split(",")]
         configs = {
@@ -229,16 +241,18 @@ def compare(
     if started:
         console.out(f"going on where they stopped: {', '.join(started)}")
     try:
-        with console.status("warm start of the policy (kept for later runs)"):
-            policy_folder(first.policy, first.task, make_task(first.task), console.out)
-        failed = _run_watched(configs, out, jobs or usable_cores())
+        with _no_exit():
+            with console.status("warm start of the policy (kept for later runs)"):
+                policy_folder(first.policy, first.task, make_task(first.task), console.out)
+            failed = _run_watched(configs, out, jobs or usable_cores())
+            _report({name: config for name, config in configs.items() if name not in failed}, out, json)
     except KeyboardInterrupt:
         _interrupted(out)
     except (ValueError, OSError, RuntimeError) as error:
         _fail(error)
-    _report(configs, out, json)
+    for name, why in failed.items():
+        console.out(f"failed: {name}: {why}", style="red", highlight=False)
     if failed:
-        console.out(f"failed: {', '.join(failed)}; see log.txt in each run's directory", style="red")
         raise typer.Exit(1)
 
 
@@ -254,8 +268,9 @@ def report(
 ) -> None:
     """Draw runs, finished or not, on one HTML page that needs no network.
 
-    Runs that differ in their seed alone are one curve with a band. The page holds learning curves over rollouts, tokens and
-    seconds, rollouts saved, group sizes, prior against outcome, gradient norm, entropy, where time went, and completions to read.
+    Runs that differ in their seed alone are one curve with a band; a run whose files are damaged is left out and named. The page
+    holds learning curves over rollouts, tokens and seconds, rollouts saved, group sizes, prior against outcome, gradient norm,
+    entropy, where time went, and completions to read.
 
     Example: v05 report runs/compare --out page.html
     """
@@ -270,13 +285,15 @@ def report(
 
     try:
         directories = find_runs(runs)
-        read, empty = read_runs(directories, lambda items: watched(items, "reading runs"))
+        read, left_out = read_runs(directories, lambda items: watched(items, "reading runs"))
         page = out or runs[0] / "report.html"
-        write_page(document(seeds_of(read), read, baseline, watched), ", ".join(place.resolve().name for place in runs), page)
+        title = ", ".join(place.resolve().name for place in runs)
+        write_page(document(seeds_of(read), read, baseline, watched, left_out), title, page)
     except (ValueError, OSError) as error:
         _fail(error)
-    unread = f"; without an evaluation yet, and left out: {', '.join(empty)}" if empty else ""
-    console.out(f"{len(read)} runs on {page}, {page.stat().st_size / 1e6:.1f} MB{unread}")
+    for name, why in left_out.items():
+        console.out(f"left out: {name}: {why}", highlight=False)
+    console.out(f"{len(read)} runs on {page}, {page.stat().st_size / 1e6:.1f} MB")
 
 
 @app.command("fit-prior")
@@ -452,7 +469,7 @@ def evaluate(
 
             verifier = VerifierPool(MathTask, workers=workers, time_limit=time_limit)
             try:
-                crashed = run(config, problems, samples, log, verifier, capacity=sampling_batch, watch=watch)
+                crashed = _no_exit()(run)(config, problems, samples, log, verifier, capacity=sampling_batch, watch=watch)
             finally:
                 verifier.close()
         records = write_results(out, config, problems, samples, log)
@@ -690,8 +707,10 @@ def doctor(json: Annotated[Path | None, typer.Option(help="Also write the findin
     raise typer.Exit(status)
 
 
-def _run_watched(configs: dict[str, RunConfig], out: Path, jobs: int, done: Callable[[str], None] = lambda name: None) -> list[str]:
-    """Run and show it; `done` hears of every run that ends well, once. Returns those that failed."""
+def _run_watched(
+    configs: dict[str, RunConfig], out: Path, jobs: int, done: Callable[[str], None] = lambda name: None
+) -> dict[str, str]:
+    """Run and show it; `done` hears of every run that ends well, once. Returns those that failed, each with what to do about it."""
     from v05.train.compare import RunState, run_all
 
     many = len(configs) > MOST_BARS
@@ -702,6 +721,7 @@ def _run_watched(configs: dict[str, RunConfig], out: Path, jobs: int, done: Call
             for name, config in configs.items()
         }
         ended: set[str] = set()
+        failed: dict[str, str] = {}
 
         def watch(states: list[RunState]) -> None:
             for state in states:
@@ -713,15 +733,18 @@ def _run_watched(configs: dict[str, RunConfig], out: Path, jobs: int, done: Call
                     progress.start_task(bars[state.name])
                 reached = state.total if state.status == "done" else state.rollouts  # a run ends within half a step of its total
                 progress.update(bars[state.name], completed=reached, note=note, visible=running or not many)
-                if state.status in ("done", "failed"):
+                if state.status in ("done", "failed", "damaged"):
                     ended.add(state.name)
+                    if state.status != "done":
+                        failed[state.name] = state.why
                     progress.update(whole, completed=len(ended))
                     if state.status == "done":
                         done(state.name)
                     if not console.is_terminal:
                         console.out(f"{state.name}: {note}")  # a log has no bars
 
-        return run_all(configs, out, jobs, watch)
+        run_all(configs, out, jobs, watch)
+        return failed
 
 
 def _run_suite(name: str, seeds: int | None, rollouts: int | None, out: Path, jobs: int, json_file: Path | None) -> None:
@@ -768,9 +791,8 @@ def _run_suite(name: str, seeds: int | None, rollouts: int | None, out: Path, jo
 
         failed = _run_watched({name: run.config for name, run in missing.items()}, out, jobs, done)
         if failed:
-            raise RuntimeError(
-                f"failed: {', '.join(failed)}; see log.txt in each run's directory; the same command tries them again"
-            )
+            told = "; ".join(f"{name}: {why}" for name, why in failed.items())
+            raise RuntimeError(f"failed: {told}; the same command tries them again")
 
     run(tuning_runs(suite))
     rates = tuned_rates(suite, read_rows(out))
@@ -923,13 +945,37 @@ def _set_threads(count: int) -> None:
 def _fail(error: Exception) -> NoReturn:
     from pydantic import ValidationError
 
-    text = str(error)
-    if isinstance(error, ValidationError):  # one line, without links to its documentation
-        places = [(".".join(map(str, e["loc"])), e) for e in error.errors()]
-        text = "; ".join(f"{place}={e['input']!r}: {e['msg']}" if place else e["msg"] for place, e in places)
-        text = text.replace("Value error, ", "")
+    text = explained_places(error) if isinstance(error, ValidationError) else str(error)
     console.out(f"v05: {text}", style="red", highlight=False)
     raise typer.Exit(2)
+
+
+def _read_config(path: Path) -> RunConfig:
+    """The configuration in a file; ValueError names the file."""
+    from pydantic import ValidationError
+
+    from v05.files import read_object
+    from v05.train.config import RunConfig
+
+    try:
+        return RunConfig.model_validate(read_object(path))
+    except ValidationError as error:
+        raise ValueError(f"--config {path}: {explained_places(error)}") from None
+
+
+@contextmanager
+def _no_exit() -> Iterator[None]:
+    """Whatever runs within may not end the command as if it had succeeded: a task's or a policy's code may call exit()."""
+    try:
+        yield
+    except SystemExit as end:
+        raise RuntimeError(f"exit({end.code!r}) was called before there was a result; something that the run calls did it") from end
+
+
+def _demand(result: Path) -> None:
+    """The command is about to end with status 0."""
+    if not result.is_file():
+        raise RuntimeError(f"the run ended without {result}; call it again")
 
 
 def _interrupted(out: Path) -> NoReturn:
@@ -943,5 +989,5 @@ def main() -> None:
         app()
     except SystemExit as end:  # which typer makes of every end but that of a bug
         if (distributed := sys.modules.get("v05.train.distributed")) is not None:  # only a run joins a job, and imports it
-            distributed.leave_world(int(end.code or 0))
+            distributed.leave_world(end.code if isinstance(end.code, int) else int(end.code is not None))
         raise

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 COLOUR = re.compile("\x1b\\[[0-9;?]*[ -/]*[@-~]")  # and all else that a terminal is told in that form
 MOST_QUOTED = 500  # characters of foreign text in a message
-MOST_TOLD = 8  # of the faults of one value
+MOST_TOLD = 4  # of the faults of one value
+LONGEST_VALUE = 80  # characters
 
 
 def printable(text: str) -> str:
@@ -38,4 +39,4 @@ def explained_places(error: ValidationError) -> str:
 
 def _short(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= MOST_QUOTED else f"{text[:MOST_QUOTED]}..."
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."

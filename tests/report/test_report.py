@@ -186,6 +186,101 @@ def test_nothing_that_a_policy_wrote_is_markup(place, tmp_path):
     assert "://" not in text
 
 
+def rewritten(directory, name, **changes):
+    file = directory / name
+    values = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+
+
+def last_group(**changes):
+    def damage(directory):
+        lines = (directory / "metrics.jsonl").read_text().splitlines()
+        at = max(i for i, line in enumerate(lines) if json.loads(line)["kind"] == "group")
+        lines[at] = json.dumps({key: value for key, value in (json.loads(lines[at]) | changes).items() if value is not ...})
+        (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+    return damage
+
+
+def spoilt(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("spoilt\n")
+
+
+def settings(**changes):
+    return lambda run: rewritten(run, "config.json", **changes)
+
+
+DAMAGES = {
+    "a bad line": (spoilt, "metrics.jsonl, line "),
+    "configuration []": (lambda run: (run / "config.json").write_text("[]"), "config.json holds no JSON object but '[]'"),
+    "no configuration": (lambda run: (run / "config.json").unlink(), "config.json"),
+    "a total of 0": (settings(total_rollouts=0), "total_rollouts=0: Input should be greater"),
+    "no total": (settings(total_rollouts=...), "is not the configuration of a run"),
+    "a budget of words": (
+        settings(budget="small"),
+        "is not the configuration of a run",
+    ),
+    "a size of words": (settings(budget={"initial": "4", "maximum": 4}), "budget.initial='4'"),
+    "a task that is a list": (settings(task=[]), "task=[]"),
+    "a task without sources": (settings(task={"mix": []}), "task.mix=[]"),
+    "another method": (settings(method="ppo"), "is not the configuration of a run"),
+    "result {}": (lambda run: (run / "result.json").write_text("{}"), "result.json is not as v05 writes it: method"),
+    "result of a list": (lambda run: (run / "result.json").write_text("[]"), "result.json holds no JSON object"),
+    "result in words": (
+        lambda run: rewritten(run, "result.json", rollouts="all"),
+        "not as v05 writes it: rollouts='all'",
+    ),
+    "no kind": (last_group(kind=...), "metrics.jsonl, line "),
+    "no completions": (last_group(completions=...), "is not as v05 writes it: completions"),
+    "a text that is none": (last_group(completions=[{"text": 3, "reward": 1, "advantage": 0}]), "completions.0.text=3"),
+    "a prompt that is none": (last_group(prompt=None), "prompt=None"),
+    "inputs": (lambda run: (run / "inputs.json").write_text("{"), "inputs.json: "),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_run_is_named_and_keeps_no_other_from_the_page(damage, tmp_path):
+    inflict, message = DAMAGES[damage]
+    for name, seed in (("sound", 0), ("damaged", 1)):
+        write_run(tmp_path / "runs" / name, "v05@4..16", seed, steps=12, of=12)
+    inflict(tmp_path / "runs" / "damaged")
+    places = [tmp_path / "runs" / name for name in ("sound", "damaged")]
+    runs, left_out = read_runs(places, untracked)
+    assert [run.name for run in runs] == ["sound"]
+    assert list(left_out) == ["damaged"]
+    assert message in left_out["damaged"]
+    page = document(seeds_of(runs), runs, None, untracked, left_out)
+    assert page["missing"][0] == f"damaged is left out: {left_out['damaged']}"
+    done = CliRunner().invoke(app, ["report", *map(str, places), "--out", str(tmp_path / "page.html")])
+    assert done.exit_code == 0, done.output
+    assert "left out: damaged: " in done.output
+    alone = CliRunner().invoke(app, ["report", str(places[1])])
+    assert alone.exit_code == 2
+    assert "no run can be shown" in alone.output
+
+
+def test_a_run_with_nothing_measured_is_drawn(tmp_path):
+    """Rewards of a run whose rollouts all failed are none, and null stands for NaN."""
+    write_run(tmp_path / "run", "v05@4..16", 0, steps=12, of=12)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    empty = dict.fromkeys(("group_size", "weight", "prior_rejected", "grad_norm", "entropy", "prior_auc", "baseline_mse", "mean"))
+    for record in lines:
+        record |= {name: None for name in empty if name in record}
+        record |= {"rollouts": 0} if record["kind"] != "group" else {}
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (group,) = document_of(tmp_path)["groups"]
+    assert group["group_size"] is group["grad_norm"] is group["entropy"] is None
+
+
+def test_prompts_are_told_apart_by_their_content_and_not_by_their_place(tmp_path):
+    for seed, (name, folder, digest) in enumerate((("one", "a", "1" * 64), ("moved", "b", "1" * 64), ("other", "a", "2" * 64))):
+        write_run(tmp_path / name, "grpo@8", seed, task={"kind": "jsonl", "path": f"{folder}/sums.jsonl"})
+        (tmp_path / name / "inputs.json").write_text(json.dumps({"task.path": digest}))
+    found = [(group["setting"], group["seeds"]) for group in document_of(tmp_path)["groups"]]
+    assert found == [("sums (path 111111111111)", 2), ("sums (path 222222222222)", 1)]
+
+
 def test_the_command(place, tmp_path):
     runner = CliRunner()
     done = runner.invoke(app, ["report", str(place), "--out", str(tmp_path / "new" / "page.html")])

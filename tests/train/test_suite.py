@@ -132,6 +132,34 @@ def test_a_row_that_was_cut_is_named(tmp_path):
         read_rows(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ("0.6,4.0", "nan,4.0"),  # accuracy_after
+        ("2101", "21o1"),
+        (",2,2101", ",0,2101"),  # samples
+        ('"[[0.0', '"[0.0'),
+        ('"[[0.0', '"[[null'),
+        ("\n", ",one more\n"),
+        ('"[[', '[["'),
+    ],
+)
+def test_a_row_with_other_values_is_named(tmp_path, damage):
+    append_row(tmp_path, made_up_row("grpo@4"))
+    append_row(tmp_path, made_up_row("v05@4"))
+    head, first, second = (tmp_path / "runs.csv").read_text().splitlines(keepends=True)
+    assert damage[0] in second
+    (tmp_path / "runs.csv").write_text(head + first + second.replace(*damage))
+    with pytest.raises(ValueError, match=r"runs\.csv:3 is no whole row; delete the line, and its run is read again"):
+        read_rows(tmp_path)
+
+
+def test_rows_in_another_encoding_are_named(tmp_path):
+    (tmp_path / "runs.csv").write_bytes("stage,mix\n\xe9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"runs\.csv, line 2 is not UTF-8"):
+        read_rows(tmp_path)
+
+
 def test_rows_of_another_suite_are_refused():
     with pytest.raises(ValueError, match="a run of grpo@4 on arithmetic, which this suite has not"):
         in_order(SUITES["smoke"], [made_up_row("grpo@4")])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from v05.methods import REFERENCE
-from v05.report.runs import Recorded, Seeds
+from v05.report.runs import NOT_EVALUATED, Recorded, Seeds
 from v05.train.compare import final_accuracy, rollouts_to
 from v05.train.curves import crossing
 
@@ -27,7 +27,13 @@ NEWER = {  # records that runs of earlier versions lack, and what is not shown f
 }
 
 
-def document(groups: Sequence[Seeds], runs: Sequence[Recorded], baseline: str | None, track: Callable[..., Any]) -> Document:
+def document(
+    groups: Sequence[Seeds],
+    runs: Sequence[Recorded],
+    baseline: str | None,
+    track: Callable[..., Any],
+    left_out: Mapping[str, str] | None = None,
+) -> Document:
     """The page's contents.
 
     Args:
@@ -35,6 +41,7 @@ def document(groups: Sequence[Seeds], runs: Sequence[Recorded], baseline: str | 
         runs: all of them, also those that `groups` leaves out.
         baseline: name of the group whose final accuracy the others are to reach; None is the first of method "grpo".
         track: shows the progress of an iteration, as `rich.progress.track`.
+        left_out: of `v05.report.runs.read_runs`.
 
     Raises:
         ValueError: no group is called `baseline`.
@@ -55,8 +62,15 @@ def document(groups: Sequence[Seeds], runs: Sequence[Recorded], baseline: str | 
         "runs": [run_line(recorded) for recorded in runs],
         "samples": [{"run": recorded.name, **sample} for recorded in runs for sample in recorded.samples[::every]],
         "sampled": sum(len(recorded.samples) for recorded in runs),
-        "missing": [*missing(runs), *idle],
+        "missing": [*absent(left_out or {}), *missing(runs), *idle],
     }
+
+
+def absent(left_out: Mapping[str, str]) -> list[str]:
+    """Which runs have nothing to show, and why."""
+    waiting = [name for name, why in left_out.items() if why == NOT_EVALUATED]
+    lines = [f"{name} is left out: {why}" for name, why in left_out.items() if why != NOT_EVALUATED]
+    return [*lines, f"without an evaluation yet: {listed(waiting)}"] if waiting else lines
 
 
 def missing(runs: Sequence[Recorded]) -> list[str]:
@@ -162,7 +176,7 @@ def axes_of(steps: Sequence[Records]) -> dict[str, tuple[Array, Array]]:
     end = min((of_run[-1]["rollouts"] for of_run in steps if of_run), default=0)
     points = np.linspace(0, end, POINTS + 1)
     for axis in AXES[1:]:
-        if all(of_run and axis in of_run[0] for of_run in steps):
+        if all(of_run and all(axis in step for step in of_run) for of_run in steps):
             values = [np.interp(points, [0, *column(of_run, "rollouts")], [0, *column(of_run, axis)]) for of_run in steps]
             axes[axis] = (points, np.mean(values, axis=0))
     return axes
@@ -196,6 +210,8 @@ def binned(steps: Sequence[Records], key: str, axes: dict[str, tuple[Array, Arra
     if not all(known):
         return None
     end = min(of_run[-1]["rollouts"] for of_run in known)
+    if not end:  # nothing came through
+        return None
     bins = min(POINTS, *(len(of_run) for of_run in known))
     values = []
     for of_run in known:

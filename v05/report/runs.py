@@ -7,17 +7,57 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from v05.files import read_object
+from v05.messages import explained_places
 from v05.methods import METHODS, find_method
 from v05.train.compare import Run
 from v05.train.config import BudgetConfig, RunConfig, label_of
-from v05.train.metrics import CONFIG, METRICS, RESULT, read_metrics
+from v05.train.identity import with_contents
+from v05.train.metrics import CONFIG, METRICS, RESULT, read_inputs, read_metrics, read_result
 
 SETTING = ("task", "policy", "evaluation")  # of a configuration: accuracies compare where they agree
 MOST_TOLD = 60  # characters
+MOST_NAMED = 8  # damaged runs, where no run is sound
+DIGEST_SHOWN = 12  # characters
+NOT_EVALUATED = "no evaluation yet"
 
 Track = Callable[[Sequence[Path]], Iterable[Path]]
+
+
+class Used(BaseModel):
+    """What the page uses of a configuration, whichever version wrote it."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class UsedBudget(Used):
+    initial: Annotated[int, Field(ge=1)]
+    maximum: Annotated[int, Field(ge=1)]
+
+
+class UsedSource(Used):
+    dataset: str
+
+
+class UsedTask(Used):
+    mix: Annotated[list[UsedSource], Field(min_length=1)] | None = None
+    path: str | None = None
+
+    def name(self) -> str:
+        sources = [source.dataset for source in self.mix] if self.mix else [Path(self.path).stem if self.path else "task"]
+        return " + ".join(dict.fromkeys(sources))
+
+
+class UsedSettings(Used):
+    method: str
+    seed: Annotated[int, Field(ge=0)]
+    total_rollouts: Annotated[int, Field(ge=1)]
+    task: UsedTask
+    budget: UsedBudget
 
 
 @dataclass(frozen=True)
@@ -26,13 +66,16 @@ class Recorded:
 
     Attributes:
         name: of the run, unique on a page.
-        settings: its config.json as it stands: what an earlier version wrote need not be a valid configuration any more.
+        task: what its prompts are from.
+        settings: its config.json, with a digest of what it read in the place of each path. What an earlier version wrote need not
+            be a valid configuration any more.
         finished: it has a result.
         run: its records as the comparison sees them; the result of an unfinished run is what its last evaluation says.
         samples: its records of kind "group".
     """
 
     name: str
+    task: str
     settings: dict[str, Any]
     finished: bool
     run: Run
@@ -75,38 +118,53 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
     return list(found.values())
 
 
-def read_runs(directories: Sequence[Path], track: Track) -> tuple[list[Recorded], list[str]]:
-    """The runs in `directories` that have been evaluated at least once, and the names of the others, which have nothing to show."""
-    runs, empty = [], []
+def read_runs(directories: Sequence[Path], track: Track) -> tuple[list[Recorded], dict[str, str]]:
+    """The runs in `directories` that have something to show, and by name why the others have not: they have not been evaluated yet,
+    or a file of theirs is damaged. ValueError if none has anything to show."""
+    runs: list[Recorded] = []
+    left_out: dict[str, str] = {}
     for directory, name in zip(track(directories), names_of(directories), strict=True):
-        recorded = read_run(directory, name)
+        try:
+            recorded = read_run(directory, name)
+        except (OSError, ValueError) as error:
+            left_out[name] = str(error)
+            continue
         if recorded is None:
-            empty.append(name)
+            left_out[name] = NOT_EVALUATED
         else:
             runs.append(recorded)
+    damaged = [why for why in left_out.values() if why != NOT_EVALUATED]
+    if not runs and damaged:
+        more = f"; and {len(damaged) - MOST_NAMED} more" if len(damaged) > MOST_NAMED else ""
+        raise ValueError(f"RUN_DIR: no run can be shown: {'; '.join(damaged[:MOST_NAMED])}{more}")
     if not runs:
-        raise ValueError(f"RUN_DIR: none of {', '.join(empty)} has been evaluated yet; wait for the first evaluation")
-    return runs, empty
+        raise ValueError(f"RUN_DIR: none of {', '.join(left_out)} has been evaluated yet; wait for the first evaluation")
+    return runs, left_out
 
 
 def read_run(directory: Path, name: str) -> Recorded | None:
-    """The run in `directory`; None before its first evaluation."""
+    """The run in `directory`; None before its first evaluation. Raises ValueError, or OSError, naming the file that is damaged."""
+    settings = read_object(directory / CONFIG)
     try:
-        settings = json.loads((directory / CONFIG).read_text())
         budget = BudgetConfig.model_construct(**settings["budget"])
         method, prior = find_method(settings["method"]).name, settings.get("prior", "history")
         label = label_of(RunConfig.model_construct(method=method, budget=budget, prior=prior))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{directory / CONFIG} is not the configuration of a run ({error!r}); leave the directory out") from error
+        used = UsedSettings.model_validate(settings)
+    except (ValueError, KeyError, TypeError) as error:
+        told = explained_places(error) if isinstance(error, ValidationError) else repr(error)
+        raise ValueError(f"{directory / CONFIG} is not the configuration of a run ({told}); leave the directory out") from error
     by_kind: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in read_metrics(directory):
         by_kind[record["kind"]].append(record)
     evaluations, steps = by_kind["evaluation"], by_kind["step"]
+    finished = (directory / RESULT).is_file()
+    result = read_result(directory) if finished else {}
     if not evaluations:
         return None
-    finished = (directory / RESULT).is_file()
-    result = json.loads((directory / RESULT).read_text()) if finished else unfinished_result(settings, evaluations, steps)
-    return Recorded(name, settings, finished, Run(label, result, evaluations, steps, by_kind["probe"]), by_kind["group"])
+    result = result or unfinished_result(settings, evaluations, steps)
+    contents = {setting: str(digest)[:DIGEST_SHOWN] for setting, digest in read_inputs(directory).items()}
+    run = Run(label, result, evaluations, steps, by_kind["probe"])
+    return Recorded(name, used.task.name(), with_contents(settings, contents), finished, run, by_kind["group"])
 
 
 def unfinished_result(settings: dict[str, Any], evaluations: list[dict[str, Any]], steps: list[dict[str, Any]]) -> dict[str, Any]:
@@ -170,10 +228,7 @@ def setting_names(runs: Sequence[Recorded]) -> dict[str, str]:
     """A readable name for each setting: its task, and where that is not enough what differs or, if that is much, a number."""
     alike: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)  # name of the task -> settings that share it
     for recorded in runs:
-        task = recorded.settings["task"]
-        sources = [source["dataset"] for source in task["mix"]] if "mix" in task else [Path(task["path"]).stem]
-        setting = {name: recorded.settings.get(name) for name in SETTING}
-        alike[" + ".join(dict.fromkeys(sources))][setting_key(recorded)] = setting
+        alike[recorded.task][setting_key(recorded)] = {name: recorded.settings.get(name) for name in SETTING}
     names = {}
     for name, settings in alike.items():
         for number, (key, mine) in enumerate(settings.items(), 1):

@@ -9,13 +9,12 @@ and one that was interrupted goes on where it stopped.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -25,11 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from v05.methods import REFERENCE
-from v05.train.config import RunConfig
+from v05.train.config import RunConfig, label_of
 from v05.train.curves import Curve, Reached, bootstrap_interval, reaching
-from v05.train.metrics import RESULT, changed_settings, read_metrics, refuse_to_overwrite
+from v05.train.metrics import METRICS, RESULT, changed_settings, read_metrics, read_result, refuse_to_overwrite
 
 POLL_SECONDS = 2.0
+LOG = "log.txt"  # of a run's process
 
 
 @dataclass(frozen=True)
@@ -40,23 +40,25 @@ class RunState:
     rollouts: int
     total: int
     accuracy: float | None
-    status: str  # "waiting", "running", "done", "failed"
+    status: str  # "waiting", "running", "done", "failed", "damaged"
+    why: str = ""  # it failed, or is damaged, and what to do
 
 
 def run_all(configs: Mapping[str, RunConfig], directory: Path, jobs: int, watch: Callable[[list[RunState]], None]) -> list[str]:
     """Run `configs` (name -> run) in `directory`/name, `jobs` at a time; returns the names of those that failed.
 
-    `watch` sees all states every POLL_SECONDS. ValueError if a directory holds a run of another configuration. An exception,
-    Ctrl-C included, stops the runs under way; what they wrote stays readable.
+    `watch` sees all states every POLL_SECONDS. A run whose files are damaged counts as failed and is left as it is. ValueError if a
+    directory holds a run of another configuration. An exception, Ctrl-C included, stops the runs under way; what they wrote stays.
     """
-    waiting = [name for name, config in configs.items() if not is_finished(config, directory / name)]
+    damages = {name: damage(config, directory / name) for name, config in configs.items()}
+    states = {name: _state(name, config, directory / name, "waiting") for name, config in configs.items()}
+    states |= {name: replace(states[name], status="damaged", why=why) for name, why in damages.items() if why}
+    waiting = [name for name, state in states.items() if state.status == "waiting"]
     for name in waiting:
         refuse_to_overwrite(configs[name], directory / name)
     running: dict[str, BaseProcess] = {}
-    states = {name: _state(name, config, directory / name, False, False) for name, config in configs.items()}
     context = multiprocessing.get_context("forkserver")  # one import of torch and transformers for all runs
     context.set_forkserver_preload(["v05.train.trainer", "reasoning_gym"])
-    failed: list[str] = []
     watch(list(states.values()))
     try:
         while waiting or running:
@@ -65,14 +67,11 @@ def run_all(configs: Mapping[str, RunConfig], directory: Path, jobs: int, watch:
                 started = context.Process(target=run_one, args=(configs[name], directory / name), name=name)
                 started.start()
                 running[name] = started
-            under_way = set(running)  # whose records may have changed since the last look
             for name, process in list(running.items()):
+                states[name] = _state(name, configs[name], directory / name, "running")
                 if process.exitcode is not None:
                     del running[name]
-                    if process.exitcode != 0:
-                        failed.append(name)
-            for name in under_way:
-                states[name] = _state(name, configs[name], directory / name, name in running, name in failed)
+                    states[name] = _ended(states[name], process.exitcode, configs[name], directory / name)
             watch(list(states.values()))
             connection.wait([process.sentinel for process in running.values()], POLL_SECONDS)
     finally:
@@ -80,15 +79,37 @@ def run_all(configs: Mapping[str, RunConfig], directory: Path, jobs: int, watch:
             process.terminate()
         for process in running.values():
             process.join()
-    return failed
+    return [name for name, state in states.items() if state.status in ("failed", "damaged")]
+
+
+def _ended(state: RunState, exit_code: int, config: RunConfig, directory: Path) -> RunState:
+    """The state of a run whose process has ended. A status of 0 alone is no success: whatever a run calls may end its process."""
+    why = damage(config, directory)
+    if exit_code == 0 and why is None and is_finished(config, directory):
+        return replace(state, status="done")
+    told = f"its process ended with status {exit_code}, without a result; see {directory / LOG}"
+    return replace(state, status="failed", why=why or told)
 
 
 def is_finished(config: RunConfig, directory: Path) -> bool:
     """The directory holds the finished run of exactly this configuration."""
     try:
         return (directory / RESULT).is_file() and not changed_settings(config, directory)
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return False
+
+
+def damage(config: RunConfig, directory: Path) -> str | None:
+    """Why the run in `directory` can neither be shown nor go on, and what to do; None for a sound one, another one, or none."""
+    try:
+        if (directory / RESULT).exists():
+            if not changed_settings(config, directory):
+                load_run(label_of(config), directory)
+        elif (directory / METRICS).exists() and (directory / METRICS).stat().st_size:
+            changed_settings(config, directory)
+    except (OSError, ValueError) as error:
+        return f"{error}; mend it, or delete {directory} to have the run run again"
+    return None
 
 
 def run_one(config: RunConfig, directory: Path) -> None:
@@ -101,7 +122,7 @@ def run_one(config: RunConfig, directory: Path) -> None:
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     directory.mkdir(parents=True, exist_ok=True)
-    log = os.open(directory / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(directory / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(1)
@@ -113,12 +134,15 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)  # as if killed: whoever starts the run again must find nobody writing it
 
 
-def _state(name: str, config: RunConfig, directory: Path, running: bool, failed: bool) -> RunState:
-    records = read_metrics(directory)
-    rollouts = max((r["rollouts"] for r in records), default=0)
+def _state(name: str, config: RunConfig, directory: Path, status: str) -> RunState:
+    """How far a run is; "done" if it is finished, else as `status` says."""
+    try:
+        records = read_metrics(directory)
+    except (OSError, ValueError):  # a run that goes on drops what was half-written when a machine went down
+        records = []
+    rollouts = max((r["rollouts"] for r in records if r["kind"] in ("step", "evaluation")), default=0)
     accuracies = [r["accuracy"] for r in records if r["kind"] == "evaluation"]
-    done = is_finished(config, directory)
-    status = "failed" if failed else "done" if done else "running" if running else "waiting"
+    status = "done" if status == "waiting" and is_finished(config, directory) else status
     return RunState(name, rollouts, config.total_rollouts, accuracies[-1] if accuracies else None, status)
 
 
@@ -139,16 +163,19 @@ class Run:
 
     def curve(self, x: str, y: str = "accuracy") -> Curve:
         """An evaluation's `y` ("accuracy", "entropy") over `x` ("rollouts", "seconds")."""
-        return np.array([e[x] for e in self.evaluations], dtype=float), np.array([e[y] for e in self.evaluations])
+        return np.array([e[x] for e in self.evaluations], dtype=float), np.array([e[y] for e in self.evaluations], dtype=float)
 
 
 def load_run(label: str, directory: Path) -> Run:
-    """A finished run directory; FileNotFoundError where there is none."""
-    return Run(
-        label,
-        json.loads((directory / RESULT).read_text()),
-        *(read_metrics(directory, kind) for kind in ("evaluation", "step", "probe")),
-    )
+    """A finished run directory; FileNotFoundError where there is none, ValueError where a file of it is damaged."""
+    result = read_result(directory)
+    if result.get("heldout_samples") is None or result.get("heldout_successes") is None:
+        raise ValueError(f"{directory / RESULT} has no heldout_samples or heldout_successes")
+    records = read_metrics(directory)
+    evaluations, steps, probes = ([r for r in records if r["kind"] == kind] for kind in ("evaluation", "step", "probe"))
+    if not evaluations or not steps:
+        raise ValueError(f"{directory / METRICS} has {len(evaluations)} evaluations and {len(steps)} steps of a finished run")
+    return Run(label, result, evaluations, steps, probes)
 
 
 def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -170,20 +197,20 @@ def _run_record(run: Run) -> dict[str, Any]:
 
 def mean_of(records: Sequence[Mapping[str, Any]], key: str) -> float:
     """Mean of a figure over the records that have it; NaN where none has."""
-    values = [record[key] for record in records if record[key] is not None]
+    values = [record[key] for record in records if record.get(key) is not None]
     return float(np.mean(values)) if values else float("nan")
 
 
 def _means(run: Run) -> dict[str, float]:
-    grad_norms = [step["grad_norm"] for step in run.steps if step["grad_norm"] is not None]
+    grad_norms = [step["grad_norm"] for step in run.steps if step.get("grad_norm") is not None]
     return {
         "baseline_mse": mean_of(run.probes[1:], "baseline_mse"),  # the first probe precedes all learning, the prior's too
         "grad_norm": mean_of(run.steps, "grad_norm"),
         "grad_norm_std": float(np.std(grad_norms, ddof=1)) if len(grad_norms) > 1 else float("nan"),
-        "entropy_before": run.evaluations[0]["entropy"],
-        "entropy_after": run.evaluations[-1]["entropy"],
+        "entropy_before": mean_of(run.evaluations[:1], "entropy"),
+        "entropy_after": mean_of(run.evaluations[-1:], "entropy"),
         "group_size": mean_of(run.steps, "group_size"),
-        "thrown_away": float(sum(r["thrown_away"] for r in run.steps)),
+        "thrown_away": float(sum(r.get("thrown_away") or 0 for r in run.steps)),
     }
 
 

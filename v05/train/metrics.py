@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from v05.files import explained, read_object, replacing
+from v05.files import explained, read_object, read_objects, replacing
 from v05.train.config import RunConfig, label_of
 from v05.train.identity import inputs_of, paths_of, with_contents
+from v05.train.records import check_record, check_result
 
 METRICS, CONFIG, INPUTS, RESULT, OUTCOMES = "metrics.jsonl", "config.json", "inputs.json", "result.json", "outcomes"
 POLICY = "policy"  # the folder of the trained policy
@@ -85,11 +86,16 @@ class MetricsLog:
             raise ValueError(f"{directory} is being written by another process; wait for it or stop it") from None
 
     def cut(self, length: int) -> None:
-        """Forget what was recorded after the first `length` bytes: it is about to happen again."""
+        """Forget what was recorded after the first `length` bytes: it is about to happen again. ValueError names a line before them
+        that is no record."""
         found = os.fstat(self._descriptor).st_size
         if found < length:
             raise ValueError(f"{self._path} has {found} bytes, fewer than the {length} of the checkpoint; give another directory")
         os.ftruncate(self._descriptor, length)
+        try:
+            read_metrics(self._path.parent)
+        except ValueError as error:
+            raise ValueError(f"{error}; mend the line, or give another directory") from None
 
     def flush(self) -> int:
         """Have the disk hold what was recorded; returns its length in bytes."""
@@ -103,13 +109,25 @@ class MetricsLog:
 
 
 def read_metrics(directory: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The records of a run directory, optionally of one kind. A last line still being written is left out."""
+    """The records of a run directory, optionally of one kind. A last line still being written is left out.
+
+    Raises ValueError, with the file and the line, for one that is no record.
+    """
     path = directory / METRICS
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    records = [json.loads(line) for line in lines]
+    records = []
+    for number, record in read_objects(path, growing=True):
+        check_record(record, f"{path}, line {number}")
+        records.append(record)
     return [record for record in records if kind is None or record["kind"] == kind]
+
+
+def read_result(directory: Path) -> dict[str, Any]:
+    """The result of a run directory. Raises ValueError, with the file, where it holds none, OSError where there is no file."""
+    result = read_object(directory / RESULT)
+    check_result(result, str(directory / RESULT))
+    return result
 
 
 def write_json(path: Path, value: Any) -> None:

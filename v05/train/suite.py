@@ -10,6 +10,7 @@ of; a run that has a row is not run again, so the suite goes on where it stopped
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections import defaultdict
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from v05.files import read_text
 from v05.methods import METHODS, REFERENCE
 from v05.train.compare import load_run, mean_of
 from v05.train.config import EvaluationConfig, RunConfig, run_config
@@ -242,21 +244,29 @@ def read_rows(directory: Path) -> list[Row]:
 
 
 def read_csv(path: Path) -> list[Row]:
-    """The rows of a suite's file; ValueError where it has other columns."""
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        names = [field.name for field in fields(Row)]
-        if reader.fieldnames != names:
-            raise ValueError(f"{path}: columns {reader.fieldnames} are not those of a suite, {names}; give another --out")
-        rows = []
-        for line in reader:
-            try:
-                row = Row(**{field.name: KINDS[str(field.type)](line[field.name]) for field in fields(Row)})
-                row.evaluations()
-                rows.append(row)
-            except (TypeError, ValueError):
-                raise ValueError(f"{path}:{reader.line_num} is no whole row; delete the line, and its run is read again") from None
-        return rows
+    """The rows of a suite's file; ValueError where it has other columns, or names the line that is no row."""
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    names: list[str] = [field.name for field in fields(Row)]
+    try:
+        columns = reader.fieldnames
+        rows = [_row(line) for line in reader] if columns == names else []
+    except (csv.Error, TypeError, ValueError):
+        raise ValueError(f"{path}:{reader.line_num} is no whole row; delete the line, and its run is read again") from None
+    if columns != names:
+        raise ValueError(f"{path}: columns {columns} are not those of a suite, {names}; give another --out")
+    return rows
+
+
+def _row(line: Mapping[str, str]) -> Row:
+    """The row of a line; TypeError or ValueError where it is cut, or has other values than rows have."""
+    row = Row(**{field.name: KINDS[str(field.type)](line[field.name]) for field in fields(Row)})
+    curve = row.evaluations()
+    finite = np.isfinite(curve).all() and np.isfinite([row.accuracy_before, row.accuracy_after, row.learning_rate]).all()
+    if len(line) != len(fields(Row)) or curve.ndim != 2 or curve.shape[1:] != (4,) or not finite:
+        raise ValueError(line)
+    if row.samples < 1 or not (row.successes.isascii() and row.successes.isdecimal()):
+        raise ValueError(line)
+    return row
 
 
 def append_row(directory: Path, row: Row) -> None:
@@ -292,12 +302,12 @@ def row_of(planned: Planned, directory: Path) -> Row:
         prior_rejected=mean_of(run.steps, "prior_rejected"),
         baseline_mse=mean_of(run.probes[1:], "baseline_mse"),
         grad_norm=mean_of(run.steps, "grad_norm"),
-        entropy_before=run.evaluations[0]["entropy"],
-        entropy_after=run.evaluations[-1]["entropy"],
+        entropy_before=mean_of(run.evaluations[:1], "entropy"),
+        entropy_after=mean_of(run.evaluations[-1:], "entropy"),
         prior_auc=aucs[-1] if aucs else float("nan"),
-        thrown_away=sum(step["thrown_away"] for step in run.steps),
+        thrown_away=sum(step.get("thrown_away") or 0 for step in run.steps),
         seconds=run.result["seconds"],
-        **{f"{name}_seconds": sum(step[f"{name}_seconds"] for step in run.steps) for name in STAGES},
+        **{f"{name}_seconds": sum(step.get(f"{name}_seconds") or 0.0 for step in run.steps) for name in STAGES},
         samples=run.result["heldout_samples"],
         successes="".join(str(count) for count in run.result["heldout_successes"]),
         curve=json.dumps(curve),
