@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -279,6 +280,29 @@ def test_prompts_are_told_apart_by_their_content_and_not_by_their_place(tmp_path
         (tmp_path / name / "inputs.json").write_text(json.dumps({"task.path": digest}))
     found = [(group["setting"], group["seeds"]) for group in document_of(tmp_path)["groups"]]
     assert found == [("sums (path 111111111111)", 2), ("sums (path 222222222222)", 1)]
+
+
+def test_a_run_that_is_called_as_a_part_of_the_page_is_one(place, tmp_path):
+    for name in ("{{script}}", "{{document}}", "\\1{{plotly}}"):
+        write_page(document_of(place), name, tmp_path / "page.html")
+        text = (tmp_path / "page.html").read_text()
+        assert f"<title>{name}</title>" in text
+        assert f"<h1>{name}</h1>" in text
+        assert text.count("<script") == 3
+
+
+def test_the_page_runs_its_own_scripts_and_asks_for_nothing(place, tmp_path):
+    write_page(document_of(place), "runs", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    stated = re.search(r'http-equiv="Content-Security-Policy" content="(.*?)"', text)[1]
+    policy = dict(part.split(" ", 1) for part in stated.split("; "))
+    assert policy["default-src"] == "'none'"
+    assert text.index("Content-Security-Policy") < text.index("<title>")
+    own = re.search(r"<script>(.*?)</script>", text, re.S)[1]
+    plotly = gzip.decompress(base64.b64decode(re.search(r'id="plotly">(.*?)</script>', text)[1])).decode()
+    hashes = [f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in (own, plotly)]
+    assert policy["script-src"].split() == hashes
+    assert not policy.keys() & {"connect-src", "font-src", "frame-src", "worker-src"}  # default-src stands
 
 
 def test_the_command(place, tmp_path):

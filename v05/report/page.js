@@ -352,15 +352,16 @@ function signed(x) {
 
 function sampleCard(s) {
   const fact = (name, value) => (value === null || value === undefined ? null : make("span", {}, `${name} `, make("b", {}, value)));
+  const known = (x) => (x === null ? null : x.toFixed(3));
   const text = (content) => make("pre", { class: "text" }, content);
   return make("article", { class: "sample" },
-    make("header", {}, make("b", {}, s.run), fact("step", String(s.step)), fact("prior", s.prior === null ? null : s.prior.toFixed(3)),
-      fact("group of", String(s.size)), fact("mean", s.mean.toFixed(3)), fact("baseline", s.baseline.toFixed(3))),
+    make("header", {}, make("b", {}, s.run), fact("step", String(s.step)), fact("prior", known(s.prior)),
+      fact("group of", String(s.size)), fact("mean", known(s.mean)), fact("baseline", known(s.baseline))),
     make("div", { class: "body" },
       make("div", { class: "asked" }, make("h3", {}, "prompt"), text(s.prompt), make("h3", {}, "answer"), text(s.answer)),
       make("div", {}, ...s.completions.map((c) => make("div", { class: "completion" },
-        make("span", { class: `reward ${c.reward === 1 ? "right" : c.reward === 0 ? "wrong" : ""}`, title: "reward" }, c.reward.toFixed(c.reward % 1 ? 2 : 0)),
-        make("span", { class: "advantage", title: "advantage" }, signed(c.advantage)),
+        make("span", { class: `reward ${c.reward === 1 ? "right" : c.reward === 0 ? "wrong" : ""}`, title: "reward" }, fixed(c.reward, c.reward % 1 ? 2 : 0)),
+        make("span", { class: "advantage", title: "advantage" }, c.advantage === null ? "" : signed(c.advantage)),
         text(c.text))))));
 }
 
