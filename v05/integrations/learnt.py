@@ -55,9 +55,15 @@ def restore_learnt(path: Path, learners: Learners) -> None:
                 f"{path} holds what a {was} learnt, and this run's {name} is a {now}; give another path, or set the prior that it "
                 "is of before the settings"
             )
+    before = {name: learners[name].state_dict() for name in known}
     for name in known:
         state = {key.removeprefix(f"{name}."): value for key, value in arrays.items() if key.startswith(f"{name}.")}
-        learners[name].load_state_dict(state)
+        try:
+            learners[name].load_state_dict(state)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            for restored in known:
+                learners[restored].load_state_dict(before[restored])
+            raise ValueError(f"{path} is damaged: of what the {name} learnt, {error}; delete it, or give another path") from error
 
 
 class LearntFile:

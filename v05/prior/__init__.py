@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,8 +27,37 @@ class ValuePrior(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
-        """Go on from what `state_dict` of a prior with the same settings gave: predictions are the same to the last bit."""
+        """Go on from what `state_dict` of a prior with the same settings gave: predictions are the same to the last bit.
+
+        Raises ValueError for what it never gave. Nothing has changed then.
+        """
         ...
+
+
+def kept_array(state: Mapping[str, NDArray[Any]], name: str, shape: tuple[int | None, ...]) -> NDArray[Any]:
+    """An array of a `state_dict`, of finite numbers; None in `shape` is any length. ValueError where it is missing or another."""
+    if name not in state:
+        raise ValueError(f"{name} is missing")
+    values = np.asarray(state[name])
+    if len(values.shape) != len(shape) or any(n is not None and n != m for n, m in zip(shape, values.shape, strict=True)):
+        raise ValueError(f"{name} has the shape {values.shape}, not {shape}")
+    if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
+        raise ValueError(f"{name} holds values of {values.dtype} that are no finite numbers")
+    return values
+
+
+def kept_texts(state: Mapping[str, NDArray[Any]], name: str) -> list[str]:
+    """Distinct texts that a `state_dict` has as the bytes of their JSON. ValueError where they are missing or others."""
+    texts = json.loads(kept_array(state, name, (None,)).astype(np.uint8).tobytes())
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts) or len(set(texts)) < len(texts):
+        raise ValueError(f"{name} holds no list of distinct texts")
+    return texts
+
+
+def refuse_values(name: str, bad: NDArray[np.bool_] | bool) -> None:
+    """ValueError if any is bad."""
+    if np.any(bad):
+        raise ValueError(f"{name} holds {int(np.sum(bad))} values that cannot be")
 
 
 class _UnteachablePrior:

@@ -17,6 +17,7 @@ from scipy.optimize import minimize
 from scipy.special import betaln, expit, gammaln, logit, psi
 
 from v05.methods import Calibration
+from v05.prior import kept_array, refuse_values
 
 FEWEST_GROUPS = 64  # below these the default stands
 LEAST_PRIOR = 0.005  # priors are kept within [0.005, 0.995], as in fusion.hpp
@@ -125,9 +126,12 @@ class Calibrator:
 
     def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
         """Go on from what `state_dict` of a calibrator with the same settings gave: fits are the same to the last bit."""
-        self._groups = state["groups"].copy()
-        self.calibration = Calibration(*map(float, state["calibration"]))
-        self.failed_fits = int(state["failed_fits"])
+        groups, numbers = kept_array(state, "groups", (3, None)), kept_array(state, "calibration", (4,))
+        failed_fits = int(kept_array(state, "failed_fits", ()))
+        successes, counts, priors = groups
+        refuse_values("groups", (counts <= 0) | (successes < 0) | (successes > counts) | (priors < 0) | (priors > 1))
+        self.calibration = Calibration(*map(float, numbers))  # which refuses numbers out of bounds
+        self._groups, self.failed_fits = groups.copy(), failed_fits
 
 
 def negative_log_likelihood(

@@ -19,6 +19,8 @@ from scipy.sparse import csr_matrix, hstack
 from scipy.special import expit
 from sklearn.feature_extraction.text import HashingVectorizer
 
+from v05.prior import kept_array, kept_texts, refuse_values
+
 FEATURES = 2**14
 LONGEST_NGRAM = 4
 
@@ -104,12 +106,17 @@ class HistoryPrior:
         }
 
     def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
-        self._weights = state["weights"].copy()
-        self._squared_gradients = state["squared_gradients"].copy()
-        self._step = int(state["step"])
-        columns = (state[f"past_{name}"].tolist() for name in ("successes", "trials", "steps"))
-        prompts = json.loads(state["past_prompts"].tobytes())
-        self._past = OrderedDict((prompt, _Past(*values)) for prompt, *values in zip(prompts, *columns, strict=True))
+        weights, squared_gradients = (kept_array(state, name, (FEATURES + 1,)) for name in ("weights", "squared_gradients"))
+        step = int(kept_array(state, "step", ()))
+        prompts = kept_texts(state, "past_prompts")
+        columns = [kept_array(state, f"past_{name}", (len(prompts),)) for name in ("successes", "trials", "steps")]
+        successes, trials, steps = columns
+        refuse_values("squared_gradients", squared_gradients <= 0)
+        refuse_values("past_successes", (successes < 0) | (trials < 0))
+        refuse_values("past_steps", (steps < 0) | (steps > step))
+        self._weights, self._squared_gradients, self._step = weights.copy(), squared_gradients.copy(), step
+        rows = zip(prompts, *(values.tolist() for values in columns), strict=True)
+        self._past = OrderedDict((prompt, _Past(*values)) for prompt, *values in rows)
 
     def _learn_text(
         self, prompts: Sequence[str], successes: NDArray[np.float64], trials: NDArray[np.float64], passes: int = 3

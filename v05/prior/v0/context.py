@@ -16,6 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from v05.prior import kept_array, kept_texts, refuse_values
+
+ROUNDING = 1e-9  # by which a mean of rates may be above 1
 KEPT_OUTCOMES = 8  # of a prompt
 LEVEL_STRENGTH = 32.0  # prompts that the level of the version before counts for in a version's
 FIRST_LEVEL, FIRST_STRENGTH = 0.5, 2.0  # the same for the first version
@@ -165,10 +168,15 @@ class History:
         }
 
     def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
-        self.levels = state["levels"].tolist()
-        rows = zip(state["versions"].tolist(), state["rates"].tolist(), state["trials"].tolist(), strict=True)
-        prompts = json.loads(state["prompts"].tobytes())
+        levels, counts = kept_array(state, "levels", (None,)), kept_array(state, "counts", (None,)).astype(np.int64)
+        prompts = kept_texts(state, "prompts")
+        refuse_values("counts", (counts < 1) | (len(counts) != len(prompts)))
+        versions, rates, trials = (kept_array(state, name, (int(counts.sum()),)) for name in ("versions", "rates", "trials"))
+        refuse_values("levels", (levels < 0) | (levels > 1))
+        refuse_values("versions", (versions < 0) | (versions >= len(levels)))
+        refuse_values("rates", (rates < 0) | (rates > 1 + ROUNDING) | (trials <= 0))
+        rows = zip(versions.tolist(), rates.tolist(), trials.tolist(), strict=True)
+        self.levels = levels.tolist()
         self._outcomes = OrderedDict(
-            (prompt, [Outcome(*next(rows)) for _ in range(count)])
-            for prompt, count in zip(prompts, state["counts"].tolist(), strict=True)
+            (prompt, [Outcome(*next(rows)) for _ in range(count)]) for prompt, count in zip(prompts, counts.tolist(), strict=True)
         )

@@ -101,4 +101,6 @@ def load_head(path: Path = WEIGHTS) -> InContextHead:
         raise ValueError(
             f"head={path} holds no weights of this head ({error}); reinstall v05, or train one: python -m v05.prior.v0.pretrain"
         ) from error
+    if not all(value.isfinite().all() for value in head.state_dict().values()):
+        raise ValueError(f"head={path} holds weights that are no finite numbers; reinstall v05, or train one anew")
     return head.requires_grad_(False).eval()

@@ -8,7 +8,6 @@ have none, a prompt's split is a hash of its text.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from v05.files import read_objects
 from v05.prior.v0.context import Context, History, Past
 
 TEST_SHARE, TRAIN_SHARE = 0.2, 0.1  # of prompts, where the logs do not say
@@ -69,21 +69,17 @@ def read_logs(paths: Sequence[Path]) -> list[Row]:
     rows: list[Row] = []
     order: dict[str, int] = {}
     for path in paths:
-        with Path(path).open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    rows.append(_row(line, f"{path}, line {number}", order))
+        rows += [_row(fields, f"{path}, line {number}", order) for number, fields in read_objects(Path(path))]
     if not rows:
         raise ValueError(f"{', '.join(map(str, paths))}: no rows; a line is {{policy, prompt, score, trials}}")
     return rows
 
 
-def _row(line: str, where: str, order: dict[str, int]) -> Row:
+def _row(fields: dict[str, Any], where: str, order: dict[str, int]) -> Row:
     try:
-        fields: dict[str, Any] = json.loads(line)
         policy, prompt = str(fields["policy"]), fields["prompt"]
         score, trials = float(fields["score"]), float(fields["trials"])
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise ValueError(f"{where}: {error!r}; a line is a JSON object with policy, prompt, score and trials") from None
     if not isinstance(prompt, str):
         raise ValueError(f"{where}: prompt={prompt!r} is no text; give the prompt as the policy reads it")

@@ -18,7 +18,6 @@ Tasks are made in shards and training goes epoch by epoch; interrupted, the same
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 from scipy.special import expit
 
-from v05.files import replacing
+from v05.files import read_object, replacing
 from v05.prior.v0 import V0Prior
 from v05.prior.v0.backbone import Backbone
 from v05.prior.v0.context import History, Past
@@ -203,7 +202,7 @@ def run_tasks(directory: Path, rng: np.random.Generator, draws: int) -> Iterator
 
     A draw splits the prompts anew into context and queries, and takes one version and setting with a part of its context.
     """
-    folder = json.loads((directory / "config.json").read_text())["policy"]["path"]
+    folder = read_object(directory / "config.json")["policy"]["path"]
     prior = V0Prior(Backbone(Path(folder), directory / "features"), InContextHead())
     rows = read_logs(sorted(directory.glob("outcomes/*.jsonl")))
     prompts = sorted({row.prompt for row in rows})

@@ -8,9 +8,11 @@ predicts them best is kept, and none at all if that is no better than the backbo
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -149,13 +151,19 @@ def train_adapter(
     before = validate(None)
     best, first = before, 0
     resume = path.with_suffix(".training")
+    run = [seed, backbone.key, _digest(versions)]
     if resume.is_file():
-        state: dict[str, Any] = torch.load(resume, weights_only=True)
-        if state["run"] != [seed, backbone.key, len(states.pooled)]:
-            raise ValueError(f"{resume} is of another training; delete it, or give another file")
-        adapter.load_state_dict(state["adapter"])
-        optimizer.load_state_dict(state["optimizer"])
-        best, first = state["best"], state["step"]
+        try:
+            state: dict[str, Any] = torch.load(resume, weights_only=True)
+            if state["run"] != run:
+                raise ValueError("of another run")
+            adapter.load_state_dict(state["adapter"])
+            optimizer.load_state_dict(state["optimizer"])
+            best, first = float(state["best"]), int(state["step"])
+        except (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, UnpicklingError) as error:
+            raise ValueError(
+                f"{resume} is of another training, of other logs, or damaged; delete it, or give another file"
+            ) from error
     for step in track(range(first, steps), "adapter"):
         draws = np.random.default_rng((seed, step))
         sample = _draw(trained_on[draws.integers(len(trained_on))], draws, validation=False)
@@ -169,7 +177,6 @@ def train_adapter(
             if now < min(best, before - LEAST_GAIN):
                 best = now
                 save_adapter(adapter, path)
-            run = [seed, backbone.key, len(states.pooled)]
             state = {
                 "adapter": adapter.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -180,6 +187,16 @@ def train_adapter(
             _write(state, resume)
     resume.unlink(missing_ok=True)
     return {"before": before, "after": best, "kept": best < before}
+
+
+def _digest(tasks: Sequence[Queries]) -> str:
+    """A hash of what an adapter is trained on: the prompts and rates of all versions."""
+    digest = hashlib.sha256()
+    for task in tasks:
+        rows = [(row.prompt, row.rate, row.trials) for row in task.rows]
+        digest.update(repr((task.policy, task.setting, task.context.prompts, rows)).encode())
+        digest.update(task.context.rate.tobytes() + task.context.trials.tobytes())
+    return digest.hexdigest()
 
 
 def _write(state: dict[str, Any], path: Path) -> None:
