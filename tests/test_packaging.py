@@ -1,12 +1,15 @@
 """From source distribution to wheel to a working import, without the editable install in between."""
 
+import contextlib
 import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,3 +56,16 @@ print(fused_advantage([1.0, 0.0], [0.5], group_offsets=[0, 2]).advantages.tolist
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert result.stdout == "[0.5, -0.5]\n", result.stderr
+
+
+def test_dependencies_end_before_what_may_break_them(wheel):
+    """A new major version of a dependency is taken up on purpose, and those that are installed here are within the bounds."""
+    (found,) = wheel.glob("v05-*.dist-info")
+    required = [Requirement(line) for line in metadata.PathDistribution(found).requires]
+    for_users = [r for r in required if not any(f'extra == "{extra}"' in str(r.marker) for extra in ("dev", "docs"))]
+    checked = [r for r in for_users if r.name not in ("v05", "packaging", "pyarrow")]
+    assert len(checked) > 15
+    for requirement in checked:
+        assert any(bound.operator in ("<", "==") for bound in requirement.specifier), requirement
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            assert requirement.specifier.contains(metadata.version(requirement.name), prereleases=True), requirement
