@@ -164,3 +164,10 @@ def test_what_no_run_wrote_is_not_replaced(name, tmp_path):
     with pytest.raises(ValueError, match=f"holds {name} of something else, which the run would replace; give another directory"):
         Trainer(smoke(1), tmp_path, ignored)
     assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_configuration_may_lie_where_its_run_goes(tmp_path):
+    (tmp_path / "config.json").write_text(smoke(1).model_dump_json())
+    Trainer(smoke(1), tmp_path, ignored)
+    gc.collect()
+    assert (tmp_path / "metrics.jsonl").exists()

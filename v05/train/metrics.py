@@ -7,7 +7,6 @@ Beside them outcomes/ holds what each held-out prompt came to, a file an evaluat
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import math
@@ -53,21 +52,28 @@ def read_inputs(directory: Path) -> dict[str, Any]:
 
 def refuse_to_overwrite(config: BaseModel, directory: Path) -> None:
     """ValueError if the directory holds a finished run, the records of one with other settings or data, or what no run wrote."""
+    metrics = directory / METRICS
     if (directory / RESULT).exists():
-        changed = []
-        with contextlib.suppress(ValueError, OSError):  # whatever it holds, it stays
-            changed = changed_settings(config, directory)
+        changed = _known_changes(config, directory)
         told = f"; the run there differs in {', '.join(changed)}" if changed else ""
         raise ValueError(f"{directory} holds a finished run; give another directory{told}")
-    metrics = directory / METRICS
     if not metrics.exists():
         for name in (CONFIG, POLICY):
-            if (directory / name).exists() or (directory / name).is_symlink():
+            there = (directory / name).exists() or (directory / name).is_symlink()
+            if there and (name == POLICY or _known_changes(config, directory) != []):
                 raise ValueError(f"{directory} holds {name} of something else, which the run would replace; give another directory")
     elif metrics.stat().st_size:  # else a start that failed
         changed = changed_settings(config, directory)
         if changed:
             raise ValueError(f"{directory} holds a run that differs in {', '.join(changed)}; give another directory")
+
+
+def _known_changes(config: BaseModel, directory: Path) -> list[str] | None:
+    """The changed settings; None where the directory's files do not say."""
+    try:
+        return changed_settings(config, directory)
+    except (OSError, ValueError):
+        return None
 
 
 class MetricsLog:
