@@ -203,6 +203,37 @@ def test_what_ends_a_run_is_explained_in_one_line(environment, tmp_path):
     assert not (tmp_path / "run" / "engine_weights").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "config.json holds no JSON object but '[]'"),
+        ("{", "config.json: Expecting property name"),
+        ('{"method": "v05"}', "--config config.json: task: Field required"),
+        ('{"method": "v05", "seed": "\\u001b[31mred"}', "--config config.json: "),
+    ],
+)
+def test_a_configuration_at_fault_is_named(content, message, environment, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    result = v05("train", "--config", "config.json", "--out", "run", environment=environment, directory=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "\x1b" not in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_what_a_server_says_does_not_drive_the_terminal(environment, tmp_path):
+    words = b"\x1b[31mno\x1b]0;taken over\x07 vLLM"
+    with FakeServer(lambda path, body, before: words) as server:
+        config = run_config("smoke", "v05", engine={"kind": "vllm_server", "url": server.url})
+        (tmp_path / "config.json").write_text(config.model_dump_json())
+        result = v05("train", "--config", "config.json", "--out", "run", environment=environment, directory=tmp_path)
+    assert result.returncode == 2
+    assert f"engine.url={server.url}: no vLLM server answers there" in result.stderr
+    assert "\x1b" not in result.stderr
+    assert "\x07" not in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_a_comparison_under_torchrun_is_refused(environment, tmp_path):
     result = v05("compare", "--preset", "smoke", environment={**environment, "WORLD_SIZE": "2"}, directory=tmp_path)
     assert result.returncode == 2

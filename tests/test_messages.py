@@ -1,8 +1,9 @@
 """Foreign text in messages drives no terminal."""
 
 import pytest
+from pydantic import BaseModel, ValidationError
 
-from v05.messages import printable, quoted
+from v05.messages import explained_places, printable, quoted
 
 
 @pytest.mark.parametrize(
@@ -25,3 +26,25 @@ def test_what_drives_a_terminal_is_shown_instead(text, shown):
 def test_a_quotation_is_one_short_line():
     assert quoted(b" <html>\n  <body>\xff\x1b[2J ") == "<html> <body>\N{REPLACEMENT CHARACTER}"
     assert len(quoted(b"a" * 10_000_000)) == 500
+
+
+class Thing(BaseModel):
+    name: str
+    sizes: list[int]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"sizes": [1]}, "name: Field required"),
+        ({"name": "a", "sizes": ["b" * 1000]}, f"sizes.0={'b' * 79!r}"[:-1] + "...: Input should be a valid integer"),
+        ({"name": "a", "sizes": ["b"] * 10}, "and 6 more"),
+        ([], "Input should be a valid dictionary or instance of Thing"),
+    ],
+)
+def test_faults_are_told_in_one_short_line(given, told):
+    with pytest.raises(ValidationError) as refused:
+        Thing.model_validate(given)
+    assert told in explained_places(refused.value)
+    assert "\n" not in explained_places(refused.value)
+    assert len(explained_places(refused.value)) < 1000

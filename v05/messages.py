@@ -31,8 +31,11 @@ def quoted(data: bytes) -> str:
 def explained_places(error: ValidationError) -> str:
     """What pydantic found wrong, in one line and without links to its documentation: "seed=-1: Input should be greater ..."."""
     errors = error.errors()
-    places = [(".".join(map(str, found["loc"])), found) for found in errors[:MOST_TOLD]]
-    told = [f"{place}={_short(found['input'])}: {found['msg']}" if place else found["msg"] for place, found in places]
+    told = []
+    for found in errors[:MOST_TOLD]:
+        place = ".".join(map(str, found["loc"]))
+        value = "" if found["type"] == "missing" else f"={_short(found['input'])}"
+        told.append(f"{place}{value}: {found['msg']}" if place else found["msg"])
     more = [f"and {len(errors) - MOST_TOLD} more"] if len(errors) > MOST_TOLD else []
     return "; ".join(told + more).replace("Value error, ", "")
 

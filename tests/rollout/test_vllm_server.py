@@ -114,7 +114,7 @@ def test_what_a_completion_may_be(tmp_path):
         (choice(token_ids=[5, 6, 7], finish_reason="length"), "cut the rollout off after 3 of 8 tokens; start it with a larger"),
         (b'{"choices": []}', "choices=[]: List should have at least 1 item"),
         (choice()[:-2] + b", " + choice()[13:], "List should have at most 1 item"),
-        (b"{}", "choices={}: Field required"),
+        (b"{}", "choices: Field required"),
         (b"null", "Input should be an object"),
         (b"[1]", "Input should be an object"),
         (b"", "Invalid JSON"),
