@@ -472,6 +472,7 @@ def evaluate(
                 crashed = _no_exit()(run)(config, problems, samples, log, verifier, capacity=sampling_batch, watch=watch)
             finally:
                 verifier.close()
+                log.close()
         records = write_results(out, config, problems, samples, log)
         if json is not None:
             write_json(json, records)

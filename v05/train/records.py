@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from v05.messages import explained_places
 
 Count = Annotated[float, Field(ge=0)]
-Histogram = Annotated[list[Count], Field(min_length=1)]
+Histogram = list[Count]  # empty where every group was thrown away
 Sums = Annotated[list[float], Field(min_length=3, max_length=3)]  # groups, priors, outcomes
 TENTHS = 10  # bins of a share
 
