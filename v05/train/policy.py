@@ -32,6 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from v05.files import explained, flush_folder
 from v05.machine import cache_root
+from v05.pretrained import load_pretrained
 from v05.rollout import Request, RolloutEngine, generate
 from v05.rollout.transformers_engine import TransformersEngine
 from v05.tasks import Prompt, Task, heldout_set
@@ -85,14 +86,14 @@ def load_policy(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
     """Model (on the accelerator if there is one) and tokenizer of a local folder."""
     if not (path / "config.json").is_file():
         raise ValueError(f"policy.path={path}: no config.json there; give a Hugging Face model folder")
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+    model: PreTrainedModel = load_pretrained(AutoModelForCausalLM, path, dtype=dtype)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     return model, load_tokenizer(path)
 
 
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a local folder, with a pad token."""
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer = load_pretrained(AutoTokenizer, path)
     if tokenizer.pad_token_id is None:  # masked wherever it stands
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

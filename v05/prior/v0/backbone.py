@@ -64,19 +64,21 @@ class Backbone:
         from transformers import AutoModel, AutoTokenizer
         from transformers.utils.logging import disable_progress_bar
 
+        from v05.pretrained import load_pretrained
+
         disable_progress_bar()
         folder = sentence_model() if folder is None else Path(folder)
         if not (folder / "config.json").is_file():
             raise ValueError(f"backbone={folder}: no config.json there; give the folder of a Hugging Face model")
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self._model = AutoModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+            self._tokenizer: Any = load_pretrained(AutoTokenizer, folder)
+            self._model = load_pretrained(AutoModel, folder, dtype=torch.float32)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ValueError(
                 f"backbone={folder} cannot be loaded ({error}); give a folder with config, weights and tokenizer"
             ) from error
         if self._tokenizer.pad_token_id is None:
-            self._tokenizer.pad_token = self._tokenizer.eos_token
+            self._tokenizer.pad_token = self._tokenizer.eos_token or self._tokenizer.convert_ids_to_tokens(0)  # masked
         self._tokenizer.padding_side = "right"
         self._model.requires_grad_(False).eval()
         torch.nn.Module.to(self._model, "cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,24 @@
+"""Folders of Hugging Face models: read from disk alone, and never running code that a folder brings along."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+
+def load_pretrained(auto: Any, folder: Path, **options: Any) -> Any:
+    """`auto.from_pretrained` of a local folder, `auto` being AutoConfig, AutoModel or the like.
+
+    Raises ValueError where the folder can only be read by code of its own.
+    """
+    try:
+        return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{folder} can only be read by Python code that it brings along (auto_map in config.json or tokenizer_config.json), "
+            f"which v05 never runs; give a folder whose architecture transformers {transformers.__version__} has, or upgrade it"
+        ) from None
