@@ -7,21 +7,32 @@ completion, so that what a rollout is batched with changes it only through round
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessorList, PreTrainedModel, TemperatureLogitsWarper, TopPLogitsWarper
 
 from v05.rollout import Completion, Failure, Request, decode, refuse_update_in_flight
+from v05.rollout.cache import keeps_only_columns
+from v05.rollout.limits import positions_of
+from v05.rollout.rows import Rows, read_prompts
+from v05.rollout.time_steps import bounded_mixers, bounded_time_steps
 
 # A join costs about what a token does, however few join: prompts are read and caches copied. So there is one every so many tokens
 # at most, unless nothing is under way: short completions are then sampled batch by batch, and long ones wait little.
 JOIN_EVERY = 16
+CHECKED_PROMPTS = (4, 2, 7)  # tokens of the prompts of a self-check: two start, the third joins them, twice
+CHECKED_TOKENS = 4  # of the completions that start
+# Relative differences of log-probabilities that count as rounding in the self-check: ten times what right models show or more.
+ROUNDING = {torch.float32: 3e-4, torch.float16: 0.1, torch.bfloat16: 0.25}
+ROUNDING_TF32 = 0.03
 
 
 class TransformersEngine:
@@ -34,6 +45,9 @@ class TransformersEngine:
         capacity: rollouts sampled at once.
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: share of the probability that is sampled from, the likeliest tokens first.
+
+    Raises:
+        ValueError: `check_sampling` refuses the model.
     """
 
     reproducible = True
@@ -51,6 +65,7 @@ class TransformersEngine:
         self.capacity = capacity
         self._model = model
         self._tokenizer = tokenizer
+        self._pad = tokenizer.pad_token_id
         self._max_new_tokens = max_new_tokens
         self._greedy = temperature == 0
         self._warp = LogitsProcessorList()
@@ -59,8 +74,11 @@ class TransformersEngine:
         if top_p < 1:
             self._warp.append(TopPLogitsWarper(top_p))
         self._waiting: deque[tuple[int, Request]] = deque()
-        self._rows: _Rows | None = None
+        self._rollouts: _Rollouts | None = None
         self._since_join = 0  # tokens
+        self._bounded_mixers = bounded_mixers(model)
+        with self._reading():
+            check_sampling(model, self._pad)
 
     def decode(self, completion: Completion) -> str:
         return decode(self._tokenizer, completion)
@@ -70,22 +88,18 @@ class TransformersEngine:
 
     @torch.no_grad()
     def poll(self, timeout: float | None = None) -> list[tuple[int, Completion | Failure]]:
-        was_training = self._model.training
-        if was_training:
-            self._model.eval()
         finished: list[tuple[int, Completion | Failure]] = []
-        while not finished and (self._waiting or self._rows):
-            if self._rows:
-                self._rows.advance(self._model)
-            self._join()
-            finished += self._sample()
-        if was_training:
-            self._model.train()
+        with self._reading():
+            while not finished and (self._waiting or self._rollouts):
+                if self._rollouts:
+                    self._rollouts.advance(self._model)
+                self._join()
+                finished += self._sample()
         return finished
 
     @torch.no_grad()
     def update_weights(self, state: Iterable[tuple[str, torch.Tensor]]) -> None:
-        refuse_update_in_flight(bool(self._rows or self._waiting))
+        refuse_update_in_flight(bool(self._rollouts or self._waiting))
         mine = self._model.state_dict()
         for name, tensor in state:
             if name not in mine or mine[name].shape != tensor.shape:
@@ -97,67 +111,79 @@ class TransformersEngine:
     def close(self) -> None:
         pass
 
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Within, the model is in evaluation mode, and reads a token as it reads several."""
+        was_training = self._model.training
+        if was_training:
+            self._model.eval()
+        try:
+            with bounded_time_steps(self._bounded_mixers):
+                yield
+        finally:
+            if was_training:
+                self._model.train()
+
     def _join(self) -> None:
         """Let waiting rollouts join the batch, if it is time."""
         self._since_join += 1
-        joining = min(len(self._waiting), self.capacity - (len(self._rows) if self._rows else 0))
-        if joining == 0 or (self._rows and self._since_join < JOIN_EVERY):
+        joining = min(len(self._waiting), self.capacity - (len(self._rollouts) if self._rollouts else 0))
+        if joining == 0 or (self._rollouts and self._since_join < JOIN_EVERY):
             return
         self._since_join = 0
         keys, requests = zip(*(self._waiting.popleft() for _ in range(joining)), strict=True)
-        logits, cache, mask = read_prompts(self._model, [r.prompt for r in requests], self._tokenizer.pad_token_id)
+        read = read_prompts(self._model, [r.prompt for r in requests], self._pad)
         uniforms = _uniforms(np.array([r.seed for r in requests], dtype=np.uint64), self._max_new_tokens)
-        rows = _Rows(
-            keys=torch.tensor(keys, device=mask.device),
-            uniforms=torch.from_numpy(uniforms).to(mask.device),
-            tokens=torch.zeros(uniforms.shape, dtype=torch.int64, device=mask.device),
-            logprobs=torch.zeros(uniforms.shape, device=mask.device),
-            lengths=torch.zeros(joining, dtype=torch.int64, device=mask.device),
-            logits=logits,
-            mask=mask,
-            cache=cache,
+        device = read.mask.device
+        rollouts = _Rollouts(
+            keys=torch.tensor(keys, device=device),
+            uniforms=torch.from_numpy(uniforms).to(device),
+            tokens=torch.zeros(uniforms.shape, dtype=torch.int64, device=device),
+            logprobs=torch.zeros(uniforms.shape, device=device),
+            lengths=torch.zeros(joining, dtype=torch.int64, device=device),
+            read=read,
         )
-        if self._rows:
-            self._rows.append(rows)
+        if self._rollouts:
+            self._rollouts.append(rollouts)
         else:
-            self._rows = rows
+            self._rollouts = rollouts
 
     def _sample(self) -> list[tuple[int, Completion | Failure]]:
         """Draw every rollout's next token; those that end leave the batch."""
-        rows = self._rows
-        assert rows is not None
+        rollouts = self._rollouts
+        assert rollouts is not None
         # transformers annotates its arguments as LongTensor and FloatTensor, which no torch function returns.
-        logits: torch.Tensor = self._warp(rows.tokens, rows.logits.float())  # type: ignore[arg-type]
+        logits: torch.Tensor = self._warp(rollouts.tokens, rollouts.read.logits.float())  # type: ignore[arg-type]
         if self._greedy:
             logits = torch.full_like(logits, -torch.inf).scatter_(1, logits.argmax(-1, keepdim=True), 0.0)
         log_p = torch.log_softmax(logits, dim=-1)
-        at = rows.lengths[:, None]
-        token = _inverse_cdf(log_p, rows.uniforms.gather(1, at).squeeze(1))[:, None]
-        rows.tokens.scatter_(1, at, token)
-        rows.logprobs.scatter_(1, at, log_p.gather(1, token))
-        rows.lengths += 1
+        at = rollouts.lengths[:, None]
+        token = _inverse_cdf(log_p, rollouts.uniforms.gather(1, at).squeeze(1))[:, None]
+        logprob = log_p.gather(1, token)
+        rollouts.tokens.scatter_(1, at, token)
+        rollouts.logprobs.scatter_(1, at, logprob)
+        rollouts.lengths += 1
         ended = token.squeeze(1) == self._tokenizer.eos_token_id
-        leaving = ended | (rows.lengths == self._max_new_tokens)
+        leaving = ended | (rollouts.lengths == self._max_new_tokens)
         if not leaving.any():
             return []
-        columns = (rows.keys, rows.tokens, rows.logprobs, rows.lengths, ended)
+        columns = (rollouts.keys, rollouts.tokens, rollouts.logprobs, rollouts.lengths, ended)
         keys, tokens, logprobs, lengths, ends = (column[leaving].cpu().numpy() for column in columns)
-        self._rows = None if leaving.all() else rows.keep(torch.nonzero(~leaving).squeeze(1))
+        self._rollouts = None if leaving.all() else rollouts.keep(torch.nonzero(~leaving).squeeze(1))
         return [
             (int(keys[i]), Completion(tokens[i, :n].copy(), logprobs[i, :n].copy(), bool(ends[i]))) for i, n in enumerate(lengths)
         ]
 
 
 @dataclass
-class _Rows:
-    """B rollouts under way, T the length limit. A row of the cache and mask, both L wide, is aligned to the right.
+class _Rollouts:
+    """B rollouts under way, T the length limit.
 
     Attributes:
         keys: (B,) int64.
         uniforms: (B, T) float64, what the tokens are drawn with.
         tokens, logprobs: (B, T); lengths (B,): how many of them are drawn.
-        logits: (B, V) of the next token.
-        mask: (B, L) int64, one where the cache holds a token of the row.
+        read: prompts and drawn tokens as the model has read them.
     """
 
     keys: torch.Tensor
@@ -165,86 +191,28 @@ class _Rows:
     tokens: torch.Tensor
     logprobs: torch.Tensor
     lengths: torch.Tensor
-    logits: torch.Tensor
-    mask: torch.Tensor
-    cache: DynamicCache
+    read: Rows
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def advance(self, model: PreTrainedModel) -> None:
-        """Read the last drawn token of every row."""
-        self.mask = torch.cat((self.mask, self.mask.new_ones(len(self), 1)), dim=1)
-        self.logits = model(
-            input_ids=self.tokens.gather(1, self.lengths[:, None] - 1),
-            attention_mask=self.mask,
-            position_ids=self.mask.sum(-1, keepdim=True) - 1,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).logits[:, -1]
+        """Read the last drawn token of every rollout."""
+        self.read.advance(model, self.tokens.gather(1, self.lengths[:, None] - 1))
 
-    def keep(self, rows: torch.Tensor) -> _Rows:
-        """Only these rows, and only the columns that one of them uses."""
-        self.cache.batch_select_indices(rows)
-        kept = _Rows(**{f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "cache"}, cache=self.cache)
-        kept._widen(int(kept.mask.sum(-1).max()))
-        return kept
+    def keep(self, rows: torch.Tensor) -> _Rollouts:
+        """Only these rollouts."""
+        self.read.select(rows)
+        return _Rollouts(**{name: getattr(self, name)[rows] for name in self._columns()}, read=self.read)
 
-    def append(self, other: _Rows) -> None:
-        """Add the rows of `other` below."""
-        width = max(self.mask.shape[1], other.mask.shape[1])
-        self._widen(width)
-        other._widen(width)
-        for name in (f.name for f in fields(self) if f.name != "cache"):
+    def append(self, other: _Rollouts) -> None:
+        """Add the rollouts of `other` below."""
+        for name in self._columns():
             setattr(self, name, torch.cat((getattr(self, name), getattr(other, name))))
-        for mine, theirs in zip(_layers(self.cache), _layers(other.cache), strict=True):
-            mine.keys = torch.cat((mine.keys, theirs.keys))
-            mine.values = torch.cat((mine.values, theirs.values))
+        self.read.append(other.read)
 
-    def _widen(self, width: int) -> None:
-        """Make cache and mask `width` columns wide, on their left: fill up with zeros, or cut off."""
-        more = width - self.mask.shape[1]
-        if more == 0:
-            return
-        pad = torch.nn.functional.pad
-        self.mask = pad(self.mask, (more, 0))
-        for layer in _layers(self.cache):
-            layer.keys = pad(layer.keys, (0, 0, more, 0))
-            layer.values = pad(layer.values, (0, 0, more, 0))
-
-
-def _layers(cache: DynamicCache) -> Sequence[Any]:
-    """The layers' `keys` and `values`, (B, heads, L, head size), to read and replace."""
-    return cache.layers
-
-
-def read_prompts(
-    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], pad: int
-) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
-    """Next-token logits (N, V), cache and attention mask (N, L) of N prompts after one pass over the distinct ones.
-
-    Differentiable: in training, too, a prompt is read once for all its rollouts.
-    """
-    slots: dict[tuple[int, ...], int] = {}
-    of_row = torch.tensor([slots.setdefault(prompt, len(slots)) for prompt in prompts], device=model.device)
-    longest = max(map(len, slots))
-    ids = torch.full((len(slots), longest), pad)
-    mask = torch.zeros(len(slots), longest, dtype=torch.int64)
-    for row, prompt in enumerate(slots):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    cache = DynamicCache()  # without the configuration, layers with a sliding window keep all: rows of other lengths can join
-    logits = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
-    cache.batch_select_indices(of_row)
-    return logits[of_row], cache, mask[of_row]
+    def _columns(self) -> list[str]:
+        return [f.name for f in fields(self) if f.name != "read"]
 
 
 def completion_logprobs(
@@ -263,19 +231,107 @@ def completion_logprobs(
     for row, completion in enumerate(completions):
         tokens[row, : len(completion.tokens)] = torch.tensor(completion.tokens)
     tokens = tokens.to(model.device)
-    first, cache, mask = read_prompts(model, prompts, pad)
-    logits = first[:, None]
-    if width > 1:  # causal: what follows a completion's end is never seen by what counts
-        mask = torch.cat((mask, mask.new_ones(len(prompts), width - 1)), dim=1)
-        rest = model(
-            input_ids=tokens[:, :-1],
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1)[:, 1 - width :],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
-        logits = torch.cat((logits, rest), dim=1)
-    return torch.log_softmax(logits.float(), dim=-1).gather(-1, tokens[..., None]).squeeze(-1)
+    logits = _logits_after_prompts if keeps_only_columns(model) else _logits_of_whole_sequences
+    return torch.log_softmax(logits(model, prompts, tokens, pad).float(), dim=-1).gather(-1, tokens[..., None]).squeeze(-1)
+
+
+def _logits_after_prompts(
+    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], tokens: torch.Tensor, pad: int
+) -> torch.Tensor:
+    """(N, width, V) logits of (N, width) tokens; a prompt is read once for all its completions."""
+    read = read_prompts(model, prompts, pad)
+    width = tokens.shape[1]
+    if width == 1:
+        return read.logits[:, None]
+    # Causal: what follows a completion's end is never seen by what counts.
+    mask = torch.cat((read.mask, read.mask.new_ones(len(prompts), width - 1)), dim=1)
+    rest = model(
+        input_ids=tokens[:, :-1],
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1)[:, 1 - width :],
+        past_key_values=read.cache,
+        use_cache=True,
+    ).logits
+    return torch.cat((read.logits[:, None], rest), dim=1)
+
+
+def _logits_of_whole_sequences(
+    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], tokens: torch.Tensor, pad: int
+) -> torch.Tensor:
+    """(N, width, V) logits of (N, width) tokens from one pass without a cache, padded on the right, where no state sees it."""
+    width = tokens.shape[1]
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
+    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+    ids = tokens.new_full((len(prompts), longest + width - 1), pad)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+        ids[row, len(prompt) : len(prompt) + width - 1] = tokens[row, :-1]
+    # The first kept logits are those after the shortest prompt.
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - shortest + 1).logits
+    at = (lengths - shortest)[:, None] + torch.arange(width, device=tokens.device)
+    return logits.gather(1, at[..., None].expand(-1, -1, logits.shape[-1]))
+
+
+@torch.no_grad()
+def check_sampling(model: PreTrainedModel, pad: int) -> None:
+    """Compare log-probabilities of a few random prompts' completions, as they are sampled and as they are trained on, with those of
+    a plain forward pass: nothing tells in advance whether a new architecture's state is kept as the engine keeps it.
+
+    Raises ValueError that names the architecture where they differ by more than rounding.
+    """
+    text = model.config.get_text_config(decoder=True)
+    if (positions_of(text) or sys.maxsize) < max(CHECKED_PROMPTS) + CHECKED_TOKENS:
+        return  # a toy, which a check would not fit
+    random = np.random.default_rng(0)
+    prompts = [tuple(random.integers(text.vocab_size, size=n).tolist()) for n in CHECKED_PROMPTS]
+    prompts.append(prompts[-1])
+    refusal = f"model_type={text.model_type!r}: the embedded engine cannot keep this architecture's state from token to token"
+    try:
+        completions = _probes(model, prompts, pad, random)
+        trained = completion_logprobs(model, prompts, completions, pad)
+    except Exception as error:
+        raise ValueError(f"{refusal} ({error!r}); give a policy of another") from error
+    largest = 0.0
+    for prompt, completion, row in zip(prompts, completions, trained, strict=True):
+        tokens = torch.from_numpy(completion.tokens).to(model.device)[:, None]
+        ids = torch.tensor([[*prompt, *completion.tokens.tolist()]], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        expected = torch.log_softmax(logits, dim=-1).gather(-1, tokens).squeeze(-1)
+        both = torch.stack((torch.from_numpy(completion.logprobs).to(row), row[: len(expected)]))
+        difference = float(((both - expected).abs() / (1 + expected.abs())).max())
+        largest = difference if not difference <= largest else largest  # NaN is the largest
+    if not largest <= _rounding(model):
+        raise ValueError(
+            f"{refusal}: log-probabilities differ from a plain forward pass by up to {largest:.2g}; give a policy of another"
+        )
+
+
+def _probes(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], pad: int, random: np.random.Generator) -> list[Completion]:
+    """A completion a prompt, sampled as the engine does: two start, the others join halfway, the first leaves before the end."""
+    rows, sampling = read_prompts(model, prompts[:2], pad), [0, 1]
+    tokens: list[list[int]] = [[] for _ in prompts]
+    logprobs: list[list[float]] = [[] for _ in prompts]
+    for step in range(CHECKED_TOKENS):
+        log_p = torch.log_softmax(rows.logits.float(), dim=-1)
+        drawn = _inverse_cdf(log_p, torch.from_numpy(random.random(len(sampling))).to(model.device))[:, None]
+        for i, token, logprob in zip(sampling, drawn.flatten().tolist(), log_p.gather(1, drawn).flatten().tolist(), strict=True):
+            tokens[i].append(token)
+            logprobs[i].append(logprob)
+        rows.advance(model, drawn)
+        if step == CHECKED_TOKENS - 3:
+            rows.append(read_prompts(model, prompts[2:], pad))
+            sampling = list(range(len(prompts)))
+        if step == CHECKED_TOKENS - 2:
+            rows.select(torch.arange(1, len(prompts), device=model.device))
+            sampling = sampling[1:]
+    return [Completion(np.array(t), np.array(p, dtype=np.float32), False) for t, p in zip(tokens, logprobs, strict=True)]
+
+
+def _rounding(model: PreTrainedModel) -> float:
+    """Relative difference of log-probabilities that the order of summation may explain."""
+    if model.dtype == torch.float32 and model.device.type == "cuda" and torch.backends.cudnn.allow_tf32:  # convolutions then use it
+        return ROUNDING_TF32
+    return ROUNDING.get(model.dtype, ROUNDING[torch.float32])
 
 
 def _inverse_cdf(log_p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,60 @@
+"""What a run refuses before anything is sampled."""
+
+import json
+
+import pytest
+import torch
+from tiny_policy import tiny_model, tiny_tokenizer
+from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig, RwkvConfig, RwkvForCausalLM
+
+from v05.tasks import JsonlConfig
+from v05.train.config import LossConfig, OptimizerConfig, PolicyConfig, VerifierConfig, run_config
+from v05.train.metrics import read_metrics
+from v05.train.trainer import Trainer
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "policy"
+    tiny_model().save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def trainer_of(tmp_path, folder):
+    """Trainers of the policy in `folder` on a JSON-lines file of sums, or of other prompts."""
+
+    def make(prompts=tuple(f"{i}+1=" for i in range(40)), method="grpo@4", **overrides):
+        rows = [{"prompt": prompt, "answer": "1"} for prompt in prompts]
+        (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        inline = VerifierConfig(workers=0)  # whose task a test can change
+        overrides = {"policy": PolicyConfig(path=folder, max_new_tokens=4), "verifier": inline} | overrides
+        config = run_config("smoke", method, task=JsonlConfig(path=tmp_path / "sums.jsonl"), **overrides)
+        return Trainer(config, tmp_path / "run", lambda line: None)
+
+    return make
+
+
+def test_an_architecture_whose_state_is_not_kept(folder, trainer_of):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=15, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, eos_token_id=1, bos_token_id=0)
+    RwkvForCausalLM(RwkvConfig(**sizes)).save_pretrained(folder)
+    with pytest.raises(ValueError, match="model_type='rwkv': the embedded engine cannot keep this architecture's state"):
+        trainer_of()
+
+
+def test_a_hybrid_policy_is_trained_on_what_it_sampled(folder, trainer_of):
+    torch.manual_seed(0)
+    layers = dict(layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=4)
+    sizes = dict(vocab_size=15, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, head_dim=8)
+    ends = dict(max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    heads = dict(num_key_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
+    Qwen3_5ForCausalLM(Qwen3_5TextConfig(**layers, **sizes, **heads, **ends)).save_pretrained(folder)
+    learning = {"optimizer": OptimizerConfig(learning_rate=1e-2), "loss": LossConfig(importance_cap=2.0)}
+    trainer = trainer_of(policy=PolicyConfig(path=folder, max_new_tokens=12), total_rollouts=640, **learning)
+    trainer.task.verify = lambda prompt, completion: float(completion.startswith("1"))
+    list(trainer.run())
+    steps = read_metrics(trainer.directory, "step")
+    assert all(0 < step["mismatch"] < 1e-5 for step in steps)
+    assert steps[-1]["accuracy"] > steps[0]["accuracy"] + 0.2
