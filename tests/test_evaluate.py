@@ -361,3 +361,28 @@ def test_killed_from_the_command_line_it_goes_on(tmp_path, data, model):
     assert file.read_text().count("\n") == 90
     (record,) = json.loads((tmp_path / "r.json").read_text())
     assert record == json.loads((tmp_path / "out" / "result.json").read_text())[0]
+
+
+def test_samples_end_at_every_id_of_the_generation_config(tmp_path, data, model):
+    folder = tmp_path / "policy"
+    shutil.copytree(model, folder)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": list(range(60))}))
+    samples, _ = run(config_of(folder, max_new_tokens=60), data, tmp_path / "run", 2)
+    assert {sample.finished for sample in samples.values()} == {True}
+    tokenizer = character_tokenizer()
+    written = [tokenizer(sample.completion)["input_ids"] for sample in samples.values()]  # the end, a character, is left out
+    assert all(min(tokens, default=60) >= 60 for tokens in written)
+    assert [len(tokens) for tokens in written] == [sample.tokens - 1 for sample in samples.values()]
+
+
+def test_a_policy_that_cannot_be_sampled_is_named_before_the_first_sample(tmp_path, data, model):
+    folder = tmp_path / "policy"
+    shutil.copytree(model, folder)
+    for file in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        settings = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(settings | {"eos_token_id": None, "eos_token": None}))
+    with pytest.raises(
+        ValueError, match=r"the tokenizer of .*policy has no end-of-sequence token, and generation_config names none"
+    ):
+        run(config_of(folder), data, tmp_path / "other", 1)

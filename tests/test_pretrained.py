@@ -6,9 +6,9 @@ import pytest
 from tiny_policy import tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from v05.pretrained import load_pretrained
+from v05.pretrained import load_generation_config, load_pretrained
 from v05.prior.v0.backbone import Backbone
-from v05.train.policy import load_policy
+from v05.train.policy import load_policy, load_tokenizer
 
 CODE = """
 from pathlib import Path
@@ -43,7 +43,7 @@ def marker(tmp_path, monkeypatch):
     return tmp_path / "marker"
 
 
-@pytest.mark.parametrize("load", [load_policy, Backbone])
+@pytest.mark.parametrize("load", [load_policy, load_tokenizer, Backbone, load_generation_config])
 def test_an_architecture_of_its_own_is_refused_without_a_question(folder, marker, load):
     (folder / "generation_config.json").unlink()
     bring_code(folder, marker, "config.json", "PretrainedConfig", AutoConfig="own.Own", AutoModelForCausalLM="own.Own")
@@ -65,3 +65,10 @@ def test_the_code_of_a_tokenizer_is_not_run(folder, marker):
     bring_code(folder, marker, "tokenizer_config.json", "PreTrainedTokenizerFast", AutoTokenizer=[None, "own.Own"])
     load_pretrained(AutoTokenizer, folder)
     assert not marker.exists()
+
+
+def test_the_generation_config_is_read_from_its_file_or_the_models(folder):
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 5]}')
+    assert load_generation_config(folder).eos_token_id == [1, 5]
+    (folder / "generation_config.json").unlink()
+    assert load_generation_config(folder).eos_token_id == 1

@@ -22,3 +22,10 @@ def load_pretrained(auto: Any, folder: Path, **options: Any) -> Any:
             f"{folder} can only be read by Python code that it brings along (auto_map in config.json or tokenizer_config.json), "
             f"which v05 never runs; give a folder whose architecture transformers {transformers.__version__} has, or upgrade it"
         ) from None
+
+
+def load_generation_config(folder: Path) -> Any:
+    """The generation configuration of a model folder; where it has none of its own, what its config.json says of it."""
+    if (folder / "generation_config.json").is_file():
+        return transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return transformers.GenerationConfig.from_model_config(load_pretrained(transformers.AutoConfig, folder))

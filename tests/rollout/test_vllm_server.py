@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from rollout_fakes import END, FakeServer, TroubleTask
+from transformers import GenerationConfig
 
 from v05.budget import RolloutAllocator
 from v05.rollout import Completion, Failure, Request, generate
@@ -54,6 +55,14 @@ def test_a_completion_and_what_is_asked_for_it(tmp_path):
     asked = server.calls[-1][1]
     assert {"model": "policy", "prompt": [5, 6], "seed": 3, "temperature": 1.0, "max_tokens": 8}.items() <= asked.items()
     assert asked["stop_token_ids"] == [END]
+
+
+def test_completions_end_at_every_id_of_the_generation_config(tmp_path):
+    with FakeServer() as server:
+        engine = engine_of(server, tmp_path, generation_config=GenerationConfig(eos_token_id=[END, 9]))
+        engine.submit([7], [Request((5, 6), seed=3)])
+        engine.poll()
+        assert server.calls[-1][1]["stop_token_ids"] == [END, 9]
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,20 @@
-"""What a run refuses before anything is sampled."""
+"""What a run refuses before anything is sampled, and what ends its completions."""
 
 import json
+import math
 
 import pytest
 import torch
+from rollout_fakes import FakeServer
 from tiny_policy import tiny_model, tiny_tokenizer
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig, RwkvConfig, RwkvForCausalLM
 
+from v05.rollout import Request
 from v05.tasks import JsonlConfig
-from v05.train.config import LossConfig, OptimizerConfig, PolicyConfig, VerifierConfig, run_config
+from v05.train.config import EngineConfig, LossConfig, OptimizerConfig, PolicyConfig, VerifierConfig, run_config
+from v05.train.engine import make_engine
 from v05.train.metrics import read_metrics
+from v05.train.policy import load_policy
 from v05.train.trainer import Trainer
 
 
@@ -36,6 +41,11 @@ def trainer_of(tmp_path, folder):
     return make
 
 
+def edit(path, **values):
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in (settings | values).items() if v is not None}))
+
+
 def test_an_architecture_whose_state_is_not_kept(folder, trainer_of):
     torch.manual_seed(0)
     sizes = dict(vocab_size=15, hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, eos_token_id=1, bos_token_id=0)
@@ -58,3 +68,33 @@ def test_a_hybrid_policy_is_trained_on_what_it_sampled(folder, trainer_of):
     steps = read_metrics(trainer.directory, "step")
     assert all(0 < step["mismatch"] < 1e-5 for step in steps)
     assert steps[-1]["accuracy"] > steps[0]["accuracy"] + 0.2
+
+
+def test_tokens_that_a_tokenizer_lacks(folder, trainer_of):
+    edit(folder / "tokenizer_config.json", eos_token=None, pad_token=None)
+    _, tokenizer = load_policy(folder)
+    assert tokenizer.pad_token_id == 1  # any will do: it is masked
+    trainer_of()
+    edit(folder / "generation_config.json", eos_token_id=None)
+    edit(folder / "config.json", eos_token_id=None)
+    with pytest.raises(ValueError, match=r"the tokenizer of .*policy has no end-of-sequence token, .* set eos_token in"):
+        load_policy(folder)
+
+
+def test_completions_end_at_every_id_of_the_generation_config(folder, trainer_of):
+    edit(folder / "generation_config.json", eos_token_id=[1, 5, 6])
+    trainer = trainer_of(method="v05+oracle", policy=PolicyConfig(path=folder, max_new_tokens=30))
+    trainer.task.verify = lambda prompt, completion: float(completion == prompt.answer)
+    _, completions = trainer.true_rewards(trainer.heldout, 40, seed=1)
+    assert {int(c.tokens[-1]) for c in completions if c.finished} == {1, 5, 6}
+    assert not any(set(c.tokens[:-1]) & {1, 5, 6} for c in completions)
+    prompt = trainer.heldout[0]
+    rates, _ = trainer.true_rewards([prompt], 4000, seed=2)
+    (chance,) = trainer.answer_probability([prompt])  # by any of the three
+    assert abs(rates.mean() - chance) < 5 * math.sqrt(chance * (1 - chance) / 4000)
+    with FakeServer() as server:
+        config = trainer.config.model_copy(update={"engine": EngineConfig(kind="vllm_server", url=server.url)})
+        engine = make_engine(config, folder, trainer.directory, trainer.model, trainer.tokenizer)
+        engine.submit([0], [Request((3, 4), 0)])
+        engine.poll()
+        assert server.calls[-1][1]["stop_token_ids"] == [1, 5, 6]

@@ -37,7 +37,7 @@ class Completion:
     """One sampled rollout.
 
     Attributes:
-        tokens: (L,) int64, the end-of-sequence token included when the policy wrote one.
+        tokens: (L,) int64, the token that ends it included when the policy wrote one.
         logprobs: (L,) float32, of each token under the sampling policy.
         finished: False when the length limit cut it off.
     """
@@ -85,7 +85,7 @@ class RolloutEngine(Protocol):
         ...
 
     def decode(self, completion: Completion) -> str:
-        """The completion as text, special tokens left out."""
+        """The completion as text, special tokens and the token that ended it left out."""
         ...
 
     def close(self) -> None:
@@ -94,8 +94,9 @@ class RolloutEngine(Protocol):
 
 
 def decode(tokenizer: Any, completion: Completion) -> str:
-    """The completion as text, special tokens left out: every engine's `decode`."""
-    return str(tokenizer.decode(completion.tokens, skip_special_tokens=True))
+    """The completion as text, special tokens and the token that ended it left out: every engine's `decode`."""
+    tokens = completion.tokens[:-1] if completion.finished else completion.tokens
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def refuse_update_in_flight(in_flight: bool) -> None:

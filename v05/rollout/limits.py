@@ -1,8 +1,25 @@
-"""Where completions end: the positions that a policy has for them."""
+"""Where completions end: the tokens that a policy ends them by, and the positions that it has for them."""
 
 from __future__ import annotations
 
 from typing import Any
+
+
+def stop_tokens(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
+    """The ids that end a completion: those that transformers' `generate` stops at, and the tokenizer's own.
+
+    Chat models name several: one ends a turn, another a text. Raises ValueError where there is none.
+    """
+    named = getattr(generation_config, "eos_token_id", None)
+    ids = named if isinstance(named, list | tuple) else [named]
+    stops = tuple(sorted({int(i) for i in (tokenizer.eos_token_id, *ids) if i is not None}))
+    if not stops:
+        name = getattr(tokenizer, "name_or_path", "") or "the policy"
+        raise ValueError(
+            f"the tokenizer of {name} has no end-of-sequence token, and generation_config names none: completions would never end; "
+            "set eos_token in tokenizer_config.json, or eos_token_id in generation_config.json"
+        )
+    return stops
 
 
 def positions_of(config: Any) -> int | None:

@@ -21,7 +21,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, TemperatureLogits
 
 from v05.rollout import Completion, Failure, Request, decode, refuse_update_in_flight
 from v05.rollout.cache import keeps_only_columns
-from v05.rollout.limits import positions_of
+from v05.rollout.limits import positions_of, stop_tokens
 from v05.rollout.rows import Rows, read_prompts
 from v05.rollout.time_steps import bounded_mixers, bounded_time_steps
 
@@ -39,15 +39,15 @@ class TransformersEngine:
     """Samples from `model`, whose weights it reads at every call: a trainer of the same model has nothing to copy.
 
     Args:
-        model: a causal language model.
-        tokenizer: its tokenizer, with a pad and an end-of-sequence token.
+        model: a causal language model. Completions end where its `generate` ends them.
+        tokenizer: its tokenizer.
         max_new_tokens: length limit of a completion, its end-of-sequence token included.
         capacity: rollouts sampled at once.
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: share of the probability that is sampled from, the likeliest tokens first.
 
     Raises:
-        ValueError: `check_sampling` refuses the model.
+        ValueError: no token ends a completion, or `check_sampling` refuses the model.
     """
 
     reproducible = True
@@ -65,7 +65,8 @@ class TransformersEngine:
         self.capacity = capacity
         self._model = model
         self._tokenizer = tokenizer
-        self._pad = tokenizer.pad_token_id
+        self._stops = torch.tensor(stop_tokens(tokenizer, model.generation_config), device=model.device)
+        self._pad = int(self._stops[0]) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._max_new_tokens = max_new_tokens
         self._greedy = temperature == 0
         self._warp = LogitsProcessorList()
@@ -163,7 +164,7 @@ class TransformersEngine:
         rollouts.tokens.scatter_(1, at, token)
         rollouts.logprobs.scatter_(1, at, logprob)
         rollouts.lengths += 1
-        ended = token.squeeze(1) == self._tokenizer.eos_token_id
+        ended = torch.isin(token, self._stops).squeeze(1)
         leaving = ended | (rollouts.lengths == self._max_new_tokens)
         if not leaving.any():
             return []

@@ -23,8 +23,10 @@ from safetensors.torch import save_file
 
 from v05.files import explained, replacing
 from v05.messages import explained_places, printable, quoted
+from v05.pretrained import load_generation_config
 from v05.rollout import Completion, Failure, Request, decode, refuse_update_in_flight
 from v05.rollout.http_client import LEAST_ANSWER, HttpClient, RefusedError
+from v05.rollout.limits import stop_tokens
 
 # No connection, no whole answer in time, half an answer, a refusal, another's answer.
 NO_ANSWER = (OSError, http.client.HTTPException, RefusedError, ValueError)
@@ -108,6 +110,7 @@ class VllmEngine:
             from vllm.sampling_params import RequestOutputKind
         except ImportError as error:
             raise ImportError(f"the vLLM engine cannot import {error.name!r}; install it with: pip install 'v05[vllm]'") from error
+        stops = stop_tokens(tokenizer, load_generation_config(path))
         self.capacity = capacity
         self._tokenizer = tokenizer
         self._engine = LLMEngine.from_engine_args(
@@ -124,7 +127,7 @@ class VllmEngine:
             )
         )
         self._parameters: Callable[[int], Any] = lambda seed: SamplingParams(
-            **_sampling(tokenizer, max_new_tokens, seed) | {"temperature": temperature, "top_p": top_p},
+            **_sampling(stops, max_new_tokens, seed) | {"temperature": temperature, "top_p": top_p},
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -177,6 +180,7 @@ class VllmServerEngine:
             to it, and the folder if nothing else is in it and it is no link.
         tokenizer: the policy's.
         max_new_tokens, capacity: as in `VllmEngine`.
+        generation_config: the policy's, for the ids that end a completion; None is the tokenizer's alone.
         time_limit: seconds until the last byte of an answer; a rollout that takes longer comes back as a failure.
         vocabulary: token ids that the model may sample; None is what the tokenizer knows.
 
@@ -193,6 +197,7 @@ class VllmServerEngine:
         *,
         max_new_tokens: int,
         capacity: int = 512,
+        generation_config: Any = None,
         time_limit: float = 600.0,
         vocabulary: int | None = None,
     ) -> None:
@@ -201,6 +206,7 @@ class VllmServerEngine:
         self._weights = weights.absolute()
         self._written = False
         self._tokenizer = tokenizer
+        self._stops = stop_tokens(tokenizer, generation_config)
         self._max_new_tokens = max_new_tokens
         known = len(tokenizer) if isinstance(tokenizer, Sized) else LARGEST_VOCABULARY
         self._vocabulary = known if vocabulary is None else vocabulary
@@ -269,7 +275,7 @@ class VllmServerEngine:
 
     def _complete(self, request: Request) -> Completion | Failure:
         asked = {
-            **_sampling(self._tokenizer, self._max_new_tokens, request.seed),
+            **_sampling(self._stops, self._max_new_tokens, request.seed),
             "model": self._model,
             "prompt": list(request.prompt),
             "return_token_ids": True,
@@ -302,8 +308,8 @@ class VllmServerEngine:
             ) from None
 
 
-def _sampling(tokenizer: Any, max_new_tokens: int, seed: int) -> dict[str, Any]:
-    """Sampling parameters that leave the distribution alone, and stop at the tokenizer's end token and nowhere else."""
+def _sampling(stops: Sequence[int], max_new_tokens: int, seed: int) -> dict[str, Any]:
+    """Sampling parameters that leave the distribution alone, and stop at these tokens and nowhere else."""
     return {
         "seed": seed,
         "temperature": 1.0,
@@ -313,7 +319,7 @@ def _sampling(tokenizer: Any, max_new_tokens: int, seed: int) -> dict[str, Any]:
         "repetition_penalty": 1.0,
         "max_tokens": max_new_tokens,
         "ignore_eos": True,
-        "stop_token_ids": [tokenizer.eos_token_id],
+        "stop_token_ids": list(stops),
         "skip_special_tokens": False,
         "logprobs": 0,
     }

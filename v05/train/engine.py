@@ -35,7 +35,14 @@ def make_engine(config: RunConfig, folder: Path, directory: Path, model: PreTrai
         weights = directory / "engine_weights"
         embedding: Any = model.get_input_embeddings()
         limits["vocabulary"] = len(embedding.weight)  # more than the tokenizer knows, where they are padded
-        return VllmServerEngine(settings.url, weights, tokenizer, time_limit=settings.time_limit, **limits)
+        return VllmServerEngine(
+            settings.url,
+            weights,
+            tokenizer,
+            generation_config=model.generation_config,
+            time_limit=settings.time_limit,
+            **limits,
+        )
     if settings.kind == "ray":
         from v05.rollout.ray_engine import RayEngine
 

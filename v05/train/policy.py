@@ -32,8 +32,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from v05.files import explained, flush_folder
 from v05.machine import cache_root
-from v05.pretrained import load_pretrained
+from v05.pretrained import load_generation_config, load_pretrained
 from v05.rollout import Request, RolloutEngine, generate
+from v05.rollout.limits import stop_tokens
 from v05.rollout.transformers_engine import TransformersEngine
 from v05.tasks import Prompt, Task, heldout_set
 from v05.train.config import PolicyConfig
@@ -92,10 +93,11 @@ def load_policy(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a local folder, with a pad token."""
+    """The tokenizer of a local folder, with a pad token. ValueError where nothing ends a completion."""
     tokenizer = load_pretrained(AutoTokenizer, path)
-    if tokenizer.pad_token_id is None:  # masked wherever it stands
-        tokenizer.pad_token = tokenizer.eos_token
+    stops = stop_tokens(tokenizer, load_generation_config(path))
+    if tokenizer.pad_token_id is None:  # masked wherever it stands, so that any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(stops[0])
     return tokenizer
 
 

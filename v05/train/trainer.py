@@ -52,6 +52,7 @@ from v05.prior.calibration import Calibrator
 from v05.prior.history import HistoryPrior
 from v05.prior.scores import auc, brier, cross_entropy
 from v05.rollout import Completion, Request, generate
+from v05.rollout.limits import stop_tokens
 from v05.rollout.scheduler import RolloutBatch, collect, join, select
 from v05.rollout.transformers_engine import completion_logprobs
 from v05.rollout.verifier import verify_all
@@ -563,20 +564,22 @@ class Trainer:
     def answer_probability(self, prompts: Sequence[Prompt]) -> NDArray[np.float64]:
         """(P,) chance that the policy samples the reference answer: the true success rate where no other answer is right."""
         parts = [np.zeros(0)]
+        stops = stop_tokens(self.tokenizer, self.model.generation_config)
         for start in range(0, len(prompts), MICRO_BATCH):
             block = prompts[start : start + MICRO_BATCH]
-            answers = [
-                (*self.tokenizer(p.answer, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id) for p in block
-            ]
-            completions = [Completion(np.array(tokens), np.zeros(len(tokens), dtype=np.float32), True) for tokens in answers]
-            logprobs = completion_logprobs(
-                self.sampled, [self.tokens_of(p) for p in block], completions, self.tokenizer.pad_token_id
-            )
-            lengths = torch.tensor([len(tokens) for tokens in answers], device=logprobs.device)
-            within = torch.arange(logprobs.shape[1], device=logprobs.device) < lengths[:, None]
-            chance = torch.where(within, logprobs, 0.0).sum(-1).exp()
-            parts.append(torch.where(lengths <= self.config.policy.max_new_tokens, chance, 0.0).double().cpu().numpy())
+            answers = [self.tokenizer(p.answer, add_special_tokens=False)["input_ids"] for p in block]
+            chances = [self._chances(block, [(*tokens, stop) for tokens in answers]) for stop in stops]
+            parts.append(np.sum(chances, axis=0))
         return np.concatenate(parts)
+
+    def _chances(self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]) -> NDArray[np.float64]:
+        """(P,) chance that the policy samples just these tokens; 0 where they are too many."""
+        completions = [Completion(np.array(tokens), np.zeros(len(tokens), dtype=np.float32), True) for tokens in answers]
+        logprobs = completion_logprobs(self.sampled, [self.tokens_of(p) for p in prompts], completions, self.tokenizer.pad_token_id)
+        lengths = torch.tensor([len(tokens) for tokens in answers], device=logprobs.device)
+        within = torch.arange(logprobs.shape[1], device=logprobs.device) < lengths[:, None]
+        chance = torch.where(within, logprobs, 0.0).sum(-1).exp()
+        return torch.where(lengths <= self.config.policy.max_new_tokens, chance, 0.0).double().cpu().numpy()
 
     def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
         if self.config.chat or prompt.messages is not None:

@@ -1,0 +1,58 @@
+"""Where completions end."""
+
+import pytest
+import torch
+from tiny_policy import tiny_model, tiny_tokenizer
+
+from v05.rollout import Request, generate
+from v05.rollout.transformers_engine import TransformersEngine
+
+
+def ending_model(generation_config_ids):
+    """Writes 4, the token 13, then sevens, whatever the prompt."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    after = {
+        tokenizer.convert_tokens_to_ids(a): tokenizer.convert_tokens_to_ids(b) for a, b in (("=", "4"), ("4", "+"), ("+", "7"))
+    }
+    after[tokenizer.convert_tokens_to_ids("7")] = tokenizer.convert_tokens_to_ids("7")
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():  # the layers add nothing
+            parameter.zero_()
+        embedding = torch.eye(len(tokenizer), model.config.hidden_size)
+        model.model.embed_tokens.weight.copy_(embedding)
+        model.lm_head.weight.zero_()
+        for before, then in after.items():
+            model.lm_head.weight[then, before] = 100.0
+    model.generation_config.eos_token_id = generation_config_ids
+    return model, tokenizer
+
+
+def test_a_completion_ends_at_every_id_of_the_generation_config():
+    plus = tiny_tokenizer().convert_tokens_to_ids("+")
+    for ids in ([1, plus], [plus], plus):
+        model, tokenizer = ending_model(ids)
+        engine = TransformersEngine(model, tokenizer, max_new_tokens=7)
+        prompt = tuple(tokenizer("1=")["input_ids"])
+        (completion,) = generate(engine, [Request(prompt, 0)])
+        assert engine.decode(completion) == "4"
+        assert completion.finished
+        written = model.generate(torch.tensor([prompt]), max_new_tokens=7, do_sample=False)[0, len(prompt) :]
+        assert completion.tokens.tolist() == written.tolist()
+    model, tokenizer = ending_model(1)
+    engine = TransformersEngine(model, tokenizer, max_new_tokens=7)
+    (completion,) = generate(engine, [Request(prompt, 0)])
+    assert (engine.decode(completion), completion.finished) == ("4 + 7 7 7 7 7", False)
+
+
+def test_a_tokenizer_without_end_or_padding():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    tokenizer.pad_token = None
+    wanted = [Request(prompt, 0) for prompt in ((3, 4), (5, 6, 7))]
+    expected = generate(TransformersEngine(model, tiny_tokenizer(), max_new_tokens=4), wanted)
+    without = generate(TransformersEngine(model, tokenizer, max_new_tokens=4), wanted)
+    assert [c.tokens.tolist() for c in without] == [c.tokens.tolist() for c in expected]
+    tokenizer.eos_token = None
+    TransformersEngine(model, tokenizer, max_new_tokens=4)  # the model's generation_config names one
+    model.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match=r"has no end-of-sequence token, and generation_config names none.*set eos_token in"):
+        TransformersEngine(model, tokenizer, max_new_tokens=4)
