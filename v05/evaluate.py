@@ -28,6 +28,7 @@ from transformers import AutoConfig
 from v05.files import explained, read_object, read_objects
 from v05.pretrained import load_pretrained
 from v05.rollout import ATTEMPTS, Completion, Failure, Request, RolloutEngine
+from v05.rollout.limits import positions_of, refuse_prompt
 from v05.rollout.scheduler import VERIFIER_GLANCE
 from v05.rollout.transformers_engine import TransformersEngine
 from v05.rollout.verifier import Item, Verifier
@@ -257,12 +258,7 @@ def evaluate(
 def _engine(config: EvalConfig, tokenizer: Any, longest: int, capacity: int) -> RolloutEngine:
     """The engine for prompts of at most `longest` tokens; bfloat16 on a GPU, float32 on a CPU."""
     length = longest + config.max_new_tokens
-    room = getattr(load_pretrained(AutoConfig, config.model), "max_position_embeddings", length)
-    if length > room:
-        raise ValueError(
-            f"max_new_tokens={config.max_new_tokens} after a prompt of {longest} tokens does not fit the model's {room} positions; "
-            f"at most {max(0, room - longest)} do"
-        )
+    refuse_prompt(longest, config.max_new_tokens, positions_of(load_pretrained(AutoConfig, config.model)))
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     sampling: dict[str, Any] = {
         "max_new_tokens": config.max_new_tokens,

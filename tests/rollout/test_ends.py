@@ -1,4 +1,4 @@
-"""Where completions end."""
+"""Where completions end, and which prompts fit."""
 
 import pytest
 import torch
@@ -56,3 +56,16 @@ def test_a_tokenizer_without_end_or_padding():
     model.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match=r"has no end-of-sequence token, and generation_config names none.*set eos_token in"):
         TransformersEngine(model, tokenizer, max_new_tokens=4)
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_it_is_sampled():
+    engine = TransformersEngine(tiny_model(), tiny_tokenizer(), max_new_tokens=10)
+    engine.submit([0], [Request((3,) * 54, 0)])
+    assert len(engine.poll()) == 1
+    with pytest.raises(ValueError, match="max_new_tokens=10 after a prompt of 55 tokens does not fit the model's 64 positions; at"):
+        engine.submit([0], [Request((3,) * 55, 0)])
+    with pytest.raises(ValueError, match="a prompt of 64 tokens does not fit the model's 64 positions; shorten the prompt"):
+        engine.submit([0], [Request((3,) * 64, 0)])
+    with pytest.raises(ValueError, match="a prompt has no tokens"):
+        engine.submit([0], [Request((), 0)])
+    assert engine.poll() == []

@@ -10,7 +10,8 @@ from tiny_policy import tiny_model, tiny_tokenizer
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig, RwkvConfig, RwkvForCausalLM
 
 from v05.rollout import Request
-from v05.tasks import JsonlConfig
+from v05.tasks import JsonlConfig, split_of
+from v05.train import trainer as trainer_module
 from v05.train.config import EngineConfig, LossConfig, OptimizerConfig, PolicyConfig, VerifierConfig, run_config
 from v05.train.engine import make_engine
 from v05.train.metrics import read_metrics
@@ -68,6 +69,18 @@ def test_a_hybrid_policy_is_trained_on_what_it_sampled(folder, trainer_of):
     steps = read_metrics(trainer.directory, "step")
     assert all(0 < step["mismatch"] < 1e-5 for step in steps)
     assert steps[-1]["accuracy"] > steps[0]["accuracy"] + 0.2
+
+
+def test_prompts_that_leave_no_room(folder, trainer_of, monkeypatch):
+    long = next(text for text in ("1+" * 31 + f"{i}=" for i in range(10)) if split_of(text) == "train")
+    with pytest.raises(ValueError, match=r"max_new_tokens=4 after a prompt of 64 tokens .* 64 positions; shorten .*'1\+1\+"):
+        trainer_of([*(f"{i}+1=" for i in range(40)), long])
+    with pytest.raises(ValueError, match=r"max_new_tokens=62 after a prompt of [345] tokens does not fit the model's 64 positions"):
+        trainer_of(policy=PolicyConfig(path=folder, max_new_tokens=62))
+    monkeypatch.setattr(trainer_module, "CHECKED_PROMPTS", 0)  # a prompt that comes late is refused when it is drawn
+    trainer = trainer_of([*(f"{i}+1=" for i in range(40)), long], total_rollouts=10_000)
+    with pytest.raises(ValueError, match="max_new_tokens=4 after a prompt of 64 tokens does not fit the model's 64 positions"):
+        list(trainer.run())
 
 
 def test_tokens_that_a_tokenizer_lacks(folder, trainer_of):

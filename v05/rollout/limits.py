@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+SHOWN = 80  # characters of a prompt in a message
+
 
 def stop_tokens(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
     """The ids that end a completion: those that transformers' `generate` stops at, and the tokenizer's own.
@@ -26,3 +28,16 @@ def positions_of(config: Any) -> int | None:
     """Tokens that a model of this configuration can read, prompt and completion together; None where it sets no limit."""
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return positions if positions and positions > 0 else None
+
+
+def refuse_prompt(length: int, max_new_tokens: int, positions: int | None, text: str = "") -> None:
+    """The ValueError for a prompt of `length` tokens that is empty, or leaves no room for a completion; `text` is to find it by."""
+    where = f": {text[:SHOWN]!r}" if text else ""
+    if length == 0:
+        raise ValueError(f"a prompt has no tokens, so that nothing can follow it; leave it out, or use a chat template{where}")
+    if positions is not None and length + max_new_tokens > positions:
+        remedy = f"at most {positions - length} do" if positions > length else "shorten the prompt, or leave it out"
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} after a prompt of {length} tokens does not fit the model's {positions} positions; "
+            f"{remedy}{where}"
+        )

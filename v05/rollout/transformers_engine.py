@@ -21,7 +21,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, TemperatureLogits
 
 from v05.rollout import Completion, Failure, Request, decode, refuse_update_in_flight
 from v05.rollout.cache import keeps_only_columns
-from v05.rollout.limits import positions_of, stop_tokens
+from v05.rollout.limits import positions_of, refuse_prompt, stop_tokens
 from v05.rollout.rows import Rows, read_prompts
 from v05.rollout.time_steps import bounded_mixers, bounded_time_steps
 
@@ -47,7 +47,7 @@ class TransformersEngine:
         top_p: share of the probability that is sampled from, the likeliest tokens first.
 
     Raises:
-        ValueError: no token ends a completion, or `check_sampling` refuses the model.
+        ValueError: no token ends a completion, or `check_sampling` refuses the model. From `submit`: a prompt does not fit.
     """
 
     reproducible = True
@@ -68,6 +68,7 @@ class TransformersEngine:
         self._stops = torch.tensor(stop_tokens(tokenizer, model.generation_config), device=model.device)
         self._pad = int(self._stops[0]) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._max_new_tokens = max_new_tokens
+        self._positions = positions_of(model.config)
         self._greedy = temperature == 0
         self._warp = LogitsProcessorList()
         if temperature not in (0, 1):
@@ -85,6 +86,8 @@ class TransformersEngine:
         return decode(self._tokenizer, completion)
 
     def submit(self, keys: Sequence[int], requests: Sequence[Request]) -> None:
+        for request in requests:
+            refuse_prompt(len(request.prompt), self._max_new_tokens, self._positions)
         self._waiting.extend(zip(keys, requests, strict=True))
 
     @torch.no_grad()

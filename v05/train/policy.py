@@ -45,6 +45,7 @@ disable_progress_bar()  # a bar per weight file would cut through the run's own
 VERSION = 1  # of the warm start; a new number makes all policies anew
 VALIDATION_START = 1_000_000  # held-out prompts that evaluations, which start at 0, do not use
 IGNORED = -100  # a label that cross-entropy skips
+POSITIONS = 4096  # that a policy which was warm-started here may use; rotary embeddings set no limit of their own
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
 
@@ -149,6 +150,7 @@ def warm_start(config: PolicyConfig, task: Task, report: Callable[[str], None]) 
     torch.manual_seed(settings.seed)
     tokenizer = character_tokenizer()
     model = character_decoder(config, len(tokenizer))
+    model.config.max_position_embeddings = POSITIONS
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     train = (prompt for _, prompt in task.prompts("train"))
     validation = heldout_set(task, settings.validation_prompts, start=VALIDATION_START)

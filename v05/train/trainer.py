@@ -52,7 +52,7 @@ from v05.prior.calibration import Calibrator
 from v05.prior.history import HistoryPrior
 from v05.prior.scores import auc, brier, cross_entropy
 from v05.rollout import Completion, Request, generate
-from v05.rollout.limits import stop_tokens
+from v05.rollout.limits import positions_of, refuse_prompt, stop_tokens
 from v05.rollout.scheduler import RolloutBatch, collect, join, select
 from v05.rollout.transformers_engine import completion_logprobs
 from v05.rollout.verifier import verify_all
@@ -86,6 +86,7 @@ from v05.train.sinks import Sink, TensorBoard, figures_of
 PROMPTS_BETWEEN_SEEDS = 10_000_000  # runs of different seeds read different stretches of the task's prompts
 EVALUATION_SEED = 1 << 40  # apart from the seeds of training rollouts, and the same for every method
 MICRO_BATCH = 512  # rollouts a backward pass and process
+CHECKED_PROMPTS = 256  # of training, whose lengths are checked at the start; of the others when they are drawn
 PROBE_ROLLOUTS = 16  # whose log-probabilities are compared after a sync; the actors of an engine share them
 GROUP_SIZE_MEMORY = 0.5  # of the running mean that turns rollouts_per_step into prompts
 SAMPLED_GROUPS, SAMPLED_COMPLETIONS = 8, 4  # of a step that follows an evaluation: completions to read
@@ -200,6 +201,9 @@ class Trainer:
         self.schedule = CheckpointSchedule(config.checkpoint_seconds)
         self.resume(report)
         self.prompts = self.task.prompts("train", start=self.state.next_prompt)
+        first = itertools.islice(self.task.prompts("train", start=self.state.next_prompt), CHECKED_PROMPTS)
+        for prompt in (*self.heldout, *(prompt for _, prompt in first)):
+            self.tokens_of(prompt)  # refuses one that does not fit, before anything is sampled
 
     def resume(self, report: Callable[[str], None]) -> None:
         """Go on from the directory's newest checkpoint, or start its records anew."""
@@ -582,9 +586,13 @@ class Trainer:
         return torch.where(lengths <= self.config.policy.max_new_tokens, chance, 0.0).double().cpu().numpy()
 
     def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
+        """The prompt's token ids. ValueError where they leave the model no room for a completion."""
         if self.config.chat or prompt.messages is not None:
-            return chat_tokens(self.tokenizer, prompt)
-        return tuple(self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"])
+            tokens = chat_tokens(self.tokenizer, prompt)
+        else:
+            tokens = tuple(self.tokenizer(prompt.text, add_special_tokens=False)["input_ids"])
+        refuse_prompt(len(tokens), self.config.policy.max_new_tokens, positions_of(self.model.config), prompt.text)
+        return tokens
 
     def sync(self) -> float:
         """Bring an engine with weights of its own up to date, and check that it is; the largest difference found, nats."""
