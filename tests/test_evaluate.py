@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from rollout_fakes import CoinEngine
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from v05.cli import app
@@ -379,6 +380,10 @@ def test_samples_end_at_every_id_of_the_generation_config(tmp_path, data, model)
 def test_a_policy_that_cannot_be_sampled_is_named_before_the_first_sample(tmp_path, data, model):
     folder = tmp_path / "policy"
     shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: torch.full_like(value, torch.nan) for name, value in weights.items()}, folder / "model.safetensors")
+    with pytest.raises(RuntimeError, match="the policy is not finite: a pass over random tokens gives no log-probabilities"):
+        run(config_of(folder), data, tmp_path / "run", 1)
     for file in ("config.json", "generation_config.json", "tokenizer_config.json"):
         settings = json.loads((folder / file).read_text())
         (folder / file).write_text(json.dumps(settings | {"eos_token_id": None, "eos_token": None}))

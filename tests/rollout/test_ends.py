@@ -1,10 +1,10 @@
-"""Where completions end, and which prompts fit."""
+"""Where completions end, which prompts fit, and policies that nothing can be sampled from."""
 
 import pytest
 import torch
 from tiny_policy import tiny_model, tiny_tokenizer
 
-from v05.rollout import Request, generate
+from v05.rollout import NotFiniteError, Request, generate
 from v05.rollout.transformers_engine import TransformersEngine
 
 
@@ -69,3 +69,18 @@ def test_a_prompt_that_does_not_fit_is_refused_before_it_is_sampled():
     with pytest.raises(ValueError, match="a prompt has no tokens"):
         engine.submit([0], [Request((), 0)])
     assert engine.poll() == []
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_policy_that_is_not_finite(temperature, value):
+    model = tiny_model()
+    engine = TransformersEngine(model, tiny_tokenizer(), max_new_tokens=10, temperature=temperature)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(value)
+    engine.submit([0], [Request((3, 4), 0)])
+    with pytest.raises(NotFiniteError, match="the policy is not finite: token 1 of a completion has no log-probability"):
+        engine.poll()
+    with pytest.raises(NotFiniteError, match="the policy is not finite: a pass over random tokens"):
+        TransformersEngine(model, tiny_tokenizer(), max_new_tokens=10)

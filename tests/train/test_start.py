@@ -1,19 +1,21 @@
-"""What a run refuses before anything is sampled, and what ends its completions."""
+"""What a run refuses before anything is sampled, what ends its completions, and what becomes of a policy that diverges."""
 
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from rollout_fakes import FakeServer
 from tiny_policy import tiny_model, tiny_tokenizer
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig, RwkvConfig, RwkvForCausalLM
 
-from v05.rollout import Request
+from v05.rollout import NotFiniteError
 from v05.tasks import JsonlConfig, split_of
 from v05.train import trainer as trainer_module
+from v05.train.checkpoint import find_checkpoints, read_checkpoint
 from v05.train.config import EngineConfig, LossConfig, OptimizerConfig, PolicyConfig, VerifierConfig, run_config
-from v05.train.engine import make_engine
+from v05.train.engine import make_engine, sync_weights
 from v05.train.metrics import read_metrics
 from v05.train.policy import load_policy
 from v05.train.trainer import Trainer
@@ -108,6 +110,55 @@ def test_completions_end_at_every_id_of_the_generation_config(folder, trainer_of
     with FakeServer() as server:
         config = trainer.config.model_copy(update={"engine": EngineConfig(kind="vllm_server", url=server.url)})
         engine = make_engine(config, folder, trainer.directory, trainer.model, trainer.tokenizer)
-        engine.submit([0], [Request((3, 4), 0)])
+        engine.submit([0], [trainer.probe_requests()[0]])
         engine.poll()
         assert server.calls[-1][1]["stop_token_ids"] == [1, 5, 6]
+
+
+def test_a_policy_that_diverges_is_explained_and_the_checkpoint_stays(trainer_of):
+    trainer = trainer_of(checkpoint_seconds=0.0, total_rollouts=1000, optimizer=OptimizerConfig(learning_rate=3.0))
+    update = trainer.update
+
+    def diverging(*arguments):
+        figures = update(*arguments)
+        if trainer.state.steps == 2:
+            with torch.no_grad():
+                trainer.model.lm_head.weight.fill_(float("nan"))
+        return figures
+
+    trainer.update = diverging
+    message = r"step 3: the policy is not finite: .*; start anew with a lower optimizer.learning_rate \(3\) or optimizer.max_grad_"
+    with pytest.raises(RuntimeError, match=message):
+        list(trainer.run())
+    newest = read_checkpoint(find_checkpoints(trainer.directory)[-1])
+    assert newest.state["run"]["steps"] == 2
+    assert all(tensor.isfinite().all() for tensor in newest.tensors["policy"].values())
+    assert not (trainer.directory / "result.json").exists()
+
+
+@pytest.mark.parametrize("learning_rate", [1e15, 1e30])
+def test_a_learning_rate_that_is_far_too_high(trainer_of, learning_rate):
+    trainer = trainer_of(total_rollouts=1000, optimizer=OptimizerConfig(learning_rate=learning_rate))
+    trainer.task.verify = lambda prompt, completion: float(len(completion) % 2)
+    with pytest.raises(NotFiniteError, match=r"step \d+: the policy is not finite"):
+        list(trainer.run())
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(trainer_of):
+    trainer = trainer_of()
+    trainer.task.verify = lambda prompt, completion: float(len(completion) % 2)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    scorer = trainer.scorer
+    trainer.scorer = lambda *arguments: scorer(*arguments) * float("inf")
+    with pytest.raises(NotFiniteError, match="step 0: the policy is not finite: the gradient's norm is nan"):
+        list(trainer.run())
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_no_engine_is_given_weights_that_are_not_finite(trainer_of):
+    trainer = trainer_of()
+    with torch.no_grad():
+        trainer.model.lm_head.weight.fill_(np.nan)
+    trainer.engine.update_weights = lambda state: pytest.fail("weights were handed over")
+    with pytest.raises(NotFiniteError, match="the policy is not finite: the token after a prompt has no log-probability"):
+        sync_weights(trainer.engine, trainer.model, trainer.probe_requests(), 0, 1e-3)

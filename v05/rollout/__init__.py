@@ -54,6 +54,10 @@ class Failure:
     error: str
 
 
+class NotFiniteError(RuntimeError):
+    """The policy gives no finite log-probabilities: its weights have diverged, are damaged, or overflow."""
+
+
 class RolloutEngine(Protocol):
     """Samples completions from the current policy.
 

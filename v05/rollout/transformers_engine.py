@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import LogitsProcessorList, PreTrainedModel, TemperatureLogitsWarper, TopPLogitsWarper
 
-from v05.rollout import Completion, Failure, Request, decode, refuse_update_in_flight
+from v05.rollout import Completion, Failure, NotFiniteError, Request, decode, refuse_update_in_flight
 from v05.rollout.cache import keeps_only_columns
 from v05.rollout.limits import positions_of, refuse_prompt, stop_tokens
 from v05.rollout.rows import Rows, read_prompts
@@ -48,6 +48,7 @@ class TransformersEngine:
 
     Raises:
         ValueError: no token ends a completion, or `check_sampling` refuses the model. From `submit`: a prompt does not fit.
+        NotFiniteError: from `poll` too.
     """
 
     reproducible = True
@@ -159,7 +160,9 @@ class TransformersEngine:
         # transformers annotates its arguments as LongTensor and FloatTensor, which no torch function returns.
         logits: torch.Tensor = self._warp(rollouts.tokens, rollouts.read.logits.float())  # type: ignore[arg-type]
         if self._greedy:
-            logits = torch.full_like(logits, -torch.inf).scatter_(1, logits.argmax(-1, keepdim=True), 0.0)
+            largest, likeliest = logits.max(-1, keepdim=True)
+            # The difference is 0, or NaN where the largest is not finite.
+            logits = torch.full_like(logits, -torch.inf).scatter_(1, likeliest, largest - largest)
         log_p = torch.log_softmax(logits, dim=-1)
         at = rollouts.lengths[:, None]
         token = _inverse_cdf(log_p, rollouts.uniforms.gather(1, at).squeeze(1))[:, None]
@@ -168,11 +171,17 @@ class TransformersEngine:
         rollouts.logprobs.scatter_(1, at, logprob)
         rollouts.lengths += 1
         ended = torch.isin(token, self._stops).squeeze(1)
-        leaving = ended | (rollouts.lengths == self._max_new_tokens)
+        broken = ~logprob.isfinite().squeeze(1)
+        leaving = ended | broken | (rollouts.lengths == self._max_new_tokens)
         if not leaving.any():
             return []
-        columns = (rollouts.keys, rollouts.tokens, rollouts.logprobs, rollouts.lengths, ended)
-        keys, tokens, logprobs, lengths, ends = (column[leaving].cpu().numpy() for column in columns)
+        columns = (rollouts.keys, rollouts.tokens, rollouts.logprobs, rollouts.lengths, ended, broken)
+        keys, tokens, logprobs, lengths, ends, breaks = (column[leaving].cpu().numpy() for column in columns)
+        if breaks.any():
+            raise NotFiniteError(
+                f"the policy is not finite: token {lengths[breaks][0]} of a completion has no log-probability; its weights have "
+                f"diverged, are damaged, or overflow in {self._model.dtype}"
+            )
         self._rollouts = None if leaving.all() else rollouts.keep(torch.nonzero(~leaving).squeeze(1))
         return [
             (int(keys[i]), Completion(tokens[i, :n].copy(), logprobs[i, :n].copy(), bool(ends[i]))) for i, n in enumerate(lengths)
@@ -281,7 +290,9 @@ def check_sampling(model: PreTrainedModel, pad: int) -> None:
     """Compare log-probabilities of a few random prompts' completions, as they are sampled and as they are trained on, with those of
     a plain forward pass: nothing tells in advance whether a new architecture's state is kept as the engine keeps it.
 
-    Raises ValueError that names the architecture where they differ by more than rounding.
+    Raises:
+        ValueError: they differ by more than rounding; names the architecture.
+        NotFiniteError: the plain pass gives no finite log-probability.
     """
     text = model.config.get_text_config(decoder=True)
     if (positions_of(text) or sys.maxsize) < max(CHECKED_PROMPTS) + CHECKED_TOKENS:
@@ -301,6 +312,11 @@ def check_sampling(model: PreTrainedModel, pad: int) -> None:
         ids = torch.tensor([[*prompt, *completion.tokens.tolist()]], device=model.device)
         logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
         expected = torch.log_softmax(logits, dim=-1).gather(-1, tokens).squeeze(-1)
+        if not expected.isfinite().all():
+            raise NotFiniteError(
+                "the policy is not finite: a pass over random tokens gives no log-probabilities; its weights have diverged, are "
+                f"damaged, or overflow in {model.dtype}"
+            )
         both = torch.stack((torch.from_numpy(completion.logprobs).to(row), row[: len(expected)]))
         difference = float(((both - expected).abs() / (1 + expected.abs())).max())
         largest = difference if not difference <= largest else largest  # NaN is the largest
@@ -342,7 +358,8 @@ def _inverse_cdf(log_p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """The token whose slice of the unit interval holds `uniform`: (B, V), (B,) -> (B,)."""
     cdf = log_p.double().exp().cumsum(-1)
     # Scaled by the last entry, so that rounding never leaves the interval's end uncovered.
-    return torch.searchsorted(cdf, (uniform.double() * cdf[:, -1])[:, None], right=True).squeeze(-1)
+    token = torch.searchsorted(cdf, (uniform.double() * cdf[:, -1])[:, None], right=True).squeeze(-1)
+    return token.clamp(max=log_p.shape[-1] - 1)  # where nothing is finite, no slice holds anything
 
 
 def _uniforms(seeds: NDArray[np.uint64], count: int) -> NDArray[np.float64]:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from v05.files import explained, replacing
 from v05.messages import explained_places, printable, quoted
 from v05.pretrained import load_generation_config
-from v05.rollout import Completion, Failure, Request, decode, refuse_update_in_flight
+from v05.rollout import Completion, Failure, NotFiniteError, Request, decode, refuse_update_in_flight
 from v05.rollout.http_client import LEAST_ANSWER, HttpClient, RefusedError
 from v05.rollout.limits import stop_tokens
 
@@ -161,6 +161,8 @@ class VllmEngine:
 
     def _result(self, output: Any) -> Completion | Failure:
         logprobs = [of_token[token].logprob for token, of_token in zip(output.token_ids, output.logprobs, strict=True)]
+        if not np.isfinite(logprobs).all():
+            raise NotFiniteError("the policy is not finite: vLLM gives a token no log-probability")
         asked = self._parameters(0)
         return _completion(output.token_ids, logprobs, output.finish_reason, asked.stop_token_ids, asked.max_tokens)
 

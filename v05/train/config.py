@@ -88,7 +88,7 @@ class LossConfig(Settings):
 class OptimizerConfig(Settings):
     """AdamW. Each step's rollouts are split by prompt into `updates_per_step` parts, one update each."""
 
-    learning_rate: float = Field(default=3e-4, gt=0)
+    learning_rate: float = Field(default=3e-4, gt=0, le=1e30)  # beyond, AdamW's step is no float32
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     updates_per_step: int = Field(default=1, ge=1)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from v05.rollout import Request, RolloutEngine, generate
+from v05.rollout import NotFiniteError, Request, RolloutEngine, generate
+from v05.rollout.rows import read_prompts
 from v05.rollout.transformers_engine import TransformersEngine, completion_logprobs
 from v05.rollout.verifier import InlineVerifier, Verifier, VerifierPool
 from v05.tasks import Task, make_scorer
-from v05.train.config import EngineConfig, RunConfig
+from v05.train.config import EngineConfig, OptimizerConfig, RunConfig
 from v05.train.policy import load_policy, load_tokenizer
 
 WORKERS = 2  # processes that verify by default; a formula takes 10 ms, less than sampling it
@@ -73,11 +75,32 @@ def make_verifier(config: RunConfig, task: Task) -> Verifier:
     return VerifierPool(make, workers=workers, time_limit=settings.time_limit, memory_gib=settings.memory_gib)
 
 
+@torch.no_grad()
+def require_finite(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], pad: int) -> None:
+    """NotFiniteError unless every prompt has a most likely next token."""
+    if not read_prompts(model, prompts, pad).logits.amax(-1).isfinite().all():
+        raise NotFiniteError("the policy is not finite: the token after a prompt has no log-probability")
+
+
+@contextlib.contextmanager
+def explaining_divergence(optimizer: OptimizerConfig, step: Callable[[], int]) -> Iterator[None]:
+    """A NotFiniteError within also names the step and what to lower."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise NotFiniteError(
+            f"step {step()}: {error}; start anew with a lower optimizer.learning_rate ({optimizer.learning_rate:g}) or "
+            f"optimizer.max_grad_norm ({optimizer.max_grad_norm:g})"
+        ) from error
+
+
 def sync_weights(engine: RolloutEngine, model: PreTrainedModel, probe: Sequence[Request], pad: int, tolerance: float) -> float:
     """Give `engine` the weights of `model`, sample `probe`, and compare its log-probabilities with the model's own.
 
     Returns the largest difference, nats. RuntimeError if that is above `tolerance`: the engine samples from another policy then.
+    NotFiniteError if the model is past sampling from.
     """
+    require_finite(model, [request.prompt for request in probe], pad)
     engine.update_weights(model.state_dict().items())
     completions = generate(engine, probe)
     with torch.no_grad():

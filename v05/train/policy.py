@@ -33,7 +33,7 @@ from transformers.utils.logging import disable_progress_bar
 from v05.files import explained, flush_folder
 from v05.machine import cache_root
 from v05.pretrained import load_generation_config, load_pretrained
-from v05.rollout import Request, RolloutEngine, generate
+from v05.rollout import NotFiniteError, Request, RolloutEngine, generate
 from v05.rollout.limits import stop_tokens
 from v05.rollout.transformers_engine import TransformersEngine
 from v05.tasks import Prompt, Task, heldout_set
@@ -174,7 +174,10 @@ def warm_start(config: PolicyConfig, task: Task, report: Callable[[str], None]) 
             if steps_left <= 0:
                 return model, tokenizer
         elif (step + 1) % settings.validate_every == 0:
-            accuracy = _accuracy(engine, tokenizer, task, validation)
+            try:
+                accuracy = _accuracy(engine, tokenizer, task, validation)
+            except NotFiniteError as error:
+                raise NotFiniteError(f"warm start, step {step + 1}: {error}; lower warm_start.learning_rate") from error
             report(f"warm start: step {step + 1}, loss {loss.item():.3f}, held-out accuracy {accuracy:.3f}")
             if accuracy >= settings.target_accuracy:
                 steps_left = settings.decay_steps

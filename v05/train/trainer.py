@@ -36,6 +36,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ from v05.prior import ConstantPrior, NoisePrior, ValuePrior
 from v05.prior.calibration import Calibrator
 from v05.prior.history import HistoryPrior
 from v05.prior.scores import auc, brier, cross_entropy
-from v05.rollout import Completion, Request, generate
+from v05.rollout import Completion, NotFiniteError, Request, generate
 from v05.rollout.limits import positions_of, refuse_prompt, stop_tokens
 from v05.rollout.scheduler import RolloutBatch, collect, join, select
 from v05.rollout.transformers_engine import completion_logprobs
@@ -76,7 +77,7 @@ from v05.train.distributed import (
     whole_optimizer_state,
     whole_parameters,
 )
-from v05.train.engine import make_engine, make_verifier, sync_weights
+from v05.train.engine import explaining_divergence, make_engine, make_verifier, require_finite, sync_weights
 from v05.train.identity import identity_digest, inputs_of, paths_of
 from v05.train.loss import importance_weights, mismatch, policy_loss, rollout_weights, token_weights
 from v05.train.metrics import CONFIG, INPUTS, POLICY, RESULT, MetricsLog, refuse_to_overwrite, write_json, write_outcomes
@@ -231,8 +232,12 @@ class Trainer:
             sink.start(self.state.rollouts)
 
     def save(self) -> None:
-        """Write a checkpoint: all that the coming steps depend on. Every rank must call it."""
+        """Write a checkpoint: all that the coming steps depend on. Every rank must call it.
+
+        NotFiniteError if the policy has diverged: the earlier checkpoint stays.
+        """
         started = time.monotonic()
+        require_finite(self.sampled, [request.prompt for request in self.probe_requests()], self.tokenizer.pad_token_id)
         policy = self.kept(whole_parameters(self.model))
         optimizer = self.kept(whole_optimizer_state(self.model, self.optimizer))
         for sink in self.sinks:
@@ -260,6 +265,7 @@ class Trainer:
         with closing(self.engine), closing(self.verifier), ExitStack() as stack:
             for sink in self.sinks:
                 stack.enter_context(closing(sink))
+            stack.enter_context(explaining_divergence(config.optimizer, lambda: state.steps))
             if self.own_weights:
                 self.sync()
             if state.accuracy_before is None:
@@ -594,11 +600,15 @@ class Trainer:
         refuse_prompt(len(tokens), self.config.policy.max_new_tokens, positions_of(self.model.config), prompt.text)
         return tokens
 
+    def probe_requests(self) -> list[Request]:
+        """Rollouts of held-out prompts that the policy is checked with, always the same."""
+        prompts = [self.tokens_of(prompt) for prompt in self.heldout[:PROBE_ROLLOUTS]]
+        return [Request(prompts[i % len(prompts)], EVALUATION_SEED + i) for i in range(PROBE_ROLLOUTS)]
+
     def sync(self) -> float:
         """Bring an engine with weights of its own up to date, and check that it is; the largest difference found, nats."""
-        prompts = [self.tokens_of(prompt) for prompt in self.heldout[:PROBE_ROLLOUTS]]
-        probe = [Request(prompts[i % len(prompts)], EVALUATION_SEED + i) for i in range(PROBE_ROLLOUTS)]
-        return sync_weights(self.engine, self.sampled, probe, self.tokenizer.pad_token_id, self.config.engine.tolerance)
+        probe, tolerance = self.probe_requests(), self.config.engine.tolerance
+        return sync_weights(self.engine, self.sampled, probe, self.tokenizer.pad_token_id, tolerance)
 
     @torch.no_grad()
     def rescore(self, batch: RolloutBatch) -> list[NDArray[np.float32]]:
@@ -642,10 +652,13 @@ class Trainer:
                 if not len(share):  # all ranks pass backward equally often: this one with a rollout of no weight
                     share, share_weights = chunk[:1], torch.zeros_like(weights[chunk[:1]])
                 totals += self._backward(batch, rows[share], advantages[rows[share]], share_weights, rescored, width)
-            grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.max_grad_norm)
+            grad_norm = float(whole(norm))
+            if not isfinite(grad_norm):
+                raise NotFiniteError(f"the policy is not finite: the gradient's norm is {grad_norm}")
             self.optimizer.step()
             loss, clipped, kl = world.sum(totals).tolist()
-            records.append([float(whole(grad_norm)), loss, clipped / int(mask[rows].sum()), kl])
+            records.append([grad_norm, loss, clipped / int(mask[rows].sum()), kl])
         means = np.mean(records, axis=0) if records else np.full(4, np.nan)
         return dict(zip(("grad_norm", "loss", "clip_fraction", "kl"), map(float, means), strict=True))
 
