@@ -21,7 +21,6 @@ from v05.cli import app
 from v05.evaluate import (
     TEMPLATE,
     EvalConfig,
-    MathTask,
     Problem,
     Sample,
     SampleLog,
@@ -39,6 +38,7 @@ from v05.rollout import Failure, Request
 from v05.rollout.verifier import InlineVerifier
 from v05.tasks import Prompt
 from v05.tasks.answers import read_answer
+from v05.tasks.jsonl import AnswerScorer
 from v05.tasks.rows import ANSWER_FIELDS, PROBLEM_FIELDS
 from v05.train.config import PolicyConfig
 from v05.train.policy import character_decoder, character_tokenizer
@@ -80,7 +80,7 @@ def run(config, data, directory, samples, names=("sums",), watch=lambda sample: 
     benchmarks = {name: read_benchmark(data, name, config.template, print) for name in names}
     log = SampleLog(directory, config)
     try:
-        evaluate(config, benchmarks, samples, log, InlineVerifier(MathTask()), capacity=4, watch=watch)
+        evaluate(config, benchmarks, samples, log, InlineVerifier(AnswerScorer()), capacity=4, watch=watch)
         return log.samples, write_results(directory, config, benchmarks, samples, log)
     finally:
         log.close()
@@ -135,9 +135,9 @@ def test_fields_of_public_files(tmp_path, row, asked, right, wrong):
     write(tmp_path / "b.jsonl", row)
     (problem,) = read_benchmark(tmp_path, "b", TEMPLATE, print)
     assert problem.prompt.text == asked + "\nPlease reason step by step, and put your final answer within \\boxed{}."
-    assert MathTask().verify(problem.prompt, right) == 1.0
+    assert AnswerScorer().verify(problem.prompt, right) == 1.0
     for completion in (wrong, "", "I do not know."):
-        assert MathTask().verify(problem.prompt, completion) == 0.0
+        assert AnswerScorer().verify(problem.prompt, completion) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_help_names_the_fields():
 
 def verified(engine, prompts):
     requests = [Request((0.5,), seed) for seed in range(len(prompts))]
-    return list(_verified(engine, InlineVerifier(MathTask()), prompts, requests))
+    return list(_verified(engine, InlineVerifier(AnswerScorer()), prompts, requests))
 
 
 def test_every_completion_is_verified_once_whatever_fails_and_whenever_it_comes():
@@ -312,26 +312,29 @@ def test_every_completion_is_verified_once_whatever_fails_and_whenever_it_comes(
     assert engine.most_in_flight == 7
 
 
-def test_a_crash_of_the_verifier_is_not_a_wrong_answer():
-    """It is tried again; what crashes every time has no reward."""
+def test_a_failure_of_the_verifier_is_not_a_wrong_answer():
+    """It is tried again; where it stays, the run ends and names it."""
 
-    class Crashes(InlineVerifier):
-        def __init__(self):
-            super().__init__(MathTask())
-            self.seen = Counter()
+    class Fails(InlineVerifier):
+        def __init__(self, always):
+            super().__init__(AnswerScorer())
+            self.always, self.seen = always, Counter()
 
         def submit(self, items):
             super().submit(items)
             for i, item in enumerate(items, len(self._results) - len(items)):
                 self.seen[item.key] += 1
-                if item.key == 3 or (item.key % 2 and self.seen[item.key] == 1):
+                if item.key == self.always or (item.key % 2 and self.seen[item.key] == 1):
                     self._results[i] = item.key, Failure("killed")
 
     prompts = [Prompt(str(i), "1", read_answer(1)) for i in range(8)]
-    verifier = Crashes()
-    found = list(_verified(CoinEngine(), verifier, prompts, [Request((0,), seed=i) for i in range(8)]))
+    requests = [Request((0,), seed=i) for i in range(8)]
+    found = list(_verified(CoinEngine(), Fails(always=None), prompts, requests))
     assert sorted(index for index, *_ in found) == list(range(8))
-    assert all(reward == (None if index == 3 else float(text)) for index, _, text, reward in found)
+    assert all(reward == float(text) for _, _, text, reward in found)
+    verifier = Fails(always=3)
+    with pytest.raises(RuntimeError, match=r"could not be verified in 3 attempts; the last error: killed"):
+        list(_verified(CoinEngine(), verifier, prompts, requests))
     assert verifier.seen[3] == 3
 
 

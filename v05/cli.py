@@ -431,11 +431,11 @@ def evaluate(
 
     Example: v05 eval path/to/model --benchmarks aime24,math500 --data benchmarks --samples 16 --engine vllm
     """
-    from v05.evaluate import TEMPLATE, EvalConfig, MathTask, Sample, SampleLog, read_benchmark, write_results
+    from v05.evaluate import TEMPLATE, EvalConfig, Sample, SampleLog, read_benchmark, write_results
     from v05.evaluate import evaluate as run
     from v05.prior.v0.backbone import fingerprint
-    from v05.rollout import ATTEMPTS
     from v05.rollout.verifier import VerifierPool
+    from v05.tasks.jsonl import AnswerScorer
     from v05.train.metrics import write_json
 
     out = out or Path("runs/eval") / model.resolve().name
@@ -467,9 +467,9 @@ def evaluate(
                 progress.advance(bars[name])
                 progress.update(bars[name], note=f"{right[name]:.0f} right")
 
-            verifier = VerifierPool(MathTask, workers=workers, time_limit=time_limit)
+            verifier = VerifierPool(AnswerScorer, workers=workers, time_limit=time_limit)
             try:
-                crashed = _no_exit()(run)(config, problems, samples, log, verifier, capacity=sampling_batch, watch=watch)
+                _no_exit()(run)(config, problems, samples, log, verifier, capacity=sampling_batch, watch=watch)
             finally:
                 verifier.close()
                 log.close()
@@ -482,8 +482,8 @@ def evaluate(
         _fail(error)
     if verifier.timed_out:
         _say(f"{verifier.timed_out} completions took the verifier more than {time_limit:g} s and count as wrong")
-    if crashed:
-        _say(f"{crashed} completions crashed the verifier {ATTEMPTS} times and count as wrong")
+    if verifier.crashed:
+        _say(f"{verifier.crashed} completions ended their verifier's process and count as wrong")
     Console(width=None if sys.stdout.isatty() else 180).print(_benchmark_table(records))
     _say(f"samples and records are in {out}")
 

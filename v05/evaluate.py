@@ -33,7 +33,6 @@ from v05.rollout.scheduler import VERIFIER_GLANCE
 from v05.rollout.transformers_engine import TransformersEngine
 from v05.rollout.verifier import Item, Verifier
 from v05.tasks import Prompt
-from v05.tasks.answers import verify_answer
 from v05.tasks.rows import PROBLEM_FIELDS, Row, read_rows
 from v05.train.curves import bootstrap_interval
 from v05.train.metrics import write_json
@@ -96,13 +95,6 @@ class Sample:
     @property
     def place(self) -> tuple[str, str, int]:
         return self.benchmark, self.problem, self.sample
-
-
-class MathTask:
-    """What completions are verified with."""
-
-    def verify(self, prompt: Prompt, completion: str) -> float:
-        return verify_answer(prompt.item, completion)
 
 
 def read_benchmark(directory: Path, name: str, template: str, say: Callable[[str], None]) -> list[Problem]:
@@ -211,18 +203,17 @@ def evaluate(
     *,
     capacity: int,
     watch: Callable[[Sample], None],
-) -> int:
-    """Sample and verify what `log` lacks of `samples` completions a problem. Returns how many completions crashed the verifier
-    `ATTEMPTS` times, which are wrong.
+) -> None:
+    """Sample and verify what `log` lacks of `samples` completions a problem.
 
     Args:
-        verifier: of a `MathTask`, with nothing under way.
+        verifier: of an `AnswerScorer`, with nothing under way.
         capacity: completions sampled at once.
         watch: called with every sample, those that `log` had included.
 
     Raises:
         ValueError: the model folder cannot be used, or its context is too short.
-        RuntimeError: a completion failed `ATTEMPTS` times.
+        RuntimeError: a completion failed `ATTEMPTS` times, in sampling or verification.
     """
     missing = []
     for problem in (problem for problems in benchmarks.values() for problem in problems):
@@ -233,26 +224,21 @@ def evaluate(
             else:
                 watch(done)
     if not missing:
-        return 0
+        return
     tokenizer = load_tokenizer(config.model)
     tokens = {problem.key: prompt_tokens(tokenizer, problem.prompt) for problem, _ in missing}
     engine = _engine(config, tokenizer, max(map(len, tokens.values())), capacity)
     requests = [
         Request(tokens[problem.key], seed_of(config.seed, problem.benchmark, problem.key, number)) for problem, number in missing
     ]
-    crashed = 0
     try:
         for index, completion, text, reward in _verified(engine, verifier, [problem.prompt for problem, _ in missing], requests):
             problem, number = missing[index]
-            crashed += reward is None
-            sample = Sample(
-                problem.benchmark, problem.key, number, reward or 0.0, len(completion.tokens), completion.finished, text
-            )
+            sample = Sample(problem.benchmark, problem.key, number, reward, len(completion.tokens), completion.finished, text)
             log.add(sample)
             watch(sample)
     finally:
         engine.close()
-    return crashed
 
 
 def _engine(config: EvalConfig, tokenizer: Any, longest: int, capacity: int) -> RolloutEngine:
@@ -275,9 +261,9 @@ def _engine(config: EvalConfig, tokenizer: Any, longest: int, capacity: int) -> 
 
 def _verified(
     engine: RolloutEngine, verifier: Verifier, prompts: Sequence[Prompt], requests: Sequence[Request]
-) -> Iterator[tuple[int, Completion, str, float | None]]:
+) -> Iterator[tuple[int, Completion, str, float]]:
     """(number of the request, completion, its text, its reward) as they come. What fails, in sampling or in the verifier, is tried
-    `ATTEMPTS` times; the reward is None where the verifier never had one."""
+    `ATTEMPTS` times."""
     waiting = deque(range(len(requests)))
     failures: Counter[int] = Counter()
     crashes: Counter[int] = Counter()
@@ -299,12 +285,13 @@ def _verified(
             verifying[key] = result, engine.decode(result)
             verifier.submit([Item(key, prompts[key], verifying[key][1])])
         for key, reward in verifier.poll(wait=not (sampling or waiting)):
-            if isinstance(reward, Failure):
+            if isinstance(reward, Failure):  # of the machine: it says nothing of the completion
                 crashes[key] += 1
-                if crashes[key] < ATTEMPTS:
-                    verifier.submit([Item(key, prompts[key], verifying[key][1])])
-                    continue
-            yield key, *verifying.pop(key), None if isinstance(reward, Failure) else reward
+                if crashes[key] == ATTEMPTS:
+                    raise RuntimeError(f"a completion could not be verified in {ATTEMPTS} attempts; the last error: {reward.error}")
+                verifier.submit([Item(key, prompts[key], verifying[key][1])])
+                continue
+            yield key, *verifying.pop(key), reward
 
 
 def pass_at_k(correct: NDArray[np.int64], samples: int, k: int) -> NDArray[np.float64]:
