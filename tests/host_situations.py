@@ -43,7 +43,9 @@ class Situation:
 
     @property
     def valid(self) -> list[bool]:
-        return [group != "_" for group in self.groups]
+        """Neither padding nor rejected, as a mask without a token says."""
+        lengths = self.lengths or [2] * len(self.groups)
+        return [group != "_" and length > 0 for group, length in zip(self.groups, lengths, strict=True)]
 
     @property
     def prior(self) -> list[float]:
@@ -59,7 +61,7 @@ class Situation:
 
     @property
     def token_rewards(self) -> torch.Tensor:
-        """(N, 3) float32, the reward at the last token; at the row's end where there is none, as verl puts it."""
+        """(N, 3) float32, the reward at the last token; at the row's end where the mask holds none, as verl puts it."""
         rewards = torch.zeros(len(self.rewards), 3)
         rewards[torch.arange(len(rewards)), self.mask.sum(1) - 1] = torch.tensor(self.rewards, dtype=torch.float32)
         return rewards
@@ -84,7 +86,10 @@ SITUATIONS = [
     Situation("nearly equal at a large offset", "grpo", [8192, 8192 + STEP, 8192 + 2 * STEP], "aaa",
               [-1 / (1 + 1e-6 / STEP), 0, 1 / (1 + 1e-6 / STEP)]),
     Situation("rows of one trajectory count once", "dr_grpo", [1, 1, 0], "aaa", [0.5, 0.5, -0.5], trajectories=[0, 0, 1]),
-    Situation("an empty response", "dr_grpo", [1, -1], "aa", [1, -1], reward_range=(-1, 1), lengths=[2, 0]),
+    Situation("a rejected row", "dr_grpo", [1, 1, 0, 0], "aaaa", [2 / 3, 0, -1 / 3, -1 / 3], lengths=[2, 0, 2, 2]),
+    Situation("a rejected row beside a prior", "v05", [1, 0, 0, 1, 0], "aaabb", [0.75, -0.25, 0, 0.5, 0], priors={"a": 0.25},
+              lengths=[2, 1, 0, 3, 0]),
+    Situation("all rows of a group rejected", "v05", [1, 0, 1, 0], "aabb", [0, 0, 0.5, -0.5], lengths=[0, 0, 2, 2]),
     Situation("padding rows", "v05", [1, 0, 0, 1], "aa__", [0.5, -0.5, 0, 0]),
 ]  # fmt: skip
 

@@ -69,6 +69,21 @@ def test_the_prior_learns_what_its_groups_came_to():
     assert np.isnan(priors.rates(["a", "b"])).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
+def test_a_rejected_row_has_no_say_and_teaches_nothing(dtype):
+    """A mask without a token is how hosts and users reject a rollout."""
+    prior = FixedPrior({"x": 0.25})
+    priors = PromptPriors(prior)
+    priors.open(["a", "b"], ["x", "y"])
+    rewards = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+    mask = torch.tensor([[1, 1], [0, 0], [1, 0], [1, 1], [0, 0]]).to(dtype)
+    given = dict(method="v05", settings=Settings(), priors=priors, normalize=True, remedy="")
+    advantages, _ = outcome_advantages(rewards, mask, ["a", "a", "a", "a", "b"], **given)
+    expected = [[0.75, 0.75], [0.0, 0.0], [-0.25, 0.0], [-0.25, -0.25], [0.0, 0.0]]
+    torch.testing.assert_close(advantages, torch.tensor(expected))
+    assert prior.learnt == {"x": (1.0, 3.0), "y": (0.0, 0.0)}
+
+
 @pytest.mark.parametrize("method", ["v05", "calibrated"])
 def test_a_prior_may_say_nothing_of_an_open_group(method):
     """NaN is no prior, as V0's before the first outcomes, and no group that somebody forgot to open."""

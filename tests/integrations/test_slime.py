@@ -30,6 +30,7 @@ class Sample:
     rollout_id: int | None = None
     remove_sample: bool = False
     status: Status = Status.COMPLETED
+    loss_mask: list[int] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def get_reward_value(self, args):
@@ -52,8 +53,8 @@ def test_situations(case, prior):
     prior.rates = case.priors
     rollouts = [None] * len(case.rewards) if case.trajectories is None else case.trajectories
     samples = [
-        Sample(ord(group), reward, group, rollout)
-        for group, reward, rollout in zip(case.groups, case.rewards, rollouts, strict=True)
+        Sample(ord(group), reward, group, rollout, loss_mask=None if case.lengths is None else mask)
+        for group, reward, rollout, mask in zip(case.groups, case.rewards, rollouts, case.mask.tolist(), strict=True)
     ]
     args = arguments(method=case.method, leave_one_out=case.leave_one_out, reward_range=list(case.reward_range))
     raw, advantages = slime.custom_reward_post_process(args, samples)
@@ -66,8 +67,11 @@ def test_situations(case, prior):
 def test_aborted_removed_and_unscored_samples_are_left_out(prior):
     samples = [Sample(0, 1.0), Sample(0, 0.0), Sample(0, None), Sample(0, 1.0, status=Status.ABORTED)]
     samples.append(Sample(0, 0.0, remove_sample=True))
+    samples.append(Sample(0, 1.0, loss_mask=[0, 0]))
+    samples.append(Sample(0, 1.0, loss_mask=[]))
     _, advantages = slime.custom_reward_post_process(arguments(method="dr_grpo"), samples)
-    assert advantages == [0.5, -0.5, 0.0, 0.0, 0.0]
+    assert advantages == [0.5, -0.5, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert prior.learnt == {"": (1.0, 2.0)}
 
 
 def test_a_split_over_ranks_changes_nothing(prior):

@@ -190,7 +190,9 @@ def test_padding_rows_change_neither_loss_nor_gradient(tokenizer, tmp_path):
 
 
 # TRL's groups are of one size, in adjacent rows, a rollout a row; sizes differ after rounds, and where completions have no reward.
-@pytest.mark.parametrize("case", situations("uneven", "singleton", "adjacent", "trajectory", "padding", "all alike", "nearly"))
+@pytest.mark.parametrize(
+    "case", situations("uneven", "singleton", "adjacent", "trajectory", "padding", "reject", "all alike", "nearly")
+)
 def test_situations(tokenizer, tmp_path, case):
     size = len(case.rewards) // len(set(case.groups))
     tolerance = 5e-4 if case.method == "grpo" else TOLERANCE  # TRL's eps
@@ -221,6 +223,25 @@ def situated(case, size, tokenizer, folder):
 
     trainer = make(V05Trainer, V05Config, tokenizer, folder, given, settings=settings, prior=FixedPrior())
     return adaptive_batch(trainer)["advantages"].tolist()
+
+
+@pytest.mark.parametrize("initial", [None, 2])
+def test_completions_that_are_masked_have_no_say(tokenizer, tmp_path, initial):
+    """TRL masks those that were cut off, where it is told to; the test of the rounds does not see their rewards either."""
+
+    def succeed(completions, **_):
+        return [1.0] * len(completions)
+
+    settings = {"mask_truncated_completions": True, "initial_generations": initial, "max_completion_length": 1}
+    prior = FixedPrior()
+    trainer = make(V05Trainer, V05Config, tokenizer, tmp_path, succeed, settings=settings, prior=prior)
+    trainer.eos_token_ids = list(range(0, trainer.model.config.vocab_size, 2))  # half of the completions end in time
+    batch = adaptive_batch(trainer)
+    trained = (batch["completion_mask"] * batch.get("tool_mask", 1)).any(dim=1)
+    assert trained.any()
+    assert not trained.all()
+    assert (batch["advantages"][~trained] == 0).all()
+    assert sum(trials for _, trials in prior.learnt.values()) == trained.sum()
 
 
 def test_an_interrupted_run_keeps_its_prior(tokenizer, tmp_path):

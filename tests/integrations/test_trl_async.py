@@ -202,7 +202,8 @@ def test_situations(loop, case):
     made = loop([("fair", "yes")], FixedPrior({"fair": case.priors.get(case.groups[0], 0.5)}), generations=len(conversations))
     next(made._repeat_iterator())
     rows = {c: [i for i in first if (i if case.trajectories is None else case.trajectories[i]) == c] for c in conversations}
-    sequences = [[host.TrainingSequence([2, 5], [0, 1], [0.0, -0.5], str(c))] * len(rows[c]) for c in conversations]
+    trained = [0 if length == 0 else 1 for length in case.lengths or [2] * len(case.rewards)]
+    sequences = [[host.TrainingSequence([2, 5], [0, trained[i]], [0.0, -0.5], str(c)) for i in rows[c]] for c in conversations]
     rewards = [case.rewards[rows[c][0]] for c in conversations]
     group = host.RolloutGroup(
         prompts=[[]] * len(conversations),

@@ -264,7 +264,8 @@ def outcome_advantages(
     Args:
         token_level_rewards: (N, T), reward units. A rollout's reward is the sum of its whole row, as in the hosts: where the last
             token is a tool's, or there is none, the reward stands outside the mask. A row that is not finite is left out.
-        response_mask: (N, T), 1 for the policy's own tokens.
+        response_mask: (N, T), 1 for the policy's own tokens. A row without any was rejected by the host or the user: it is left out
+            of its group's statistics and of what the prior learns.
         index: (N,) ids of the groups, rows in any order. Rows whose id is one of `PADDING` fill up the batch and are left out.
         method: a name of `v05.methods.METHODS`.
         normalize: False takes away the division by the deviation from a method that has one, as the hosts' own switches do.
@@ -289,12 +290,15 @@ def outcome_advantages(
                 raise ValueError(f"{problem}; {remedy}")
             logger.warning("%s; their own means stand in", problem)  # a resumed host may hand over what it finished before
         priors.settle(settings)
+    is_padding = torch.tensor(
+        [PADDING.fullmatch(group) is not None for group in ids], dtype=torch.bool, device=response_mask.device
+    )
     out = fused_advantage(
         token_level_rewards.sum(-1, dtype=torch.float64),
         in_reward_units(rates, settings.reward_range) if rule.needs_prior else None,
         group_ids=ids,
         response_mask=response_mask,
-        valid=np.array([not PADDING.fullmatch(group) for group in ids], dtype=bool),
+        valid=(response_mask != 0).any(-1) & ~is_padding,
         method=method,
         scale=None if normalize else "none",
         leave_one_out=settings.leave_one_out,

@@ -30,7 +30,8 @@ def custom_reward_post_process(args: Any, samples: list[Any]) -> tuple[list[Any]
     Args:
         args: slime's arguments; `args.v05` is a mapping of settings, `args.reward_key` as in slime.
         samples: N samples. Those of one `group_index` are a group, in any order. Those that share a `rollout_id` are one
-            trajectory and count once. A sample that was aborted or removed, or whose reward is None or NaN, is left out: 0.
+            trajectory and count once. A sample that was aborted or removed, whose `loss_mask` holds no token, or whose reward is
+            None or NaN, is left out: 0.
 
     Returns:
         raw rewards (N,), untouched, which slime logs and its dynamic sampling filter reads, and advantages (N,), which go to
@@ -64,7 +65,7 @@ def custom_reward_post_process(args: Any, samples: list[Any]) -> tuple[list[Any]
         rewards,
         in_reward_units(rates, settings.reward_range) if rule.needs_prior else None,
         group_ids=[str(group) for group in groups],
-        valid=np.array([not sample.remove_sample and sample.status.value != "aborted" for sample in samples], dtype=bool),
+        valid=np.array([_has_a_say(sample) for sample in samples], dtype=bool),
         trajectory_ids=np.array([named.get(rollout, len(rollouts) + i) for i, rollout in enumerate(rollouts)], dtype=np.int64),
         method=method,
         leave_one_out=settings.leave_one_out,
@@ -75,6 +76,12 @@ def custom_reward_post_process(args: Any, samples: list[Any]) -> tuple[list[Any]
     assert out.stats is not None
     PRIORS.close(names, *outcomes(out.stats, settings.reward_range))
     return raw, out.advantages.tolist()
+
+
+def _has_a_say(sample: Any) -> bool:
+    """Whether a sample is trained on: slime trains on all tokens of one without a loss mask."""
+    mask = getattr(sample, "loss_mask", None)
+    return not sample.remove_sample and sample.status.value != "aborted" and (mask is None or any(mask))
 
 
 def custom_advantage(args: Any, rollout_data: dict[str, Any]) -> None:

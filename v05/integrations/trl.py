@@ -101,7 +101,7 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
         self._batch: list[dict[str, Any]] = []  # the rows that are being sampled
         self._rates = np.zeros(0)  # of their prompts
         self._scored: torch.Tensor | None = None  # (N, functions), of rows that were scored while they were sampled
-        self._rewards = torch.zeros(0)  # (N, functions), of all processes' rows
+        self._rewards = torch.zeros(0, device="cpu")  # (N, functions), of all processes' rows
         self._padding: torch.Tensor | None = None  # (N,) rows that stand for completions that were not needed
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -114,10 +114,12 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
         self._rates = self.prior.predict(prompts) if rule.needs_prior else np.full(len(prompts), np.nan)
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
 
+        mask = output["completion_mask"] * output.get("tool_mask", 1)
         out = fused_advantage(
             self._total(self._rewards).double().cpu(),
             in_reward_units(self._rates, self._range) if rule.needs_prior else None,
             group_offsets=np.arange(0, len(self._rewards) + 1, size),
+            valid=self.accelerator.gather((mask != 0).any(dim=1)).cpu(),
             method=args.method,
             leave_one_out=args.leave_one_out,
             reward_range=self._range,
@@ -177,8 +179,9 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
                 raise ValueError("initial_generations: sampling in rounds takes text prompts only; give None")
             scored[chosen] = score([self._batch[row] for row in chosen], drawn, completions, ids)
             self._place_logged(logged, chosen, len(prompts))
-            allocator.report(leases.lease_id, self._total(scored[chosen]).double().cpu().numpy())
             tool_mask = [[1] * len(tokens) for tokens in ids] if tool_mask is None else tool_mask
+            rewards = self._total(scored[chosen]).double().cpu().numpy()
+            allocator.report(leases.lease_id, np.where(self._trains(ids, tool_mask), rewards, np.nan))
             logprobs = [None] * len(ids) if logprobs is None else logprobs
             rows.update(zip(chosen, zip(prompt_ids, ids, tool_mask, completions, logprobs, strict=True), strict=True))
 
@@ -187,10 +190,16 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
         for row in np.flatnonzero(padding).tolist():
             alike = rows[row - row % size]  # the first completion of the same prompt
             rows[row] = (alike[0], [self.eos_token_ids[0]], [0], nothing, None if alike[4] is None else [0.0])
-        self._scored, self._padding = scored, torch.tensor(padding)
+        self._scored, self._padding = scored, torch.tensor(padding, device="cpu")
         self._pending_extra_logs.update(logged)
         columns = [list(column) for column in zip(*(rows[row] for row in range(len(prompts))), strict=True)]
         return (*columns[:4], None if rows[0][4] is None else columns[4], {}, None, [])
+
+    def _trains(self, ids: list[list[int]], tool_mask: list[list[int]]) -> list[bool]:
+        """Whether TRL will train on any token of completions; it may mask those that were cut off."""
+        ends = [*self.eos_token_ids, self._tokenizer.pad_token_id]
+        whole = [not self.mask_truncated_completions or tokens[-1] in ends for tokens in ids]
+        return [ended and any(mask) for ended, mask in zip(whole, tool_mask, strict=True)]
 
     def _place_logged(self, logged: dict[str, list[Any]], chosen: list[int], count: int) -> None:
         """Move what reward functions logged of a round's rows into columns of all `count` rows, None where nothing was.

@@ -147,7 +147,7 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
         result = await super()._generate_one(prompt, tool_dict, tools, group_id)
         reward = await self._judge(group.row, prompt, result[0], result[1])
         async with group.changed:
-            group.allocator.report([group.leases[index]], [np.nan if reward is None else reward])
+            group.allocator.report([group.leases[index]], [reward if reward is not None and _trains(result[2]) else np.nan])
             group.lease()
             group.changed.notify_all()
         return (*result[:-1], reward)
@@ -178,6 +178,7 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
             np.array([np.nan if reward is None else reward for reward in group.rollout_rewards], dtype=np.float64),
             [state.prior],
             group_offsets=[0, len(held)],
+            valid=np.array([_trains(sequences) for sequences in group.completions_sequences], dtype=bool),
             leave_one_out=settings.leave_one_out,
             reward_range=settings.reward_range,
             nonfinite="exclude",
@@ -188,6 +189,11 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
         for sample, advantage in zip(samples, np.repeat(out.advantages.numpy(), rows).tolist(), strict=True):
             sample.advantage = advantage
         return samples
+
+
+def _trains(sequences: list[Any]) -> bool:
+    """Whether any token of a conversation's sequences is trained on."""
+    return any(any(sequence.completion_mask) for sequence in sequences)
 
 
 class V05RolloutWorker(AsyncRolloutWorker):  # type: ignore[misc]

@@ -71,10 +71,11 @@ class SequentialAgentLoopWorker(_Worker):  # type: ignore[misc, valid-type]
         await tq.async_kv_put(key=uid, partition_id="train", tag={"status": status})
 
     async def _agent_loop_postprocess(self, output: Any, validate: bool, **kwargs: Any) -> float:
-        """Publish a session as verl does; its reward, NaN if it came to nothing."""
+        """Publish a session as verl does; its reward, NaN if it came to nothing or no token of it is trained on."""
         await super()._agent_loop_postprocess(output, validate, **kwargs)
         outputs = output if isinstance(output, list) else [output]
-        return float("nan") if not outputs or outputs[-1].reward_score is None else float(outputs[-1].reward_score)
+        trains = any(any(part.response_mask) for part in outputs)
+        return float(outputs[-1].reward_score) if trains and outputs[-1].reward_score is not None else float("nan")
 
 
 def _allocator(config: Any, maximum: int) -> RolloutAllocator:
