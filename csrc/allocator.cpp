@@ -6,6 +6,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <new>
 #include <numeric>
 #include <sstream>
 #include <stdexcept>
@@ -83,16 +84,19 @@ void append(GroupIds<Id>& ids, const std::vector<Id>& added) {
       taken_rows.push_back(static_cast<std::int64_t>(i));
     }
   }
-  if (taken_rows.empty()) {
-    return;
+  if (!taken_rows.empty()) {
+    refuse("group_ids repeat an id, or name a group that is not drained yet, in ", row_list(taken_rows),
+           " (the first is ", added[static_cast<std::size_t>(taken_rows.front())],
+           "); an id can be used again once its group was drained");
   }
-  for (std::size_t i = taken_rows.size(); i < added.size(); ++i) {
-    ids.release(ids.size() - 1);
-    ids.pop_back();
+}
+
+// Room for more elements, which can then be added without memory.
+template <class T>
+void make_room(std::vector<T>& elements, std::size_t more) {
+  if (elements.capacity() - elements.size() < more) {
+    elements.reserve(std::max(elements.size() + more, 2 * elements.capacity()));
   }
-  refuse("group_ids repeat an id, or name a group that is not drained yet, in ", row_list(taken_rows),
-         " (the first is ", added[static_cast<std::size_t>(taken_rows.front())],
-         "); an id can be used again once its group was drained");
 }
 
 void require_counts(const AllocatorOptions& options) {
@@ -152,8 +156,8 @@ BudgetRule find_budget_rule(std::string_view name) {
 
 RolloutAllocator::RolloutAllocator(const AllocatorOptions& options)
     : options_(options),
-      cost_(
-          options.cost.value_or(1.0 / (static_cast<double>(options.maximum) * static_cast<double>(options.maximum)))) {
+      cost_(options.cost.value_or(1.0 / (static_cast<double>(options.maximum) * static_cast<double>(options.maximum)))),
+      ids_(std::make_unique<GroupIds<std::int64_t>>()) {
   require_counts(options);
   require_rule_inputs(options);
   if (!(cost_ >= 0.0) || std::isinf(cost_)) {
@@ -171,10 +175,11 @@ RolloutAllocator::RolloutAllocator(const AllocatorOptions& options)
 std::vector<std::int64_t> predicted_counts(std::span<const double> rates, std::int64_t total, std::int64_t lowest,
                                            std::int64_t highest) {
   const auto groups = static_cast<std::int64_t>(rates.size());
-  if (lowest < 1 || highest < lowest) {
-    refuse("lowest=", lowest, " and highest=", highest, " are not 1 <= lowest <= highest; the paper's are 2 and 128");
+  if (lowest < 1 || highest < lowest || highest > kLargestCount) {
+    refuse("lowest=", lowest, " and highest=", highest, " are not 1 <= lowest <= highest <= ", kLargestCount,
+           "; the paper's are 2 and 128");
   }
-  if (total < groups * lowest) {
+  if (total < 0 || (groups > 0 && total / groups < lowest)) {  // groups * lowest may overflow
     refuse("total=", total, " does not hold lowest=", lowest, " rollouts for each of ", groups,
            " groups; raise it, or give fewer groups");
   }
@@ -224,43 +229,60 @@ void RolloutAllocator::open(const GroupIdList& ids, std::span<const double> prio
   if (!counts.empty() && counts.size() != groups) {
     refuse("counts has ", counts.size(), " rows and group_ids ", groups, "; give one count per group");
   }
-  for (const std::int64_t count : counts) {
+  const std::vector<std::int64_t> asked(counts.begin(), counts.end());  // another thread may change the caller's
+  for (const std::int64_t count : asked) {
     if (count < options_.initial || count > options_.maximum) {
       refuse("counts holds ", count, ", which is not between initial=", options_.initial,
              " and maximum=", options_.maximum, "; change it, initial or maximum");
     }
   }
+  std::visit([&](const auto& rows) { open_groups(rows, priors, asked); }, ids);
+}
 
+template <class Id>
+void RolloutAllocator::open_groups(const std::vector<Id>& rows, std::span<const double> priors,
+                                   std::span<const std::int64_t> counts) {
+  const auto groups = static_cast<std::int64_t>(rows.size());
   const std::scoped_lock lock(mutex_);
-  const std::int64_t asked = counts.empty() ? static_cast<std::int64_t>(groups) * options_.initial
-                                            : std::accumulate(counts.begin(), counts.end(), std::int64_t{0});
+  const std::int64_t asked =
+      counts.empty() ? groups * options_.initial : std::accumulate(counts.begin(), counts.end(), std::int64_t{0});
   const std::int64_t spent = counts_.open_groups == 0 ? 0 : spent_;
   if (const auto& total = options_.total; total && asked > *total - spent) {
     refuse("group_ids has ", groups, " rows, which take ", asked, " initial rollouts, and ", *total - spent,
            " of total=", *total, " are left; open fewer groups, or raise total");
   }
-  std::visit(
-      [this]<class Id>(const std::vector<Id>& rows) {
-        if (opened_ == 0) {
-          ids_.emplace<GroupIds<Id>>();
-        }
-        auto* kept = std::get_if<GroupIds<Id>>(&ids_);
-        if (kept == nullptr) {
-          refuse("group_ids mix integers and strings; an allocator keeps to the kind it was first given");
-        }
-        append(*kept, rows);
-      },
-      ids);
-  for (std::size_t g = 0; g < groups; ++g) {
-    Group& group = groups_.emplace_back();
-    group.prior = options_.within(priors[g]);
-    group.ask(options_.initial);
-    if (!counts.empty()) {
-      ask_more(opened_ + static_cast<std::int64_t>(g), group, counts[g] - options_.initial);
-    }
+  std::unique_ptr<GroupIds<Id>> first;  // the allocator's kind of ids follows its first groups
+  if (opened_ == 0) {
+    first = std::make_unique<GroupIds<Id>>();
+  } else if (!std::holds_alternative<std::unique_ptr<GroupIds<Id>>>(ids_)) {
+    refuse("group_ids mix integers and strings; an allocator keeps to the kind it was first given");
   }
-  opened_ += static_cast<std::int64_t>(groups);
-  counts_.open_groups += static_cast<std::int64_t>(groups);
+  GroupIds<Id>& kept = first ? *first : *std::get<std::unique_ptr<GroupIds<Id>>>(ids_);
+  const std::size_t before = groups_.size();
+  make_room(closed_, candidates_.size());
+  make_room(extra_, static_cast<std::size_t>(asked - groups * options_.initial));
+  try {
+    append(kept, rows);
+    for (std::size_t g = 0; g < rows.size(); ++g) {
+      Group& group = groups_.emplace_back();
+      group.prior = options_.within(priors[g]);
+      group.ask(options_.initial);
+      group.require_room(group.asked);
+    }
+  } catch (...) {
+    groups_.resize(before);
+    kept.shrink(before);
+    throw;
+  }
+
+  if (first) {
+    ids_ = std::move(first);
+  }
+  for (std::size_t g = 0; g < counts.size(); ++g) {
+    ask_more(opened_ + static_cast<std::int64_t>(g), groups_[before + g], counts[g] - options_.initial);
+  }
+  opened_ += groups;
+  counts_.open_groups += groups;
   if (options_.total) {
     spent_ = spent + asked;
     close_candidates_if_spent();
@@ -272,28 +294,67 @@ Leases RolloutAllocator::lease(std::int64_t limit, std::int64_t now) {
     refuse("n=", limit, " is negative; ask for 0 or more rollouts");
   }
   const std::scoped_lock lock(mutex_);
+  const std::size_t extra_size = extra_.size();
+  const std::size_t extra_leased = extra_leased_;
+  const std::int64_t initial_leased = initial_leased_;
   Leases leases;
   std::vector<std::int64_t> serials;
-  while (std::cmp_less(serials.size(), limit)) {
-    const auto rollout = next_rollout();
-    if (!rollout) {
-      break;
+  std::vector<Candidate> promoted;
+  try {
+    make_room(closed_, candidates_.size());
+    while (std::cmp_less(serials.size(), limit)) {
+      if (extra_left() == 0 && fresh() == 0 && !candidates_.empty() && total_left() > 0) {
+        promote_candidate(promoted);
+      }
+      const auto rollout = next_rollout();
+      if (!rollout) {
+        break;
+      }
+      serials.push_back(serial_of(*rollout));
+      leases.indices.push_back(index_of(*rollout));
+      leases.lease_ids.push_back(join_bits(*rollout, failures_of(*rollout), attempt_bits_));
+      Group& group = group_of(serials.back());
+      const auto index = static_cast<std::size_t>(leases.indices.back());
+      group.require_room(index + 1);
+      group.states[index] = RolloutState::leased(now);
     }
-    state_of(*rollout) = RolloutState::leased(now);
-    leases.lease_ids.push_back(join_bits(*rollout, failures_of(*rollout), attempt_bits_));
-    leases.indices.push_back(index_of(*rollout));
-    serials.push_back(serial_of(*rollout));
+    leases.groups = ids_of(serials);
+    leases.seeds.reserve(serials.size());
+    std::visit(
+        [&](const auto& ids) {
+          for (std::size_t i = 0; i < ids.size(); ++i) {
+            leases.seeds.push_back(rollout_seed(options_.seed, key_of(ids[i]), leases.indices[i]));
+          }
+        },
+        leases.groups);
+  } catch (...) {
+    for (std::size_t i = 0; i < leases.lease_ids.size(); ++i) {
+      Group& group = group_of(serials[i]);
+      if (std::cmp_less(leases.indices[i], group.room)) {
+        group.states[static_cast<std::size_t>(leases.indices[i])] = RolloutState();
+      }
+    }
+    for (; !promoted.empty(); promoted.pop_back()) {
+      // The group was asked for these rollouts and had none queued before: they are the queue's last.
+      Group& group = group_of(promoted.back().serial);
+      while (extra_.size() > extra_size && serial_of(extra_.back()) == promoted.back().serial) {
+        extra_.pop_back();
+        group.ask(-1);
+        --spent_;
+      }
+      candidates_.push_back(promoted.back());
+      std::ranges::push_heap(candidates_, std::less{});
+    }
+    extra_leased_ = extra_leased;
+    initial_leased_ = initial_leased;
+    throw;
   }
   counts_.leased += static_cast<std::int64_t>(serials.size());
-  leases.groups = ids_of(serials);
-  leases.seeds.reserve(serials.size());
-  std::visit(
-      [&](const auto& ids) {
-        for (std::size_t i = 0; i < ids.size(); ++i) {
-          leases.seeds.push_back(rollout_seed(options_.seed, key_of(ids[i]), leases.indices[i]));
-        }
-      },
-      leases.groups);
+  close_candidates_if_spent();
+  if (2 * extra_leased_ >= extra_.size()) {  // seldom enough that what is moved costs less than what was queued
+    extra_.erase(extra_.begin(), extra_.begin() + static_cast<std::ptrdiff_t>(extra_leased_));
+    extra_leased_ = 0;
+  }
   return leases;
 }
 
@@ -303,6 +364,7 @@ void RolloutAllocator::report(std::span<const std::int64_t> lease_ids, std::span
   }
   require_in_range("rewards", rewards, options_);
   const std::scoped_lock lock(mutex_);
+  prepare_decisions(lease_ids.size(), 0);
   for (std::size_t i = 0; i < lease_ids.size(); ++i) {
     // The groups of a batch lie all over memory: ask for those of later rows while this one is applied.
     if (i + kGroupsAhead < lease_ids.size()) {
@@ -311,7 +373,7 @@ void RolloutAllocator::report(std::span<const std::int64_t> lease_ids, std::span
     if (i + kStatesAhead < lease_ids.size()) {
       prefetch_states(lease_ids[i + kStatesAhead]);
     }
-    if (const auto rollout = find_leased(lease_ids[i])) {
+    if (const auto rollout = find_leased(lease_ids[i], counts_)) {
       ++counts_.reported;
       settle(*rollout, options_.within(rewards[i]));
     }
@@ -320,8 +382,16 @@ void RolloutAllocator::report(std::span<const std::int64_t> lease_ids, std::span
 
 void RolloutAllocator::fail(std::span<const std::int64_t> lease_ids) {
   const std::scoped_lock lock(mutex_);
+  std::vector<std::int64_t> leased;
   for (const std::int64_t lease_id : lease_ids) {
-    if (const auto rollout = find_leased(lease_id)) {
+    AllocatorCounts ignored;
+    if (const auto rollout = find_leased(lease_id, ignored)) {
+      leased.push_back(*rollout);
+    }
+  }
+  prepare_failures(leased);
+  for (const std::int64_t lease_id : lease_ids) {
+    if (const auto rollout = find_leased(lease_id, counts_)) {
       ++counts_.failed;
       give_up(*rollout);
     }
@@ -335,18 +405,24 @@ std::int64_t RolloutAllocator::expire(double older_than, std::int64_t now) {
   }
   const std::scoped_lock lock(mutex_);
   const double latest = static_cast<double>(now) - (older_than * 1e6);
-  const std::int64_t before = counts_.expired;
-  for (std::int64_t serial = first_serial_; serial < opened_ && counts_.leased > 0; ++serial) {
+  std::int64_t left = counts_.leased;
+  std::vector<std::int64_t> expired;
+  for (std::int64_t serial = first_serial_; serial < opened_ && left > 0; ++serial) {
     const Group& group = group_of(serial);
     for (std::size_t index = 0; group.settled < group.asked && index < group.asked; ++index) {
-      const RolloutState state = group.states[index];
+      const RolloutState state = group.state(index);
+      left -= state.is_leased() ? 1 : 0;
       if (state.is_leased() && static_cast<double>(state.since()) <= latest) {
-        ++counts_.expired;
-        give_up(rollout_of(serial, static_cast<std::int64_t>(index)));
+        expired.push_back(rollout_of(serial, static_cast<std::int64_t>(index)));
       }
     }
   }
-  return counts_.expired - before;
+  prepare_failures(expired);
+  for (const std::int64_t rollout : expired) {
+    give_up(rollout);
+  }
+  counts_.expired += std::ssize(expired);
+  return std::ssize(expired);
 }
 
 bool RolloutAllocator::done() const {
@@ -357,11 +433,11 @@ bool RolloutAllocator::done() const {
 AllocatorCounts RolloutAllocator::counts() const {
   const std::scoped_lock lock(mutex_);
   AllocatorCounts counts = counts_;
-  counts.queued = static_cast<std::int64_t>(extra_.size()) + fresh();
+  counts.queued = static_cast<std::int64_t>(extra_left()) + fresh();
   return counts;
 }
 
-ClosedGroups RolloutAllocator::drain() {
+ClosedGroups RolloutAllocator::drain(const std::function<void(const ClosedGroups&)>& hand_over) {
   const std::scoped_lock lock(mutex_);
   std::ranges::sort(closed_);
   ClosedGroups drained;
@@ -376,6 +452,12 @@ ClosedGroups RolloutAllocator::drain() {
     }
     drained.offsets.push_back(static_cast<std::int64_t>(drained.rewards.size()));
     drained.priors.push_back(group.prior);
+  }
+  if (hand_over) {
+    hand_over(drained);
+  }
+
+  for (const std::int64_t serial : closed_) {
     forget(serial);
   }
   closed_.clear();
@@ -385,7 +467,7 @@ ClosedGroups RolloutAllocator::drain() {
         while (!groups_.empty() && groups_.front().asked == 0) {
           groups_.pop_front();
           ++first_serial_;
-          ids.pop_front();
+          ids->pop_front();
         }
       },
       ids_);
@@ -402,11 +484,11 @@ std::int64_t RolloutAllocator::failures_of(std::int64_t rollout) const {
 
 GroupIdList RolloutAllocator::ids_of(std::span<const std::int64_t> serials) const {
   return std::visit(
-      [&]<class Id>(const GroupIds<Id>& kept) -> GroupIdList {
+      [&]<class Id>(const std::unique_ptr<GroupIds<Id>>& kept) -> GroupIdList {
         std::vector<Id> ids;
         ids.reserve(serials.size());
         for (const std::int64_t serial : serials) {
-          ids.push_back(kept[slot_of(serial)]);
+          ids.push_back((*kept)[slot_of(serial)]);
         }
         return ids;
       },
@@ -422,13 +504,17 @@ void RolloutAllocator::prefetch_group(std::int64_t lease_id) const {
 
 void RolloutAllocator::prefetch_states(std::int64_t lease_id) const {
   const std::int64_t rollout = high_bits(lease_id, attempt_bits_);
-  if (holds(rollout)) {
-    __builtin_prefetch(&groups_[slot_of(serial_of(rollout))].states[static_cast<std::size_t>(index_of(rollout))]);
+  if (!holds(rollout)) {
+    return;
+  }
+  const Group& group = groups_[slot_of(serial_of(rollout))];
+  if (const std::int64_t index = index_of(rollout); std::cmp_less(index, group.room)) {
+    __builtin_prefetch(&group.states[static_cast<std::size_t>(index)]);
   }
 }
 
-// The rollout of a lease that is out. Any other id is counted under what it is.
-std::optional<std::int64_t> RolloutAllocator::find_leased(std::int64_t lease_id) {
+// The rollout of a lease that is out. Any other id is counted, under what it is, in `strays`.
+std::optional<std::int64_t> RolloutAllocator::find_leased(std::int64_t lease_id, AllocatorCounts& strays) const {
   const std::int64_t rollout = high_bits(lease_id, attempt_bits_);
   const std::int64_t attempt = low_bits(lease_id, attempt_bits_);
   const std::int64_t serial = serial_of(rollout);
@@ -437,54 +523,87 @@ std::optional<std::int64_t> RolloutAllocator::find_leased(std::int64_t lease_id)
     return std::nullopt;
   };
   if (lease_id < 0 || serial >= opened_ || attempt >= options_.max_attempts) {
-    return count_as(counts_.unknown);
+    return count_as(strays.unknown);
   }
-  if (serial < first_serial_ || group_of(serial).asked == 0) {
-    return count_as(counts_.late);
+  if (serial < first_serial_) {
+    return count_as(strays.late);
   }
-  if (index_of(rollout) >= group_of(serial).asked) {
-    return count_as(counts_.unknown);
+  const Group& group = groups_[slot_of(serial)];
+  if (group.asked == 0) {
+    return count_as(strays.late);
+  }
+  if (index_of(rollout) >= group.asked) {
+    return count_as(strays.unknown);
   }
   const std::int64_t failures = failures_of(rollout);
   if (attempt < failures) {
-    return count_as(counts_.late);
+    return count_as(strays.late);
   }
-  const RolloutState state = state_of(rollout);
+  const RolloutState state = group.state(static_cast<std::size_t>(index_of(rollout)));
   if (attempt > failures || state.is_queued()) {
-    return count_as(counts_.unknown);
+    return count_as(strays.unknown);
   }
   if (state.is_settled()) {
-    return count_as(counts_.duplicate);
+    return count_as(strays.duplicate);
   }
   return rollout;
 }
 
+// Gives rollouts of the total to the group where the gain is largest. `promoted` says who was a candidate.
+void RolloutAllocator::promote_candidate(std::vector<Candidate>& promoted) {
+  const Candidate chosen = candidates_.front();
+  Group& group = group_of(chosen.serial);
+  const std::int64_t more = std::min({options_.chunk, options_.maximum - group.asked, total_left()});
+  make_room(extra_, static_cast<std::size_t>(more));
+  promoted.push_back(chosen);
+
+  std::ranges::pop_heap(candidates_, std::less{});
+  candidates_.pop_back();
+  if (!candidates_.empty()) {  // most likely the next, and far away in memory
+    __builtin_prefetch(&group_of(candidates_.front().serial));
+  }
+  spent_ += more;
+  ask_more(chosen.serial, group, more);
+}
+
+// Room for the decisions on the groups of rollouts that are about to settle, and for those that are queued again.
+void RolloutAllocator::prepare_decisions(std::size_t settled, std::size_t retried) {
+  const std::size_t groups = std::min(settled, static_cast<std::size_t>(counts_.open_groups));  // each is decided once
+  const bool asks = options_.rule == BudgetRule::kOsla || options_.rule == BudgetRule::kCalibrated;
+  make_room(closed_, groups);
+  make_room(candidates_, options_.rule == BudgetRule::kTotal ? groups : 0);
+  make_room(extra_,
+            retried + (asks ? groups * static_cast<std::size_t>(std::min(options_.chunk, options_.maximum)) : 0));
+}
+
+// Room for the rollouts to fail.
+void RolloutAllocator::prepare_failures(std::span<const std::int64_t> rollouts) {
+  prepare_decisions(rollouts.size(), rollouts.size());
+  try {
+    for (const std::int64_t rollout : rollouts) {
+      failures_.try_emplace(rollout, 0);
+    }
+  } catch (...) {
+    for (const std::int64_t rollout : rollouts) {
+      if (const auto found = failures_.find(rollout); found != failures_.end() && found->second == 0) {
+        failures_.erase(found);
+      }
+    }
+    throw;
+  }
+}
+
 std::optional<std::int64_t> RolloutAllocator::next_rollout() {
-  if (extra_.empty() && fresh() > 0) {
+  if (extra_left() > 0) {
+    return extra_[extra_leased_++];
+  }
+  if (fresh() > 0) {
     const std::int64_t serial = initial_leased_ / options_.initial;
     const std::int64_t index = initial_leased_ % options_.initial;
     ++initial_leased_;
     return rollout_of(serial, index);
   }
-  if (extra_.empty() && !candidates_.empty()) {
-    const std::int64_t serial = candidates_.front().serial;
-    std::ranges::pop_heap(candidates_, std::less{});
-    candidates_.pop_back();
-    if (!candidates_.empty()) {  // most likely the next, and far away in memory
-      __builtin_prefetch(&group_of(candidates_.front().serial));
-    }
-    Group& group = group_of(serial);
-    const std::int64_t more = std::min({options_.chunk, options_.maximum - group.asked, total_left()});
-    spent_ += more;
-    ask_more(serial, group, more);
-    close_candidates_if_spent();
-  }
-  if (extra_.empty()) {
-    return std::nullopt;
-  }
-  const std::int64_t rollout = extra_.front();
-  extra_.pop_front();
-  return rollout;
+  return std::nullopt;
 }
 
 void RolloutAllocator::settle(std::int64_t rollout, double reward) {
@@ -528,24 +647,28 @@ void RolloutAllocator::decide(std::int64_t serial, Group& group) {
 }
 
 // By how much one more rollout would shrink the error of the group's baseline, centred units.
-double RolloutAllocator::gain_of(const Group& group) {
-  valid_.clear();
-  for (const RolloutState state : group.rollouts()) {
-    if (!std::isnan(state.reward())) {
-      valid_.push_back(state.reward());
-    }
-  }
+double RolloutAllocator::gain_of(const Group& group) const {
   const double width = options_.highest_reward - options_.lowest_reward;
-  if (options_.calibration) {
-    const auto scaled = [&](double reward) { return (reward - options_.lowest_reward) / width; };
-    double successes = 0.0;
-    for (const double reward : valid_) {
-      successes += scaled(reward);
+  const auto scaled = [&](double reward) { return (reward - options_.lowest_reward) / width; };
+  const auto for_valid = [&](const auto& body) {
+    for (const RolloutState state : group.rollouts()) {
+      if (!std::isnan(state.reward())) {
+        body(state.reward());
+      }
     }
-    const Belief belief = believe(scaled(group.prior), *options_.calibration);
-    return calibrated_gain(calibrated(static_cast<std::int64_t>(valid_.size()), successes, belief));
+  };
+  if (options_.calibration) {
+    std::int64_t count = 0;
+    double successes = 0.0;
+    for_valid([&](double reward) {
+      ++count;
+      successes += scaled(reward);
+    });
+    return calibrated_gain(calibrated(count, successes, believe(scaled(group.prior), *options_.calibration)));
   }
-  const Moments sample = moments(valid_);
+  MomentsAccumulator valid;
+  for_valid([&](double reward) { valid.add(reward); });
+  const Moments sample = valid.moments();
   return osla_gain(sample.count, shrinkage(sample.count, sample.mean, group.prior, width / 2.0).squared_bias);
 }
 
@@ -554,17 +677,20 @@ void RolloutAllocator::ask_more(std::int64_t serial, Group& group, std::int64_t 
     extra_.push_back(rollout_of(serial, index));
   }
   group.ask(more);
+  static_cast<void>(
+      group.make_room(group.asked));  // while it is in the cache; if there is no memory, the lease needs it
 }
 
-void RolloutAllocator::Group::ask(std::int64_t more) {
-  const auto room_for = [](std::int64_t rollouts) { return static_cast<std::size_t>((rollouts + 3) / 4 * 4); };
-  if (room_for(asked + more) != room_for(asked)) {
-    // NOLINTNEXTLINE(modernize-avoid-c-arrays)
-    auto larger = std::make_unique<RolloutState[]>(room_for(asked + more));
-    std::ranges::copy(rollouts(), larger.get());
-    states = std::move(larger);
+bool RolloutAllocator::Group::grow(std::size_t rollouts) {
+  const std::size_t larger = (rollouts + 3) / 4 * 4;
+  std::unique_ptr<RolloutState[]> moved(new (std::nothrow) RolloutState[larger]);  // NOLINT(modernize-avoid-c-arrays)
+  if (moved == nullptr) {
+    return false;
   }
-  asked = static_cast<std::uint16_t>(asked + more);
+  std::copy_n(states.get(), room, moved.get());
+  states = std::move(moved);
+  room = static_cast<std::uint32_t>(larger);
+  return true;
 }
 
 void RolloutAllocator::close(std::int64_t serial) {
@@ -590,7 +716,7 @@ void RolloutAllocator::forget(std::int64_t serial) {
     failures_.erase(rollout_of(serial, static_cast<std::int64_t>(index)));
   }
   group = {};
-  std::visit([slot](auto& ids) { ids.release(slot); }, ids_);
+  std::visit([slot](auto& ids) { ids->release(slot); }, ids_);
 }
 
 }  // namespace v05

@@ -129,10 +129,10 @@ std::string RolloutAllocator::snapshot() const {
           if (group.asked == 0) {
             continue;
           }
-          put_id(out, ids[slot]);
+          put_id(out, (*ids)[slot]);
           out.put(group.prior);
           for (std::size_t index = 0; index < group.asked; ++index) {
-            const RolloutState state = group.states[index];
+            const RolloutState state = group.state(index);
             if (state.is_leased()) {
               queue.push_back(
                   rollout_of(first_serial_ + static_cast<std::int64_t>(slot), static_cast<std::int64_t>(index)));
@@ -143,7 +143,7 @@ std::string RolloutAllocator::snapshot() const {
       },
       ids_);
 
-  queue.insert(queue.end(), extra_.begin(), extra_.end());
+  queue.insert(queue.end(), extra_.begin() + static_cast<std::ptrdiff_t>(extra_leased_), extra_.end());
   out.put_size(queue.size());
   for (const std::int64_t rollout : queue) {
     out.put(rollout);
@@ -200,7 +200,7 @@ std::int64_t RolloutAllocator::read_groups(ByteReader& in) {
   const auto kind = in.get<std::uint8_t>();
   believe(kind < std::variant_size_v<decltype(ids_)>, "the kind of ids");
   if (kind == 1) {
-    ids_.emplace<1>();
+    ids_ = std::make_unique<GroupIds<std::string>>();
   }
   const std::size_t size = in.get_size(sizeof(Group::asked));
   believe(std::cmp_less_equal(size, opened_), "the number of groups");
@@ -213,23 +213,24 @@ std::int64_t RolloutAllocator::read_groups(ByteReader& in) {
     return in_range(state.reward()) || state.bits() == RolloutState::settled(kNan).bits();
   };
   std::visit(
-      [&]<class Id>(GroupIds<Id>& ids) {
+      [&]<class Id>(std::unique_ptr<GroupIds<Id>>& ids) {
         for (std::size_t slot = 0; slot < size; ++slot) {
           Group& group = groups_.emplace_back();
           const auto asked = in.get<std::uint16_t>();
           if (asked == 0) {
             believe(slot > 0, "a drained group");
-            ids.push_released();
+            ids->push_released();
             continue;
           }
           believe(std::int64_t{asked} >= options_.initial && std::int64_t{asked} <= options_.maximum,
                   "the size of a group");
           Id id{};
           get_id(in, id);
-          believe(ids.push_back(std::move(id)), "an id that repeats");
+          believe(ids->push_back(std::move(id)), "an id that repeats");
           group.prior = in.get<double>();
           believe(std::isnan(group.prior) || in_range(group.prior), "a prior");
           group.ask(asked);
+          group.require_room(asked);
           for (RolloutState& state : group.rollouts()) {
             state = RolloutState::from_bits(in.get<std::uint64_t>());
             believe(state.is_queued() || (state.is_settled() && is_reward(state)), "a reward");

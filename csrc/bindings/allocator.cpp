@@ -50,7 +50,8 @@ v05::Calibration to_calibration(const FourNumbers& numbers) {
   return {.alpha = alpha, .beta = beta, .kappa = kappa, .eps = eps};
 }
 
-// Runs C++ work without the interpreter lock: the allocator's mutex is never waited for while holding it.
+// Runs C++ work without the interpreter lock: the allocator's mutex is never waited for while holding it. So the work
+// may take the lock back while it holds the mutex.
 template <class Work>
 auto unlocked(Work&& work) {
   const py::gil_scoped_release release;
@@ -145,9 +146,15 @@ void register_allocator(py::module_& m) {
            })
       .def("drain",
            [](RolloutAllocator& self) {
-             const v05::ClosedGroups closed = unlocked([&] { return self.drain(); });
-             return py::make_tuple(to_python(closed.group_ids), to_array(closed.offsets), to_array(closed.rewards),
-                                   to_array(closed.priors));
+             py::object drained;
+             unlocked([&] {
+               self.drain([&](const v05::ClosedGroups& closed) {
+                 const py::gil_scoped_acquire acquire;
+                 drained = py::make_tuple(to_python(closed.group_ids), to_array(closed.offsets),
+                                          to_array(closed.rewards), to_array(closed.priors));
+               });
+             });
+             return drained;
            })
       .def("snapshot",
            [](const RolloutAllocator& self) { return py::bytes(unlocked([&] { return self.snapshot(); })); })

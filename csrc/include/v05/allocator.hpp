@@ -11,9 +11,11 @@
 #include <cmath>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <optional>
 #include <span>
 #include <string>
@@ -138,6 +140,8 @@ class RolloutAllocator {
  public:
   explicit RolloutAllocator(const AllocatorOptions& options);
 
+  // Whatever a call throws, it has changed nothing: what needs memory is done before anything changes, or is undone.
+
   // All of the groups or, if an argument is at fault (std::invalid_argument), none. `counts` are the rollouts that each
   // group is tested after, options.initial where it is empty; those beyond options.initial queue as extra ones do.
   void open(const GroupIdList& ids, std::span<const double> priors, std::span<const std::int64_t> counts);
@@ -156,8 +160,8 @@ class RolloutAllocator {
   [[nodiscard]] bool done() const;
   [[nodiscard]] AllocatorCounts counts() const;
 
-  // The closed groups in open order; they are forgotten.
-  ClosedGroups drain();
+  // The closed groups in open order; they are forgotten once they are handed over, if that does not throw.
+  ClosedGroups drain(const std::function<void(const ClosedGroups&)>& hand_over = {});
 
   // Everything a new process needs to go on. Its leases are those of workers that will be gone: in the snapshot they
   // wait again, ahead of the queue, and their attempts do not count. Bytes of equal allocators are equal.
@@ -168,15 +172,26 @@ class RolloutAllocator {
 
  private:
   struct Group {
-    // Of the rollouts asked for so far. A vector would weigh 16 bytes more. NOLINTNEXTLINE(modernize-avoid-c-arrays)
-    std::unique_ptr<RolloutState[]> states;
+    // Of the rollouts that were ever leased: those beyond `room` are queued. A vector would weigh 16 bytes more.
+    std::unique_ptr<RolloutState[]> states;  // NOLINT(modernize-avoid-c-arrays)
     double prior = 0.0;
     std::uint16_t asked = 0;  // none once drained
     std::uint16_t settled = 0;
+    std::uint32_t room = 0;
 
+    [[nodiscard]] RolloutState state(std::size_t index) const { return index < room ? states[index] : RolloutState(); }
+    // Of a group whose rollouts were all leased.
     [[nodiscard]] std::span<RolloutState> rollouts() const { return {states.get(), asked}; }
-    // Queues more rollouts. Room is made for four at a time: not double, as most groups stop before the next doubling.
-    void ask(std::int64_t more);
+    void ask(std::int64_t more) { asked = static_cast<std::uint16_t>(asked + more); }
+    // False, and nothing is changed, if there is no memory.
+    [[nodiscard]] bool make_room(std::size_t rollouts) { return rollouts <= room || grow(rollouts); }
+    void require_room(std::size_t rollouts) {
+      if (!make_room(rollouts)) {
+        throw std::bad_alloc();
+      }
+    }
+    // For four at a time: not double, as most groups stop before the next doubling.
+    [[nodiscard]] bool grow(std::size_t rollouts);
   };
 
   // A group that waits, all its rollouts settled, for a share of the total.
@@ -209,13 +224,23 @@ class RolloutAllocator {
   }
   [[nodiscard]] std::int64_t failures_of(std::int64_t rollout) const;
   [[nodiscard]] std::int64_t fresh() const { return (opened_ * options_.initial) - initial_leased_; }
+  [[nodiscard]] std::size_t extra_left() const { return extra_.size() - extra_leased_; }
   [[nodiscard]] std::int64_t total_left() const { return options_.total.value_or(0) - spent_; }
   [[nodiscard]] GroupIdList ids_of(std::span<const std::int64_t> serials) const;
   void prefetch_group(std::int64_t lease_id) const;
   void prefetch_states(std::int64_t lease_id) const;
-  [[nodiscard]] std::optional<std::int64_t> find_leased(std::int64_t lease_id);
+  [[nodiscard]] std::optional<std::int64_t> find_leased(std::int64_t lease_id, AllocatorCounts& strays) const;
+
+  // What needs memory, before anything changes.
+  template <class Id>
+  void open_groups(const std::vector<Id>& rows, std::span<const double> priors, std::span<const std::int64_t> counts);
+  void promote_candidate(std::vector<Candidate>& promoted);
+  void prepare_decisions(std::size_t settled, std::size_t retried);
+  void prepare_failures(std::span<const std::int64_t> rollouts);
+
+  // What changes, and needs no memory then.
   [[nodiscard]] std::optional<std::int64_t> next_rollout();
-  [[nodiscard]] double gain_of(const Group& group);
+  [[nodiscard]] double gain_of(const Group& group) const;
   void settle(std::int64_t rollout, double reward);
   void give_up(std::int64_t rollout);
   void decide(std::int64_t serial, Group& group);
@@ -238,13 +263,14 @@ class RolloutAllocator {
   mutable std::mutex mutex_;
 
   std::deque<Group> groups_;
-  std::variant<GroupIds<std::int64_t>, GroupIds<std::string>> ids_;
+  // Pointers, which move without memory.
+  std::variant<std::unique_ptr<GroupIds<std::int64_t>>, std::unique_ptr<GroupIds<std::string>>> ids_;
   std::int64_t first_serial_ = 0;  // of the window
   std::int64_t opened_ = 0;        // the next serial
 
-  // What waits for a lease: extra rollouts and retries, then the initial rollouts, of which the first initial_leased_
-  // went out.
-  std::deque<std::int64_t> extra_;
+  // What waits for a lease: extra rollouts and retries, then the initial rollouts. Of both, so many went out.
+  std::vector<std::int64_t> extra_;
+  std::size_t extra_leased_ = 0;
   std::int64_t initial_leased_ = 0;
 
   // Rule kTotal only: a heap, and how much of the total the groups have that are open together.
@@ -253,7 +279,6 @@ class RolloutAllocator {
 
   std::unordered_map<std::int64_t, std::int64_t> failures_;  // by rollout; most never fail
   std::vector<std::int64_t> closed_;                         // serials, in order of closing
-  std::vector<double> valid_;                                // scratch
   AllocatorCounts counts_;                                   // without `queued`, which is derived
 };
 

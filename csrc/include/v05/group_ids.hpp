@@ -34,17 +34,17 @@ inline std::uint64_t key_of(const std::string& id) {
 template <class Id>
 class GroupIds {
  public:
-  // False, and nothing is added, if the id is taken.
+  // False, and nothing is added, if the id is taken. Nor is anything where it throws.
   bool push_back(Id id) {
     if (2 * (taken_ + 1) > table_.size()) {
       grow();
     }
-    std::int64_t& entry = table_[find(id)];
-    if (entry != kFree) {
+    const std::size_t place = find(id);
+    if (table_[place] != kFree) {
       return false;
     }
-    entry = popped_ + static_cast<std::int64_t>(ids_.size());
     ids_.push_back(std::move(id));
+    table_[place] = popped_ + static_cast<std::int64_t>(ids_.size()) - 1;
     ++taken_;
     return true;
   }
@@ -76,7 +76,14 @@ class GroupIds {
     ids_.pop_front();
     ++popped_;
   }
-  void pop_back() { ids_.pop_back(); }
+
+  // Takes back what was added beyond the first `size` ids.
+  void shrink(std::size_t size) {
+    while (ids_.size() > size) {
+      release(ids_.size() - 1);
+      ids_.pop_back();
+    }
+  }
 
  private:
   static constexpr std::int64_t kFree = -1;
