@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -59,9 +60,31 @@ V05_MULTIVERSION bool all_within(const Real* rewards, std::size_t rows, double l
   return outside == 0;
 }
 
+// Squares of differences between smaller rewards underflow, so that rewards that differ have a deviation of 0. An eps
+// keeps the divisor from it.
+template <class Real>
+void check_smallest(const Rollouts<Real>& rollouts, const AdvantageRule& rule) {
+  constexpr double kSmallest = 1e-130;  // the difference of neighbouring doubles of this size is 2e-146
+  if (rule.scale == Scale::kNone || rule.eps >= kSmallest) {
+    return;
+  }
+  Offenders small;
+  for (std::size_t i = 0; i < rollouts.rewards.size(); ++i) {
+    const auto reward = static_cast<double>(rollouts.rewards[i]);
+    if (rollouts.is_valid(i) && reward != 0.0 && std::abs(reward) < kSmallest) {
+      small.add(i, reward);
+    }
+  }
+  if (small.any()) {
+    small.raise("rewards: nearer to 0 than 1e-130 in rows",
+                "Give an eps above 0, or scale them up: their deviation, which divides them, would be rounded to 0.");
+  }
+}
+
 // Complains about rewards as the rule says, and returns whether all valid ones are finite.
 template <class Real>
 bool check_rewards(const Rollouts<Real>& rollouts, const AdvantageRule& rule) {
+  check_smallest(rollouts, rule);
   constexpr double kLargest = 1e150;  // whose squares are finite
   const double low = rule.bounded() ? rule.low - rule.rounding_slack() : -kLargest;
   const double high = rule.bounded() ? rule.high + rule.rounding_slack() : kLargest;
@@ -94,15 +117,23 @@ bool check_rewards(const Rollouts<Real>& rollouts, const AdvantageRule& rule) {
   return !broken.any();
 }
 
-// Calls body(row, group of the row) for all rows.
+// Calls body(row, group of the row) for all rows that are of a group.
 template <class Body>
-void for_rows(std::int64_t rows, const Groups& groups, const Body& body) {
-  std::int64_t group = 0;
-  for (std::int64_t row = 0; row < rows; ++row) {
-    while (!groups.offsets.empty() && groups.offsets[at(group) + 1] <= row) {
-      ++group;
+void for_rows(std::size_t rows, const Groups& groups, const Body& body) {
+  const std::size_t count = at(groups.count);
+  if (groups.offsets.empty()) {
+    for (std::size_t row = 0; row < rows; ++row) {
+      if (const std::size_t group = groups.named_by(row); group < count) {
+        body(row, group);
+      }
     }
-    body(at(row), groups.offsets.empty() ? groups.ids[at(row)] : group);
+    return;
+  }
+  for (std::size_t group = 0; group < count; ++group) {
+    const Part own = part_of(groups.offsets, group, rows);
+    for (std::size_t row = own.begin; row < own.end; ++row) {
+      body(row, group);
+    }
   }
 }
 
@@ -295,20 +326,21 @@ constexpr std::int64_t kRowBlock = 4096;
 constexpr std::int64_t kTokenRowBlock = 16;  // rows of many tokens
 constexpr std::int64_t kPrefetchAhead = 32;
 
-// Calls body(row, table[id of the row]) for the rows begin .. end - 1, fetched ahead, as the hardware cannot guess.
+// Calls body(row, table[id of the row]) for the rows begin .. end - 1, fetched ahead, as the hardware cannot guess. The
+// table has an entry more than there are groups, for ids that another thread has changed.
 template <class Entry, class Body>
-[[gnu::flatten]] void for_scattered(std::span<const std::int64_t> ids, std::int64_t begin, std::int64_t end,
-                                    Entry* table, const Body& body) {
+[[gnu::flatten]] void for_scattered(const Groups& groups, std::int64_t begin, std::int64_t end, Entry* table,
+                                    const Body& body) {
   for (std::int64_t row = begin; row < end; ++row) {
-    __builtin_prefetch(&table[ids[at(std::min(row + kPrefetchAhead, end - 1))]], 1);
-    body(at(row), table[ids[at(row)]]);
+    __builtin_prefetch(&table[groups.named_by(at(std::min(row + kPrefetchAhead, end - 1)))], 1);
+    body(at(row), table[groups.named_by(at(row))]);
   }
 }
 
 // Trajectories are told apart within a group.
 struct TrajectoryHash {
-  std::size_t operator()(const std::pair<std::int64_t, std::int64_t>& key) const {
-    return mix(mix(static_cast<std::uint64_t>(key.first)) ^ static_cast<std::uint64_t>(key.second));
+  std::size_t operator()(const std::pair<std::size_t, std::int64_t>& key) const {
+    return mix(mix(key.first) ^ static_cast<std::uint64_t>(key.second));
   }
 };
 
@@ -317,8 +349,8 @@ struct TrajectoryHash {
 template <class Real>
 std::vector<std::uint8_t> first_of_trajectories(const Rollouts<Real>& rollouts, const Groups& groups) {
   std::vector<std::uint8_t> is_first(rollouts.trajectory_ids.size());
-  std::unordered_map<std::pair<std::int64_t, std::int64_t>, std::size_t, TrajectoryHash> first_rows;
-  for_rows(std::ssize(is_first), groups, [&](std::size_t row, std::int64_t group) {
+  std::unordered_map<std::pair<std::size_t, std::int64_t>, std::size_t, TrajectoryHash> first_rows;
+  for_rows(is_first.size(), groups, [&](std::size_t row, std::size_t group) {
     if (!rollouts.is_usable(row)) {
       return;
     }
@@ -368,7 +400,7 @@ class Advantages {
   // A group at a time, without scratch.
   template <class GroupJudge>
   void judge_contiguous() const {
-    const Moments batch = batch_moments([this](std::int64_t g) { return collect(g); });
+    const Moments batch = batch_moments([this](std::int64_t g) { return collect(rows_of(g)); });
     const std::int64_t groups_of_rows = kRowBlock * groups_.count / std::max<std::int64_t>(1, rollouts_.size());
     for_blocks(groups_.count, std::clamp<std::int64_t>(groups_of_rows, 1, kGroupBlock), rollouts_.size(), threads_,
                [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
@@ -380,9 +412,10 @@ class Advantages {
   template <class GroupJudge>
   [[gnu::flatten]] void judge_groups(std::int64_t begin, std::int64_t end, const Moments& batch) const {
     for (std::int64_t g = begin; g < end; ++g) {
-      const auto judge = judge_of<GroupJudge>(g, collect(g), batch);
-      for (std::int64_t row = groups_.offsets[at(g)]; row < groups_.offsets[at(g) + 1]; ++row) {
-        write(at(row), judge);
+      const Part own = rows_of(g);
+      const auto judge = judge_of<GroupJudge>(g, collect(own), batch);
+      for (std::size_t row = own.begin; row < own.end; ++row) {
+        write(row, judge);
       }
     }
   }
@@ -390,13 +423,13 @@ class Advantages {
   // Over tables of the groups.
   template <class GroupJudge>
   void judge_scattered() const {
-    const Scratch<MomentsAccumulator> collected(at(groups_.count));
+    const Scratch<MomentsAccumulator> collected(at(groups_.count) + 1);
     // On one thread, so that a group's rows are added in their order.
-    for_scattered(groups_.ids, 0, rollouts_.size(), collected.data(),
+    for_scattered(groups_, 0, rollouts_.size(), collected.data(),
                   [this](std::size_t row, MomentsAccumulator& group) { add_row(row, group); });
     const auto moments_of = [&](std::int64_t g) { return collected.data()[g].moments(); };
     const Moments batch = batch_moments(moments_of);
-    const Scratch<GroupJudge> judges(at(groups_.count));
+    const Scratch<GroupJudge> judges(at(groups_.count) + 1);
     for_blocks(groups_.count, kGroupBlock, groups_.count, threads_,
                [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
                  for (std::int64_t g = begin; g < end; ++g) {
@@ -405,19 +438,20 @@ class Advantages {
                });
     for_blocks(rollouts_.size(), kRowBlock, rollouts_.size(), threads_,
                [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
-                 for_scattered(groups_.ids, begin, end, judges.data(),
+                 for_scattered(groups_, begin, end, judges.data(),
                                [this](std::size_t row, const GroupJudge& judge) { write(row, judge); });
                });
   }
 
-  // The moments of group g, whose rows are contiguous.
-  [[nodiscard]] Moments collect(std::int64_t g) const {
+  [[nodiscard]] Moments collect(Part rows) const {
     MomentsAccumulator group;
-    for (std::int64_t row = groups_.offsets[at(g)]; row < groups_.offsets[at(g) + 1]; ++row) {
-      add_row(at(row), group);
+    for (std::size_t row = rows.begin; row < rows.end; ++row) {
+      add_row(row, group);
     }
     return group.moments();
   }
+
+  [[nodiscard]] Part rows_of(std::int64_t g) const { return part_of(groups_.offsets, at(g), rollouts_.rewards.size()); }
 
   void add_row(std::size_t row, MomentsAccumulator& group) const {
     if (is_first_.empty() ? all_usable_ || rollouts_.is_usable(row) : is_first_[row] != 0) {
@@ -498,8 +532,8 @@ void compute_advantages(const Rollouts<Real>& rollouts, const Groups& groups, st
     rule.leave_one_out ? of_batch.template compute<LeaveOneOutJudge>() : of_batch.template compute<Judge<Group>>();
   }
   if (!all_finite && !statistics.nonfinite.empty()) {
-    for_rows(rollouts.size(), groups, [&](std::size_t row, std::int64_t group) {
-      statistics.nonfinite[at(group)] += rollouts.is_valid(row) && !rollouts.is_usable(row) ? 1.0 : 0.0;
+    for_rows(rollouts.rewards.size(), groups, [&](std::size_t row, std::size_t group) {
+      statistics.nonfinite[group] += rollouts.is_valid(row) && !rollouts.is_usable(row) ? 1.0 : 0.0;
     });
   }
 }
@@ -546,10 +580,30 @@ V05_MULTIVERSION double sum_row(const Reward* rewards, const Mask* mask, std::si
   return sum;
 }
 
+template <class Mask>
+bool is_flag(Mask value) {
+  return value == Mask{0} || value == Mask{1};
+}
+
+// Returns whether the mask holds nothing but 0 and 1.
 template <class Out, class Mask>
-V05_MULTIVERSION void spread_row(Out advantage, const Mask* mask, std::size_t tokens, Out* out) {
-  for (std::size_t t = 0; t < tokens; ++t) {
-    out[t] = mask[t] != Mask{0} ? advantage : Out{0};
+V05_MULTIVERSION bool spread_row(Out advantage, const Mask* mask, std::size_t tokens, Out* out) {
+  if constexpr (std::is_integral_v<Mask>) {
+    using Bits = std::make_unsigned_t<Mask>;
+    Bits bits = 0;  // of all values
+    for (std::size_t t = 0; t < tokens; ++t) {
+      out[t] = mask[t] != Mask{0} ? advantage : Out{0};
+      bits |= static_cast<Bits>(mask[t]);
+    }
+    return is_flag(bits);
+  } else {
+    unsigned odd = 0;
+    for (std::size_t t = 0; t < tokens; ++t) {
+      const unsigned one = mask[t] == Mask{1};
+      out[t] = one != 0 ? advantage : Out{0};
+      odd |= (one | static_cast<unsigned>(mask[t] == Mask{0})) ^ 1U;
+    }
+    return odd == 0;
   }
 }
 
@@ -588,18 +642,41 @@ void sum_tokens(std::span<const Reward> rewards, const Mask* mask, std::span<dou
   });
 }
 
+template <class Mask>
+void check_mask(std::span<const Mask> mask, std::size_t rows) {
+  const std::size_t tokens = rows == 0 ? 0 : mask.size() / rows;
+  Offenders odd;
+  for (std::size_t row = 0; row < rows; ++row) {
+    const auto of_row = mask.subspan(row * tokens, tokens);
+    if (const auto first = std::ranges::find_if_not(of_row, is_flag<Mask>); first != of_row.end()) {
+      odd.add(row, static_cast<double>(*first));
+    }
+  }
+  if (odd.any()) {
+    odd.raise("response_mask: neither 0 nor 1 in rows", "Give bool, True for a token to train on, as labels != -100.");
+  }
+}
+
 template <class Out, class Mask>
 void spread_padded(std::span<const Out> advantages, const Mask* mask, std::span<Out> out, int threads) {
   const std::size_t tokens = advantages.empty() ? 0 : out.size() / advantages.size();
+  std::atomic<bool> all_flags = true;
   for_token_rows(advantages.size(), out.size(), threads, [&](std::size_t row) {
-    spread_row(advantages[row], mask + row * tokens, tokens, out.data() + row * tokens);
+    if (!spread_row(advantages[row], mask + row * tokens, tokens, out.data() + row * tokens)) {
+      all_flags.store(false, std::memory_order_relaxed);
+    }
   });
+  if (!all_flags) {
+    check_mask(std::span(mask, out.size()), advantages.size());
+  }
 }
 
 template <class Out>
-void spread_packed(std::span<const Out> advantages, const std::int64_t* starts, std::span<Out> out, int threads) {
+void spread_packed(std::span<const Out> advantages, std::span<const std::int64_t> starts, std::span<Out> out,
+                   int threads) {
   for_token_rows(advantages.size(), out.size(), threads, [&](std::size_t row) {
-    fill_row(advantages[row], at(starts[row + 1] - starts[row]), out.data() + starts[row]);
+    const Part own = part_of(starts, row, out.size());
+    fill_row(advantages[row], std::max(own.begin, own.end) - own.begin, out.data() + own.begin);
   });
 }
 
@@ -613,16 +690,19 @@ V05_FOR_REWARDS(double, float)
 V05_FOR_REWARDS(double, double)
 #undef V05_FOR_REWARDS
 #define V05_FOR_MASK(Mask)                                                                                 \
+  template void check_mask<Mask>(std::span<const Mask>, std::size_t);                                      \
   template void sum_tokens<float, Mask>(std::span<const float>, const Mask*, std::span<double>, int);      \
   template void sum_tokens<double, Mask>(std::span<const double>, const Mask*, std::span<double>, int);    \
   template void spread_padded<float, Mask>(std::span<const float>, const Mask*, std::span<float>, int);    \
   template void spread_padded<double, Mask>(std::span<const double>, const Mask*, std::span<double>, int);
 V05_FOR_MASK(std::uint8_t)
+V05_FOR_MASK(std::int32_t)
 V05_FOR_MASK(std::int64_t)
 V05_FOR_MASK(float)
+V05_FOR_MASK(double)
 #undef V05_FOR_MASK
-template void spread_packed<float>(std::span<const float>, const std::int64_t*, std::span<float>, int);
-template void spread_packed<double>(std::span<const double>, const std::int64_t*, std::span<double>, int);
+template void spread_packed<float>(std::span<const float>, std::span<const std::int64_t>, std::span<float>, int);
+template void spread_packed<double>(std::span<const double>, std::span<const std::int64_t>, std::span<double>, int);
 // clang-format on
 
 }  // namespace v05

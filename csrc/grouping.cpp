@@ -1,6 +1,7 @@
 #include "v05/grouping.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <limits>
 #include <string>
 
@@ -10,8 +11,6 @@
 
 namespace v05 {
 namespace {
-
-std::size_t at(std::int64_t i) { return static_cast<std::size_t>(i); }
 
 struct Range {
   std::int64_t lowest = std::numeric_limits<std::int64_t>::max();
@@ -36,9 +35,10 @@ V05_MULTIVERSION Range range_of(const std::int64_t* ids, std::size_t rows) {
 // Ids of a small range are numbered through a table of the range: no hash, no comparison, no branch on what is new.
 std::int64_t number_within(const Range& range, std::span<const std::int64_t> ids, std::span<std::int64_t> slots) {
   std::vector<std::int32_t> slot_of(range.last_index() + 1, -1);
+  const auto lowest = static_cast<std::uint64_t>(range.lowest);
   std::int32_t found = 0;
   for (std::size_t i = 0; i < ids.size(); ++i) {
-    std::int32_t& slot = slot_of[at(ids[i] - range.lowest)];
+    std::int32_t& slot = slot_of[within(static_cast<std::uint64_t>(ids[i]) - lowest, range.last_index())];
     const bool is_new = slot < 0;
     slot = is_new ? found : slot;
     found += static_cast<std::int32_t>(is_new);
@@ -54,6 +54,18 @@ std::int64_t number_any(std::span<const std::int64_t> ids, std::span<std::int64_
 }
 
 }  // namespace
+
+bool rise_from_zero(std::span<const std::int64_t> offsets) {
+  if (offsets.empty() || offsets.front() != 0) {
+    return false;
+  }
+  std::uint64_t bits = 0;  // of all offsets and of their differences, which are small unless an offset is negative
+  for (std::size_t i = 1; i < offsets.size(); ++i) {
+    const auto offset = static_cast<std::uint64_t>(offsets[i]);
+    bits |= offset | (offset - static_cast<std::uint64_t>(offsets[i - 1]));
+  }
+  return std::bit_cast<std::int64_t>(bits) >= 0;
+}
 
 void check_ids(std::span<const std::int64_t> ids, std::int64_t num_groups) {
   const Range range = range_of(ids.data(), ids.size());

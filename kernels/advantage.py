@@ -161,9 +161,9 @@ def output_of(b_advantage, p_out):
 
 @triton.jit
 def store_tokens(p_out, p_mask, t, inside, value):
-    """value to the tokens t that the mask holds, 0 to the others."""
+    """value to the tokens t whose mask is 1, 0 to the others."""
     if p_mask is not None:
-        b_mask = tl.load(p_mask + t, mask=inside, other=0) != 0
+        b_mask = tl.load(p_mask + t, mask=inside, other=0) == 1
         tl.store(p_out + t, tl.where(b_mask, value, 0.0), mask=inside)
     else:
         tl.store(p_out + t, value, mask=inside)
@@ -246,7 +246,8 @@ def fused_advantage_kernel(
 
     divisor = tl.full((), 1.0, tl.float64)
     if SCALE == GROUP_SCALE:
-        divisor = tl.where(all_equal, 1.0, tl.sqrt(variance) + eps)
+        divisor = tl.sqrt(variance) + eps
+        divisor = tl.where(all_equal | (divisor == 0.0), 1.0, divisor)  # 0: with eps 0, squares that underflow
     if SCALE == BATCH_SCALE:
         divisor = tl.load(p_batch_divisor)
 
@@ -338,12 +339,12 @@ def sum_token_rewards_kernel(
     T,
     BLOCK_T: tl.constexpr,
 ):
-    """rewards[i] = sum of token_rewards[i, t] over the tokens where mask[i, t] is not zero. Grid (N,)."""
+    """rewards[i] = sum of token_rewards[i, t] over the tokens where mask[i, t] is 1. Grid (N,)."""
     row = tl.program_id(0).to(tl.int64)
     b_sum = tl.zeros((BLOCK_T,), tl.float64)
     for block in range(0, T, BLOCK_T):
         t = block + tl.arange(0, BLOCK_T)
-        b_mask = tl.load(p_mask + row * T + t, mask=t < T, other=0) != 0
+        b_mask = tl.load(p_mask + row * T + t, mask=t < T, other=0) == 1
         b_token_reward = tl.load(p_token_rewards + row * T + t, mask=t < T, other=0.0)
         b_sum += tl.where(b_mask, b_token_reward, 0.0).to(tl.float64)
     tl.store(p_rewards + row, tl.sum(b_sum))
@@ -472,4 +473,5 @@ def _batch_divisor(rewards: torch.Tensor, counted: torch.Tensor | None, low: flo
     n = usable.sum()
     mean = torch.where(usable, values, 0.0).sum() / n.clamp(min=1)
     variance = torch.where(usable, values - mean, 0.0).square().sum() / (n - 1).clamp(min=1)
-    return torch.where(unequal, variance.sqrt() + eps, 1.0).reshape(1)
+    divisor = variance.sqrt() + eps
+    return torch.where(unequal & (divisor != 0.0), divisor, 1.0).reshape(1)

@@ -16,14 +16,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from v05 import _core
-from v05.methods import Calibration
+from v05.arguments import any_array, array, choice, finite_range, integer, real
+from v05.methods import Calibration, known_calibration
 
+RULES = ("osla", "uniform", "calibrated", "total")
 GroupIds = NDArray[np.int64] | NDArray[np.object_]
 Scalar = TypeVar("Scalar", np.int64, np.float64)
 
@@ -114,17 +116,18 @@ class RolloutAllocator:
         calibration: Calibration | None = None,
         max_attempts: int = 3,
     ) -> None:
+        known = known_calibration(calibration)
         self._core = _core.RolloutAllocator(
-            rule=rule,
-            initial=initial,
-            maximum=maximum,
-            cost=cost,
-            total=total,
-            chunk=chunk,
-            seed=seed,
-            reward_range=reward_range,
-            calibration=None if calibration is None else astuple(calibration),
-            max_attempts=max_attempts,
+            rule=choice("rule", rule, RULES),
+            initial=integer("initial", initial),
+            maximum=integer("maximum", maximum),
+            cost=None if cost is None else real("cost", cost),
+            total=None if total is None else integer("total", total),
+            chunk=integer("chunk", chunk),
+            seed=integer("seed", seed),
+            reward_range=finite_range("reward_range", reward_range),
+            calibration=None if known is None else astuple(known),
+            max_attempts=integer("max_attempts", max_attempts),
         )
 
     def open(self, group_ids: ArrayLike | Sequence[str], priors: ArrayLike, counts: ArrayLike | None = None) -> None:
@@ -150,7 +153,7 @@ class RolloutAllocator:
         Raises:
             ValueError: `n` is negative.
         """
-        lease_id, group, index, seed = self._core.lease(n, _microseconds())
+        lease_id, group, index, seed = self._core.lease(integer("n", n), _microseconds())
         return Leases(lease_id, _id_array(group), index, seed)
 
     def report(self, lease_ids: ArrayLike, rewards: ArrayLike) -> None:
@@ -158,13 +161,13 @@ class RolloutAllocator:
 
         Args:
             lease_ids: (n,) int64.
-            rewards: (n,) float64, reward units; NaN marks an invalid rollout, which the test leaves out.
+            rewards: (n,) float64, reward units; NaN or None marks an invalid rollout, which the test leaves out.
 
         Raises:
             ValueError: a reward is outside `reward_range`, the lengths differ, a dtype does not fit. Nothing is applied
                 then.
         """
-        self._core.report(_vector("lease_ids", lease_ids, np.int64), _vector("rewards", rewards, np.float64))
+        self._core.report(_vector("lease_ids", lease_ids, np.int64), _vector("rewards", rewards, np.float64, none_is_nan=True))
 
     def fail(self, lease_ids: ArrayLike) -> None:
         """Put rollouts back in the queue: same group, index and seed under a new lease id.
@@ -191,7 +194,7 @@ class RolloutAllocator:
         Raises:
             ValueError: `older_than` is negative or NaN.
         """
-        return self._core.expire(older_than, _microseconds())
+        return self._core.expire(real("older_than", older_than), _microseconds())
 
     @property
     def done(self) -> bool:
@@ -245,33 +248,49 @@ def predicted_counts(rates: ArrayLike, total: int, lowest: int = 2, highest: int
     Raises:
         ValueError: a rate or a bound is out of bounds, `total` does not hold `lowest` rollouts for each group.
     """
-    return _core.predicted_counts(_vector("rates", rates, np.float64), total, lowest, highest)
+    return _core.predicted_counts(
+        _vector("rates", rates, np.float64), integer("total", total), integer("lowest", lowest), integer("highest", highest)
+    )
 
 
 def _microseconds() -> int:
     return time.monotonic_ns() // 1000
 
 
-def _vector(name: str, values: ArrayLike, dtype: type[Scalar]) -> NDArray[Scalar]:
+def _vector(
+    name: str, values: ArrayLike, dtype: type[Scalar], wanted: str = "numbers", none_is_nan: bool = False
+) -> NDArray[Scalar]:
     """`values` as a contiguous 1-D array; a ValueError unless their dtype converts to `dtype` without loss."""
-    array = np.asarray(values)
-    if array.ndim != 1:
-        raise ValueError(f"{name} has shape {array.shape}; give one dimension")
-    if array.size and not np.can_cast(array.dtype, dtype):
-        raise ValueError(f"{name} has dtype {array.dtype}; give {np.dtype(dtype)} or what converts to it without loss")
-    return np.ascontiguousarray(array, dtype=dtype)
+    given = any_array(name, values)
+    if given.dtype.kind == "O":
+        given = array(name, given, wanted, none_is_nan)
+    if given.ndim != 1:
+        raise ValueError(f"{name} has shape {given.shape}; give one dimension")
+    if given.size and not np.can_cast(given.dtype, dtype):
+        raise ValueError(f"{name} has dtype {given.dtype}; give {np.dtype(dtype)} or what converts to it without loss")
+    return np.ascontiguousarray(given, dtype=dtype)
 
 
 def _group_ids(group_ids: ArrayLike | Sequence[str]) -> NDArray[np.int64] | list[str]:
     if isinstance(group_ids, str):
         raise ValueError(f"group_ids={group_ids!r} is one string; give a sequence of ids")
     # A list of str must not pass through NumPy's fixed-width strings: they strip trailing NULs.
-    ids = group_ids.tolist() if isinstance(group_ids, np.ndarray) and group_ids.dtype.kind in "OU" else group_ids
-    if isinstance(ids, Sequence) and any(isinstance(name, str) for name in ids):
-        if not all(isinstance(name, str) for name in ids):
+    if not isinstance(group_ids, Sequence):
+        given = any_array("group_ids", group_ids)
+        group_ids = given.tolist() if given.dtype.kind in "OUT" and given.ndim == 1 else given
+    if isinstance(group_ids, Sequence) and any(isinstance(name, str) for name in group_ids):
+        if not all(isinstance(name, str) for name in group_ids):
             raise ValueError("group_ids mix strings and other types; an allocator keeps to the kind it was first given")
-        return list(ids)
-    return _vector("group_ids", ids, np.int64)
+        return _encodable(cast("Sequence[str]", group_ids))
+    return _vector("group_ids", group_ids, np.int64, wanted="integers or strings")
+
+
+def _encodable(names: Sequence[str]) -> list[str]:
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"group_ids: {error.reason} in a string; give strings that UTF-8 can encode") from None
+    return list(names)
 
 
 def _id_array(ids: NDArray[np.int64] | list[str]) -> GroupIds:

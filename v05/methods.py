@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Literal
 
+from v05.arguments import choice, real, shown
+
 Scale = Literal["none", "group", "batch"]
 
 
@@ -46,6 +48,8 @@ class Calibration:
     eps: float = 0.12
 
     def __post_init__(self) -> None:
+        for name in ("alpha", "beta", "kappa", "eps"):
+            object.__setattr__(self, name, real(name, getattr(self, name)))
         # The bounds are those of Calibration::within_bounds in fusion.hpp.
         for name, value, within, bounds in (
             ("alpha", self.alpha, -100 <= self.alpha <= 100, "between -100 and 100"),
@@ -172,7 +176,11 @@ REFERENCE = METHODS["grpo"]  # what the others are measured against
 
 def find_method(name: str) -> Method:
     """The method called `name`; a ValueError that lists the known names if there is none."""
-    try:
-        return METHODS[name]
-    except KeyError:
-        raise ValueError(f"method={name!r} is unknown; choose one of {', '.join(METHODS)}") from None
+    return METHODS[choice("method", name, METHODS)]
+
+
+def known_calibration(given: Any) -> Calibration | None:
+    """The argument `calibration`; a ValueError if it is neither a Calibration nor None."""
+    if given is None or isinstance(given, Calibration):
+        return given
+    raise ValueError(f"calibration={shown(given)} is no v05.ops.Calibration; give Calibration(alpha, beta, kappa, eps) or None")

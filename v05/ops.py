@@ -6,7 +6,6 @@ lives in `csrc/include/v05/fusion.hpp` and `kernels/fusion.py`; `v05/reference.p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -16,16 +15,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
+from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from v05 import _core
-from v05.methods import Baseline, Calibration, Method, Scale, find_method
+from v05.arguments import any_array, array, choice, finite_range, flag, integer, nonnegative, shown
+from v05.methods import Baseline, Calibration, Method, Scale, find_method, known_calibration
 
 _VALUELESS = (FakeTensor, FunctionalTensor)  # what stands for tensors while torch traces
 
 SCALES: tuple[Scale, ...] = ("none", "group", "batch")  # positions are shared with advantage.hpp and kernels/advantage.py
-_DIVIDE_BY = {name: position for position, name in enumerate(SCALES)}
 
 # Rows of `AdvantageStats.table`, by what the method subtracts; their order is shared with bindings/advantage.cpp and
 # kernels/advantage.py.
@@ -37,6 +37,7 @@ TABLE_ROWS: dict[int, int] = {
     Baseline.CALIBRATED: 9,
 }
 DEFAULT_CALIBRATION = Calibration()
+MOST_GROUPS = 2**31 - 1  # whose statistics take 190 GB
 _NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
 Array = torch.Tensor | ArrayLike
@@ -179,18 +180,22 @@ def fused_advantage(
 
     Args:
         rewards: (N,) outcome rewards of any real dtype, at most 1e150 in size, or (N, T) token rewards, which are summed over
-            `response_mask`. All arithmetic is float64 (half precision widens exactly): on the CPU an advantage is the exact one
-            of these rewards, rounded to `dtype`, up to (k + 4) 2^-52 max abs(reward) in a group of k (over the divisor, under a
-            scale), to which "calibrated" adds (2 + k / 7) 1e-12 of the reward range; the same bits on any thread count.
+            `response_mask`. None is NaN, no reward. All arithmetic is float64 (half precision widens exactly): on the CPU an
+            advantage is the exact one of these rewards, rounded to `dtype`, up to (k + 4) 2^-52 max abs(reward) in a group of k
+            (over the divisor, under a scale), to which "calibrated" adds (2 + k / 7) 1e-12 of the reward range; the same bits on
+            any thread count.
         prior: (G,) predicted mean reward of each group, in reward units; NaN where there is none, and the group mean then
             stands in (of "calibrated", its vague prior). Needed by the methods "v05", "prior" and "calibrated".
-        group_ids: (N,) integers in any order, or a sequence of N strings. Exactly one of `group_ids` and `group_offsets`.
+        group_ids: (N,) integers in any order, or N strings or other ids of one kind that can be hashed, such as UUIDs. Exactly one
+            of `group_ids` and `group_offsets`.
         group_offsets: (G+1,) integers from 0 to N: the rollouts of group g are rows offsets[g] .. offsets[g+1] - 1.
-        response_mask: (N, T) of bool, integer or floating dtype: advantages come back (N, T), zero where the mask is zero.
+        response_mask: (N, T) of bool, or of 0 and 1 in any real dtype: advantages come back (N, T), zero where the mask is zero. A
+            row of zeros keeps counting in the statistics; `valid` leaves it out.
         cu_seqlens: (N+1,) integers from 0 to total_tokens: advantages come back packed, (total_tokens,). With neither of the
             two they come back (N,).
-        valid: (N,) bool; False marks an aborted or filtered rollout: left out of the statistics, advantage 0.
-        trajectory_ids: (N,) integers; rows of a group that share one are one trajectory and count once in the statistics.
+        valid: (N,) bool, or integers 0 and 1; False marks an aborted or rejected rollout: left out of the statistics, advantage 0.
+        trajectory_ids: (N,) ids as `group_ids` are; rows of a group that share one are one trajectory and count once in the
+            statistics.
         num_groups: G. With integer `group_ids` the ids are then 0 .. G-1 themselves; required with them on CUDA, where
             finding G would synchronise, and under torch.compile.
         method: a name of `v05.methods.METHODS`.
@@ -198,7 +203,7 @@ def fused_advantage(
             ("batch"), ddof = 1; rewards that are all equal are not scaled. None takes the method's own.
         leave_one_out: the baseline of a rollout is computed from the group's other rollouts.
         reward_range: (lo, hi) that holds rewards and priors; read by the methods with a prior.
-        eps: added to the standard deviation, reward units.
+        eps: added to the standard deviation, reward units. With 0 every reward is 0 or at least 1e-130 in size.
         calibration: how far priors are to be trusted, read by "calibrated"; `v05.prior.calibration` fits it to past groups. None is
             `Calibration()`, for before there are any.
         singleton: advantage of a group's only rollout when nothing but itself could be its baseline: "zero" or its "raw" reward.
@@ -220,9 +225,10 @@ def fused_advantage(
         appearance of the id.
 
     Raises:
-        ValueError: names the argument, the shape or value seen (rows, for values) and the remedy; `out` is then untouched.
-            On CUDA values are not inspected: non-finite rewards are left out, rewards and priors outside `reward_range`
-            clipped, both counted; rows whose id names no group are left out; offsets are trusted. Nothing synchronises
+        ValueError: names the argument, the shape or value seen (rows, for values) and the remedy; `out` is then untouched, unless
+            it is a mask that holds more than 0 and 1. On CUDA values are not inspected: non-finite rewards are left out, rewards
+            and priors outside `reward_range` clipped, both counted; rows whose id names no group are left out; a token whose mask
+            is neither 0 nor 1 counts as 0; offsets are trusted. Nothing synchronises
             there as long as every tensor given is already on the device. While torch traces, what would raise here breaks
             the graph, and is raised by the eager call that follows unless fullgraph=True forbids it.
 
@@ -237,17 +243,25 @@ def fused_advantage(
     Source: V_0.5, arXiv 2603.10848 (fusion, sequential test); the other methods as named in `v05.methods`.
     """
     tracing = torch.compiler.is_compiling() or isinstance(rewards, _VALUELESS)
-    given = (method, scale, leave_one_out, reward_range, eps, singleton, nonfinite, max_rollouts, cost, calibration)
+    if not tracing and _functorch.peek_interpreter_stack() is not None:
+        _refuse_transformed(
+            rewards=rewards,
+            prior=prior,
+            group_ids=group_ids,
+            group_offsets=group_offsets,
+            response_mask=response_mask,
+            cu_seqlens=cu_seqlens,
+            valid=valid,
+            trajectory_ids=trajectory_ids,
+            out=out,
+        )
+    given = (method, scale, leave_one_out, reward_range, eps, singleton, nonfinite, max_rollouts, cost, calibration, stats, dtype)
     try:
         rule, options = _option_values(*given) if tracing else _known_option_values(*given)
     except TypeError:  # one cannot be hashed
         rule, options = _option_values(*given)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype} cannot hold advantages; choose a floating dtype")
-    if num_groups is not None and (
-        not isinstance(num_groups, int | torch.SymInt) or isinstance(num_groups, bool) or num_groups < 0
-    ):
-        raise ValueError(f"num_groups={num_groups}; give an integer of at least 0, or leave it out")
+    if num_groups is not None and not isinstance(num_groups, torch.SymInt):
+        num_groups = integer("num_groups", num_groups, 0, MOST_GROUPS)
 
     tensors = (rewards, response_mask, cu_seqlens, valid, trajectory_ids, dtype, out, tracing)
     if process_group is not None:
@@ -269,10 +283,20 @@ def fused_advantage(
     if out is not None and not tracing:
         _refuse_shared_memory(out, inputs)
 
-    table = run(*inputs, advantages, stats, *options)
+    table = run(*inputs, advantages, *options)
     if out is not None and not tracing:
         torch.autograd.graph.increment_version(out)  # autograd refuses a backward through the values that were overwritten
     return AdvantageOutput(advantages, AdvantageStats(prior, table) if stats else None)
+
+
+def _refuse_transformed(**arguments: object) -> None:
+    """Tensors of torch.func's transforms have no memory that could be read."""
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and _functorch.is_functorch_wrapped_tensor(value):
+            raise ValueError(
+                f"{name}: a tensor of torch.func's vmap or grad, without memory; call outside of them, for all groups at once: "
+                "advantages carry no gradient"
+            )
 
 
 def _option_values(
@@ -286,79 +310,58 @@ def _option_values(
     max_rollouts: int,
     cost: float | None,
     calibration: Calibration | None,
+    stats: bool,
+    dtype: torch.dtype,
 ) -> tuple[Method, tuple[Any, ...]]:
-    """The method, and the operator's arguments after `stats`: options of `fused_advantage`, checked."""
+    """The method, and the operator's arguments from `stats` on: options of `fused_advantage`, checked."""
     rule = find_method(method)
-    scale = rule.scale if scale is None else scale
-    if len(reward_range) != 2:
-        raise ValueError(f"reward_range={reward_range}; give (lo, hi)")
-    low, high = reward_range
-    for name, value in (
-        ("reward_range", low),
-        ("reward_range", high),
-        ("leave_one_out", leave_one_out),
-        ("eps", eps),
-        ("cost", cost),
-    ):
-        if isinstance(value, torch.Tensor):
-            raise ValueError(f"{name}: a tensor, which would have to be waited for at every call; give a Python number")
-    if scale not in _DIVIDE_BY:
-        raise ValueError(f"scale={scale!r} is unknown; choose one of {', '.join(SCALES)}")
-    if singleton not in ("zero", "raw"):
-        raise ValueError(f"singleton={singleton!r} is unknown; choose 'zero' or 'raw'")
-    if nonfinite not in ("raise", "exclude"):
-        raise ValueError(f"nonfinite={nonfinite!r} is unknown; choose 'raise' or 'exclude'")
-    if not low < high or high - low == math.inf:
-        raise ValueError(f"reward_range={reward_range} is not a finite range; give (lo, hi) with lo < hi")
-    if not isinstance(max_rollouts, int) or max_rollouts < 1:
-        raise ValueError(f"max_rollouts={max_rollouts}; give an integer of at least 1")
-    if cost is not None and not 0 <= cost < math.inf:
-        raise ValueError(f"cost={cost}; give 0 or more, or None for 1 / max_rollouts^2")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps={eps}; give 0 or more")
-    if calibration is None:
-        calibration = DEFAULT_CALIBRATION
-    elif not isinstance(calibration, Calibration):
-        raise ValueError(
-            f"calibration={calibration!r} is no v05.ops.Calibration; give Calibration(alpha, beta, kappa, eps) or None"
-        )
+    low, high = finite_range("reward_range", reward_range)
+    most = integer("max_rollouts", max_rollouts, 1)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} cannot hold advantages; choose a floating dtype, such as torch.float32")
+    trusted = known_calibration(calibration) or DEFAULT_CALIBRATION
     return rule, (
+        flag("stats", stats),
         int(rule.baseline),
-        _DIVIDE_BY[scale],
-        leave_one_out or rule.leave_one_out,
-        singleton == "raw",
-        nonfinite == "exclude",
-        float(low),
-        float(high),
-        float(eps),
-        max_rollouts,
-        1.0 / max_rollouts**2 if cost is None else float(cost),
-        (calibration.alpha, calibration.beta, calibration.kappa, calibration.eps),
+        SCALES.index(cast("Scale", choice("scale", rule.scale if scale is None else scale, SCALES))),
+        flag("leave_one_out", leave_one_out) or rule.leave_one_out,
+        choice("singleton", singleton, ("zero", "raw")) == "raw",
+        choice("nonfinite", nonfinite, ("raise", "exclude")) == "exclude",
+        low,
+        high,
+        nonnegative("eps", eps),
+        most,
+        1.0 / most**2 if cost is None else nonnegative("cost", cost, ", or None for 1 / max_rollouts^2"),
+        (trusted.alpha, trusted.beta, trusted.kappa, trusted.eps),
     )
 
 
-# Those of one step are those of the next.
+# Options repeat at every step, so that the checked ones are kept.
 _known_option_values = lru_cache(maxsize=64, typed=True)(_option_values)
 
 
-def _tensor(name: str, value: Array) -> torch.Tensor:
-    """A tensor as it is; anything else through NumPy, so that Python floats keep their 64 bits."""
+def _tensor(name: str, value: Array, none_is_nan: bool = False) -> torch.Tensor:
+    """A dense tensor as it is; anything else through NumPy, so that Python floats keep their 64 bits."""
     if isinstance(value, torch.Tensor):
+        if value.layout is not torch.strided:
+            raise ValueError(f"{name}: layout {value.layout}; give a dense tensor, as its to_dense() makes")
         return value
-    try:
-        array = np.asarray(value)
-    except ValueError as error:  # ragged
-        raise ValueError(f"{name}: {error}; give a tensor or a rectangular array of numbers") from None
-    if array.dtype.kind not in "biufc":
-        raise ValueError(f"{name}: dtype {array.dtype}; give numbers")
-    if not (array.flags.writeable and array.dtype.isnative and array.flags.c_contiguous):  # what torch cannot wrap
-        array = array.astype(array.dtype.newbyteorder("="), order="C")
-    return torch.from_numpy(array)
+    return _wrapped(array(name, value, none_is_nan=none_is_nan))
 
 
-def _values(name: str, value: Array) -> torch.Tensor:
+def _wrapped(numbers: NDArray[Any]) -> torch.Tensor:
+    if numbers.dtype.kind == "f" and numbers.dtype.itemsize > 8:  # more digits than torch has
+        numbers = numbers.astype(np.float64)
+    elif numbers.dtype.char in "qQ":  # C's long long, which torch does not know by this name
+        numbers = numbers.view(np.dtype(f"{numbers.dtype.byteorder}{numbers.dtype.kind}{numbers.dtype.itemsize}"))
+    if not (numbers.flags.writeable and numbers.dtype.isnative and numbers.flags.c_contiguous):  # what torch cannot wrap
+        numbers = numbers.astype(numbers.dtype.newbyteorder("="), order="C")
+    return torch.from_numpy(numbers)
+
+
+def _values(name: str, value: Array, none_is_nan: bool = False) -> torch.Tensor:
     """A tensor without a gradient, whose memory holds its values and not their negative."""
-    tensor = _tensor(name, value)
+    tensor = _tensor(name, value, none_is_nan)
     return (tensor.detach() if tensor.requires_grad else tensor).resolve_neg()
 
 
@@ -367,13 +370,15 @@ def _placed(name: str, value: torch.Tensor, dtype: torch.dtype, device: torch.de
     if value.dtype != dtype or value.device != device:
         if value.dtype.is_complex:
             raise ValueError(f"{name}: dtype {value.dtype} is not real")
+        if value.is_meta and device.type != "meta":
+            raise ValueError(f"{name}: on the meta device, which holds no values; give a tensor on {device}")
         value = value.to(device, dtype)
     return value.contiguous()
 
 
 def _rewards(rewards: Array) -> torch.Tensor:
     """Rewards as contiguous float32 or float64: half precision widens exactly, integers and bool become float64."""
-    given = _values("rewards", rewards)
+    given = _values("rewards", rewards, none_is_nan=True)
     dtype = given.dtype
     if dtype in (torch.float32, torch.float64):
         return given.contiguous()
@@ -403,7 +408,7 @@ def _rollouts(
 ) -> _Rollouts:
     rewards = _rewards(rewards)
     device, size = rewards.device, rewards.shape
-    response_mask = None if response_mask is None else _tensor("response_mask", response_mask)
+    response_mask = None if response_mask is None else _mask(response_mask, device)
     if len(size) not in (1, 2):
         raise ValueError(f"rewards: shape {tuple(size)}; give (N,) outcome rewards or (N, T) token rewards")
     if len(size) == 2 and (response_mask is None or response_mask.shape != size):
@@ -412,8 +417,8 @@ def _rollouts(
             + ("" if response_mask is None else f", got {tuple(response_mask.shape)}")
         )
     n = size[0]
-    valid = None if valid is None else _row_vector("valid", valid, n, torch.bool, device)
-    trajectory_ids = None if trajectory_ids is None else _row_vector("trajectory_ids", trajectory_ids, n, torch.int64, device)
+    valid = None if valid is None else _valid(valid, n, device, tracing)
+    trajectory_ids = None if trajectory_ids is None else _trajectories(trajectory_ids, n, device, tracing)
     mask, cu, shape = _layout(response_mask, cu_seqlens, out, n, device, tracing)
     return _Rollouts(rewards, mask, cu, valid, trajectory_ids, _output(out, rewards, shape, dtype, tracing))
 
@@ -437,12 +442,14 @@ def _group(
             raise ValueError(f"num_groups={num_groups} contradicts group_offsets, which has {groups} groups; leave it out")
         return offsets, None, groups
     assert group_ids is not None
-    ids, named = _integer_ids(group_ids, tracing)
+    ids, named = _integer_ids("group_ids", group_ids, tracing)
     if ids.ndim != 1 or ids.shape[0] != n:
         raise ValueError(f"group_ids: shape {tuple(ids.shape)} for {n} rollouts; give one id a rollout")
     if named is not None:
         if num_groups is not None and num_groups != named:
-            raise ValueError(f"num_groups={num_groups}, but group_ids holds {named} distinct strings; leave it out")
+            raise ValueError(
+                f"num_groups={num_groups}, but group_ids holds {named} distinct ids that are no positions; leave it out"
+            )
         num_groups = named
     if num_groups is None:
         if tracing or not ids.is_cpu:
@@ -459,17 +466,19 @@ def factorize(group_ids: Array | Sequence[str]) -> tuple[torch.Tensor, int]:
     """Number group ids by first appearance, once for several calls on the same rollouts.
 
     Args:
-        group_ids: (N,) integers of any value, or a sequence of N strings; on the CPU.
+        group_ids: (N,) integers of any value, or N strings or other ids of one kind that can be hashed, such as UUIDs; on the CPU.
 
     Returns:
         ids: (N,) int64 in [0, G), and G: what `fused_advantage` takes as `group_ids` and `num_groups`.
 
     Raises:
-        ValueError: neither integers nor strings.
+        ValueError: not ids, or not on the CPU.
     """
-    ids, named = _integer_ids(group_ids, tracing=False)
+    ids, named = _integer_ids("group_ids", group_ids, tracing=False)
     if named is not None:
         return ids, named
+    if ids.ndim != 1 or not ids.is_cpu:
+        raise ValueError(f"group_ids: shape {tuple(ids.shape)} on {ids.device}; give (N,) ids on the CPU")
     numbers, groups = _core.number_ids(ids.contiguous().numpy())
     return torch.from_numpy(numbers), groups
 
@@ -501,39 +510,47 @@ def first_of_trajectory(
     return first
 
 
-def _names(group_ids: ArrayLike | Sequence[str]) -> Sequence[str] | NDArray[np.object_] | None:
-    """The ids if they are strings. A list of them must not pass through NumPy's own strings, which strip trailing NULs."""
-    if isinstance(group_ids, np.ndarray):
-        if group_ids.dtype.kind not in "OUST":
-            return None
-        group_ids = group_ids if group_ids.dtype.kind == "O" else group_ids.tolist()
-    elif not isinstance(group_ids, Sequence):
-        return None
-    names = cast("Sequence[str] | NDArray[np.object_]", group_ids)
-    return names if _core.are_strings(names) else None
+_NO_KEYS = (int, float, complex, np.number, np.bool_, type(None))  # no ids that are told apart by their hash
 
 
-def _integer_ids(group_ids: Array | Sequence[str], tracing: bool) -> tuple[torch.Tensor, int | None]:
-    """Integer ids, and the number of groups when they stand for strings (numbered by first appearance)."""
-    if isinstance(group_ids, torch.Tensor):
-        ids = group_ids
+def _keys(name: str, ids: ArrayLike | Sequence[str]) -> torch.Tensor | Sequence[Any] | NDArray[np.object_]:
+    """Integer ids as a tensor; strings, and other objects that are told apart by their hash, as they are."""
+    if isinstance(ids, str):
+        raise ValueError(f"{name}={shown(ids)} is one string; give a sequence of ids")
+    if not isinstance(ids, Sequence):
+        ids = any_array(name, ids)
+        ids = ids.tolist() if ids.dtype.kind in "SUT" and ids.ndim == 1 else ids
+    # A list of strings must not pass through NumPy's own, which strip trailing NULs.
+    if isinstance(ids, Sequence) and _core.are_strings(name, ids):
+        return ids
+    given = any_array(name, ids)
+    if given.dtype.kind in "OS" and given.ndim == 1:
+        objects = given.astype(np.object_)
+        kinds = {type(key) for key in objects}
+        if _core.are_strings(name, objects) or (len(kinds) == 1 and not issubclass(kinds.pop(), _NO_KEYS)):
+            return objects
+    return _wrapped(array(name, given, wanted="integers, strings or other ids of one kind"))
+
+
+def _integer_ids(name: str, ids: Array | Sequence[str], tracing: bool) -> tuple[torch.Tensor, int | None]:
+    """Integer ids, and how many differ when they stand for other ids (numbered by first appearance)."""
+    if isinstance(ids, torch.Tensor):
+        keys: torch.Tensor | Sequence[Any] | NDArray[np.object_] = _tensor(name, ids)
     elif tracing:
-        raise ValueError(
-            "group_ids: torch traces tensors only; give an integer tensor and num_groups, or call outside torch.compile"
-        )
+        raise ValueError(f"{name}: torch traces tensors only; give an integer tensor and num_groups, or call outside torch.compile")
     else:
-        if isinstance(group_ids, str):
-            raise ValueError(f"group_ids={group_ids!r} is one string; give a sequence of ids")
-        names = _names(group_ids)
-        if names is not None:
-            dense, named = _core.factorize(names)
-            return torch.from_numpy(dense), named
-        ids = _tensor("group_ids", group_ids)
-    if ids.dtype == torch.int64:
-        return ids, None
-    if ids.numel() > 0 and (ids.is_floating_point() or ids.is_complex()):
-        raise ValueError(f"group_ids: dtype {ids.dtype}; give integers or strings")
-    return ids.to(torch.int64), None
+        keys = _keys(name, ids)
+    if not isinstance(keys, torch.Tensor):
+        try:
+            dense, named = _core.factorize(keys)
+        except TypeError as error:
+            raise ValueError(f"{name}: {error}; give integers, strings or other ids that can be hashed") from None
+        return torch.from_numpy(dense), named
+    if keys.dtype == torch.int64:
+        return keys, None
+    if keys.numel() > 0 and (keys.is_floating_point() or keys.is_complex()):
+        raise ValueError(f"{name}: dtype {keys.dtype}; give integers or strings")
+    return keys.to(torch.int64), None
 
 
 def _offsets(name: str, value: Array, end: int | None, device: torch.device, tracing: bool) -> torch.Tensor:
@@ -543,7 +560,8 @@ def _offsets(name: str, value: Array, end: int | None, device: torch.device, tra
     if len(size) != 1 or size[0] < 1 or dtype.is_floating_point:
         raise ValueError(f"{name}: shape {tuple(size)}, dtype {dtype}; give integers (number of parts + 1,) that start at 0")
     if offsets.is_cpu and offsets.device != device and not tracing:
-        _core.check_offsets(name, offsets.to(torch.int64).contiguous().numpy(), end)
+        offsets = offsets.to(torch.int64, copy=True).contiguous()  # what is checked is what is sent, whatever other threads do
+        _core.check_offsets(name, offsets.numpy(), end)
     return _placed(name, offsets, torch.int64, device)
 
 
@@ -570,9 +588,7 @@ def _layout(
         mask = response_mask
         if mask.ndim != 2 or mask.shape[0] != n:
             raise ValueError(f"response_mask: shape {tuple(mask.shape)} for {n} rollouts; give (N, T)")
-        if mask.dtype not in (torch.bool, torch.uint8, torch.int64, torch.float32):
-            mask = mask != 0
-        return _placed("response_mask", mask, mask.dtype, device), None, (n, mask.shape[1])
+        return mask, None, (n, mask.shape[1])
     if cu_seqlens is not None:
         given = _tensor("cu_seqlens", cu_seqlens)
         cu = _offsets("cu_seqlens", given, None, device, tracing)
@@ -600,6 +616,8 @@ def _output(
         return torch.from_numpy(np.empty(shape, _NUMPY_DTYPES[dtype]))  # in half the time; but rows start anywhere
     if out is None:
         return torch.empty(shape, dtype=dtype, device=device)
+    if not isinstance(out, torch.Tensor) or out.layout is not torch.strided:
+        raise ValueError(f"out: {shown(out)}; give a contiguous {shape} tensor, {dtype}, on {device}")
     if tuple(out.shape) != shape or out.dtype != dtype or out.device != device or not out.is_contiguous():
         seen = f"out: shape {tuple(out.shape)}, {out.dtype}, {out.device}{'' if out.is_contiguous() else ', not contiguous'}"
         raise ValueError(f"{seen}; give a contiguous {shape} tensor, {dtype}, on {device}")
@@ -624,20 +642,43 @@ def _extent(contiguous: torch.Tensor) -> tuple[int, int]:
     return begin, begin + contiguous.nbytes
 
 
-def _row_vector(name: str, value: Array, n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    vector = _tensor(name, value)
-    if vector.is_floating_point():
-        raise ValueError(f"{name}: dtype {vector.dtype}; give {'bool' if dtype == torch.bool else 'integers'}")
+def _mask(response_mask: Array, device: torch.device) -> torch.Tensor:
+    """The mask in a dtype that the core and the kernel read; they find the values that are neither 0 nor 1."""
+    mask = _tensor("response_mask", response_mask)
+    if mask.dtype not in _DTYPES:
+        mask = _placed("response_mask", mask, torch.float32 if mask.is_floating_point() else torch.int64, device)
+    return _placed("response_mask", mask, mask.dtype, device)
+
+
+def _valid(valid: Array, n: int, device: torch.device, tracing: bool) -> torch.Tensor:
+    flags = _tensor("valid", valid)
+    if flags.is_floating_point() or flags.is_complex():
+        raise ValueError(f"valid: dtype {flags.dtype}; give bool")
+    _one_per_rollout("valid", flags, n)
+    if flags.dtype != torch.bool:
+        if flags.is_cpu and not tracing and (odd := ((flags != 0) & (flags != 1)).nonzero()).numel():
+            row = int(odd[0])
+            raise ValueError(f"valid: {int(flags[row])} in row {row}; give bool, True for a rollout that counts")
+        flags = flags == 1
+    return _placed("valid", flags, torch.bool, device)
+
+
+def _trajectories(trajectory_ids: Array | Sequence[str], n: int, device: torch.device, tracing: bool) -> torch.Tensor:
+    ids, _ = _integer_ids("trajectory_ids", trajectory_ids, tracing)
+    _one_per_rollout("trajectory_ids", ids, n)
+    return _placed("trajectory_ids", ids, torch.int64, device)
+
+
+def _one_per_rollout(name: str, vector: torch.Tensor, n: int) -> None:
     if vector.ndim != 1 or vector.shape[0] != n:
         raise ValueError(f"{name}: shape {tuple(vector.shape)} for {n} rollouts; give one value a rollout")
-    return _placed(name, vector, dtype, device)
 
 
 def _outcomes(rewards: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """(N,) outcome rewards: token rewards are summed over the mask, in float64."""
     if rewards.ndim == 1 or mask is None:
         return rewards
-    return torch.where(mask != 0, rewards, 0.0).sum(-1, dtype=torch.float64)
+    return torch.where(mask == 1, rewards, 0.0).sum(-1, dtype=torch.float64)
 
 
 class _RankRollouts(NamedTuple):
@@ -648,11 +689,12 @@ class _RankRollouts(NamedTuple):
     outcomes: torch.Tensor
     prior: torch.Tensor | None
     valid: torch.Tensor
-    trajectory_ids: torch.Tensor | None
+    trajectories: list[Any] | None
 
 
 def _of_this_rank(
     local: _Rollouts,
+    trajectory_ids: Array | Sequence[str] | None,
     prior: Array | None,
     group_ids: Array | Sequence[str] | None,
     group_offsets: Array | None,
@@ -661,22 +703,28 @@ def _of_this_rank(
     if group_ids is None or group_offsets is not None:
         raise ValueError("group_ids: needed with process_group, and alone, to tell which groups of two ranks are one")
     n = local.rewards.shape[0]
-    ids = group_ids.cpu() if isinstance(group_ids, torch.Tensor) else group_ids
-    names = None if isinstance(ids, torch.Tensor) else _names(ids)
-    keys = list(names) if names is not None else _integer_ids(ids, tracing=False)[0].tolist()
+    keys = _key_list("group_ids", group_ids)
     if len(keys) != n:
         raise ValueError(f"group_ids: {len(keys)} ids for {n} rollouts; give one id a rollout")
-    if num_groups is not None and any(isinstance(key, str) for key in keys):
-        raise ValueError(f"num_groups={num_groups}: names groups of integer ids; leave it out with strings")
+    if num_groups is not None and not all(isinstance(key, int) for key in keys):
+        raise ValueError(f"num_groups={num_groups}: names groups of integer ids; leave it out with others")
     if local.cu_seqlens is not None and local.cu_seqlens.is_cpu:
         _core.check_offsets("cu_seqlens", local.cu_seqlens.numpy(), local.out.shape[0])
+    if local.mask is not None and local.mask.is_cpu:
+        _core.check_mask(local.mask.data_ptr(), _DTYPES[local.mask.dtype], n, local.mask.numel())
     return _RankRollouts(
         keys,
         _outcomes(local.rewards, local.mask).to("cpu", torch.float64),
         None if prior is None else _placed("prior", _values("prior", prior), torch.float64, torch.device("cpu")),
-        torch.ones(n, dtype=torch.bool) if local.valid is None else local.valid.cpu(),
-        None if local.trajectory_ids is None else local.trajectory_ids.cpu(),
+        torch.ones(n, dtype=torch.bool, device="cpu") if local.valid is None else local.valid.cpu(),
+        None if trajectory_ids is None else _key_list("trajectory_ids", trajectory_ids),
     )
+
+
+def _key_list(name: str, ids: Array | Sequence[str]) -> list[Any]:
+    """Ids as every rank knows them: not numbered, which each rank would do by itself."""
+    keys = ids if isinstance(ids, torch.Tensor) else _keys(name, ids)
+    return _integer_ids(name, keys, tracing=False)[0].tolist() if isinstance(keys, torch.Tensor) else list(keys)
 
 
 def _across_ranks(
@@ -689,11 +737,17 @@ def _across_ranks(
     **options: Any,
 ) -> tuple[torch.Tensor, AdvantageStats]:
     """The advantages of this rank's rollouts, in its own layout, and the statistics of its groups."""
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise ValueError(
+            f"process_group={shown(process_group)} is no process group of torch.distributed that this process belongs to; "
+            "give one, such as dist.group.WORLD"
+        )
     local: _Rollouts | None = None
     mine: _RankRollouts | str
+    trajectory_ids = given[4]
     try:
         local = _rollouts(*given)
-        mine = _of_this_rank(local, prior, group_ids, group_offsets, num_groups)
+        mine = _of_this_rank(local, trajectory_ids, prior, group_ids, group_offsets, num_groups)
     except Exception as error:  # whatever it is, it is told to the others, who wait for this rank
         mine = str(error) if isinstance(error, ValueError) else repr(error)
     ranks: list[Any] = [None] * dist.get_world_size(process_group)
@@ -717,7 +771,7 @@ def _across_ranks(
 
     shared_prior = None
     if any(rank.prior is not None for rank in ranks):
-        shared_prior = torch.full((found,), torch.nan, dtype=torch.float64)
+        shared_prior = torch.full((found,), torch.nan, dtype=torch.float64, device="cpu")
         for rank, theirs in enumerate(ranks):
             groups, rank_prior = groups_of(rank), theirs.prior
             if rank_prior is None or tuple(rank_prior.shape) != groups.shape:
@@ -735,7 +789,7 @@ def _across_ranks(
                     "give a group's prior alike on all its ranks, or NaN on all but one"
                 )
             shared_prior[torch.from_numpy(groups)] = torch.where(rank_prior.isnan(), known, rank_prior)
-    if len({rank.trajectory_ids is None for rank in ranks}) > 1:
+    if len({rank.trajectories is None for rank in ranks}) > 1:
         raise ValueError("trajectory_ids: given on some ranks only; give them on all or on none")
     union = fused_advantage(
         torch.cat([rank.outcomes for rank in ranks]).to(device),
@@ -743,7 +797,7 @@ def _across_ranks(
         group_ids=torch.from_numpy(ids).to(device),
         num_groups=found,
         valid=torch.cat([rank.valid for rank in ranks]),
-        trajectory_ids=None if local.trajectory_ids is None else torch.cat([rank.trajectory_ids for rank in ranks]),
+        trajectory_ids=None if trajectory_ids is None else [key for rank in ranks for key in rank.trajectories],
         dtype=torch.float64,
         **options,
     )
@@ -763,7 +817,7 @@ def _spread(advantages: torch.Tensor, rollouts: _Rollouts) -> torch.Tensor:
     out = rollouts.out
     values = advantages.to(out.dtype)
     if rollouts.mask is not None:
-        return torch.where(rollouts.mask != 0, values[:, None], torch.zeros((), dtype=out.dtype, device=out.device), out=out)
+        return torch.where(rollouts.mask == 1, values[:, None], torch.zeros((), dtype=out.dtype, device=out.device), out=out)
     if rollouts.cu_seqlens is not None:
         values = values.repeat_interleave(rollouts.cu_seqlens.diff(), output_size=out.numel())
     return out.copy_(values)
@@ -840,7 +894,7 @@ def _run_triton(
 
     order = None
     if ids is not None:
-        placed = (ids >= 0) & (ids < num_groups)  # nor complain of ids: rows of no group stand in group 0, left out
+        placed = (ids >= 0) & (ids < num_groups)  # a kernel cannot refuse ids: rows of no group go to group 0, left out
         offsets, order = group_rows_on_device(torch.where(placed, ids, 0), num_groups)
         valid = placed if valid is None else valid & placed
     assert offsets is not None
@@ -862,7 +916,7 @@ def _empty_table(rewards: torch.Tensor, num_groups: int, stats: bool, baseline: 
 
 _STATS_AND_BASELINE = slice(6, 8)  # of the operator's arguments after num_groups
 # What the core tells its buffers by, shared with bindings/advantage.cpp.
-_DTYPES = {torch.bool: 1, torch.uint8: 1, torch.int64: 2, torch.float32: 3, torch.float64: 4}
+_DTYPES = {torch.bool: 1, torch.uint8: 1, torch.int64: 2, torch.float32: 3, torch.float64: 4, torch.int32: 5}
 _BACKENDS: dict[str, _Kernel] = {"cpp": _run_cpp, "triton": _run_triton}
 _BACKEND_OF_DEVICE = {"cpu": "cpp", "cuda": "triton"}
 
@@ -875,9 +929,7 @@ def _kernel(backend: str | None, device: torch.device, tracing: bool) -> _Kernel
         raise ValueError(f"rewards: device {device} has no backend; move the tensors to one of {', '.join(_BACKEND_OF_DEVICE)}")
     if backend is None:
         backend = own
-    elif backend not in _BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(_BACKENDS)}")
-    elif backend == "cpp" and own != "cpp":
+    elif choice("backend", backend, _BACKENDS) == "cpp" and own != "cpp":
         raise ValueError(f"backend='cpp' needs CPU tensors, got {device}")
     elif backend != own and tracing:
         raise ValueError(
@@ -919,7 +971,7 @@ def _run_checked(
         rewards, mask, cu_seqlens, valid, trajectory_ids, out.dtype, out, tracing=False
     )
     device = rewards.device
-    groups = num_groups if offsets is None else None
+    groups = integer("num_groups", num_groups, 0, MOST_GROUPS) if offsets is None else None
     offsets, ids, num_groups = _group(ids, offsets, groups, rewards.shape[0], device, tracing=False)
     prior = None if prior is None else _prior(prior, num_groups, device)
     return run(rewards, offsets, ids, num_groups, prior, mask, cu_seqlens, valid, trajectory_ids, out, *rest)

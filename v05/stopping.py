@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from v05.arguments import array, finite_range, integer
 from v05.methods import METHODS, Calibration, find_method
 from v05.ops import fused_advantage
 
@@ -53,9 +54,13 @@ def path_counting_advantages(
     if not rule.counts_paths:
         counted = ", ".join(name for name, other in METHODS.items() if other.counts_paths)
         raise ValueError(f"method={method!r} has no stopping rule of its own; give one of {counted}")
-    low, high = reward_range
-    r, v = np.asarray(rewards, dtype=np.float64), np.asarray(prior, dtype=np.float64)
-    offsets = np.asarray(group_offsets, dtype=np.int64)
+    low, high = finite_range("reward_range", reward_range)
+    initial, maximum, chunk = integer("initial", initial), integer("maximum", maximum), integer("chunk", chunk)
+    r, v = array("rewards", rewards).astype(np.float64), array("prior", prior).astype(np.float64)
+    offsets = array("group_offsets", group_offsets, wanted="integers")
+    if offsets.size and offsets.dtype.kind not in "iu":
+        raise ValueError(f"group_offsets: dtype {offsets.dtype}; give integers")
+    offsets = offsets.astype(np.int64)
     if (
         r.ndim != 1
         or offsets.ndim != 1

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "v05/grouping.hpp"
 #include "v05/pages.hpp"
 
 namespace py = pybind11;
@@ -41,7 +42,7 @@ std::span<T> view(const char* name, MaybeAddress address, std::int64_t size) {
 }
 
 // Shared by number with v05.ops.
-enum class Dtype { kNone = 0, kBytes = 1, kInt64 = 2, kFloat32 = 3, kFloat64 = 4 };
+enum class Dtype { kNone = 0, kBytes = 1, kInt64 = 2, kFloat32 = 3, kFloat64 = 4, kInt32 = 5 };
 
 template <class Body>
 void with_real(Dtype dtype, const Body& body) {
@@ -54,8 +55,14 @@ void with_mask(Dtype dtype, const Body& body) {
     case Dtype::kInt64:
       body.template operator()<std::int64_t>();
       break;
+    case Dtype::kInt32:
+      body.template operator()<std::int32_t>();
+      break;
     case Dtype::kFloat32:
       body.template operator()<float>();
+      break;
+    case Dtype::kFloat64:
+      body.template operator()<double>();
       break;
     default:
       body.template operator()<std::uint8_t>();
@@ -86,12 +93,13 @@ v05::StatisticsOut statistics_of(v05::Baseline baseline, std::int64_t groups, Ad
 
 // Offsets of parts that lie one after another from 0 on, to `end` where it is known.
 void check_offsets(const std::string& name, std::span<const std::int64_t> values, std::optional<std::int64_t> end) {
-  if (values.empty() || values.front() != 0) {
-    throw std::invalid_argument(name + ": starts at " + (values.empty() ? "nothing" : std::to_string(values.front())) +
-                                "; the first offset is 0");
-  }
-  const auto fall = std::adjacent_find(values.begin(), values.end(), std::greater<>());
-  if (fall != values.end()) {
+  if (!v05::rise_from_zero(values)) {
+    if (values.empty() || values.front() != 0) {
+      throw std::invalid_argument(name + ": starts at " +
+                                  (values.empty() ? "nothing" : std::to_string(values.front())) +
+                                  "; the first offset is 0");
+    }
+    const auto fall = std::adjacent_find(values.begin(), values.end(), std::greater<>());
     throw std::invalid_argument(name + ": falls after position " + std::to_string(fall - values.begin()) + "; sort it");
   }
   if (end && values.back() != *end) {
@@ -142,7 +150,7 @@ void fused_advantage(Address rewards, int rewards_dtype, bool token_rewards, std
     const v05::Rollouts<Real> rollouts{.rewards = outcomes, .valid = are_valid, .trajectory_ids = trajectories};
     v05::compute_advantages(rollouts, groups, priors, rule, advantages, statistics, threads);
   };
-  const auto mask_of = [&]<class Mask>() { return view<const Mask>("response_mask", mask, out_size).data(); };
+  const auto mask_of = [&]<class Mask>() { return view<const Mask>("response_mask", mask, out_size); };
   // From rewards of either kind.
   const auto compute_rollouts = [&]<class Out>(std::span<Out> advantages) {
     with_real(Dtype{rewards_dtype}, [&]<class Real>() {
@@ -152,7 +160,7 @@ void fused_advantage(Address rewards, int rewards_dtype, bool token_rewards, std
       }
       std::vector<double> outcomes(static_cast<std::size_t>(rows));
       with_mask(Dtype{mask_dtype}, [&]<class Mask>() {
-        v05::sum_tokens(view<const Real>("rewards", rewards, out_size), mask_of.template operator()<Mask>(),
+        v05::sum_tokens(view<const Real>("rewards", rewards, out_size), mask_of.template operator()<Mask>().data(),
                         std::span(outcomes), threads);
       });
       compute(std::span<const double>(outcomes), advantages);
@@ -167,13 +175,23 @@ void fused_advantage(Address rewards, int rewards_dtype, bool token_rewards, std
       return;
     }
     std::vector<Out> advantages(static_cast<std::size_t>(rows));
-    compute_rollouts(std::span(advantages));
+    try {
+      compute_rollouts(std::span(advantages));
+    } catch (const std::invalid_argument&) {  // rewards are summed over the mask, which is then the one at fault
+      if (mask) {
+        with_mask(Dtype{mask_dtype}, [&]<class Mask>() {
+          v05::check_mask(mask_of.template operator()<Mask>(), static_cast<std::size_t>(rows));
+        });
+      }
+      throw;
+    }
     const std::span<const Out> from(advantages);
     if (mask) {
-      with_mask(Dtype{mask_dtype},
-                [&]<class Mask>() { v05::spread_padded(from, mask_of.template operator()<Mask>(), to, threads); });
+      with_mask(Dtype{mask_dtype}, [&]<class Mask>() {
+        v05::spread_padded(from, mask_of.template operator()<Mask>().data(), to, threads);
+      });
     } else {
-      v05::spread_packed(from, starts.data(), to, threads);
+      v05::spread_packed(from, starts, to, threads);
     }
   };
 
@@ -191,6 +209,14 @@ void register_advantage(py::module_& m) {
         check_offsets(name, {offsets.data(), static_cast<std::size_t>(offsets.size())}, end);
       },
       py::arg("name"), py::arg("offsets").noconvert(), py::arg("end"));
+  m.def(
+      "check_mask",
+      [](Address mask, int dtype, std::int64_t rows, std::int64_t size) {
+        with_mask(Dtype{dtype}, [&]<class Mask>() {
+          v05::check_mask(view<const Mask>("response_mask", mask, size), static_cast<std::size_t>(rows));
+        });
+      },
+      py::arg("mask"), py::arg("dtype"), py::arg("rows"), py::arg("size"));
   // By position only: names would cost more than the advantages of a small batch.
   m.def("fused_advantage", &fused_advantage);
 }

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 #include <span>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "v05/pages.hpp"
@@ -64,11 +66,11 @@ std::size_t count_if_ahead(Keys keys, const Is& is) {
 }
 
 // Whether the keys are strings: all of them or none.
-bool are_strings(const py::object& keys) {
+bool are_strings(const std::string& name, const py::object& keys) {
   const auto [items, owner] = items_of(keys);
   const std::size_t strings = count_if_ahead(items, [](PyObject* key) { return PyUnicode_Check(key) != 0; });
   if (strings != 0 && strings != items.size()) {
-    throw std::invalid_argument("group_ids: mix strings and other types; give one kind");
+    throw std::invalid_argument(name + ": mix strings and other types; give one kind");
   }
   return strings != 0;
 }
@@ -129,6 +131,6 @@ std::pair<Ids, std::int64_t> factorize(const py::object& keys) {
 void register_grouping(py::module_& m) {
   m.def("check_ids", &check_ids, py::arg("ids").noconvert(), py::arg("num_groups"));
   m.def("number_ids", &number_ids, py::arg("ids").noconvert());
-  m.def("are_strings", &are_strings, py::arg("keys"));
+  m.def("are_strings", &are_strings, py::arg("name"), py::arg("keys"));
   m.def("factorize", &factorize, py::arg("keys"));
 }

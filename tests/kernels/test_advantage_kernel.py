@@ -338,3 +338,27 @@ def test_numbers_of_the_scales():
     numbers = (advantage.UNSCALED, advantage.GROUP_SCALE, advantage.BATCH_SCALE)
     assert [SCALES[number.value] for number in numbers] == ["none", "group", "batch"]
     assert advantage.GROUP_MEAN.value == Baseline.GROUP_MEAN
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("tokens", [False, True], ids=["outcomes", "token rewards"])
+def test_a_mask_that_is_neither_zero_nor_one_counts_as_zero(tokens, dtype):
+    """A kernel cannot refuse it, and -100 is no token."""
+    flags = torch.arange(37) < torch.arange(N)[:, None] + 5
+    mask = flags.to(dtype)
+    mask[:, 30:] = torch.tensor([-100, 2, 7, -1, 100, 3, 0], dtype=dtype)
+    mask[1::2, 33] = math.nan if dtype.is_floating_point else 5
+    flags[:, 30:] = False
+    rewards = torch.where(torch.arange(37) < 2, REWARDS[:, None] / 2, 9.0).masked_fill(flags & (torch.arange(37) >= 2), 0.0)
+    plain = run(response_mask=flags)
+    out = run(rewards.float() if tokens else REWARDS, response_mask=mask)
+    torch.testing.assert_close(out.advantages, plain.advantages)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch"])
+def test_a_deviation_that_rounds_to_zero_divides_nothing(scale):
+    rewards = torch.tensor([0.0, 1e-200, 2e-200, 0.0], dtype=torch.float64)
+    out = run(
+        rewards, None, torch.zeros(4, dtype=torch.int64), num_groups=1, method="grpo", scale=scale, eps=0.0, dtype=torch.float64
+    )
+    assert out.advantages.abs().max() <= 2e-200

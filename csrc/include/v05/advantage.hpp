@@ -9,6 +9,7 @@
 #include <span>
 
 #include "v05/fusion.hpp"
+#include "v05/grouping.hpp"
 #include "v05/statistics.hpp"
 
 namespace v05 {
@@ -45,6 +46,11 @@ struct Groups {
   std::span<const std::int64_t> offsets;  // (count + 1,), or empty
   std::span<const std::int64_t> ids;      // (N,) where offsets is empty, in [0, count)
   std::int64_t count = 0;
+
+  // The group that a row's id names; `count` if another thread has changed the id to one that names none.
+  [[nodiscard]] std::size_t named_by(std::size_t row) const {
+    return within(static_cast<std::uint64_t>(ids[row]), static_cast<std::size_t>(count));
+  }
 };
 
 template <class Real>
@@ -75,16 +81,22 @@ void compute_advantages(const Rollouts<Real>& rollouts, const Groups& groups, st
                         const AdvantageRule& rule, std::span<Out> advantages, const StatisticsOut& statistics,
                         int threads);
 
-// (N, T) token rewards to N outcomes: sums over the tokens whose mask is not zero.
+// std::invalid_argument that names the rows of an (N, T) mask that hold anything but 0 and 1.
+template <class Mask>
+void check_mask(std::span<const Mask> mask, std::size_t rows);
+
+// (N, T) token rewards to N outcomes: sums over the tokens whose mask is 1. The mask is not checked.
 template <class Reward, class Mask>
 void sum_tokens(std::span<const Reward> rewards, const Mask* mask, std::span<double> sums, int threads);
 
-// N advantages to (N, T): where the mask is not zero, else 0.
+// N advantages to (N, T): where the mask is 1, else 0. What it reads of the mask it checks, so that `out` is written
+// when it throws what check_mask does.
 template <class Out, class Mask>
 void spread_padded(std::span<const Out> advantages, const Mask* mask, std::span<Out> out, int threads);
 
 // N advantages to packed rows: row i is starts[i] .. starts[i + 1] - 1.
 template <class Out>
-void spread_packed(std::span<const Out> advantages, const std::int64_t* starts, std::span<Out> out, int threads);
+void spread_packed(std::span<const Out> advantages, std::span<const std::int64_t> starts, std::span<Out> out,
+                   int threads);
 
 }  // namespace v05

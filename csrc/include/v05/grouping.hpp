@@ -15,6 +15,28 @@ namespace v05 {
 // Rows and groups are counted in 32 bits where tables of them should fit the cache.
 inline constexpr std::size_t kMostRows = std::numeric_limits<std::int32_t>::max();
 
+// Ids and offsets lie in the caller's memory, where another thread may change them after they were checked. Whoever
+// takes one for a place in memory reads it by this function: once, and cut to the `size` of that memory. A negative one
+// is larger than any size.
+inline std::size_t within(std::uint64_t place, std::size_t size) {
+  asm("" : "+r"(place));  // It lies in a register: the compiler does not read the memory again.
+  return std::min<std::size_t>(place, size);
+}
+
+// The elements begin .. end - 1; none where the end lies before the beginning.
+struct Part {
+  std::size_t begin;
+  std::size_t end;
+};
+
+// The part that starts at offsets[number], of `size` elements in all.
+inline Part part_of(std::span<const std::int64_t> offsets, std::size_t number, std::size_t size) {
+  return {
+      .begin = within(static_cast<std::uint64_t>(offsets[number]), size),
+      .end = within(static_cast<std::uint64_t>(offsets[number + 1]), size),
+  };
+}
+
 // Numbers the keys of rows by first appearance into `slots` and returns how many there are. hash_of(row) is 64 well
 // mixed bits; same(a, b) tells whether two rows of equal hash hold the same key. A flat table (linear probing, at most
 // half full) whose lines are fetched a batch ahead: a table of a million keys is far larger than a cache.
@@ -74,6 +96,9 @@ std::int64_t number_by_appearance(std::span<Slot> slots, const HashOf& hash_of, 
 
 // Numbers ids of any value by first appearance and returns how many there are.
 std::int64_t number_ids(std::span<const std::int64_t> ids, std::span<std::int64_t> numbers);
+
+// Whether the first offset is 0 and none is smaller than the one before it.
+bool rise_from_zero(std::span<const std::int64_t> offsets);
 
 // std::invalid_argument that names the rows whose id is not in [0, num_groups).
 void check_ids(std::span<const std::int64_t> ids, std::int64_t num_groups);
