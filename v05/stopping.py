@@ -80,7 +80,7 @@ def path_counting_advantages(
         row = int(np.flatnonzero(~np.isin(r, (low, high)))[0])
         raise ValueError(f"rewards[{row}]={r[row]} is neither {low} nor {high}; paths are counted for such rewards only")
     if not len(v):
-        return torch.zeros(0, dtype=torch.float64)
+        return torch.zeros(0, dtype=torch.float64, device="cpu")
     succeeds = r == high
     size = np.diff(offsets)
     successes = np.diff(np.concatenate([[0], np.cumsum(succeeds)])[offsets])

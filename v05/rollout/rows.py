@@ -82,10 +82,10 @@ def read_prompts(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], pad
 
 def _read(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], pad: int) -> Rows:
     longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), pad)
-    mask = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    ids = torch.full((len(prompts), longest), pad, device="cpu")
+    mask = torch.zeros(len(prompts), longest, dtype=torch.int64, device="cpu")
     for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt, device="cpu")
         mask[row, longest - len(prompt) :] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
     cache = new_cache(model)

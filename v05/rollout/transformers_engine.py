@@ -240,9 +240,9 @@ def completion_logprobs(
     `width` is the longest completion's length, or more where it is given.
     """
     width = width or max(len(c.tokens) for c in completions)
-    tokens = torch.full((len(prompts), width), pad)
+    tokens = torch.full((len(prompts), width), pad, device="cpu")
     for row, completion in enumerate(completions):
-        tokens[row, : len(completion.tokens)] = torch.tensor(completion.tokens)
+        tokens[row, : len(completion.tokens)] = torch.tensor(completion.tokens, device="cpu")
     tokens = tokens.to(model.device)
     logits = _logits_after_prompts if keeps_only_columns(model) else _logits_of_whole_sequences
     return torch.log_softmax(logits(model, prompts, tokens, pad).float(), dim=-1).gather(-1, tokens[..., None]).squeeze(-1)
@@ -277,7 +277,7 @@ def _logits_of_whole_sequences(
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     ids = tokens.new_full((len(prompts), longest + width - 1), pad)
     for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt)] = torch.tensor(prompt)
+        ids[row, : len(prompt)] = torch.tensor(prompt, device="cpu")
         ids[row, len(prompt) : len(prompt) + width - 1] = tokens[row, :-1]
     # The first kept logits are those after the shortest prompt.
     logits: torch.Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - shortest + 1).logits

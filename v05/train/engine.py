@@ -106,7 +106,8 @@ def sync_weights(engine: RolloutEngine, model: PreTrainedModel, probe: Sequence[
     with torch.no_grad():
         expected = completion_logprobs(model, [request.prompt for request in probe], completions, pad).cpu()
     differences = [
-        (row[: len(c.logprobs)] - torch.tensor(c.logprobs)).abs().max() for row, c in zip(expected, completions, strict=True)
+        (row[: len(c.logprobs)] - torch.tensor(c.logprobs, device="cpu")).abs().max()
+        for row, c in zip(expected, completions, strict=True)
     ]
     largest = float(torch.stack(differences).max())
     if not largest <= tolerance:

@@ -30,7 +30,7 @@ def rollout_weights(offsets: torch.Tensor, group_weighting: GroupWeighting) -> t
     sizes = offsets.diff()
     if group_weighting == "rollout":
         n = int(sizes.sum())
-        return torch.full((n,), 1.0 / max(n, 1))
+        return torch.full((n,), 1.0 / max(n, 1), device="cpu")
     groups = int((sizes > 0).sum())
     return (1.0 / (sizes.double() * groups)).repeat_interleave(sizes).float()
 

@@ -194,10 +194,10 @@ def _supervised_batch(prompts: list[Prompt], tokenizer: Any) -> tuple[torch.Tens
     asked = tokenizer([p.text for p in prompts], add_special_tokens=False)["input_ids"]
     answers = tokenizer([p.answer for p in prompts], add_special_tokens=False)["input_ids"]
     longest = max(len(a) + len(b) for a, b in zip(asked, answers, strict=True)) + 1
-    tokens = torch.full((len(prompts), longest), tokenizer.pad_token_id)
-    labels = torch.full((len(prompts), longest), IGNORED)
+    tokens = torch.full((len(prompts), longest), tokenizer.pad_token_id, device="cpu")
+    labels = torch.full((len(prompts), longest), IGNORED, device="cpu")
     for row, (prompt, answer) in enumerate(zip(asked, answers, strict=True)):
-        line = torch.tensor([*prompt, *answer, tokenizer.eos_token_id])
+        line = torch.tensor([*prompt, *answer, tokenizer.eos_token_id], device="cpu")
         tokens[row, : len(line)] = line
         labels[row, len(prompt) : len(line)] = line[len(prompt) :]
     return tokens, labels

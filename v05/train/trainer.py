@@ -340,8 +340,8 @@ class Trainer:
         rewards = shaped_rewards(batch.rewards, batch.completions, config.overlong, config.policy.max_new_tokens)
         sampled = time.perf_counter()
 
-        lengths = torch.tensor([len(c.tokens) for c in batch.completions], dtype=torch.int64)
-        mask = torch.arange(config.policy.max_new_tokens) < lengths[:, None]
+        lengths = torch.tensor([len(c.tokens) for c in batch.completions], dtype=torch.int64, device="cpu")
+        mask = torch.arange(config.policy.max_new_tokens, device="cpu") < lengths[:, None]
         out = self.advantages(batch, rewards, config.scale, response_mask=mask)
         unbiased = self.unbiased_advantages(batch, mask) if config.budget.unbiased else None
         advantages = out.advantages if unbiased is None else unbiased
@@ -392,7 +392,7 @@ class Trainer:
             invalid=batch.invalid,
             failures=len(batch.failures),
             failure=batch.failures[-1] if batch.failures else None,
-            verifier_timeouts=int(self.world.sum(torch.tensor(self.verifier.timed_out - timeouts_before))),
+            verifier_timeouts=int(self.world.sum(torch.tensor(self.verifier.timed_out - timeouts_before, device="cpu"))),
             in_flight=batch.in_flight,
             generate_seconds=batch.generate_seconds,
             verify_seconds=batch.verify_seconds,
@@ -614,7 +614,7 @@ class Trainer:
     def rescore(self, batch: RolloutBatch) -> list[NDArray[np.float32]]:
         """The completions' log-probabilities under the trainer's own policy, before the update. Ranks share them out."""
         rescored = []
-        mine = torch.arange(len(batch.completions))[self.world.block(len(batch.completions))]
+        mine = torch.arange(len(batch.completions), device="cpu")[self.world.block(len(batch.completions))]
         for rows in mine.split(MICRO_BATCH) if len(mine) else ():
             prompts, completions = rollouts_of(batch, rows)
             logprobs = completion_logprobs(self.sampled, prompts, completions, self.tokenizer.pad_token_id).cpu().numpy()
@@ -638,14 +638,14 @@ class Trainer:
         offsets = torch.from_numpy(batch.offsets)
         records = []
         for part in parts:
-            rows = torch.arange(int(offsets[part[0]]), int(offsets[part[-1] + 1]))
+            rows = torch.arange(int(offsets[part[0]]), int(offsets[part[-1] + 1]), device="cpu")
             weights = rollout_weights(offsets[part[0] : part[-1] + 2] - offsets[part[0]], config.loss.group_weighting)
             weights = token_weights(weights, mask[rows], config.loss.aggregation)
             teaches = (advantages[rows] != 0).any(-1) | (self.reference is not None)
             if not teaches.any():
                 continue
             self.optimizer.zero_grad()
-            totals = torch.zeros(3)
+            totals = torch.zeros(3, device="cpu")
             for chunk in torch.nonzero(teaches).squeeze(-1).split(MICRO_BATCH * world.size):
                 width = int(mask[rows[chunk]].sum(-1).max())
                 share, share_weights = chunk[world.rank :: world.size], weights[chunk[world.rank :: world.size]]
@@ -694,7 +694,7 @@ class Trainer:
             kl_coefficient=settings.kl_coefficient,
         )
         (loss.total * self.world.size).backward()  # ranks' gradients are averaged, their losses add up
-        kl = torch.tensor(torch.nan) if loss.kl is None else loss.kl.detach().cpu()
+        kl = torch.tensor(torch.nan, device="cpu") if loss.kl is None else loss.kl.detach().cpu()
         return torch.stack((loss.total.detach().cpu(), loss.clipped.cpu(), kl))
 
     def evaluate(self) -> tuple[float, list[int]]:
@@ -784,9 +784,9 @@ def rollouts_of(batch: RolloutBatch, rows: torch.Tensor) -> tuple[list[tuple[int
 
 def padded(rows: Sequence[NDArray[np.float32]], width: int) -> torch.Tensor:
     """(N, width) float32, zero beyond the end of each row."""
-    matrix = torch.zeros(len(rows), width)
+    matrix = torch.zeros(len(rows), width, device="cpu")
     for i, row in enumerate(rows):
-        matrix[i, : len(row)] = torch.tensor(row)
+        matrix[i, : len(row)] = torch.tensor(row, device="cpu")
     return matrix
 
 

@@ -109,14 +109,16 @@ class Backbone:
             list(prompts), padding=True, truncation=True, max_length=self.limit, return_tensors="pt", return_token_type_ids=False
         ).to(self._model.device)
         if batch["input_ids"].shape[1] == 0:  # nothing but empty prompts, for a tokenizer that adds nothing
-            return torch.zeros(len(prompts), 1, self.width), torch.ones(len(prompts), 1, dtype=torch.bool)
+            return torch.zeros(len(prompts), 1, self.width, device="cpu"), torch.ones(
+                len(prompts), 1, dtype=torch.bool, device="cpu"
+            )
         states: Tensor = self._model(**batch).last_hidden_state.float()
         return states.cpu(), batch["attention_mask"].bool().cpu()
 
     def _pooled(self, states: Tensor, mask: Tensor) -> Tensor:
         kept = mask[..., None].float()
         mean = (states * kept).sum(1) / kept.sum(1).clamp(min=1)
-        last = states[torch.arange(len(states)), mask.sum(1).clamp(min=1) - 1] * mask.any(1, keepdim=True)
+        last = states[torch.arange(len(states), device=states.device), mask.sum(1).clamp(min=1) - 1] * mask.any(1, keepdim=True)
         parts = {"mean": (mean,), "last": (last,), "cls": (states[:, 0],), "both": (mean, last)}[self._pooling]
         return torch.nn.functional.normalize(torch.cat([torch.nn.functional.normalize(part, dim=-1) for part in parts], -1), dim=-1)
 

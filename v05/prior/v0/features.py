@@ -74,8 +74,8 @@ def in_context_task(views: tuple[Tensor, Tensor], context: Context, past: Past, 
     own = torch.from_numpy(
         np.stack([np.concatenate((getattr(context.past, name), getattr(past, name))) for name in ("surplus", "trials", "age")], -1)
     )
-    age = torch.cat((torch.from_numpy(np.log1p(context.age)), torch.zeros(len(text) - count, dtype=torch.float64)))
-    situation = torch.tensor([context.current, float(surplus.std(correction=0)), np.log(count) / 5])
+    age = torch.cat((torch.from_numpy(np.log1p(context.age)), torch.zeros(len(text) - count, dtype=torch.float64, device="cpu")))
+    situation = torch.tensor([context.current, float(surplus.std(correction=0)), np.log(count) / 5], device="cpu")
     rows = torch.cat((text, own[:, :1], torch.log1p(own[:, 1:]), age[:, None], situation.expand(len(text), 3)), -1)
     labels = torch.stack((surplus, weight), -1)
     base = torch.logit((context.current + text[:, 2]).clamp(LOWEST, HIGHEST))
@@ -144,7 +144,7 @@ def _neighbours(kernel: Tensor, norms: Tensor, surplus: Tensor, weight: Tensor) 
     similarity[:count].fill_diagonal_(-torch.inf)
     nearest = similarity.topk(min(NEIGHBOURS, count)).indices
     distance = (norms[:, None] + norms[nearest] - 2 * kernel.gather(-1, nearest)).clamp(min=0) / (norms[:count].mean() + JITTER)
-    near = weight[nearest] * (NEAR / (distance + NEAREST)) ** 2 * (nearest != torch.arange(len(kernel))[:, None])
+    near = weight[nearest] * (NEAR / (distance + NEAREST)) ** 2 * (nearest != torch.arange(len(kernel), device="cpu")[:, None])
     return (near * surplus[nearest]).sum(-1) / (near.sum(-1) + 1), torch.log1p(near.sum(-1))
 
 

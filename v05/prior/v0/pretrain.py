@@ -258,8 +258,9 @@ def validate(head: InContextHead, tasks: list[tuple[Task, torch.Tensor]]) -> tup
 
 def flipped(task: Task, generator: torch.Generator) -> Task:
     """The same task with the signs of the principal components, which mean nothing, drawn anew."""
-    signs = torch.ones(task.rows.shape[1])
-    signs[FIRST_COORDINATE : FIRST_COORDINATE + COORDINATES] = torch.randint(0, 2, (COORDINATES,), generator=generator) * 2.0 - 1
+    signs = torch.ones(task.rows.shape[1], device="cpu")
+    drawn = torch.randint(0, 2, (COORDINATES,), generator=generator, device="cpu")
+    signs[FIRST_COORDINATE : FIRST_COORDINATE + COORDINATES] = drawn * 2.0 - 1
     return Task(task.rows * signs, task.labels, task.base)
 
 
@@ -304,7 +305,7 @@ def main(
         first = state["epoch"]
     for epoch in range(first, epochs):
         generator = torch.Generator().manual_seed(seed * 1000 + epoch)
-        order = torch.randperm(len(training), generator=generator)[: len(training) // ACCUMULATED * ACCUMULATED]
+        order = torch.randperm(len(training), generator=generator, device="cpu")[: len(training) // ACCUMULATED * ACCUMULATED]
         for batch in track(order.split(ACCUMULATED), f"epoch {epoch + 1} of {epochs}"):
             optimizer.zero_grad()
             for i in batch.tolist():

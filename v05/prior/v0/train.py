@@ -68,7 +68,7 @@ class _TokenStates:
         if adapter is not None:
             kept = [self._states[prompt] for prompt in prompts]
             states = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True).float()
-            mask = torch.arange(states.shape[1]) < torch.tensor([len(s) for s in kept])[:, None]
+            mask = torch.arange(states.shape[1], device="cpu") < torch.tensor([len(s) for s in kept], device="cpu")[:, None]
             meaning = joined(meaning, adapter(states, mask))
         return meaning.double(), torch.stack([self.surface[prompt] for prompt in prompts])
 
