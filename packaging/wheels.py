@@ -28,7 +28,7 @@ BELONGS = {
     "v05/__init__.py",
     "v05/py.typed",
     "v05/_core.pyi",
-    "v05/kernels/advantage.py",
+    "v05/kernels/advantage/kernel.py",
     "v05/prior/v0/head.safetensors",
     "v05/report/page.html",
 }

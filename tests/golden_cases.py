@@ -8,7 +8,8 @@ import pytest
 
 from v05.methods import Calibration
 
-CASES: list[dict[str, Any]] = json.loads((Path(__file__).parent / "golden" / "fused_advantage.json").read_text())
+GOLDEN = Path(__file__).parent / "golden"
+CASES: list[dict[str, Any]] = [case for file in sorted(GOLDEN.glob("*.json")) for case in json.loads(file.read_text())]
 
 
 def golden_parameters() -> list[Any]:
@@ -22,6 +23,7 @@ def golden_options(case: dict[str, Any]) -> dict[str, Any]:
         "method": case["method"],
         "scale": case["scale"],
         "leave_one_out": case["leave_one_out"],
+        "energy": case.get("energy"),
         "reward_range": tuple(case["reward_range"]),
         "calibration": None if case["calibration"] is None else Calibration(**case["calibration"]),
     }

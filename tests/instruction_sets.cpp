@@ -21,8 +21,17 @@ void add(const std::vector<T>& values) {
   }
 }
 
+template <class T>
+v05::Buffer buffer(std::vector<T>& values, v05::Dtype dtype) {
+  return {.data = values.data(), .dtype = dtype, .size = values.size()};
+}
+
+template <class Real>
+constexpr v05::Dtype kReal = sizeof(Real) == sizeof(float) ? v05::Dtype::kFloat32 : v05::Dtype::kFloat64;
+
+// Token rewards to padded advantages and statistics.
 template <class Real, class Mask>
-void run(v05::Baseline baseline, bool leave_one_out, v05::Scale scale) {
+void run(v05::Dtype mask_dtype, v05::Baseline baseline, bool leave_one_out, v05::Scale scale) {
   constexpr std::size_t kRows = 211;
   constexpr std::size_t kTokens = 75;  // no multiple of any vector
   constexpr std::int64_t kGroups = 50;
@@ -33,39 +42,46 @@ void run(v05::Baseline baseline, bool leave_one_out, v05::Scale scale) {
     tokens[i] = static_cast<Real>(static_cast<double>(random()) * 0x1p-64 / kTokens);
     mask[i] = static_cast<Mask>(random() % 3 != 0);
   }
+  std::vector<double> energy(kRows);
+  for (double& of_row : energy) {
+    of_row = static_cast<double>(random()) * 0x1p-64;
+  }
   std::vector<std::int64_t> offsets(kGroups + 1, kRows);
   for (std::int64_t g = 0; g < kGroups; ++g) {
     offsets[static_cast<std::size_t>(g)] = g * 4;
   }
   const std::vector<double> prior(kGroups, 0.4);
-  const v05::AdvantageRule rule{.baseline = baseline, .scale = scale, .leave_one_out = leave_one_out};
-  std::vector<double> outcomes(kRows);
-  v05::sum_tokens(std::span<const Real>(tokens), mask.data(), std::span<double>(outcomes), 1);
-  std::vector<double> advantages(kRows);
-  v05::compute_advantages(v05::Rollouts<double>{.rewards = outcomes, .valid = {}, .trajectory_ids = {}},
-                          v05::Groups{.offsets = offsets, .ids = {}, .count = kGroups}, std::span<const double>(prior),
-                          rule, std::span<double>(advantages), v05::StatisticsOut{}, 1);
-  std::vector<Real> spread(tokens.size());
-  const std::vector<Real> rounded(advantages.begin(), advantages.end());
-  v05::spread_padded(std::span<const Real>(rounded), mask.data(), std::span<Real>(spread), 1);
-  add(outcomes);
+  const v05::Options options{.baseline = baseline, .scale = scale, .leave_one_out = leave_one_out};
+  v05::Rollouts rollouts;
+  rollouts.rewards = buffer(tokens, kReal<Real>);
+  rollouts.mask = buffer(mask, mask_dtype);
+  rollouts.energy = energy;
+  rollouts.count = kRows;
+  rollouts.by_token = true;
+  std::vector<Real> advantages(tokens.size());
+  std::vector<double> table(v05::kStatistics.size() * kGroups);
+  v05::fused_advantage(rollouts, v05::Groups{.offsets = offsets, .ids = {}, .count = kGroups}, prior, options,
+                       buffer(advantages, kReal<Real>), v05::Table{.data = table.data(), .groups = kGroups}, 1);
   add(advantages);
-  add(spread);
+  add(table);
 }
 
 }  // namespace
 
 int main() {
-  constexpr auto kShrinkage = v05::Baseline::kShrinkage;
+  using enum v05::Dtype;
   for (const v05::Scale scale : {v05::Scale::kNone, v05::Scale::kGroup, v05::Scale::kBatch}) {
-    run<float, std::uint8_t>(kShrinkage, false, scale);
-    run<float, std::int64_t>(kShrinkage, false, scale);
-    run<float, float>(kShrinkage, false, scale);
-    run<double, std::uint8_t>(kShrinkage, false, scale);
-    run<double, std::int64_t>(kShrinkage, false, scale);
-    run<double, float>(kShrinkage, false, scale);
-    run<double, float>(v05::Baseline::kCalibrated, false, scale);
-    run<double, float>(v05::Baseline::kCalibrated, true, scale);
+    run<float, std::uint8_t>(kBytes, v05::Baseline::kShrinkage, false, scale);
+    run<float, std::int64_t>(kInt64, v05::Baseline::kShrinkage, false, scale);
+    run<float, float>(kFloat32, v05::Baseline::kShrinkage, false, scale);
+    run<double, std::uint8_t>(kBytes, v05::Baseline::kShrinkage, false, scale);
+    run<double, std::int64_t>(kInt64, v05::Baseline::kShrinkage, false, scale);
+    run<double, float>(kFloat32, v05::Baseline::kShrinkage, false, scale);
+    for (const bool leave_one_out : {false, true}) {
+      run<double, float>(kFloat32, v05::Baseline::kCalibrated, leave_one_out, scale);
+      run<double, float>(kFloat32, v05::Baseline::kEnergyMean, leave_one_out, scale);
+      run<double, float>(kFloat32, v05::Baseline::kBatchMean, leave_one_out, scale);
+    }
   }
   std::printf("%016llx\n", static_cast<unsigned long long>(hash));
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from advantage_columns import columns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -35,7 +36,7 @@ def digest() -> str:
         for mask_dtype in (torch.bool, torch.int64, torch.float32):
             for rewards in (tokens, tokens.double(), tokens[:, 0]):
                 out = fused_advantage(rewards, prior, response_mask=mask.to(mask_dtype), **options)
-                for tensor in (out.advantages, out.stats.table):
+                for tensor in (out.advantages, *columns(out.stats)):
                     seen.update(tensor.numpy().tobytes())
         for dtype in (torch.float32, torch.float64):
             out = fused_advantage(tokens[:, 0], prior, dtype=dtype, cu_seqlens=cu_seqlens, **options)
@@ -44,7 +45,7 @@ def digest() -> str:
             for leave_one_out in (False, True):
                 fused = options | dict(method="calibrated", leave_one_out=leave_one_out)
                 out = fused_advantage(rewards, prior, dtype=torch.float64, **fused)
-                for tensor in (out.advantages, out.stats.table):
+                for tensor in (out.advantages, *columns(out.stats)):
                     seen.update(tensor.numpy().tobytes())
         many = torch.from_numpy(rng.random(200_000))
         out = fused_advantage(many, group_offsets=torch.arange(0, 200_001, 4), scale=scale, method="grpo")
@@ -75,7 +76,7 @@ def test_the_form_of_the_groups_does_not_change_a_bit(scale):
     by_offset = fused_advantage(rewards, prior, group_offsets=offsets, scale=scale)
     by_id = fused_advantage(rewards, prior, group_ids=ids, num_groups=300, scale=scale)
     assert torch.equal(by_offset.advantages, by_id.advantages)
-    torch.testing.assert_close(by_offset.stats.table, by_id.stats.table, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(columns(by_offset.stats), columns(by_id.stats), rtol=0, atol=0, equal_nan=True)
 
 
 def test_instruction_set_does_not_change_a_bit(tmp_path):
@@ -88,7 +89,7 @@ def test_instruction_set_does_not_change_a_bit(tmp_path):
     for level in levels:
         program = tmp_path / level
         options = ["-std=c++20", "-O3", "-ffp-contract=off", "-DV05_MULTIVERSION=", f"-march={level}"]
-        sources = [ROOT / path for path in ("tests/instruction_sets.cpp", "csrc/advantage.cpp", "csrc/grouping.cpp")]
+        sources = [ROOT / "tests" / "instruction_sets.cpp", *(ROOT / "csrc" / "advantage").glob("*.cpp")]
         subprocess.run(["g++", *options, f"-I{ROOT / 'csrc' / 'include'}", "-o", program, *sources], check=True)
         printed.add(subprocess.run([program], capture_output=True, text=True, check=True).stdout)
     assert len(printed) == 1

@@ -12,7 +12,8 @@ from hypothesis.extra import numpy as hnp
 
 from v05 import reference
 from v05.methods import METHODS, Calibration
-from v05.ops import factorize, first_of_trajectory, fused_advantage, group_rows_on_device
+from v05.ops import factorize, fused_advantage
+from v05.ops.advantage.backends import first_of_trajectory, group_rows_on_device
 
 FLOAT32 = 1e-6
 
@@ -68,6 +69,7 @@ def batches(draw):
         "group_ids": draw(hnp.arrays(np.int64, n, elements=st.integers(0, groups - 1))),
         "prior": np.clip(prior, low, high),
         "valid": draw(hnp.arrays(np.bool_, n)),
+        "energy": draw(hnp.arrays(np.float64, n, elements=st.sampled_from([0.0, 1.0]) | st.floats(0, 100, width=32))),
         "num_groups": groups,
         "method": draw(st.sampled_from(sorted(METHODS))),
         "scale": draw(st.sampled_from([None, "none", "group", "batch"])),

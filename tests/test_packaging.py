@@ -35,7 +35,7 @@ def wheel(tmp_path_factory):
 
 def test_wheel_holds_the_package_the_kernels_and_the_types(wheel):
     files = {str(p.relative_to(wheel)) for p in wheel.rglob("*") if p.is_file()}
-    assert {"v05/__init__.py", "v05/py.typed", "v05/_core.pyi", "v05/kernels/advantage.py", "v05/kernels/aot.py"} <= files
+    assert {"v05/__init__.py", "v05/py.typed", "v05/_core.pyi", "v05/kernels/advantage/kernel.py", "v05/kernels/aot.py"} <= files
     assert {"v05/report/page.html", "v05/report/page.css", "v05/report/page.js"} <= files
     assert (wheel / "v05/prior/v0/head.safetensors").stat().st_size < 3_000_000
     assert any(f.startswith("v05/_core.") and f.endswith((".so", ".pyd")) for f in files)

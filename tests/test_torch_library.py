@@ -10,6 +10,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from v05.methods import METHODS, Baseline, Calibration
 from v05.ops import AdvantageOutput, fused_advantage
+from v05.ops.advantage.stats import STATISTICS
 
 # Inductor's and the tracer's own imports and autotuning are not ours to keep free of warnings.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -47,10 +48,11 @@ def _fresh_compiler():
 
 def assert_same(seen: AdvantageOutput, expected: AdvantageOutput) -> None:
     torch.testing.assert_close(seen.advantages, expected.advantages, rtol=0, atol=0)
-    for name in ("table", "prior"):
-        torch.testing.assert_close(getattr(seen.stats, name), getattr(expected.stats, name), rtol=0, atol=0, equal_nan=True)
-    for name in ("mse", "weight", "hallucination"):
-        assert (getattr(seen.stats, name) is None) == (getattr(expected.stats, name) is None)
+    for name in (*STATISTICS, "prior"):
+        ours, theirs = getattr(seen.stats, name), getattr(expected.stats, name)
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 def operands(layout, grouping="offsets", *, stats=True, baseline=2):
@@ -60,13 +62,14 @@ def operands(layout, grouping="offsets", *, stats=True, baseline=2):
     out = torch.zeros(N) if not extra else torch.zeros(TOKENS) if mask is None else torch.zeros(N, 5)
     tensors = (
         REWARDS,
-        *((OFFSETS, None) if grouping == "offsets" else (None, IDS)),
-        4,
-        PRIOR.nan_to_num(0.5).double(),  # opcheck holds NaN for unequal to itself
         None if mask is None else mask.to(torch.uint8),
         None if cu_seqlens is None else cu_seqlens.long(),
         torch.ones(N, dtype=torch.bool),
         None,
+        torch.arange(N).double(),
+        4,
+        *((OFFSETS, None) if grouping == "offsets" else (None, IDS)),
+        PRIOR.nan_to_num(0.5).double(),  # opcheck holds NaN for unequal to itself
         out,
     )
     scale, leave_one_out, raw_singleton, exclude_nonfinite = 0, False, False, False
@@ -105,6 +108,7 @@ def test_compiled_with_everything_else(method):
     options = {
         "valid": torch.arange(N) != 4,
         "trajectory_ids": torch.arange(N),
+        "energy": torch.arange(N).double(),
         "method": method,
         "scale": "batch",
         "leave_one_out": True,
@@ -291,7 +295,7 @@ def test_an_exported_program_reads_inputs_of_any_form():
             given = (*arguments[:position], form, *arguments[position + 1 :])
             torch.testing.assert_close(program(*given), Advantage()(*given), rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"prior: shape \(3,\) for 4 groups"):
-        torch.ops.v05.fused_advantage(*operands("padded")[:4], PRIOR[:3], *operands("padded")[5:])
+        torch.ops.v05.fused_advantage(*operands("padded")[:9], PRIOR[:3], *operands("padded")[10:])
     with pytest.raises(ValueError, match=r"rewards: token rewards .* need response_mask"):
         torch.ops.v05.fused_advantage(torch.rand(N, 5), *operands("per-rollout")[1:])
 

@@ -11,37 +11,34 @@ def are_strings(name: str, keys: Sequence[object] | NDArray[np.object_]) -> bool
 def factorize(keys: Sequence[object] | NDArray[np.object_]) -> tuple[NDArray[np.int64], int]: ...
 def check_offsets(name: str, offsets: NDArray[np.int64], end: int | None) -> None: ...
 def check_mask(mask: int, dtype: int, rows: int, size: int) -> None: ...
+
+STATISTICS: list[str]
+
+class Options:
+    def __init__(
+        self,
+        *,
+        baseline: int,
+        scale: int,
+        leave_one_out: bool,
+        raw_singleton: bool,
+        exclude_nonfinite: bool,
+        low: float,
+        high: float,
+        eps: float,
+        max_rollouts: int,
+        cost: float,
+        calibration: Sequence[float],
+    ) -> None: ...
+
 def fused_advantage(
-    rewards: int,
-    rewards_dtype: int,
-    token_rewards: bool,
-    rows: int,
-    offsets: int | None,
-    ids: int | None,
-    num_groups: int,
+    rollouts: tuple[int, bool, int, int, int | None, int, int | None, int | None, int | None, int | None],
+    groups: tuple[int, int | None, int | None],
     prior: int | None,
-    mask: int | None,
-    mask_dtype: int,
-    cu_seqlens: int | None,
-    valid: int | None,
-    trajectory_ids: int | None,
-    out: int,
-    out_dtype: int,
-    out_size: int,
-    table: int,
+    options: Options,
+    out: tuple[int, int, int],
+    table: int | None,
     threads: int,
-    stats: bool,
-    baseline: int,
-    scale: int,
-    leave_one_out: bool,
-    raw_singleton: bool,
-    exclude_nonfinite: bool,
-    low: float,
-    high: float,
-    eps: float,
-    max_rollouts: int,
-    cost: float,
-    calibration: Sequence[float],
     /,
 ) -> None: ...
 def build_info() -> dict[str, str | bool]: ...

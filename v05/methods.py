@@ -2,7 +2,7 @@
 calibration.
 
 A method is a row of data, not code. No other file compares a method's name with a string. The arithmetic behind `Baseline` lives
-in the fusion files: `csrc/include/v05/fusion.hpp`, `kernels/fusion.py` and, as the specification, `v05/reference.py`.
+in the fusion files: `csrc/include/v05/fusion.hpp`, `kernels/advantage/fusion.py` and, as the specification, `v05/reference.py`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ Scale = Literal["none", "group", "batch"]
 
 
 class Baseline(IntEnum):
-    """What is subtracted from a reward. The numbers are shared with `fusion.hpp` and `kernels/fusion.py`."""
+    """What is subtracted from a reward. The numbers are shared with `fusion.hpp` and `kernels/advantage/fusion.py`."""
 
     GROUP_MEAN = 0
     PRIOR = 1
     SHRINKAGE = 2
     CALIBRATED = 3
+    ZERO = 4
+    BATCH_MEAN = 5
+    ENERGY_MEAN = 6
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,13 @@ class Calibration:
 
 
 BudgetRule = Literal["osla", "calibrated"]
+# Of the baselines with a prior, the sequential test of the prior.
 BUDGET_RULES: dict[Baseline, BudgetRule] = {
     Baseline.PRIOR: "osla",
     Baseline.SHRINKAGE: "osla",
     Baseline.CALIBRATED: "calibrated",
 }
+ONE_ROLLOUT: Mapping[str, Any] = {"budget": {"initial": 1, "maximum": 1}}
 FIXED_AT_4: Mapping[str, Any] = {"budget": {"initial": 4, "maximum": 4}}
 
 
@@ -83,6 +88,7 @@ class Method:
         leave_one_out: the baseline of a rollout never sees that rollout's own reward.
         recipe: what its paper prescribes beside the advantage: fields of `v05.train.config.RunConfig`. Departures stand in
             v05/train/loss.py and v05/train/trainer.py.
+        weight: what the rollouts of a group are weighed by: their `energy`, or their length where no energy is given.
         rival: ours are compared with it at its best group size in the headline experiment.
     """
 
@@ -93,12 +99,13 @@ class Method:
     scale: Scale = "none"
     leave_one_out: bool = False
     recipe: Mapping[str, Any] = field(default_factory=lambda: FIXED_AT_4)
+    weight: Literal["energy", "length"] | None = None
     rival: bool = False
 
     @property
     def needs_prior(self) -> bool:
         """The method reads a value prior, and therefore a `reward_range` that holds prior and rewards."""
-        return self.baseline is not Baseline.GROUP_MEAN
+        return self.baseline in BUDGET_RULES
 
     @property
     def budget_rule(self) -> BudgetRule | None:
@@ -169,6 +176,17 @@ METHODS = {
                 "loss": {"clip_high": 0.28},
             },
         ),
+        Method("none", Baseline.ZERO, "REINFORCE, Williams 1992", colour=("#111827", "#e5e7eb"), recipe=ONE_ROLLOUT),
+        Method(
+            "batch",
+            Baseline.BATCH_MEAN,
+            "REINFORCE with the batch's mean, leave-one-out",
+            colour=("#4d7c0f", "#a3e635"),
+            leave_one_out=True,
+            recipe=ONE_ROLLOUT,
+        ),
+        Method("opo", Baseline.ENERGY_MEAN, "OPO, arXiv 2505.23585", colour=("#b45309", "#fcd34d"), weight="length"),
+        Method("otb", Baseline.ENERGY_MEAN, "OTB, arXiv 2602.07078", colour=("#0369a1", "#38bdf8"), weight="energy"),
     )
 }
 REFERENCE = METHODS["grpo"]  # what the others are measured against

@@ -153,6 +153,7 @@ def fused_advantage(
     *,
     valid: ArrayLike | None = None,
     trajectory_ids: ArrayLike | None = None,
+    energy: ArrayLike | None = None,
     num_groups: int | None = None,
     method: str = "v05",
     scale: Scale | None = None,
@@ -172,6 +173,7 @@ def fused_advantage(
         prior: (G,) value prior in reward units, NaN where there is none.
         valid: (N,) bool; False rows are left out of the statistics and get advantage 0.
         trajectory_ids: (N,) rows of a group that share an id count once in the statistics.
+        energy: (N,) weights of at least 0, for the methods that weigh rollouts.
         num_groups: G; None is the largest id + 1.
         others: as in `v05.ops.fused_advantage`.
     """
@@ -198,11 +200,21 @@ def fused_advantage(
     def scaled(x: float) -> float:
         return (x - lo) / (hi - lo)
 
+    weights = np.zeros(len(r)) if energy is None else np.asarray(energy, dtype=np.float64)
+
+    def weighted_mean(rows: list[int], without: int | None = None) -> float:
+        """By energy, a row taken out; NaN where nothing is left."""
+        left = [] if without is None else [without]
+        total = math.fsum(weights[rows]) - math.fsum(weights[left])
+        return (math.fsum(weights[rows] * r[rows]) - math.fsum(weights[left] * r[left])) / total if total > 0 else math.nan
+
     def baseline_of(count: int, mean: float, successes: float, value: float) -> float:
         if rule.baseline is Baseline.CALIBRATED:
             return lo + (hi - lo) * calibrated(count, successes, scaled(value), calibration).baseline
-        if rule.baseline is Baseline.GROUP_MEAN:
+        if rule.baseline in (Baseline.GROUP_MEAN, Baseline.ENERGY_MEAN):
             return mean
+        if rule.baseline in (Baseline.ZERO, Baseline.BATCH_MEAN):
+            return 0.0  # known before any group is looked at
         if rule.baseline is Baseline.PRIOR:
             return mean if math.isnan(value) else value
         return uncentred(shrinkage(count, centred(mean), centred(value)).baseline)
@@ -216,6 +228,7 @@ def fused_advantage(
         counted.append(list(first.values()))
 
     everything = np.concatenate([r[c] for c in counted]) if counted else r
+    batch_mean = float(np.mean(everything)) if len(everything) else math.nan
     advantages = np.zeros(len(r))
     statistics = []
     for g in range(groups):
@@ -225,8 +238,14 @@ def fused_advantage(
         var = float(np.var(x, ddof=1)) if k > 1 else 0.0
         successes = math.fsum(map(scaled, x))
         baseline = baseline_of(k, mean, successes, v[g])
-        if k == 0 and rule.baseline is Baseline.GROUP_MEAN:
+        if rule.baseline is Baseline.ENERGY_MEAN and not math.isnan(weighted := weighted_mean(counted[g])):
+            baseline = weighted
+        elif k == 0 and rule.baseline in (Baseline.GROUP_MEAN, Baseline.ENERGY_MEAN):
             baseline = v[g]
+        elif rule.baseline is Baseline.BATCH_MEAN:
+            baseline = batch_mean
+        elif rule.baseline is Baseline.ZERO:
+            baseline = 0.0
         extra: dict[str, float | bool] = {}
         if rule.baseline is Baseline.SHRINKAGE:
             fused = shrinkage(k, centred(mean), centred(v[g]))
@@ -258,8 +277,17 @@ def fused_advantage(
                 b = baseline_of(0, math.nan, 0.0, v[g])
             else:
                 b = baseline
-            without = rule.baseline is Baseline.GROUP_MEAN or (rule.baseline is not Baseline.CALIBRATED and math.isnan(v[g]))
-            if k == 1 and without:  # nothing to be compared with
+            alone = k == 1 and (not rule.needs_prior or (math.isnan(v[g]) and rule.baseline is not Baseline.CALIBRATED))
+            if leave_one_out and rule.baseline is Baseline.ENERGY_MEAN:
+                if not math.isnan(weighted := weighted_mean(counted[g], without=int(i))):
+                    b = weighted
+            elif rule.baseline is Baseline.BATCH_MEAN:
+                n = len(everything)
+                alone = n == 1
+                b = batch_mean + (batch_mean - r[i]) / (n - 1) if leave_one_out and n > 1 else batch_mean
+            elif rule.baseline is Baseline.ZERO:
+                alone, b = False, 0.0
+            if alone:  # nothing to be compared with
                 advantages[i] = r[i] if singleton == "raw" else 0.0
             else:
                 advantages[i] = (r[i] - b) / divisor

@@ -4,18 +4,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <array>
 #include <cstdint>
-#include <functional>
 #include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
-#include <vector>
+#include <tuple>
 
-#include "v05/grouping.hpp"
-#include "v05/pages.hpp"
+#include "../advantage/checks.hpp"
 
 namespace py = pybind11;
 
@@ -26,99 +23,71 @@ namespace {
 using Address = std::uintptr_t;
 using MaybeAddress = std::optional<Address>;  // of what need not be given
 
-template <class T>
-std::span<T> view(const char* name, Address address, std::int64_t size) {
+void* memory(const char* name, Address address, std::size_t size) {
   if (address == 0 && size > 0) {
     throw std::invalid_argument(std::string(name) +
                                 ": a tensor without memory of its own; give a plain one, as wait() or " +
                                 "to_local() makes of those that collectives and DTensor return");
   }
-  return {reinterpret_cast<T*>(address), static_cast<std::size_t>(size)};
+  return reinterpret_cast<void*>(address);
 }
 
 template <class T>
-std::span<T> view(const char* name, MaybeAddress address, std::int64_t size) {
-  return address ? view<T>(name, *address, size) : std::span<T>{};
+std::span<const T> view(const char* name, MaybeAddress address, std::size_t size) {
+  return address ? std::span<const T>(static_cast<const T*>(memory(name, *address, size)), size) : std::span<const T>{};
 }
 
-// Shared by number with v05.ops.
-enum class Dtype { kNone = 0, kBytes = 1, kInt64 = 2, kFloat32 = 3, kFloat64 = 4, kInt32 = 5 };
-
-template <class Body>
-void with_real(Dtype dtype, const Body& body) {
-  dtype == Dtype::kFloat32 ? body.template operator()<float>() : body.template operator()<double>();
+v05::Buffer buffer(const char* name, MaybeAddress address, int dtype, std::size_t size) {
+  return {.data = address ? memory(name, *address, size) : nullptr,
+          .dtype = address ? v05::Dtype{static_cast<std::uint8_t>(dtype)} : v05::Dtype::kNone,
+          .size = size,
+          .name = name};
 }
 
-template <class Body>
-void with_mask(Dtype dtype, const Body& body) {
-  switch (dtype) {
-    case Dtype::kInt64:
-      body.template operator()<std::int64_t>();
-      break;
-    case Dtype::kInt32:
-      body.template operator()<std::int32_t>();
-      break;
-    case Dtype::kFloat32:
-      body.template operator()<float>();
-      break;
-    case Dtype::kFloat64:
-      body.template operator()<double>();
-      break;
-    default:
-      body.template operator()<std::uint8_t>();
-  }
+// The fields of v05.ops.advantage.inputs.Rollouts and Groups and of the output: addresses, each with its dtype where
+// that may differ.
+using RolloutFields = std::tuple<std::size_t, bool, Address, int, MaybeAddress, int, MaybeAddress, MaybeAddress,
+                                 MaybeAddress, MaybeAddress>;
+using GroupFields = std::tuple<std::int64_t, MaybeAddress, MaybeAddress>;
+using OutFields = std::tuple<Address, int, std::size_t>;
+
+v05::Rollouts rollouts_of(const RolloutFields& fields, std::size_t out_size) {
+  const auto& [rows, by_token, rewards, rewards_dtype, mask, mask_dtype, cu_seqlens, valid, trajectory_ids, energy] =
+      fields;
+  return {.rewards = buffer("rewards", rewards, rewards_dtype, by_token ? out_size : rows),
+          .mask = buffer("response_mask", mask, mask_dtype, out_size),
+          .cu_seqlens = view<std::int64_t>("cu_seqlens", cu_seqlens, rows + 1),
+          .valid = view<std::uint8_t>("valid", valid, rows),
+          .trajectory_ids = view<std::int64_t>("trajectory_ids", trajectory_ids, rows),
+          .energy = view<double>("energy", energy, rows),
+          .count = rows,
+          .by_token = by_token};
 }
 
-// The rows of v05.ops.AdvantageStats.table; those that the baseline does not define are empty.
-v05::StatisticsOut statistics_of(v05::Baseline baseline, std::int64_t groups, Address table) {
-  const bool shrinkage = baseline == v05::Baseline::kShrinkage;
-  const bool calibrated = baseline == v05::Baseline::kCalibrated;
-  const auto row = [&](std::int64_t i, bool defined) {
-    return defined ? std::span(reinterpret_cast<double*>(table) + i * groups, static_cast<std::size_t>(groups))
-                   : std::span<double>{};
-  };
-  return {.count = row(0, true),
-          .nonfinite = row(1, true),
-          .clipped = row(2, true),
-          .mean = row(3, true),
-          .variance = row(4, true),
-          .baseline = row(5, true),
-          .mse = row(6, shrinkage || calibrated),
-          .weight = row(7, shrinkage),
-          .statistic = row(8, shrinkage),
-          .p_value = row(9, shrinkage),
-          .hallucination = row(7, calibrated),
-          .take_more = row(calibrated ? 8 : 10, shrinkage || calibrated)};
+v05::Groups groups_of(const GroupFields& fields, std::size_t rows) {
+  const auto& [count, offsets, ids] = fields;
+  return {.offsets = view<std::int64_t>("group_offsets", offsets, static_cast<std::size_t>(count) + 1),
+          .ids = view<std::int64_t>("group_ids", ids, rows),
+          .count = count};
 }
 
-// Offsets of parts that lie one after another from 0 on, to `end` where it is known.
-void check_offsets(const std::string& name, std::span<const std::int64_t> values, std::optional<std::int64_t> end) {
-  if (!v05::rise_from_zero(values)) {
-    if (values.empty() || values.front() != 0) {
-      throw std::invalid_argument(name + ": starts at " +
-                                  (values.empty() ? "nothing" : std::to_string(values.front())) +
-                                  "; the first offset is 0");
-    }
-    const auto fall = std::adjacent_find(values.begin(), values.end(), std::greater<>());
-    throw std::invalid_argument(name + ": falls after position " + std::to_string(fall - values.begin()) + "; sort it");
-  }
-  if (end && values.back() != *end) {
-    const std::string last = std::to_string(values.back());
-    throw std::invalid_argument(name == "group_offsets"
-                                    ? name + ": ends at " + last + " for " + std::to_string(*end) +
-                                          " rollouts; the last offset is N"
-                                    : "out: shape (" + std::to_string(*end) + ",) for " + name + " that end at " +
-                                          last + "; give a contiguous (" + last + ",) tensor");
-  }
+void fused_advantage(const RolloutFields& given, const GroupFields& of_groups, MaybeAddress prior,
+                     const v05::Options& options, const OutFields& to, MaybeAddress table, int threads) {
+  const auto& [out_address, out_dtype, out_size] = to;
+  const v05::Rollouts rollouts = rollouts_of(given, out_size);
+  const v05::Groups groups = groups_of(of_groups, rollouts.count);
+  const auto count = static_cast<std::size_t>(groups.count);
+  const auto priors = view<double>("prior", prior, count);
+  const v05::Buffer out = buffer("out", out_address, out_dtype, out_size);
+  const v05::Table statistics{.data = reinterpret_cast<double*>(table.value_or(0)), .groups = count};
+  const py::gil_scoped_release release;
+  v05::fused_advantage(rollouts, groups, priors, options, out, statistics, threads);
 }
 
-void fused_advantage(Address rewards, int rewards_dtype, bool token_rewards, std::int64_t rows, MaybeAddress offsets,
-                     MaybeAddress ids, std::int64_t num_groups, MaybeAddress prior, MaybeAddress mask, int mask_dtype,
-                     MaybeAddress cu_seqlens, MaybeAddress valid, MaybeAddress trajectory_ids, Address out,
-                     int out_dtype, std::int64_t out_size, Address table, int threads, bool stats, int baseline,
-                     int scale, bool leave_one_out, bool raw_singleton, bool exclude_nonfinite, double low, double high,
-                     double eps, std::int64_t max_rollouts, double cost, const std::array<double, 4>& calibration) {
-  const v05::AdvantageRule rule{
+v05::Options make_options(int baseline, int scale, bool leave_one_out, bool raw_singleton, bool exclude_nonfinite,
+                          double low, double high, double eps, std::int64_t max_rollouts, double cost,
+                          const std::array<double, 4>& calibration) {
+  return {
       .baseline = static_cast<v05::Baseline>(baseline),
       .scale = static_cast<v05::Scale>(scale),
       .leave_one_out = leave_one_out,
@@ -130,93 +99,30 @@ void fused_advantage(Address rewards, int rewards_dtype, bool token_rewards, std
       .max_rollouts = max_rollouts,
       .cost = cost,
       .calibration = {.alpha = calibration[0], .beta = calibration[1], .kappa = calibration[2], .eps = calibration[3]}};
-  using Integers = const std::int64_t;
-  const v05::Groups groups{.offsets = view<Integers>("group_offsets", offsets, offsets ? num_groups + 1 : 0),
-                           .ids = view<Integers>("group_ids", ids, rows),
-                           .count = num_groups};
-  const std::span<Integers> starts = view<Integers>("cu_seqlens", cu_seqlens, rows + 1);
-  const auto priors = view<const double>("prior", prior, num_groups);
-  const auto are_valid = view<const std::uint8_t>("valid", valid, rows);
-  const auto trajectories = view<Integers>("trajectory_ids", trajectory_ids, rows);
-  if (!groups.offsets.empty()) {
-    check_offsets("group_offsets", groups.offsets, rows);
-  }
-  if (!starts.empty()) {
-    check_offsets("cu_seqlens", starts, out_size);
-  }
-  const v05::StatisticsOut statistics = statistics_of(rule.baseline, stats ? num_groups : 0, table);
-
-  const auto compute = [&]<class Real, class Out>(std::span<const Real> outcomes, std::span<Out> advantages) {
-    const v05::Rollouts<Real> rollouts{.rewards = outcomes, .valid = are_valid, .trajectory_ids = trajectories};
-    v05::compute_advantages(rollouts, groups, priors, rule, advantages, statistics, threads);
-  };
-  const auto mask_of = [&]<class Mask>() { return view<const Mask>("response_mask", mask, out_size); };
-  // From rewards of either kind.
-  const auto compute_rollouts = [&]<class Out>(std::span<Out> advantages) {
-    with_real(Dtype{rewards_dtype}, [&]<class Real>() {
-      if (!token_rewards) {
-        compute(view<const Real>("rewards", rewards, rows), advantages);
-        return;
-      }
-      std::vector<double> outcomes(static_cast<std::size_t>(rows));
-      with_mask(Dtype{mask_dtype}, [&]<class Mask>() {
-        v05::sum_tokens(view<const Real>("rewards", rewards, out_size), mask_of.template operator()<Mask>().data(),
-                        std::span(outcomes), threads);
-      });
-      compute(std::span<const double>(outcomes), advantages);
-    });
-  };
-  // To any layout.
-  const auto compute_into = [&]<class Out>() {
-    const std::span<Out> to = view<Out>("out", out, out_size);
-    v05::prefer_huge_pages(to);
-    if (!mask && starts.empty()) {
-      compute_rollouts(to);
-      return;
-    }
-    std::vector<Out> advantages(static_cast<std::size_t>(rows));
-    try {
-      compute_rollouts(std::span(advantages));
-    } catch (const std::invalid_argument&) {  // rewards are summed over the mask, which is then the one at fault
-      if (mask) {
-        with_mask(Dtype{mask_dtype}, [&]<class Mask>() {
-          v05::check_mask(mask_of.template operator()<Mask>(), static_cast<std::size_t>(rows));
-        });
-      }
-      throw;
-    }
-    const std::span<const Out> from(advantages);
-    if (mask) {
-      with_mask(Dtype{mask_dtype}, [&]<class Mask>() {
-        v05::spread_padded(from, mask_of.template operator()<Mask>().data(), to, threads);
-      });
-    } else {
-      v05::spread_packed(from, starts, to, threads);
-    }
-  };
-
-  const py::gil_scoped_release release;
-  with_real(Dtype{out_dtype}, compute_into);
 }
 
 }  // namespace
 
 void register_advantage(py::module_& m) {
+  using py::arg;
+  py::class_<v05::Options>(m, "Options")
+      .def(py::init(&make_options), py::kw_only(), arg("baseline"), arg("scale"), arg("leave_one_out"),
+           arg("raw_singleton"), arg("exclude_nonfinite"), arg("low"), arg("high"), arg("eps"), arg("max_rollouts"),
+           arg("cost"), arg("calibration"));
+  m.attr("STATISTICS") = py::cast(v05::kStatistics);
   m.def(
       "check_offsets",
       [](const std::string& name, const py::array_t<std::int64_t, py::array::c_style>& offsets,
          std::optional<std::int64_t> end) {
-        check_offsets(name, {offsets.data(), static_cast<std::size_t>(offsets.size())}, end);
+        v05::check_offsets(name, {offsets.data(), static_cast<std::size_t>(offsets.size())}, end);
       },
-      py::arg("name"), py::arg("offsets").noconvert(), py::arg("end"));
+      arg("name"), arg("offsets").noconvert(), arg("end"));
   m.def(
       "check_mask",
-      [](Address mask, int dtype, std::int64_t rows, std::int64_t size) {
-        with_mask(Dtype{dtype}, [&]<class Mask>() {
-          v05::check_mask(view<const Mask>("response_mask", mask, size), static_cast<std::size_t>(rows));
-        });
+      [](Address mask, int dtype, std::size_t rows, std::size_t size) {
+        v05::check_mask(buffer("response_mask", mask, dtype, size), rows);
       },
-      py::arg("mask"), py::arg("dtype"), py::arg("rows"), py::arg("size"));
+      arg("mask"), arg("dtype"), arg("rows"), arg("size"));
   // By position only: names would cost more than the advantages of a small batch.
   m.def("fused_advantage", &fused_advantage);
 }

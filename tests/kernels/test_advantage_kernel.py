@@ -10,16 +10,19 @@ from golden_cases import golden_options, golden_parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from v05 import reference
-from v05.kernels import advantage
-from v05.methods import METHODS, Baseline, Calibration
-from v05.ops import SCALES, AdvantageOutput, fused_advantage
+from v05 import _core, reference
+from v05.kernels.advantage import kernel, launch
+from v05.methods import METHODS, Calibration
+from v05.ops import AdvantageOutput, fused_advantage
+from v05.ops.advantage.options import SCALES
+from v05.ops.advantage.stats import STATISTICS
 
 # Four groups of 1 to 7 rollouts in shuffled rows; a prior that is right, one that is wrong, one that is missing.
 IDS = torch.tensor([2, 0, 1, 1, 0, 2, 1, 0, 2, 1, 3, 1, 0, 1, 1])
 REWARDS = torch.tensor([1, 0, 1, 1, 0.5, 1, 0, 1, 1, 0.25, 0.75, 1, 0, 1, 0.5])
 PRIOR = torch.tensor([0.4, 0.05, math.nan, 0.6], dtype=torch.float64)
 N = len(IDS)
+ENERGY = torch.tensor([3.0, 1, 0, 2, 0.5, 4, 1, 0, 0, 7, 0, 2, 2, 1, 0.25])
 
 
 def run(rewards=REWARDS, prior=PRIOR, ids=IDS, **options) -> AdvantageOutput:
@@ -84,7 +87,7 @@ def test_float32_rewards_at_a_large_offset_keep_their_digits():
 @pytest.mark.parametrize("leave_one_out", [False, True], ids=["full", "leave-one-out"])
 @pytest.mark.parametrize("method", METHODS)
 def test_methods(method, leave_one_out, scale):
-    options = {"method": method, "leave_one_out": leave_one_out, "scale": scale}
+    options = {"method": method, "leave_one_out": leave_one_out, "scale": scale, "energy": ENERGY.numpy()}
     out = run(**options)
     wanted, stats = expect(**options)
     assert_advantages(out.advantages, wanted)
@@ -119,9 +122,9 @@ def test_contiguous_groups():
 @pytest.mark.parametrize("layout", ["padded", "packed", "per-rollout"])
 def test_more_work_than_programs_and_blocks(layout, monkeypatch):
     """Groups beyond one block of rows, rows beyond one block of tokens, and fewer programs than either."""
-    monkeypatch.setattr(advantage, "MAX_BLOCK_ROWS", 16)
-    monkeypatch.setattr(advantage, "BLOCK_T", 32)
-    monkeypatch.setattr(advantage, "ENOUGH_PROGRAMS", 4)
+    monkeypatch.setattr(launch, "MAX_BLOCK_ROWS", 16)
+    monkeypatch.setattr(launch, "BLOCK_T", 32)
+    monkeypatch.setattr(launch, "ENOUGH_PROGRAMS", 4)
     draw = torch.Generator().manual_seed(0)
     ids = (torch.rand(56, generator=draw) < 0.2).long()
     rewards = torch.rand(56, generator=draw)
@@ -185,7 +188,7 @@ def test_token_rewards(dtype):
 @pytest.mark.parametrize("T", [None, 20], ids=["per-rollout", "padded"])
 @pytest.mark.parametrize("scale", SCALES)
 def test_nonfinite_rewards_are_left_out_and_counted_once(scale, T, monkeypatch):
-    monkeypatch.setattr(advantage, "BLOCK_T", 16)  # several programs a row
+    monkeypatch.setattr(launch, "BLOCK_T", 16)  # several programs a row
     rewards = REWARDS.clone()
     rewards[[0, 6, 9]] = torch.tensor([math.nan, math.inf, -math.inf])
     valid = rewards.isfinite()
@@ -200,7 +203,7 @@ def test_nonfinite_rewards_are_left_out_and_counted_once(scale, T, monkeypatch):
 @pytest.mark.parametrize("T", [None, 20], ids=["per-rollout", "padded"])
 @pytest.mark.parametrize("scale", SCALES)
 def test_values_outside_the_range_are_clipped_and_counted_once(scale, T, monkeypatch):
-    monkeypatch.setattr(advantage, "BLOCK_T", 16)  # several programs a row
+    monkeypatch.setattr(launch, "BLOCK_T", 16)  # several programs a row
     rewards = REWARDS.double()
     rewards[[0, 6]] = torch.tensor([1.5, -7.0], dtype=torch.float64)
     prior = torch.tensor([0.4, 1.2, math.nan, 0.6], dtype=torch.float64)
@@ -216,8 +219,9 @@ def test_values_outside_the_range_are_clipped_and_counted_once(scale, T, monkeyp
 @pytest.mark.parametrize("method", [m.name for m in METHODS.values() if not m.needs_prior])
 def test_methods_without_a_range_take_any_finite_reward(method):
     rewards = REWARDS * 40 - 7
-    out = run(rewards, PRIOR + 9, method=method)
-    wanted, stats = expect(rewards, PRIOR + 9, method=method)
+    options = {"method": method, "energy": ENERGY.numpy()}
+    out = run(rewards, PRIOR + 9, **options)
+    wanted, stats = expect(rewards, PRIOR + 9, **options)
     assert_advantages(out.advantages, wanted)
     assert_stats(out.stats, stats)
     assert out.stats.clipped.sum() == 0
@@ -227,7 +231,7 @@ def test_methods_without_a_range_take_any_finite_reward(method):
 def test_empty_groups(method):
     prior = torch.tensor([0.2, 0.4, math.nan, 0.05, 0.7, math.nan], dtype=torch.float64)
     ids = torch.tensor([1, 3, 3])
-    options = {"method": method, "num_groups": 6}
+    options = {"method": method, "num_groups": 6, "energy": ENERGY[:3].numpy()}
     out = run(REWARDS[:3], prior, ids, **options)
     wanted, stats = expect(REWARDS[:3], prior, ids, **options)
     assert_advantages(out.advantages, wanted)
@@ -251,7 +255,7 @@ def test_no_rollouts():
 def test_a_group_of_one(method, scale, singleton):
     ids, rewards = torch.tensor([0, 1, 1, 2]), torch.tensor([0.75, 0.0, 1.0, 0.5])
     prior = torch.tensor([0.3, 0.5, math.nan], dtype=torch.float64)
-    options = {"method": method, "scale": scale, "singleton": singleton, "leave_one_out": True}
+    options = {"method": method, "scale": scale, "singleton": singleton, "leave_one_out": True, "energy": [1.0, 2, 3, 4]}
     assert_advantages(run(rewards, prior, ids, **options).advantages, expect(rewards, prior, ids, **options)[0])
 
 
@@ -291,8 +295,8 @@ def test_budget_rule_arguments():
 
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch):
-    compiled_type = type(advantage.fused_advantage_kernel)  # as if TRITON_INTERPRET had not been set
-    monkeypatch.setattr(advantage.triton, "JITFunction", compiled_type)
+    compiled_type = type(kernel.fused_advantage_kernel)  # as if TRITON_INTERPRET had not been set
+    monkeypatch.setattr(launch.triton, "JITFunction", compiled_type)
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         run()
 
@@ -317,6 +321,7 @@ def problems(draw):
             "leave_one_out": draw(st.booleans()),
             "singleton": draw(st.sampled_from(["zero", "raw"])),
             "valid": torch.tensor(draw(st.lists(st.booleans(), **each))),
+            "energy": draw(st.lists(st.sampled_from([0.0, 1.0]) | st.floats(0, 9, width=32), **each)),
             "reward_range": draw(st.sampled_from([(0.0, 1.0), (-0.5, 3.0)])),
             "calibration": draw(st.none() | st.builds(Calibration, st.floats(-1, 1), st.floats(0, 2), st.floats(0.1, 50), UNIT)),
             "max_rollouts": draw(st.integers(1, 16)),
@@ -335,9 +340,8 @@ def test_against_the_reference(problem):
 
 
 def test_numbers_of_the_scales():
-    numbers = (advantage.UNSCALED, advantage.GROUP_SCALE, advantage.BATCH_SCALE)
+    numbers = (kernel.UNSCALED, kernel.GROUP_SCALE, kernel.BATCH_SCALE)
     assert [SCALES[number.value] for number in numbers] == ["none", "group", "batch"]
-    assert advantage.GROUP_MEAN.value == Baseline.GROUP_MEAN
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float16, torch.float32, torch.float64], ids=str)
@@ -362,3 +366,10 @@ def test_a_deviation_that_rounds_to_zero_divides_nothing(scale):
         rewards, None, torch.zeros(4, dtype=torch.int64), num_groups=1, method="grpo", scale=scale, eps=0.0, dtype=torch.float64
     )
     assert out.advantages.abs().max() <= 2e-200
+
+
+def test_columns_of_the_table_are_those_of_python_and_the_core():
+    assert list(STATISTICS) == _core.STATISTICS
+    columns = {name.upper(): place for place, name in enumerate(STATISTICS)}
+    columns["BASELINE_COLUMN"] = columns.pop("BASELINE")
+    assert {name: getattr(kernel, name).value for name in columns} == columns

@@ -1,4 +1,4 @@
-"""The device functions of `kernels/fusion.py`, each run by a tiny kernel, against `v05.reference` and `math.erfc`."""
+"""The device functions of `kernels/advantage/fusion.py`, each run by a tiny kernel, against `v05.reference` and `math.erfc`."""
 
 import math
 from dataclasses import astuple
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from v05 import _core, reference
-from v05.kernels import fusion
+from v05.kernels.advantage import fusion
 from v05.methods import Baseline, Calibration
 
 LOW, HIGH = -3.0, 5.0
@@ -42,7 +42,7 @@ def baseline_kernel(p_count, p_mean, p_prior, p_out, N, half_range: tl.float64, 
     i = tl.arange(0, BLOCK)
     count, mean = tl.load(p_count + i, i < N, other=1), tl.load(p_mean + i, i < N, other=0.0)
     prior = tl.load(p_prior + i, i < N, other=0.0)
-    tl.store(p_out + i, fusion.baseline_of(RULE, count, mean, prior, half_range), i < N)
+    tl.store(p_out + i, fusion.baseline_of(RULE, count, mean, mean, prior, mean, half_range), i < N)
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def columns() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_numbers_of_the_baseline_rules():
-    assert tuple(Baseline) == (fusion.GROUP_MEAN, fusion.PRIOR, fusion.SHRINKAGE, fusion.CALIBRATED)
+    assert [getattr(fusion, rule.name).value for rule in Baseline] == list(Baseline)
 
 
 def test_shrinkage_and_osla():

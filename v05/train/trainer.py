@@ -45,8 +45,9 @@ import torch
 from numpy.typing import NDArray
 
 from v05.budget import RolloutAllocator
+from v05.energy import proxy_energies
 from v05.files import explained, flush, flush_folder
-from v05.methods import Baseline, Scale, find_method
+from v05.methods import Baseline, Method, Scale, find_method
 from v05.ops import AdvantageOutput, AdvantageStats, fused_advantage
 from v05.prior import ConstantPrior, NoisePrior, ValuePrior
 from v05.prior.calibration import Calibrator
@@ -418,6 +419,7 @@ class Trainer:
             method=config.method,
             scale=scale,
             leave_one_out=config.leave_one_out,
+            energy=weights_of(self.method, batch.completions),
             calibration=None if self.calibrator is None else self.calibrator.calibration,
             max_rollouts=config.budget.maximum,
             cost=config.budget.cost,
@@ -780,6 +782,13 @@ def rollouts_of(batch: RolloutBatch, rows: torch.Tensor) -> tuple[list[tuple[int
     """Prompt tokens and completions of some rollouts."""
     group_of = np.repeat(np.arange(len(batch.prompts)), np.diff(batch.offsets))
     return [batch.prompt_tokens[g] for g in group_of[rows.numpy()]], [batch.completions[i] for i in rows.tolist()]
+
+
+def weights_of(method: Method, completions: Sequence[Completion]) -> NDArray[np.float64] | None:
+    """(N,) what the method weighs rollouts by; None where it does not."""
+    if method.weight == "length":
+        return np.array([len(c.tokens) for c in completions], dtype=np.float64)
+    return proxy_energies([c.logprobs for c in completions]) if method.weight == "energy" else None
 
 
 def padded(rows: Sequence[NDArray[np.float32]], width: int) -> torch.Tensor:

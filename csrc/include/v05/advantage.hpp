@@ -1,23 +1,28 @@
 // Fused advantages for CPU buffers: rewards in, advantages and group statistics out. No Python here.
+//
+// Three values under the names that they have in Python and Triton: Rollouts, Groups, Options.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <span>
+#include <string>
 
 #include "v05/fusion.hpp"
 #include "v05/grouping.hpp"
-#include "v05/statistics.hpp"
+#include "v05/moments.hpp"
 
 namespace v05 {
 
 // Shared by number with v05.ops.
 enum class Scale : std::uint8_t { kNone = 0, kGroup = 1, kBatch = 2 };
 
-struct AdvantageRule {
+// How rewards become advantages. The defaults are those of v05.ops.
+struct Options {
   Baseline baseline = Baseline::kGroupMean;
   Scale scale = Scale::kNone;
   bool leave_one_out = false;
@@ -30,7 +35,8 @@ struct AdvantageRule {
   double cost = 1.0 / 256.0;
   Calibration calibration;
 
-  [[nodiscard]] bool bounded() const { return baseline != Baseline::kGroupMean; }
+  [[nodiscard]] bool bounded() const { return needs_prior(baseline); }
+  [[nodiscard]] bool wants_batch() const { return scale == Scale::kBatch || needs_batch(baseline); }
   [[nodiscard]] double half_range() const { return (high - low) / 2.0; }
   [[nodiscard]] double scaled(double reward) const { return (reward - low) / (high - low); }  // to [0, 1]
   [[nodiscard]] double unscaled(double rate) const { return low + (high - low) * rate; }
@@ -53,50 +59,85 @@ struct Groups {
   }
 };
 
-template <class Real>
+// What a buffer holds. Shared by number with v05.ops.
+enum class Dtype : std::uint8_t { kNone = 0, kBytes = 1, kInt64 = 2, kFloat32 = 3, kFloat64 = 4, kInt32 = 5 };
+
+// A caller's contiguous memory, whose type is known when it is read. `name` is the argument that it came by.
+struct Buffer {
+  void* data = nullptr;
+  Dtype dtype = Dtype::kNone;
+  std::size_t size = 0;  // elements
+  const char* name = "";
+
+  [[nodiscard]] explicit operator bool() const { return dtype != Dtype::kNone; }
+  template <class T>
+  [[nodiscard]] std::span<T> as() const {
+    return {static_cast<T*>(data), size};
+  }
+};
+
+// N rollouts as they are given.
 struct Rollouts {
+  Buffer rewards;                                // (N,), or (N, T) by token: float32 or float64
+  Buffer mask;                                   // (N, T) where rewards or advantages are by token; none else
+  std::span<const std::int64_t> cu_seqlens;      // (N + 1,) where advantages are packed; empty else
+  std::span<const std::uint8_t> valid;           // (N,); empty: all
+  std::span<const std::int64_t> trajectory_ids;  // (N,); empty: every row is a trajectory of its own
+  std::span<const double> energy;                // (N,), at least 0; empty where no baseline reads it
+  std::size_t count = 0;                         // N
+  bool by_token = false;                         // rewards are (N, T)
+};
+
+// The same with one reward each, as statistics and baselines read them.
+template <class Real>
+struct Outcomes {
   std::span<const Real> rewards;
-  std::span<const std::uint8_t> valid;           // empty: all
-  std::span<const std::int64_t> trajectory_ids;  // empty: every row is a trajectory of its own
+  std::span<const std::uint8_t> valid;
+  std::span<const std::int64_t> trajectory_ids;
+  std::span<const double> energy;
 
   [[nodiscard]] std::int64_t size() const { return static_cast<std::int64_t>(rewards.size()); }
   [[nodiscard]] bool is_valid(std::size_t row) const { return valid.empty() || valid[row] != 0; }
   [[nodiscard]] bool is_usable(std::size_t row) const { return is_valid(row) && std::isfinite(rewards[row]); }
 };
 
-// Where statistics go, one element a group, whole numbers too; all empty if nobody asked. Only what the baseline
-// defines is written: mse and take_more (0 or 1) by kShrinkage and kCalibrated, weight, statistic and p_value by the
-// former, hallucination by the latter. Nothing is clipped here.
-struct StatisticsOut {
-  std::span<double> count, nonfinite, clipped, mean, variance, baseline;
-  std::span<double> mse, weight, statistic, p_value, hallucination, take_more;
+// The columns of the table of statistics, in the order that v05.ops and the kernel read too.
+enum class Statistic : std::uint8_t {
+  kCount,
+  kNonfinite,
+  kClipped,
+  kMean,
+  kVar,
+  kBaseline,
+  kMse,
+  kWeight,
+  kStatistic,
+  kPValue,
+  kHallucination,
+  kTakeMore,
+};
+inline constexpr std::array<const char*, 12> kStatistics{
+    "count", "nonfinite", "clipped",   "mean",    "var",           "baseline",
+    "mse",   "weight",    "statistic", "p_value", "hallucination", "take_more",
 };
 
-// Writes one advantage a row (0 for a row left out) and the statistics. At most `threads` threads, the same bits on any
-// number of them. Contiguous groups need no table, others a few numbers a group; trajectories a map of their ids. The
-// advantages share no memory with what is read. Throws std::invalid_argument that names the argument, the rows and the
-// remedy, before it has written anything. Offsets are trusted, ids are not.
-template <class Real, class Out>
-void compute_advantages(const Rollouts<Real>& rollouts, const Groups& groups, std::span<const double> prior,
-                        const AdvantageRule& rule, std::span<Out> advantages, const StatisticsOut& statistics,
-                        int threads);
+// Where the statistics of each group go, whole numbers too. A column that the baseline does not define is not written.
+struct Table {
+  double* data = nullptr;  // (columns, groups); null if nobody asked
+  std::size_t groups = 0;
 
-// std::invalid_argument that names the rows of an (N, T) mask that hold anything but 0 and 1.
-template <class Mask>
-void check_mask(std::span<const Mask> mask, std::size_t rows);
+  [[nodiscard]] explicit operator bool() const { return data != nullptr; }
+  [[nodiscard]] double& at(Statistic column, std::size_t group) const {
+    return data[static_cast<std::size_t>(column) * groups + group];
+  }
+};
 
-// (N, T) token rewards to N outcomes: sums over the tokens whose mask is 1. The mask is not checked.
-template <class Reward, class Mask>
-void sum_tokens(std::span<const Reward> rewards, const Mask* mask, std::span<double> sums, int threads);
-
-// N advantages to (N, T): where the mask is 1, else 0. What it reads of the mask it checks, so that `out` is written
-// when it throws what check_mask does.
-template <class Out, class Mask>
-void spread_padded(std::span<const Out> advantages, const Mask* mask, std::span<Out> out, int threads);
-
-// N advantages to packed rows: row i is starts[i] .. starts[i + 1] - 1.
-template <class Out>
-void spread_packed(std::span<const Out> advantages, std::span<const std::int64_t> starts, std::span<Out> out,
-                   int threads);
+// Writes the advantages into `out`, in the layout of the rollouts, and the statistics into `table`; a row left out has
+// advantage 0. At most `threads` threads, the same bits on any number of them. Contiguous groups need no scratch,
+// others a few numbers a group; trajectories a map of their ids. `out` shares no memory with what is read. Throws
+// std::invalid_argument that names the argument, the rows and the remedy, before it has written anything, but for the
+// values of a mask, which are checked as `out` is written.
+void fused_advantage(const Rollouts& rollouts, const Groups& groups, std::span<const double> prior,
+                     const Options& options, const Buffer& out, const Table& table, int threads);
 
 }  // namespace v05

@@ -14,7 +14,22 @@
 namespace v05 {
 
 // Shared by number with v05.methods.Baseline.
-enum class Baseline : std::uint8_t { kGroupMean = 0, kPrior = 1, kShrinkage = 2, kCalibrated = 3 };
+enum class Baseline : std::uint8_t {
+  kGroupMean = 0,
+  kPrior = 1,
+  kShrinkage = 2,
+  kCalibrated = 3,
+  kZero = 4,
+  kBatchMean = 5,
+  kEnergyMean = 6,
+};
+
+// Whether the baseline reads a prior, and therefore a range that holds prior and rewards.
+inline bool needs_prior(Baseline rule) {
+  return rule == Baseline::kPrior || rule == Baseline::kShrinkage || rule == Baseline::kCalibrated;
+}
+inline bool needs_energy(Baseline rule) { return rule == Baseline::kEnergyMean; }
+inline bool needs_batch(Baseline rule) { return rule == Baseline::kBatchMean; }
 
 // What a bound of the rewards may be exceeded by: 0.3 in float32 is above 0.3, and sums of rewards round.
 inline double rounding_slack(double low, double high) {
@@ -58,14 +73,52 @@ inline Fusion shrinkage(std::int64_t count, double mean, double prior, double ha
   return fusion;
 }
 
+// What is known of the rollouts that a baseline is made of: a group's, or its others'. Reward units.
+struct Known {
+  std::int64_t count = 0;  // of the group
+  double mean = std::numeric_limits<double>::quiet_NaN();
+  double energy_mean = std::numeric_limits<double>::quiet_NaN();  // NaN: no energies, or all 0
+  double prior = std::numeric_limits<double>::quiet_NaN();        // NaN: none
+  std::int64_t batch_count = 0;
+  double batch_mean = std::numeric_limits<double>::quiet_NaN();
+};
+
 // The baseline of any method but calibrated fusion. Where there is no prior the group mean stands in, where there is no
-// rollout the prior.
-inline double baseline_of(Baseline rule, std::int64_t count, double mean, double prior, double half_range) {
-  if (rule == Baseline::kShrinkage) {
-    return shrinkage(count, mean, prior, half_range).baseline;
+// rollout the prior, where no rollout has an energy the plain mean.
+inline double baseline_of(Baseline rule, const Known& known, double half_range) {
+  switch (rule) {
+    case Baseline::kShrinkage:
+      return shrinkage(known.count, known.mean, known.prior, half_range).baseline;
+    case Baseline::kPrior:
+      return std::isnan(known.prior) ? known.mean : known.prior;
+    case Baseline::kZero:
+      return 0.0;
+    case Baseline::kBatchMean:
+      return known.batch_mean;
+    case Baseline::kEnergyMean:
+      if (!std::isnan(known.energy_mean)) {
+        return known.energy_mean;
+      }
+      [[fallthrough]];
+    default:
+      return known.count == 0 ? known.prior : known.mean;
   }
-  const bool use_prior = rule == Baseline::kPrior ? !std::isnan(prior) : count == 0;
-  return use_prior ? prior : mean;
+}
+
+// Whether there is nothing to compare a rollout with: then its baseline is its own reward, or nothing.
+inline bool is_alone(Baseline rule, const Known& known) {
+  switch (rule) {
+    case Baseline::kZero:
+    case Baseline::kCalibrated:  // there is always the vague prior
+      return false;
+    case Baseline::kBatchMean:
+      return known.batch_count == 1;
+    case Baseline::kPrior:
+    case Baseline::kShrinkage:
+      return known.count == 1 && std::isnan(known.prior);
+    default:
+      return known.count == 1;
+  }
 }
 
 // The four numbers of calibrated fusion. A prior v is read as Beta(kappa q, kappa (1 - q)) with q = sigmoid(alpha +
@@ -73,8 +126,8 @@ inline double baseline_of(Baseline rule, std::int64_t count, double mean, double
 struct Calibration {
   double alpha = 0.0;
   double beta = 1.0;
-  double kappa = 1.0;
-  double eps = 0.5;
+  double kappa = 4.5;
+  double eps = 0.12;
 
   // Within these bounds (those of v05.methods.Calibration) nothing below overflows or divides by zero.
   [[nodiscard]] bool within_bounds() const {

@@ -60,7 +60,8 @@ void put_options(ByteWriter& out, const AllocatorOptions& options) {
   out.put(options.lowest_reward);
   out.put(options.highest_reward);
   out.put(static_cast<std::uint8_t>(options.calibration.has_value()));
-  const Calibration calibration = options.calibration.value_or(Calibration{});
+  // The numbers of no calibration, which nobody reads, are part of the format.
+  const Calibration calibration = options.calibration.value_or(Calibration{.kappa = 1.0, .eps = 0.5});
   for (const double number : {calibration.alpha, calibration.beta, calibration.kappa, calibration.eps}) {
     out.put(number);
   }

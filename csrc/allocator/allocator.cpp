@@ -13,7 +13,7 @@
 #include <utility>
 
 #include "v05/fusion.hpp"
-#include "v05/statistics.hpp"
+#include "v05/moments.hpp"
 #include "v05/stopping.hpp"
 
 namespace v05 {

@@ -15,6 +15,9 @@ GROUP_MEAN = tl.constexpr(0)
 PRIOR = tl.constexpr(1)
 SHRINKAGE = tl.constexpr(2)
 CALIBRATED = tl.constexpr(3)
+ZERO = tl.constexpr(4)
+BATCH_MEAN = tl.constexpr(5)
+ENERGY_MEAN = tl.constexpr(6)
 
 
 @triton.jit
@@ -45,14 +48,45 @@ def shrinkage(count, mean, prior, half_range):
 
 
 @triton.jit
-def baseline_of(RULE: tl.constexpr, count, mean, prior, half_range):
-    """The baseline of any method but calibrated fusion. Without a prior the group mean stands in, without a rollout the prior."""
+def baseline_of(RULE: tl.constexpr, count, mean, energy_mean, prior, batch_mean, half_range):
+    """The baseline of any method but calibrated fusion, in the shape of `mean`. Without a prior the group mean stands in,
+    without a rollout the prior, without an energy (energy_mean is NaN) the plain mean.
+    """
     if RULE == SHRINKAGE:
         return shrinkage(count, mean, prior, half_range)[0]
     elif RULE == PRIOR:
         return tl.where(is_nan(prior), mean, prior)
+    elif RULE == ZERO:
+        return tl.where(is_nan(mean), 0.0, mean * 0.0)
+    elif RULE == BATCH_MEAN:
+        return batch_mean
+    elif RULE == ENERGY_MEAN:
+        plain = tl.where(count == 0, prior, mean)
+        return tl.where(is_nan(energy_mean), plain, energy_mean)
     else:
         return tl.where(count == 0, prior, mean)
+
+
+@triton.jit
+def is_alone(RULE: tl.constexpr, count, prior, batch_count):
+    """Whether there is nothing to compare a rollout with: then its baseline is its own reward, or nothing."""
+    alone = count == 1
+    if RULE == ZERO:
+        alone = count < 0
+    if RULE == BATCH_MEAN:
+        alone = batch_count == 1
+    if RULE == PRIOR:
+        alone &= is_nan(prior)
+    if RULE == SHRINKAGE:
+        alone &= is_nan(prior)
+    return alone
+
+
+@triton.jit
+def mean_without(reward, count, mean):
+    """The mean of the other rollouts; NaN without others."""
+    others = mean + (mean - reward) / tl.maximum(count - 1, 1).to(tl.float64)
+    return tl.where(count > 1, others, float("nan"))
 
 
 @triton.jit

@@ -9,22 +9,20 @@ graph.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
 
-from v05.kernels.fusion import (
+from v05.kernels.advantage.fusion import (
+    BATCH_MEAN,
     CALIBRATED,
-    GROUP_MEAN,
+    ENERGY_MEAN,
     SHRINKAGE,
     baseline_of,
     believe,
     calibrated,
     calibrated_take_more,
-    is_nan,
+    is_alone,
+    mean_without,
     osla_take_more,
     p_value,
     shrinkage,
@@ -36,15 +34,19 @@ UNSCALED = tl.constexpr(0)
 GROUP_SCALE = tl.constexpr(1)
 BATCH_SCALE = tl.constexpr(2)
 
-BLOCK_T = 2048  # 4 warps of 32 threads that each load 16 bytes of a uint8 mask
-MAX_BLOCK_ROWS = 512
-CALIBRATED_BLOCK_ROWS = 128  # under leave-one-out, where a thread's registers hold the fusion of one row
-ENOUGH_PROGRAMS = 8192  # a few waves on any GPU: beyond it, programs loop
-
-# NVIDIA's assembler, left alone, spills a few values to fit 40 registers; given a bound above its need it does not.
-# AMD's has no such option.
-COMPILER_OPTIONS = {"cuda": {"num_warps": 4, "maxnreg": 128}, "hip": {"num_warps": 4}}
-_OPTIONS = COMPILER_OPTIONS["hip" if torch.version.hip else "cuda"]
+# The columns of the table, in the order of v05.ops.advantage.stats.STATISTICS and advantage.hpp.
+COUNT = tl.constexpr(0)
+NONFINITE = tl.constexpr(1)
+CLIPPED = tl.constexpr(2)
+MEAN = tl.constexpr(3)
+VAR = tl.constexpr(4)
+BASELINE_COLUMN = tl.constexpr(5)
+MSE = tl.constexpr(6)
+WEIGHT = tl.constexpr(7)
+STATISTIC = tl.constexpr(8)
+P_VALUE = tl.constexpr(9)
+HALLUCINATION = tl.constexpr(10)
+TAKE_MORE = tl.constexpr(11)
 
 
 @triton.jit
@@ -113,12 +115,43 @@ def moments(p_rewards, p_order, p_valid, p_counted, first, size, low, high, BLOC
 
 
 @triton.jit
+def weighted_sums(p_rewards, p_order, p_valid, p_counted, p_energy, first, size, mean, low, high, BLOCK_ROWS: tl.constexpr):
+    """(sum of the energies, sum of energy * (reward - mean)) of the rollouts that count. An energy that is no positive
+    finite number counts as 0.
+    """
+    b_weight = tl.zeros((BLOCK_ROWS,), tl.float64)
+    b_weighted = tl.zeros((BLOCK_ROWS,), tl.float64)
+    for start in range(0, size, BLOCK_ROWS):
+        member = start + tl.arange(0, BLOCK_ROWS)
+        inside = member < size
+        b_reward, b_counted, _, _ = load_statistics_rewards(
+            p_rewards, p_order, p_valid, p_counted, first + member, inside, low, high
+        )
+        b_row = tl.load(p_order + first + member, mask=inside, other=0) if p_order is not None else first + member
+        b_energy = tl.where(b_counted, load_energy(p_energy, b_row, inside), 0.0)
+        b_weight += b_energy
+        b_weighted += tl.where(b_counted, b_energy * (b_reward - mean), 0.0)
+    return tl.sum(b_weight), tl.sum(b_weighted)
+
+
+@triton.jit
+def load_energy(p_energy, row, inside):
+    b_energy = tl.load(p_energy + row, mask=inside, other=0.0)
+    return tl.where((b_energy > 0.0) & (b_energy < float("inf")), b_energy, 0.0)
+
+
+@triton.jit
 def advantage_of(
     b_reward,
     b_usable,
+    b_energy,
     count,
     mean,
+    weight,
+    weighted,
     prior,
+    batch_count,
+    batch_mean,
     successes,
     believed_a,
     believed_b,
@@ -139,16 +172,29 @@ def advantage_of(
         b_baseline = low + (high - low) * calibrated(count, successes, believed_a, believed_b, log_odds)[0]
     elif LEAVE_ONE_OUT:
         b_others = mean + (mean - b_reward) / tl.maximum(count - 1, 1).to(tl.float64)
-        b_baseline = baseline_of(BASELINE, count - 1, b_others, prior, (high - low) / 2)
+        b_energy_mean = b_others
+        b_batch_mean = batch_mean
+        if BASELINE == ENERGY_MEAN:
+            b_left = weight - b_energy
+            b_moved = (weighted - b_energy * (b_reward - mean)) / tl.where(b_left > 0.0, b_left, 1.0)
+            b_energy_mean = tl.where(b_left > 0.0, mean + b_moved, float("nan"))
+        if BASELINE == BATCH_MEAN:
+            b_batch_mean = mean_without(b_reward, batch_count, batch_mean)
+        b_baseline = baseline_of(BASELINE, count - 1, b_others, b_energy_mean, prior, b_batch_mean, (high - low) / 2)
     else:
-        b_baseline = baseline_of(BASELINE, count, mean, prior, (high - low) / 2)
+        energy_mean = energy_mean_of(mean, weight, weighted)
+        b_baseline = baseline_of(BASELINE, count, mean, energy_mean, prior, batch_mean, (high - low) / 2)
     b_advantage = (b_reward - b_baseline) / divisor
     if BASELINE != CALIBRATED:
-        alone = count == 1  # with nothing to be compared with
-        if BASELINE != GROUP_MEAN:
-            alone &= is_nan(prior)
+        alone = is_alone(BASELINE, count, prior, batch_count)
         b_advantage = tl.where(alone, b_reward if RAW_SINGLETON else 0.0, b_advantage)
     return tl.where(b_usable, b_advantage, 0.0)
+
+
+@triton.jit
+def energy_mean_of(mean, weight, weighted):
+    """The energy-weighted mean; NaN where no rollout has an energy."""
+    return tl.where(weight > 0.0, mean + weighted / tl.where(weight > 0.0, weight, 1.0), float("nan"))
 
 
 @triton.jit
@@ -199,9 +245,10 @@ def fused_advantage_kernel(
     p_cu_seqlens,  # (N + 1,) int64, or None
     p_valid,  # (N,) bool, or None: all
     p_counted,  # (N,) bool, or None: as valid
-    p_batch_divisor,  # (1,) float64, with BATCH_SCALE
+    p_energy,  # (N,) float64, with ENERGY_MEAN
+    p_batch,  # (3,) float64, with BATCH_SCALE or BATCH_MEAN: divisor, count and mean of the batch
     p_out,  # (N, T), (total_tokens,) or (N,)
-    p_table,  # (v05.ops.TABLE_ROWS, G) float64, or None
+    p_table,  # (v05.ops.advantage.stats.STATISTICS, G) float64, or None
     G,
     T,
     low: tl.float64,  # rewards and priors are clipped to [low, high]
@@ -244,52 +291,68 @@ def fused_advantage_kernel(
         scaled_prior = (prior - low) / (high - low)
         believed_a, believed_b, believed_log_odds = believe(scaled_prior, alpha, beta, kappa, log_odds)
 
+    weight, weighted = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
+    if BASELINE == ENERGY_MEAN:
+        weight, weighted = weighted_sums(p_rewards, p_order, p_valid, p_counted, p_energy, first, size, mean, low, high, BLOCK_ROWS)
+    batch_count, batch_mean = tl.full((), 0.0, tl.float64), tl.full((), float("nan"), tl.float64)
+    if BASELINE == BATCH_MEAN:
+        batch_count, batch_mean = tl.load(p_batch + 1), tl.load(p_batch + 2)
+
     divisor = tl.full((), 1.0, tl.float64)
     if SCALE == GROUP_SCALE:
         divisor = tl.sqrt(variance) + eps
         divisor = tl.where(all_equal | (divisor == 0.0), 1.0, divisor)  # 0: with eps 0, squares that underflow
     if SCALE == BATCH_SCALE:
-        divisor = tl.load(p_batch_divisor)
+        divisor = tl.load(p_batch)
 
     if p_table is not None:
-        row = G.to(tl.int64)  # from one row of the table to the next
+        column = G.to(tl.int64)  # from one column of the table to the next
+        p_own = p_table + group
         if (split == 0) & (chunk == 0):
-            tl.store(p_table + group, count.to(tl.float64))
-            tl.store(p_table + row + group, nonfinite.to(tl.float64))
-            tl.store(p_table + 2 * row + group, clipped.to(tl.float64))
-            tl.store(p_table + 3 * row + group, mean)
-            tl.store(p_table + 4 * row + group, variance)
+            tl.store(p_own + COUNT * column, count.to(tl.float64))
+            tl.store(p_own + NONFINITE * column, nonfinite.to(tl.float64))
+            tl.store(p_own + CLIPPED * column, clipped.to(tl.float64))
+            tl.store(p_own + MEAN * column, mean)
+            tl.store(p_own + VAR * column, variance)
             if BASELINE == CALIBRATED:
                 rate, complement, rate_variance, hallucination = calibrated(
                     count, successes, believed_a, believed_b, believed_log_odds
                 )
-                tl.store(p_table + 5 * row + group, low + (high - low) * rate)
-                tl.store(p_table + 6 * row + group, rate_variance * (high - low) * (high - low))
-                tl.store(p_table + 7 * row + group, hallucination)
+                tl.store(p_own + BASELINE_COLUMN * column, low + (high - low) * rate)
+                tl.store(p_own + MSE * column, rate_variance * (high - low) * (high - low))
+                tl.store(p_own + HALLUCINATION * column, hallucination)
                 more = calibrated_take_more(count, rate, complement, rate_variance, max_rollouts, cost)
-                tl.store(p_table + 8 * row + group, more.to(tl.float64))
+                tl.store(p_own + TAKE_MORE * column, more.to(tl.float64))
             else:
-                tl.store(p_table + 5 * row + group, baseline_of(BASELINE, count, mean, prior, (high - low) / 2))
+                energy_mean = energy_mean_of(mean, weight, weighted)
+                baseline = baseline_of(BASELINE, count, mean, energy_mean, prior, batch_mean, (high - low) / 2)
+                tl.store(p_own + BASELINE_COLUMN * column, baseline)
             if BASELINE == SHRINKAGE:
-                _, weight, statistic, squared_bias, mse = shrinkage(count, mean, prior, (high - low) / 2)
-                tl.store(p_table + 6 * row + group, mse)
-                tl.store(p_table + 7 * row + group, weight)
-                tl.store(p_table + 8 * row + group, statistic)
-                tl.store(p_table + 9 * row + group, p_value(statistic))
+                _, shrinkage_weight, statistic, squared_bias, mse = shrinkage(count, mean, prior, (high - low) / 2)
+                tl.store(p_own + MSE * column, mse)
+                tl.store(p_own + WEIGHT * column, shrinkage_weight)
+                tl.store(p_own + STATISTIC * column, statistic)
+                tl.store(p_own + P_VALUE * column, p_value(statistic))
                 more = osla_take_more(count, squared_bias, max_rollouts, cost)
-                tl.store(p_table + 10 * row + group, more.to(tl.float64))
+                tl.store(p_own + TAKE_MORE * column, more.to(tl.float64))
 
     if p_mask is None and p_cu_seqlens is None:
         for start in range(split * BLOCK_ROWS, size, tl.num_programs(1) * BLOCK_ROWS):
             member = start + tl.arange(0, BLOCK_ROWS)
             inside = member < size
             b_row, b_reward, b_usable, _, _ = load_rewards(p_rewards, p_order, p_valid, first + member, inside, low, high)
+            b_energy = load_energy(p_energy, b_row, inside) if BASELINE == ENERGY_MEAN else b_reward
             b_advantage = advantage_of(
                 b_reward,
                 b_usable,
+                b_energy,
                 count,
                 mean,
+                weight,
+                weighted,
                 prior,
+                batch_count,
+                batch_mean,
                 successes,
                 believed_a,
                 believed_b,
@@ -305,12 +368,18 @@ def fused_advantage_kernel(
     else:
         for member in range(split, size, tl.num_programs(1)):
             row, reward, usable, _, _ = load_rewards(p_rewards, p_order, p_valid, first + member, member < size, low, high)
+            energy = load_energy(p_energy, row, member < size) if BASELINE == ENERGY_MEAN else reward
             advantage = advantage_of(
                 reward,
                 usable,
+                energy,
                 count,
                 mean,
+                weight,
+                weighted,
                 prior,
+                batch_count,
+                batch_mean,
                 successes,
                 believed_a,
                 believed_b,
@@ -348,130 +417,3 @@ def sum_token_rewards_kernel(
         b_token_reward = tl.load(p_token_rewards + row * T + t, mask=t < T, other=0.0)
         b_sum += tl.where(b_mask, b_token_reward, 0.0).to(tl.float64)
     tl.store(p_rewards + row, tl.sum(b_sum))
-
-
-def fused_advantage(
-    rewards: torch.Tensor,
-    offsets: torch.Tensor,
-    order: torch.Tensor | None,
-    prior: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    valid: torch.Tensor | None,
-    counted: torch.Tensor | None,
-    out: torch.Tensor,
-    table: torch.Tensor | None,
-    baseline: int,
-    scale: int,
-    leave_one_out: bool,
-    raw_singleton: bool,
-    low: float,
-    high: float,
-    eps: float,
-    max_rollouts: int,
-    cost: float,
-    calibration: Sequence[float],
-) -> None:
-    """Write the advantages into `out` and the statistics into `table`, where given; the caller is `v05.ops.fused_advantage`.
-
-    Shapes and dtypes are those that `fused_advantage_kernel` notes; rewards may also be (N, T), float32 or float64.
-    Non-finite rewards of valid rows are left out, and with a bounded baseline rewards and priors outside [low, high] clipped;
-    both are counted.
-
-    Raises:
-        ValueError: CPU tensors without the interpreter.
-    """
-    if not rewards.is_cuda and isinstance(fused_advantage_kernel, triton.JITFunction):
-        raise ValueError(
-            "backend='triton': CPU tensors need Triton's interpreter; set TRITON_INTERPRET=1 before triton is first "
-            "imported, or leave backend out to use the C++ core"
-        )
-    N, G = rewards.shape[0], offsets.numel() - 1
-    if G == 0:  # rows of no group have advantage 0
-        out.zero_()
-        return
-    T = 0 if mask is None else mask.shape[1]
-    alpha, beta, kappa, calibration_eps = calibration
-    if baseline == GROUP_MEAN.value:  # takes any finite reward
-        low, high = -math.inf, math.inf
-    with torch.cuda.device_of(rewards):  # type: ignore[no-untyped-call]
-        if rewards.ndim == 2:
-            assert mask is not None
-            rewards = _sum_token_rewards(rewards, mask)
-        divisor = None
-        if scale == BATCH_SCALE.value:
-            divisor = _batch_divisor(rewards, valid if counted is None else counted, low, high, eps)
-
-        row_length = None if mask is None and cu_seqlens is None else triton.cdiv(out.numel(), max(N, 1))
-        each_its_own = leave_one_out and baseline == CALIBRATED.value
-        block_rows, splits, chunks = launch_shape(N, G, row_length, CALIBRATED_BLOCK_ROWS if each_its_own else MAX_BLOCK_ROWS)
-        fused_advantage_kernel[(G, splits, chunks)](
-            rewards,
-            offsets,
-            order,
-            prior,
-            mask,
-            cu_seqlens,
-            valid,
-            counted,
-            divisor,
-            out,
-            table,
-            G,
-            T,
-            low,
-            high,
-            eps,
-            max_rollouts,
-            cost,
-            alpha,
-            beta,
-            kappa,
-            math.log1p(-calibration_eps) - math.log(calibration_eps),
-            BASELINE=baseline,
-            SCALE=scale,
-            LEAVE_ONE_OUT=leave_one_out,
-            RAW_SINGLETON=raw_singleton,
-            BLOCK_ROWS=block_rows,
-            BLOCK_T=BLOCK_T,
-            **_OPTIONS,
-        )
-
-
-def launch_shape(N: int, G: int, row_length: int | None, max_block_rows: int) -> tuple[int, int, int]:
-    """(BLOCK_ROWS, splits, chunks) for N rollouts in G groups with rows of `row_length` tokens, None for per-rollout output.
-
-    Chosen for groups and rows of average size; any size is handled.
-    """
-    group_size = triton.cdiv(N, G)
-    block_rows = min(max(triton.next_power_of_2(group_size), 16), max_block_rows)
-    if row_length is None:
-        return block_rows, max(triton.cdiv(group_size, block_rows), 1), 1
-    chunks = min(max(triton.cdiv(row_length, BLOCK_T), 1), ENOUGH_PROGRAMS)
-    return block_rows, max(min(group_size, triton.cdiv(ENOUGH_PROGRAMS, G * chunks)), 1), chunks
-
-
-def _sum_token_rewards(token_rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    N, T = token_rewards.shape
-    rewards = torch.empty(N, dtype=torch.float64, device=token_rewards.device)
-    if N > 0:
-        sum_token_rewards_kernel[(N,)](token_rewards, mask, rewards, T, BLOCK_T=BLOCK_T, **_OPTIONS)
-    return rewards
-
-
-def _batch_divisor(rewards: torch.Tensor, counted: torch.Tensor | None, low: float, high: float, eps: float) -> torch.Tensor:
-    """(1,) float64: the standard deviation (ddof = 1) of all counted finite rewards + eps; 1 if they are all equal.
-
-    A few torch operations on the device: it needs all rewards, which no program of the one launch sees.
-    """
-    values = rewards.to(torch.float64)
-    if values.numel() == 0:
-        return values.new_ones(1)
-    usable = values.isfinite() if counted is None else values.isfinite() & counted
-    values = values.clamp(low, high)
-    unequal = torch.where(usable, values, math.inf).amin() < torch.where(usable, values, -math.inf).amax()
-    n = usable.sum()
-    mean = torch.where(usable, values, 0.0).sum() / n.clamp(min=1)
-    variance = torch.where(usable, values - mean, 0.0).square().sum() / (n - 1).clamp(min=1)
-    divisor = variance.sqrt() + eps
-    return torch.where(unequal & (divisor != 0.0), divisor, 1.0).reshape(1)

@@ -1,4 +1,4 @@
-// One group's reward statistics. No Python, no tensors: a range of doubles in, moments out.
+// Moments of rewards: of one group, and of the batch. No Python, no tensors.
 #pragma once
 
 #include <algorithm>
@@ -77,6 +77,58 @@ inline Moments merge(const Moments& a, const Moments& b) {
       .mean = a.mean + difference * nb / (na + nb),
       .m2 = a.m2 + b.m2 + difference * difference * na * nb / (na + nb),
       .all_equal = a.all_equal && b.all_equal && a.mean == b.mean,
+  };
+}
+
+// Sums that an energy-weighted mean of rewards is made of. All-zero bytes are an empty one. Rewards enter as deviations
+// from the first, as in MomentsAccumulator, so that the mean of equal rewards is that reward.
+struct WeightedSums {
+  double origin = 0.0;     // the first reward of a weight above 0
+  double weight = 0.0;     // sum of the weights
+  double deviation = 0.0;  // sum of weight * (reward - origin)
+
+  void add(double reward, double of_weight) {
+    if (of_weight > 0.0) {
+      origin = weight == 0.0 ? reward : origin;
+      weight += of_weight;
+      deviation += of_weight * (reward - origin);
+    }
+  }
+
+  // NaN where no weight is above 0.
+  [[nodiscard]] double mean() const { return origin + deviation / weight; }
+
+  // The mean of the others, once this reward is taken out; NaN where they have no weight.
+  [[nodiscard]] double mean_without(double reward, double of_weight) const {
+    const double left = weight - of_weight;
+    return left > 0.0 ? origin + (deviation - of_weight * (reward - origin)) / left
+                      : std::numeric_limits<double>::quiet_NaN();
+  }
+};
+
+inline WeightedSums merge(const WeightedSums& a, const WeightedSums& b) {
+  if (a.weight == 0.0 || b.weight == 0.0) {
+    return a.weight == 0.0 ? b : a;
+  }
+  return {
+      .origin = a.origin,
+      .weight = a.weight + b.weight,
+      .deviation = a.deviation + b.deviation + b.weight * (b.origin - a.origin),
+  };
+}
+
+// What a baseline or a scale may ask of the whole batch.
+struct BatchMoments {
+  Moments rewards;        // of all rollouts that count
+  WeightedSums weighted;  // of them by energy; empty without energies
+  Moments means;          // of the means of the groups that have rollouts
+};
+
+inline BatchMoments merge(const BatchMoments& a, const BatchMoments& b) {
+  return {
+      .rewards = merge(a.rewards, b.rewards),
+      .weighted = merge(a.weighted, b.weighted),
+      .means = merge(a.means, b.means),
   };
 }
 

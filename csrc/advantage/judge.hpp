@@ -1,0 +1,242 @@
+// From the moments of a group to the advantages of its rollouts: what is subtracted, and what the difference is divided
+// by. Everything here is inline, because it runs once a group or once a row.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <type_traits>
+
+#include "v05/advantage.hpp"
+#include "v05/stopping.hpp"
+
+namespace v05 {
+
+// The sums of a group's rollouts; all-zero bytes are those of none. Energies are added up for the baselines that read
+// them alone.
+template <bool kEnergy>
+struct GroupSums {
+  MomentsAccumulator rewards;
+
+  void add(double reward, double /*energy*/) { rewards.add(reward); }
+  [[nodiscard]] static WeightedSums weighted() { return {}; }
+};
+
+template <>
+struct GroupSums<true> {
+  MomentsAccumulator rewards;
+  WeightedSums by_energy;
+
+  void add(double reward, double energy) {
+    rewards.add(reward);
+    by_energy.add(reward, energy);
+  }
+  [[nodiscard]] const WeightedSums& weighted() const { return by_energy; }
+};
+
+// What a baseline may be made of, beside the options.
+struct Evidence {
+  Moments moments;        // of the group
+  WeightedSums weighted;  // of the group, by energy
+  double prior;           // reward units; NaN: none
+  const BatchMoments& batch;
+};
+
+// A group and its baseline, of any method but calibrated fusion.
+template <bool kReadsEnergy>
+struct Group {
+  static constexpr bool kEnergy = kReadsEnergy;
+  Moments moments;
+  Known known;
+
+  Group(const Evidence& evidence, const Options& /*options*/, bool /*wants_baseline*/)
+      : moments(evidence.moments),
+        known{.count = moments.count,
+              .mean = moments.mean,
+              .energy_mean = evidence.weighted.mean(),
+              .prior = evidence.prior,
+              .batch_count = evidence.batch.rewards.count,
+              .batch_mean = evidence.batch.rewards.mean} {}
+
+  [[nodiscard]] double baseline(const Options& options) const {
+    return baseline_of(options.baseline, known, options.half_range());
+  }
+  [[nodiscard]] bool is_alone(const Options& options) const { return v05::is_alone(options.baseline, known); }
+};
+
+// The sum of a group's rewards scaled to [0, 1]. Whole numbers, as of rewards that are low or high, come back whole:
+// where a prior is certain, 1e-16 of a success is far from none.
+inline double successes_of(const Moments& group, const Options& options) {
+  const auto count = static_cast<double>(group.count);
+  const double sum = group.count == 0 ? 0.0 : std::clamp(count * options.scaled(group.mean), 0.0, count);
+  const double whole = std::floor(sum + 0.5);
+  return std::abs(sum - whole) <= count * options.scaled_rounding() ? whole : sum;
+}
+
+// A group and what calibrated fusion makes of it.
+struct CalibratedGroup {
+  static constexpr bool kEnergy = false;
+  Moments moments;
+  double successes;         // sum of the rewards scaled to [0, 1]
+  Belief belief;            // what the prior is taken for
+  CalibratedFusion fusion;  // of the two, where the baseline is wanted
+
+  CalibratedGroup(const Evidence& evidence, const Options& options, bool wants_baseline)
+      : moments(evidence.moments),
+        successes(successes_of(moments, options)),
+        belief(believe(options.scaled(evidence.prior), options.calibration)),
+        fusion(wants_baseline ? calibrated(moments.count, successes, belief) : CalibratedFusion{}) {}
+
+  [[nodiscard]] double baseline(const Options& options) const { return options.unscaled(fusion.baseline); }
+  [[nodiscard]] static bool is_alone(const Options& /*options*/) { return false; }  // there is always the vague prior
+};
+
+// Rewards that are all equal are left as they are: nothing may explode through eps.
+inline double divisor_of(const Moments& population, const Options& options) {
+  const bool unscaled = options.scale == Scale::kNone || population.all_equal;
+  return unscaled ? 1.0 : std::sqrt(population.variance()) + options.eps;
+}
+
+// Judges a reward by the baseline of its group.
+template <class GroupKind>
+class Judge {
+ public:
+  using Kind = GroupKind;
+
+  Judge(const GroupKind& group, const Evidence& /*evidence*/, const Options& options, double divisor)
+      : baseline_(group.baseline(options)), divisor_(divisor) {
+    if (options.raw_singleton && group.is_alone(options)) {  // else its baseline is its own reward
+      baseline_ = 0.0;
+      divisor_ = 1.0;
+    }
+  }
+
+  double operator()(double reward, double /*energy*/, const Options& /*options*/) const {
+    return (reward - baseline_) / divisor_;
+  }
+
+ private:
+  double baseline_;
+  double divisor_;
+};
+
+// Judges a reward by a baseline from the group's other rollouts.
+class LeaveOneOutJudge {
+ public:
+  using Kind = Group<false>;
+
+  LeaveOneOutJudge(const Kind& group, const Evidence& evidence, const Options& options, double divisor)
+      : mean_(group.moments.mean),
+        prior_(evidence.prior),
+        divisor_(divisor),
+        others_(group.is_alone(options) ? kAlone : group.moments.count - 1) {}
+
+  double operator()(double reward, double /*energy*/, const Options& options) const {
+    if (others_ == kAlone) {
+      return options.raw_singleton ? reward : 0.0;
+    }
+    const Known others{
+        .count = others_, .mean = mean_ + (mean_ - reward) / static_cast<double>(others_), .prior = prior_};
+    return (reward - baseline_of(options.baseline, others, options.half_range())) / divisor_;
+  }
+
+ private:
+  static constexpr std::int64_t kAlone = -1;
+  double mean_;
+  double prior_;
+  double divisor_;
+  std::int64_t others_;
+};
+
+// Judges a reward by a baseline from the others of its group, weighted by energy, or from all others of the batch.
+template <bool kReadsEnergy>
+class WeighedLeaveOneOutJudge {
+ public:
+  using Kind = Group<kReadsEnergy>;
+
+  WeighedLeaveOneOutJudge(const Kind& group, const Evidence& evidence, const Options& options, double divisor)
+      : known_(group.known), weighted_(evidence.weighted), divisor_(divisor), alone_(group.is_alone(options)) {}
+
+  double operator()(double reward, double energy, const Options& options) const {
+    if (alone_) {
+      return options.raw_singleton ? reward : 0.0;
+    }
+    const auto mean_without = [reward](double mean, std::int64_t count) {
+      return count > 1 ? mean + (mean - reward) / static_cast<double>(count - 1)
+                       : std::numeric_limits<double>::quiet_NaN();
+    };
+    Known others = known_;
+    others.mean = mean_without(known_.mean, known_.count);
+    others.count = known_.count - 1;
+    others.batch_mean = mean_without(known_.batch_mean, known_.batch_count);
+    others.batch_count = known_.batch_count - 1;
+    if constexpr (kReadsEnergy) {
+      others.energy_mean = weighted_.mean_without(reward, energy);
+    }
+    return (reward - baseline_of(options.baseline, others, options.half_range())) / divisor_;
+  }
+
+ private:
+  Known known_;
+  WeightedSums weighted_;
+  double divisor_;
+  bool alone_;
+};
+
+// Calibrated fusion from the group's other rollouts. Where all rewards are the lowest or the highest, the two
+// advantages are kept; otherwise what the likelihood ratios of the group share is.
+class CalibratedLeaveOneOutJudge {
+ public:
+  using Kind = CalibratedGroup;
+
+  CalibratedLeaveOneOutJudge(const CalibratedGroup& group, const Evidence& /*evidence*/, const Options& options,
+                             double divisor)
+      : belief_(group.belief),
+        successes_(group.successes),
+        others_(std::max<std::int64_t>(group.moments.count - 1, 0)),  // no others in an empty group
+        divisor_(divisor),
+        is_binary_(is_binary(group.moments, options)) {
+    if (!is_binary_ || static_cast<double>(others_) > kFew) {
+      ratio_.emplace(belief_.rate, static_cast<double>(others_));
+    }
+    if (is_binary_) {
+      of_lowest_ = compute(options.low, options);
+      of_highest_ = compute(options.high, options);
+    }
+  }
+
+  double operator()(double reward, double /*energy*/, const Options& options) const {
+    if (is_binary_ && (reward == options.low || reward == options.high)) {
+      return reward == options.low ? of_lowest_ : of_highest_;
+    }
+    return compute(reward, options);
+  }
+
+ private:
+  // No sample in a range has a larger variance than one of its ends. What rounding mistakes costs time alone.
+  static bool is_binary(const Moments& m, const Options& options) {
+    constexpr double kRounding = 1e-9;
+    return m.m2 >= (1.0 - kRounding) * static_cast<double>(m.count) * (m.mean - options.low) * (options.high - m.mean);
+  }
+
+  [[nodiscard]] double compute(double reward, const Options& options) const {
+    const auto others = static_cast<double>(others_);
+    const double successes = std::clamp(successes_ - options.scaled(reward), 0.0, others);
+    const double ratio = ratio_ ? (*ratio_)(successes) : likelihood_ratio(belief_.rate, successes, others - successes);
+    return (reward - options.unscaled(calibrated(others_, successes, belief_, ratio).baseline)) / divisor_;
+  }
+
+  Belief belief_;
+  double successes_;
+  std::int64_t others_;
+  double divisor_;
+  bool is_binary_;
+  double of_lowest_ = 0.0;
+  double of_highest_ = 0.0;
+  std::optional<LikelihoodRatio> ratio_;  // none where it is multiplied out
+};
+
+}  // namespace v05

@@ -1,0 +1,166 @@
+#include "tokens.hpp"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <bit>
+#include <cstdint>
+#include <type_traits>
+
+#include "buffers.hpp"
+#include "checks.hpp"
+#include "v05/multiversion.hpp"
+#include "v05/parallel.hpp"
+
+namespace v05 {
+namespace {
+
+constexpr std::int64_t kTokenRowBlock = 16;  // rows of many tokens, that a thread takes at a time
+
+// As many sums side by side as two 512-bit registers hold. The lanes are added in a fixed order, whatever the
+// registers. A whole block of zeros, which is what most token rewards are, changes no lane and is passed over without
+// a look at its mask.
+constexpr std::size_t kLanes = 16;
+constexpr std::size_t kZeroBlock = 64;
+
+template <class Reward, class Mask>
+V05_MULTIVERSION double sum_row(const Reward* rewards, const Mask* mask, std::size_t tokens) {
+  // Rewards are kept or cleared as bits: `mask ? reward : 0` becomes a masked load that g++ 12 gets wrong here.
+  using Bits = std::conditional_t<sizeof(Reward) == sizeof(std::uint32_t), std::uint32_t, std::uint64_t>;
+  const auto kept = [&](std::size_t t) {
+    return std::bit_cast<Reward>(std::bit_cast<Bits>(rewards[t]) & (mask[t] != Mask{0} ? ~Bits{0} : Bits{0}));
+  };
+  std::array<double, kLanes> lanes{};
+  std::size_t t = 0;
+  for (; t + kZeroBlock <= tokens; t += kZeroBlock) {
+    Bits any = 0;
+    for (std::size_t i = 0; i < kZeroBlock; ++i) {
+      any |= std::bit_cast<Bits>(rewards[t + i]);
+    }
+    for (std::size_t part = 0; any != 0 && part < kZeroBlock; part += kLanes) {
+      std::array<Reward, kLanes> values{};
+      for (std::size_t lane = 0; lane < kLanes; ++lane) {
+        values[lane] = kept(t + part + lane);
+      }
+      for (std::size_t lane = 0; lane < kLanes; ++lane) {
+        lanes[lane] += static_cast<double>(values[lane]);
+      }
+    }
+  }
+  for (; t < tokens; ++t) {
+    lanes[t % kLanes] += static_cast<double>(kept(t));
+  }
+  double sum = 0.0;
+  for (const double lane : lanes) {
+    sum += lane;
+  }
+  return sum;
+}
+
+// Returns whether the mask holds nothing but 0 and 1.
+template <class Out, class Mask>
+V05_MULTIVERSION bool spread_row(Out advantage, const Mask* mask, std::size_t tokens, Out* out) {
+  if constexpr (std::is_integral_v<Mask>) {
+    using Bits = std::make_unsigned_t<Mask>;
+    Bits bits = 0;  // of all values
+    for (std::size_t t = 0; t < tokens; ++t) {
+      out[t] = mask[t] != Mask{0} ? advantage : Out{0};
+      bits |= static_cast<Bits>(mask[t]);
+    }
+    return is_flag(bits);
+  } else {
+    unsigned odd = 0;
+    for (std::size_t t = 0; t < tokens; ++t) {
+      const unsigned one = mask[t] == Mask{1};
+      out[t] = one != 0 ? advantage : Out{0};
+      odd |= (one | static_cast<unsigned>(mask[t] == Mask{0})) ^ 1U;
+    }
+    return odd == 0;
+  }
+}
+
+// From the first cache line that is its own on, so that no vector is written to two: packed rows start anywhere.
+template <class Out>
+V05_MULTIVERSION void fill_row(Out advantage, std::size_t tokens, Out* out) {
+  constexpr std::size_t kLine = 64 / sizeof(Out);
+  const std::size_t past_line = reinterpret_cast<std::uintptr_t>(out) / sizeof(Out) % kLine;
+  const std::size_t head = std::min(tokens, (kLine - past_line) % kLine);
+  std::size_t t = 0;
+  for (; t < head; ++t) {
+    out[t] = advantage;
+  }
+  for (; t < tokens; ++t) {
+    out[t] = advantage;
+  }
+}
+
+template <class Body>
+void for_token_rows(std::size_t rows, std::size_t tokens, int threads, const Body& body) {
+  for_blocks(static_cast<std::int64_t>(rows), kTokenRowBlock, static_cast<std::int64_t>(tokens), threads,
+             [&](std::int64_t /*block*/, std::int64_t begin, std::int64_t end) {
+               for (std::int64_t row = begin; row < end; ++row) {
+                 body(static_cast<std::size_t>(row));
+               }
+             });
+}
+
+template <class Reward, class Mask>
+void sum_rows(std::span<const Reward> rewards, std::span<const Mask> mask, std::span<double> sums, int threads) {
+  const std::size_t tokens = sums.empty() ? 0 : rewards.size() / sums.size();
+  for_token_rows(sums.size(), rewards.size(), threads, [&](std::size_t row) {
+    sums[row] = sum_row(rewards.data() + row * tokens, mask.data() + row * tokens, tokens);
+  });
+}
+
+// Returns whether the mask holds nothing but 0 and 1.
+template <class Out, class Mask>
+bool spread_padded(std::span<const Out> advantages, std::span<const Mask> mask, std::span<Out> out, int threads) {
+  const std::size_t tokens = advantages.empty() ? 0 : out.size() / advantages.size();
+  std::atomic<bool> all_flags = true;
+  for_token_rows(advantages.size(), out.size(), threads, [&](std::size_t row) {
+    if (!spread_row(advantages[row], mask.data() + row * tokens, tokens, out.data() + row * tokens)) {
+      all_flags.store(false, std::memory_order_relaxed);
+    }
+  });
+  return all_flags;
+}
+
+template <class Out>
+void spread_packed(std::span<const Out> advantages, std::span<const std::int64_t> starts, std::span<Out> out,
+                   int threads) {
+  for_token_rows(advantages.size(), out.size(), threads, [&](std::size_t row) {
+    const Part own = part_of(starts, row, out.size());
+    fill_row(advantages[row], std::max(own.begin, own.end) - own.begin, out.data() + own.begin);
+  });
+}
+
+}  // namespace
+
+std::vector<double> sum_tokens(const Buffer& rewards, const Buffer& mask, std::size_t rows, int threads) {
+  std::vector<double> sums(rows);
+  with_real(rewards, [&](auto tokens) {
+    with_mask(mask, [&](auto flags) {
+      using Reward = decltype(tokens)::value_type;
+      sum_rows(std::span<const Reward>(tokens), flags, std::span(sums), threads);
+    });
+  });
+  return sums;
+}
+
+template <class Out>
+void spread_tokens(std::span<const Out> advantages, const Rollouts& rollouts, std::span<Out> out, int threads) {
+  if (!rollouts.mask) {
+    spread_packed(advantages, rollouts.cu_seqlens, out, threads);
+    return;
+  }
+  bool all_flags = true;
+  with_mask(rollouts.mask, [&](auto flags) { all_flags = spread_padded(advantages, flags, out, threads); });
+  if (!all_flags) {
+    check_mask(rollouts.mask, advantages.size());
+  }
+}
+
+template void spread_tokens<float>(std::span<const float>, const Rollouts&, std::span<float>, int);
+template void spread_tokens<double>(std::span<const double>, const Rollouts&, std::span<double>, int);
+
+}  // namespace v05

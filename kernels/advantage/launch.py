@@ -1,0 +1,235 @@
+"""The launch of the advantage kernel, and its variants for the ahead-of-time compiler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+
+from v05.kernels.advantage.fusion import BATCH_MEAN, CALIBRATED, ENERGY_MEAN, GROUP_MEAN, PRIOR, SHRINKAGE, ZERO
+from v05.kernels.advantage.kernel import (
+    BATCH_SCALE,
+    GROUP_SCALE,
+    TAKE_MORE,
+    UNSCALED,
+    fused_advantage_kernel,
+    sum_token_rewards_kernel,
+)
+from v05.kernels.variant import GROUPS, ROLLOUTS, TOKENS, Variant
+
+if TYPE_CHECKING:
+    from v05.ops.advantage.inputs import Rollouts
+    from v05.ops.advantage.options import Options
+
+STATISTIC_COLUMNS = TAKE_MORE.value + 1
+BLOCK_T = 2048  # 4 warps of 32 threads that each load 16 bytes of a uint8 mask
+MAX_BLOCK_ROWS = 512
+CALIBRATED_BLOCK_ROWS = 128  # under leave-one-out, where a thread's registers hold the fusion of one row
+ENOUGH_PROGRAMS = 8192  # a few waves on any GPU: beyond it, programs loop
+
+# NVIDIA's assembler, left alone, spills a few values to fit 40 registers; given a bound above its need it does not.
+# AMD's has no such option.
+COMPILER_OPTIONS = {"cuda": {"num_warps": 4, "maxnreg": 128}, "hip": {"num_warps": 4}}
+_OPTIONS = COMPILER_OPTIONS["hip" if torch.version.hip else "cuda"]
+
+
+def launch(
+    rollouts: Rollouts,
+    counted: torch.Tensor | None,
+    offsets: torch.Tensor,
+    order: torch.Tensor | None,
+    prior: torch.Tensor | None,
+    options: Options,
+    out: torch.Tensor,
+    table: torch.Tensor | None,
+) -> None:
+    """Write the advantages into `out` and the statistics into `table`, where given; the caller is `v05.ops.fused_advantage`.
+
+    Shapes and dtypes are those that `fused_advantage_kernel` notes; rewards may also be (N, T). Non-finite rewards of valid rows
+    are left out, and for a baseline with a prior rewards and priors outside [low, high] clipped; both are counted.
+
+    Args:
+        counted: (N,) bool, the rows that count in the statistics; None: the valid ones.
+        offsets, order: (G + 1,) and (N,) int64: group g has the rows order[offsets[g]] .. order[offsets[g + 1] - 1]; without an
+            order the rows offsets[g] .. offsets[g + 1] - 1.
+
+    Raises:
+        ValueError: CPU tensors without the interpreter.
+    """
+    rewards, mask, cu_seqlens, valid, _, energy = rollouts
+    if not rewards.is_cuda and isinstance(fused_advantage_kernel, triton.JITFunction):
+        raise ValueError(
+            "backend='triton': CPU tensors need Triton's interpreter; set TRITON_INTERPRET=1 before triton is first "
+            "imported, or leave backend out to use the C++ core"
+        )
+    N, G = rewards.shape[0], offsets.numel() - 1
+    if G == 0:  # rows of no group have advantage 0
+        out.zero_()
+        return
+    T = 0 if mask is None else mask.shape[1]
+    alpha, beta, kappa, calibration_eps = options.calibration
+    bounded = options.baseline in (PRIOR.value, SHRINKAGE.value, CALIBRATED.value)  # the others take any finite reward
+    low, high = (options.low, options.high) if bounded else (-math.inf, math.inf)
+    with torch.cuda.device_of(rewards):  # type: ignore[no-untyped-call]
+        if rewards.ndim == 2:
+            assert mask is not None
+            rewards = _sum_token_rewards(rewards, mask)
+        batch = None
+        if options.scale == BATCH_SCALE.value or options.baseline == BATCH_MEAN.value:
+            batch = _batch_moments(rewards, valid if counted is None else counted, low, high, options.eps)
+
+        row_length = None if mask is None and cu_seqlens is None else triton.cdiv(out.numel(), max(N, 1))
+        each_its_own = options.leave_one_out and options.baseline == CALIBRATED.value
+        block_rows, splits, chunks = launch_shape(N, G, row_length, CALIBRATED_BLOCK_ROWS if each_its_own else MAX_BLOCK_ROWS)
+        fused_advantage_kernel[(G, splits, chunks)](
+            rewards,
+            offsets,
+            order,
+            prior,
+            mask,
+            cu_seqlens,
+            valid,
+            counted,
+            energy,
+            batch,
+            out,
+            table,
+            G,
+            T,
+            low,
+            high,
+            options.eps,
+            options.max_rollouts,
+            options.cost,
+            alpha,
+            beta,
+            kappa,
+            math.log1p(-calibration_eps) - math.log(calibration_eps),
+            BASELINE=options.baseline,
+            SCALE=options.scale,
+            LEAVE_ONE_OUT=options.leave_one_out,
+            RAW_SINGLETON=options.raw_singleton,
+            BLOCK_ROWS=block_rows,
+            BLOCK_T=BLOCK_T,
+            **_OPTIONS,
+        )
+
+
+def launch_shape(N: int, G: int, row_length: int | None, max_block_rows: int) -> tuple[int, int, int]:
+    """(BLOCK_ROWS, splits, chunks) for N rollouts in G groups with rows of `row_length` tokens, None for per-rollout output.
+
+    Chosen for groups and rows of average size; any size is handled.
+    """
+    group_size = triton.cdiv(N, G)
+    block_rows = min(max(triton.next_power_of_2(group_size), 16), max_block_rows)
+    if row_length is None:
+        return block_rows, max(triton.cdiv(group_size, block_rows), 1), 1
+    chunks = min(max(triton.cdiv(row_length, BLOCK_T), 1), ENOUGH_PROGRAMS)
+    return block_rows, max(min(group_size, triton.cdiv(ENOUGH_PROGRAMS, G * chunks)), 1), chunks
+
+
+def _sum_token_rewards(token_rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    N, T = token_rewards.shape
+    rewards = torch.empty(N, dtype=torch.float64, device=token_rewards.device)
+    if N > 0:
+        sum_token_rewards_kernel[(N,)](token_rewards, mask, rewards, T, BLOCK_T=BLOCK_T, **_OPTIONS)
+    return rewards
+
+
+def _batch_moments(rewards: torch.Tensor, counted: torch.Tensor | None, low: float, high: float, eps: float) -> torch.Tensor:
+    """(3,) float64 of all counted finite rewards: their standard deviation (ddof = 1) + eps, 1 if they are all equal; their
+    number; their mean, NaN without any.
+
+    A few torch operations on the device: it needs all rewards, which no program of the one launch sees.
+    """
+    values = rewards.to(torch.float64)
+    if values.numel() == 0:
+        return values.new_tensor([1.0, 0.0, math.nan])
+    usable = values.isfinite() if counted is None else values.isfinite() & counted
+    values = values.clamp(low, high)
+    unequal = torch.where(usable, values, math.inf).amin() < torch.where(usable, values, -math.inf).amax()
+    n = usable.sum()
+    mean = torch.where(usable, values, 0.0).sum() / n.clamp(min=1)
+    variance = torch.where(usable, values - mean, 0.0).square().sum() / (n - 1).clamp(min=1)
+    divisor = variance.sqrt() + eps
+    divisor = torch.where(unequal & (divisor != 0.0), divisor, 1.0)
+    return torch.stack((divisor, n.to(torch.float64), torch.where(n > 0, mean, math.nan)))
+
+
+def variants() -> Iterator[Variant]:
+    """Every layout with every baseline in float32, then each other choice once, on padded shrinkage; calibrated, whose baseline
+    differs from rollout to rollout under leave-one-out, has that on scalars and on the largest blocks."""
+    statistics = {"p_table": "fp64"}
+    inputs = {"p_rewards": "fp32", "p_offsets": "i64", "p_order": "i64", "p_prior": "fp64"}
+    layouts = {"padded": {"p_mask": "u8"}, "packed": {"p_cu_seqlens": "i64"}, "per-rollout": {}}
+    baselines = {
+        "mean": GROUP_MEAN,
+        "prior": PRIOR,
+        "shrinkage": SHRINKAGE,
+        "calibrated": CALIBRATED,
+        "zero": ZERO,
+        "batch-mean": BATCH_MEAN,
+        "energy-mean": ENERGY_MEAN,
+    }
+    read = {"batch-mean": {"p_batch": "fp64"}, "energy-mean": {"p_energy": "fp64"}}  # beside what all read
+    plain = {
+        "SCALE": UNSCALED.value,
+        "LEAVE_ONE_OUT": False,
+        "RAW_SINGLETON": False,
+        "BLOCK_ROWS": 16,
+        "BLOCK_T": BLOCK_T,
+    }
+    made = {}
+    for layout, pointers in layouts.items():
+        for baseline, number in baselines.items():
+            name = f"{layout}-{baseline}"
+            made[name] = Variant(
+                name,
+                fused_advantage_kernel,
+                inputs | statistics | pointers | read.get(baseline, {}) | {"p_out": "fp32"},
+                plain | {"BASELINE": number.value},
+            )
+    yield from made.values()
+    base = made["padded-shrinkage"]
+    yield base.but("padded-shrinkage-valid-counted", p_valid="u1", p_counted="u1")
+    yield base.but("padded-shrinkage-leave-one-out", {"LEAVE_ONE_OUT": True})
+    yield base.but("padded-shrinkage-group-scale", {"SCALE": GROUP_SCALE.value})
+    yield base.but("padded-shrinkage-batch-scale", {"SCALE": BATCH_SCALE.value}, p_batch="fp64")
+    yield base.but("padded-shrinkage-large-groups", {"BLOCK_ROWS": MAX_BLOCK_ROWS})
+    yield base.but("padded-shrinkage-int64-mask", p_mask="i64")
+    yield base.but("padded-shrinkage-float32-mask", p_mask="fp32")
+    yield base.but("padded-shrinkage-bfloat16", p_out="bf16")
+    yield base.but("padded-shrinkage-float64", p_rewards="fp64", p_out="fp64")
+    yield made["padded-calibrated"].but("padded-calibrated-leave-one-out", {"LEAVE_ONE_OUT": True})
+    blocks = {"LEAVE_ONE_OUT": True, "BLOCK_ROWS": CALIBRATED_BLOCK_ROWS}
+    yield made["per-rollout-calibrated"].but("per-rollout-calibrated-leave-one-out", blocks)
+    for mask, element in {"uint8": "u8", "int64": "i64", "float32": "fp32"}.items():
+        yield Variant(
+            f"{mask}-mask",
+            sum_token_rewards_kernel,
+            {"p_token_rewards": "fp32", "p_mask": element, "p_rewards": "fp64"},
+            {"BLOCK_T": BLOCK_T},
+        )
+
+
+def traffic(variant: Variant) -> tuple[int, int]:
+    """(bytes, floor_bytes) of one launch on ROLLOUTS x TOKENS in GROUPS equal groups, counted from the kernel's source."""
+    size = variant.element_bytes()
+    tokens = ROLLOUTS * TOKENS
+    if variant.kernel is sum_token_rewards_kernel:
+        once = tokens * (size["p_token_rewards"] + size["p_mask"]) + ROLLOUTS * size["p_rewards"]
+        return once, once
+    per_rollout = not {"p_mask", "p_cu_seqlens"} & variant.pointers.keys()
+    _, splits, chunks = launch_shape(ROLLOUTS, GROUPS, None if per_rollout else TOKENS, MAX_BLOCK_ROWS)
+    row = sum(size.get(name, 0) for name in ("p_rewards", "p_order", "p_valid", "p_energy"))  # what a rollout is read as
+    group = 2 * size["p_offsets"] + size.get("p_prior", 0)
+    outputs = (ROLLOUTS if per_rollout else tokens) * size["p_out"] + tokens * size.get("p_mask", 0)
+    outputs += GROUPS * STATISTIC_COLUMNS * size["p_table"]
+    lengths = ROLLOUTS * chunks * 2 * size.get("p_cu_seqlens", 0)
+    statistics = 2 * ROLLOUTS // GROUPS * (row + size.get("p_counted", 0)) + group  # two passes over a group
+    asked = GROUPS * splits * chunks * statistics + ROLLOUTS * chunks * row + lengths + outputs
+    floor = ROLLOUTS * (row + size.get("p_counted", 0)) + GROUPS * group + lengths // (2 * chunks) + outputs
+    return asked, floor

@@ -1,0 +1,11 @@
+"""The statistics of an output, for tests that compare all of them."""
+
+import torch
+
+from v05.ops import AdvantageStats
+from v05.ops.advantage.stats import STATISTICS
+
+
+def columns(stats: AdvantageStats) -> list[torch.Tensor]:
+    """Those that the method defines; the others' places in the table hold anything."""
+    return [column for name in STATISTICS if (column := getattr(stats, name)) is not None]

@@ -1,0 +1,133 @@
+"""What computes: the C++ core on the CPU, one Triton launch on a GPU. Both take the same six arguments.
+
+    backend(rollouts, groups, prior, options, out, table)
+
+write the advantages into `out` and the statistics into `table`, if there is one. Everything is checked, contiguous and on one
+device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+
+from v05 import _core
+from v05.arguments import choice
+from v05.ops.advantage.inputs import DTYPES, Groups, Rollouts, outcomes_of
+from v05.ops.advantage.options import Options
+
+Backend: TypeAlias = Callable[[Rollouts, Groups, torch.Tensor | None, Options, torch.Tensor, torch.Tensor | None], None]
+
+
+def run_cpp(
+    rollouts: Rollouts,
+    groups: Groups,
+    prior: torch.Tensor | None,
+    options: Options,
+    out: torch.Tensor,
+    table: torch.Tensor | None,
+) -> None:
+    """On CPU tensors."""
+    rewards, mask, cu_seqlens, valid, trajectory_ids, energy = rollouts
+    # The core writes float32 and float64; a half-precision output is rounded from float32.
+    target = out if out.dtype in (torch.float32, torch.float64) else torch.empty_like(out, dtype=torch.float32)
+    _core.fused_advantage(
+        (
+            rewards.shape[0],
+            rewards.ndim == 2,
+            rewards.data_ptr(),
+            DTYPES[rewards.dtype],
+            None if mask is None else mask.data_ptr(),
+            0 if mask is None else DTYPES[mask.dtype],
+            None if cu_seqlens is None else cu_seqlens.data_ptr(),
+            None if valid is None else valid.data_ptr(),
+            None if trajectory_ids is None else trajectory_ids.data_ptr(),
+            None if energy is None else energy.data_ptr(),
+        ),
+        (
+            groups.number,
+            None if groups.offsets is None else groups.offsets.data_ptr(),
+            None if groups.ids is None else groups.ids.data_ptr(),
+        ),
+        None if prior is None else prior.data_ptr(),
+        options.core,
+        (target.data_ptr(), DTYPES[target.dtype], target.numel()),
+        None if table is None else table.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if target is not out:
+        out.copy_(target)
+
+
+def run_triton(
+    rollouts: Rollouts,
+    groups: Groups,
+    prior: torch.Tensor | None,
+    options: Options,
+    out: torch.Tensor,
+    table: torch.Tensor | None,
+) -> None:
+    """On CUDA tensors, or any in Triton's interpreter. A kernel cannot raise: non-finite rewards are left out and counted."""
+    from v05.kernels.advantage.launch import launch
+
+    order, offsets, valid = None, groups.offsets, rollouts.valid
+    if groups.ids is not None:
+        placed = (groups.ids >= 0) & (groups.ids < groups.number)  # rows whose id names no group go to group 0, left out
+        offsets, order = group_rows_on_device(torch.where(placed, groups.ids, 0), groups.number)
+        valid = placed if valid is None else valid & placed
+    assert offsets is not None
+    mask = rollouts.mask
+    if mask is not None and mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    counted = valid
+    if rollouts.trajectory_ids is not None:
+        finite = outcomes_of(rollouts.rewards, mask).isfinite()
+        counted = first_of_trajectory(rollouts.trajectory_ids, offsets, order, finite if valid is None else valid & finite)
+    launch(rollouts._replace(mask=mask, valid=valid), counted, offsets, order, prior, options, out, table)
+
+
+def group_rows_on_device(ids: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(offsets (G+1,), order (N,)) of integer ids in [0, num_groups), by one sort and without a host synchronisation."""
+    ordered, order = torch.sort(ids, stable=True)
+    offsets = torch.searchsorted(ordered, torch.arange(num_groups + 1, device=ids.device, dtype=ids.dtype))
+    return offsets, order
+
+
+def first_of_trajectory(
+    trajectory_ids: torch.Tensor, offsets: torch.Tensor, order: torch.Tensor | None, valid: torch.Tensor | None
+) -> torch.Tensor:
+    """(N,) bool: the row is the first valid one of its trajectory in its group. Two stable sorts, no synchronisation."""
+    n = trajectory_ids.numel()
+    position = torch.arange(n, device=trajectory_ids.device)
+    rows = position if order is None else order
+    group = torch.searchsorted(offsets[1:].contiguous(), position, right=True)  # of the row at each position
+    ignored = torch.zeros(n, dtype=torch.bool, device=rows.device) if valid is None else ~valid[rows]
+    by = torch.argsort(ignored, stable=True)
+    by = by[torch.argsort(trajectory_ids[rows][by], stable=True)]
+    by = by[torch.argsort(group[by], stable=True)]
+    key = torch.stack((group[by], trajectory_ids[rows][by]))
+    starts = torch.ones(n, dtype=torch.bool, device=rows.device)
+    starts[1:] = (key[:, 1:] != key[:, :-1]).any(dim=0)
+    first = torch.empty_like(starts)
+    first[rows[by]] = starts & ~ignored[by]
+    return first
+
+
+BACKENDS: dict[str, Backend] = {"cpp": run_cpp, "triton": run_triton}
+BACKEND_OF_DEVICE = {"cpu": "cpp", "cuda": "triton"}
+
+
+def backend_for(name: str | None, device: torch.device, tracing: bool) -> Backend:
+    """The backend of that name, or of the device. ValueError where it cannot run there."""
+    own = BACKEND_OF_DEVICE.get(device.type)
+    if own is None:
+        raise ValueError(f"rewards: device {device} has no backend; move the tensors to one of {', '.join(BACKEND_OF_DEVICE)}")
+    if name is None:
+        name = own
+    elif choice("backend", name, BACKENDS) == "cpp" and own != "cpp":
+        raise ValueError(f"backend='cpp' needs CPU tensors, got {device}")
+    elif name != own and tracing:
+        raise ValueError(f"backend={name!r} is not that of {device}, and torch traces no other; leave it out under torch.compile")
+    return BACKENDS[name]

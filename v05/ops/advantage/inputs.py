@@ -1,0 +1,378 @@
+"""What is given to the op, read into the values that it computes on: `Rollouts`, `Groups`, a prior and an output.
+
+Every reader takes tensors, arrays or sequences, and raises a ValueError that names the argument, what was seen and the remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from v05 import _core
+from v05.arguments import any_array, array, shown
+from v05.methods import Method
+
+Array = torch.Tensor | ArrayLike
+_NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+# What the core tells its buffers by, shared with advantage.hpp.
+DTYPES = {torch.bool: 1, torch.uint8: 1, torch.int64: 2, torch.float32: 3, torch.float64: 4, torch.int32: 5}
+
+
+MOST_GROUPS = 2**31 - 1  # whose statistics take 200 GB
+
+
+class Rollouts(NamedTuple):
+    """The tensors of N rollouts, contiguous and on one device.
+
+    Attributes:
+        rewards: (N,), or (N, T) by token; float32 or float64.
+        mask: (N, T) where rewards or advantages are by token, of a dtype in `DTYPES`; None else.
+        cu_seqlens: (N + 1,) int64 where advantages are packed; None else.
+        valid: (N,) bool; None: all.
+        trajectory_ids: (N,) int64; None: every row is a trajectory of its own.
+        energy: (N,) float64; None where no baseline reads it.
+    """
+
+    rewards: torch.Tensor
+    mask: torch.Tensor | None
+    cu_seqlens: torch.Tensor | None
+    valid: torch.Tensor | None
+    trajectory_ids: torch.Tensor | None
+    energy: torch.Tensor | None
+
+
+class Groups(NamedTuple):
+    """Which rollouts belong together: contiguous groups by offsets (number + 1,), or any by ids (N,) in
+    [0, number); int64."""
+
+    number: int
+    offsets: torch.Tensor | None
+    ids: torch.Tensor | None
+
+
+def tensor_of(name: str, value: Array, none_is_nan: bool = False) -> torch.Tensor:
+    """A dense tensor as it is; anything else through NumPy, so that Python floats keep their 64 bits."""
+    if isinstance(value, torch.Tensor):
+        if value.layout is not torch.strided:
+            raise ValueError(f"{name}: layout {value.layout}; give a dense tensor, as its to_dense() makes")
+        return value
+    return _wrapped(array(name, value, none_is_nan=none_is_nan))
+
+
+def _wrapped(numbers: NDArray[Any]) -> torch.Tensor:
+    if numbers.dtype.kind == "f" and numbers.dtype.itemsize > 8:  # more digits than torch has
+        numbers = numbers.astype(np.float64)
+    elif numbers.dtype.char in "qQ":  # C's long long, which torch does not know by this name
+        numbers = numbers.view(np.dtype(f"{numbers.dtype.byteorder}{numbers.dtype.kind}{numbers.dtype.itemsize}"))
+    if not (numbers.flags.writeable and numbers.dtype.isnative and numbers.flags.c_contiguous):  # what torch cannot wrap
+        numbers = numbers.astype(numbers.dtype.newbyteorder("="), order="C")
+    return torch.from_numpy(numbers)
+
+
+def values_of(name: str, value: Array, none_is_nan: bool = False) -> torch.Tensor:
+    """A tensor without a gradient, whose memory holds its values and not their negative."""
+    tensor = tensor_of(name, value, none_is_nan)
+    return (tensor.detach() if tensor.requires_grad else tensor).resolve_neg()
+
+
+def placed(name: str, value: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Contiguous, in the dtype and on the device. Asking first is cheaper than a conversion to what it is already."""
+    if value.dtype != dtype or value.device != device:
+        if value.dtype.is_complex:
+            raise ValueError(f"{name}: dtype {value.dtype} is not real")
+        if value.is_meta and device.type != "meta":
+            raise ValueError(f"{name}: on the meta device, which holds no values; give a tensor on {device}")
+        value = value.to(device, dtype)
+    return value.contiguous()
+
+
+def _rewards(rewards: Array) -> torch.Tensor:
+    """Rewards as contiguous float32 or float64: half precision widens exactly, integers and bool become float64."""
+    given = values_of("rewards", rewards, none_is_nan=True)
+    dtype = given.dtype
+    if dtype in (torch.float32, torch.float64):
+        return given.contiguous()
+    return placed("rewards", given, torch.float32 if dtype.is_floating_point else torch.float64, given.device)
+
+
+def read_rollouts(
+    rewards: Array,
+    response_mask: Array | None,
+    cu_seqlens: Array | None,
+    valid: Array | None,
+    trajectory_ids: Array | Sequence[str] | None,
+    energy: Array | None,
+    dtype: torch.dtype,
+    out: torch.Tensor | None,
+    tracing: bool,
+) -> tuple[Rollouts, torch.Tensor]:
+    """The rollouts, and where their advantages go."""
+    rewards = _rewards(rewards)
+    device, size = rewards.device, rewards.shape
+    response_mask = None if response_mask is None else _mask(response_mask, device)
+    if len(size) not in (1, 2):
+        raise ValueError(f"rewards: shape {tuple(size)}; give (N,) outcome rewards or (N, T) token rewards")
+    if len(size) == 2 and (response_mask is None or response_mask.shape != size):
+        raise ValueError(
+            f"rewards: token rewards of shape {tuple(size)} need response_mask of the same shape"
+            + ("" if response_mask is None else f", got {tuple(response_mask.shape)}")
+        )
+    n = size[0]
+    valid = None if valid is None else _valid(valid, n, device, tracing)
+    trajectory_ids = None if trajectory_ids is None else _trajectories(trajectory_ids, n, device, tracing)
+    mask, cu, shape = _layout(response_mask, cu_seqlens, out, n, device, tracing)
+    if energy is not None:
+        energy = placed("energy", values_of("energy", energy), torch.float64, device)
+        _one_per_rollout("energy", energy, n)
+    return Rollouts(rewards, mask, cu, valid, trajectory_ids, energy), _output(out, rewards, shape, dtype, tracing)
+
+
+def energy_for(rule: Method, rollouts: Rollouts) -> torch.Tensor | None:
+    """What the method weighs rollouts by: the energies given or, if it weighs by length, the lengths in tokens."""
+    if rule.weight is None:
+        return None
+    if rollouts.energy is not None:
+        return rollouts.energy
+    if rule.weight == "length" and rollouts.mask is not None:
+        return (rollouts.mask == 1).sum(-1, dtype=torch.float64)
+    if rule.weight == "length" and rollouts.cu_seqlens is not None:
+        return rollouts.cu_seqlens.diff().to(torch.float64)
+    lengths = ", or a response_mask or cu_seqlens, whose lengths then stand in" if rule.weight == "length" else ""
+    raise ValueError(f"energy: needed by method={rule.name!r}; give (N,) weights of at least 0{lengths}")
+
+
+def read_groups(
+    group_ids: Array | Sequence[str] | None,
+    group_offsets: Array | None,
+    num_groups: int | None,
+    n: int,
+    device: torch.device,
+    tracing: bool,
+) -> Groups:
+    if (group_ids is None) == (group_offsets is None):
+        given = "neither" if group_ids is None else "both"
+        raise ValueError(f"group_ids and group_offsets: {given} given; give exactly one")
+    if group_offsets is not None:
+        offsets = _offsets("group_offsets", group_offsets, n, device, tracing)
+        groups = offsets.shape[0] - 1
+        if num_groups is not None and num_groups != groups:
+            raise ValueError(f"num_groups={num_groups} contradicts group_offsets, which has {groups} groups; leave it out")
+        return Groups(groups, offsets, None)
+    assert group_ids is not None
+    ids, named = integer_ids("group_ids", group_ids, tracing)
+    if ids.ndim != 1 or ids.shape[0] != n:
+        raise ValueError(f"group_ids: shape {tuple(ids.shape)} for {n} rollouts; give one id a rollout")
+    if named is not None:
+        if num_groups is not None and num_groups != named:
+            raise ValueError(
+                f"num_groups={num_groups}, but group_ids holds {named} distinct ids that are no positions; leave it out"
+            )
+        num_groups = named
+    if num_groups is None:
+        if tracing or not ids.is_cpu:
+            raise ValueError(
+                "num_groups: needed with integer group_ids on CUDA, where finding it would synchronise, and under torch.compile"
+            )
+        ids, num_groups = factorize(ids)
+    elif ids.is_cpu and device.type != "cpu" and not tracing:
+        _core.check_ids(ids.contiguous().numpy(), num_groups)
+    return Groups(num_groups, None, placed("group_ids", ids, torch.int64, device))
+
+
+def factorize(group_ids: Array | Sequence[str]) -> tuple[torch.Tensor, int]:
+    """Number group ids by first appearance, once for several calls on the same rollouts.
+
+    Args:
+        group_ids: (N,) integers of any value, or N strings or other ids of one kind that can be hashed, such as UUIDs; on the CPU.
+
+    Returns:
+        ids: (N,) int64 in [0, G), and G: what `fused_advantage` takes as `group_ids` and `num_groups`.
+
+    Raises:
+        ValueError: not ids, or not on the CPU.
+    """
+    ids, named = integer_ids("group_ids", group_ids, tracing=False)
+    if named is not None:
+        return ids, named
+    if ids.ndim != 1 or not ids.is_cpu:
+        raise ValueError(f"group_ids: shape {tuple(ids.shape)} on {ids.device}; give (N,) ids on the CPU")
+    numbers, groups = _core.number_ids(ids.contiguous().numpy())
+    return torch.from_numpy(numbers), groups
+
+
+_NO_KEYS = (int, float, complex, np.number, np.bool_, type(None))  # no ids that are told apart by their hash
+
+
+def keys_of(name: str, ids: ArrayLike | Sequence[str]) -> torch.Tensor | Sequence[Any] | NDArray[np.object_]:
+    """Integer ids as a tensor; strings, and other objects that are told apart by their hash, as they are."""
+    if isinstance(ids, str):
+        raise ValueError(f"{name}={shown(ids)} is one string; give a sequence of ids")
+    if not isinstance(ids, Sequence):
+        ids = any_array(name, ids)
+        ids = ids.tolist() if ids.dtype.kind in "SUT" and ids.ndim == 1 else ids
+    # A list of strings must not pass through NumPy's own, which strip trailing NULs.
+    if isinstance(ids, Sequence) and _core.are_strings(name, ids):
+        return ids
+    given = any_array(name, ids)
+    if given.dtype.kind in "OS" and given.ndim == 1:
+        objects = given.astype(np.object_)
+        kinds = {type(key) for key in objects}
+        if _core.are_strings(name, objects) or (len(kinds) == 1 and not issubclass(kinds.pop(), _NO_KEYS)):
+            return objects
+    return _wrapped(array(name, given, wanted="integers, strings or other ids of one kind"))
+
+
+def integer_ids(name: str, ids: Array | Sequence[str], tracing: bool) -> tuple[torch.Tensor, int | None]:
+    """Integer ids, and how many differ when they stand for other ids (numbered by first appearance)."""
+    if isinstance(ids, torch.Tensor):
+        keys: torch.Tensor | Sequence[Any] | NDArray[np.object_] = tensor_of(name, ids)
+    elif tracing:
+        raise ValueError(f"{name}: torch traces tensors only; give an integer tensor and num_groups, or call outside torch.compile")
+    else:
+        keys = keys_of(name, ids)
+    if not isinstance(keys, torch.Tensor):
+        try:
+            dense, named = _core.factorize(keys)
+        except TypeError as error:
+            raise ValueError(f"{name}: {error}; give integers, strings or other ids that can be hashed") from None
+        return torch.from_numpy(dense), named
+    if keys.dtype == torch.int64:
+        return keys, None
+    if keys.numel() > 0 and (keys.is_floating_point() or keys.is_complex()):
+        raise ValueError(f"{name}: dtype {keys.dtype}; give integers or strings")
+    return keys.to(torch.int64), None
+
+
+def _offsets(name: str, value: Array, end: int | None, device: torch.device, tracing: bool) -> torch.Tensor:
+    """int64 offsets on the device. The CPU kernel checks what it reads; values on their way to another device are checked here."""
+    offsets = tensor_of(name, value)
+    size, dtype = offsets.shape, offsets.dtype
+    if len(size) != 1 or size[0] < 1 or dtype.is_floating_point:
+        raise ValueError(f"{name}: shape {tuple(size)}, dtype {dtype}; give integers (number of parts + 1,) that start at 0")
+    if offsets.is_cpu and offsets.device != device and not tracing:
+        offsets = offsets.to(torch.int64, copy=True).contiguous()  # what is checked is what is sent, whatever other threads do
+        _core.check_offsets(name, offsets.numpy(), end)
+    return placed(name, offsets, torch.int64, device)
+
+
+def read_prior(prior: Array, groups: int, device: torch.device) -> torch.Tensor:
+    values = placed("prior", values_of("prior", prior), torch.float64, device)
+    size = values.shape
+    if len(size) != 1 or size[0] != groups:
+        raise ValueError(f"prior: shape {tuple(size)} for {groups} groups; give one value a group")
+    return values
+
+
+def _layout(
+    response_mask: torch.Tensor | None,
+    cu_seqlens: Array | None,
+    out: torch.Tensor | None,
+    n: int,
+    device: torch.device,
+    tracing: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, tuple[int, ...]]:
+    """(mask, cu_seqlens, output shape) of the padded, packed or per-rollout layout."""
+    if response_mask is not None:
+        if cu_seqlens is not None:
+            raise ValueError("response_mask and cu_seqlens: both given; give at most one of the two")
+        mask = response_mask
+        if mask.ndim != 2 or mask.shape[0] != n:
+            raise ValueError(f"response_mask: shape {tuple(mask.shape)} for {n} rollouts; give (N, T)")
+        return mask, None, (n, mask.shape[1])
+    if cu_seqlens is not None:
+        given = tensor_of("cu_seqlens", cu_seqlens)
+        cu = _offsets("cu_seqlens", given, None, device, tracing)
+        if cu.shape[0] != n + 1:
+            raise ValueError(f"cu_seqlens: {cu.shape[0]} offsets for {n} rollouts; give N + 1 = {n + 1}")
+        if given.is_cpu and not tracing:
+            return None, cu, (max(int(given[-1]), 0),)  # below 0 they fall, which is complained about where they are read
+        if out is None:
+            raise ValueError(
+                "out: needed with cu_seqlens on CUDA, where finding total_tokens would synchronise, and under torch.compile"
+            )
+        return None, cu, (out.numel(),)
+    return None, None, (n,)
+
+
+def _output(
+    out: torch.Tensor | None,
+    rewards: torch.Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    tracing: bool,
+) -> torch.Tensor:
+    device = rewards.device
+    if out is None and len(shape) == 1 and rewards.is_cpu and dtype in _NUMPY_DTYPES and not tracing:
+        return torch.from_numpy(np.empty(shape, _NUMPY_DTYPES[dtype]))  # in half the time; but rows start anywhere
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    if not isinstance(out, torch.Tensor) or out.layout is not torch.strided:
+        raise ValueError(f"out: {shown(out)}; give a contiguous {shape} tensor, {dtype}, on {device}")
+    if tuple(out.shape) != shape or out.dtype != dtype or out.device != device or not out.is_contiguous():
+        seen = f"out: shape {tuple(out.shape)}, {out.dtype}, {out.device}{'' if out.is_contiguous() else ', not contiguous'}"
+        raise ValueError(f"{seen}; give a contiguous {shape} tensor, {dtype}, on {device}")
+    if out.requires_grad or (not tracing and out.is_neg()):
+        raise ValueError("out: requires a gradient or is the negative of its memory; give a buffer to write into")
+    return out
+
+
+def refuse_shared_memory(out: torch.Tensor, rollouts: Rollouts, groups: Groups, prior: torch.Tensor | None) -> None:
+    """What is read must not change while `out` is written. All are contiguous."""
+    read = {**rollouts._asdict(), "group_offsets": groups.offsets, "group_ids": groups.ids, "prior": prior}
+    begin, end = _extent(out)
+    for name, tensor in read.items():
+        if tensor is not None:
+            first, last = _extent(tensor)
+            if max(first, begin) < min(last, end):
+                raise ValueError(f"out: shares memory with {_ARGUMENTS.get(name, name)}; give a buffer of its own")
+
+
+_ARGUMENTS = {"mask": "response_mask"}
+
+
+def _extent(contiguous: torch.Tensor) -> tuple[int, int]:
+    begin = contiguous.data_ptr()
+    return begin, begin + contiguous.nbytes
+
+
+def _mask(response_mask: Array, device: torch.device) -> torch.Tensor:
+    """The mask in a dtype that the core and the kernel read; they find the values that are neither 0 nor 1."""
+    mask = tensor_of("response_mask", response_mask)
+    if mask.dtype not in DTYPES:
+        mask = placed("response_mask", mask, torch.float32 if mask.is_floating_point() else torch.int64, device)
+    return placed("response_mask", mask, mask.dtype, device)
+
+
+def _valid(valid: Array, n: int, device: torch.device, tracing: bool) -> torch.Tensor:
+    flags = tensor_of("valid", valid)
+    if flags.is_floating_point() or flags.is_complex():
+        raise ValueError(f"valid: dtype {flags.dtype}; give bool")
+    _one_per_rollout("valid", flags, n)
+    if flags.dtype != torch.bool:
+        if flags.is_cpu and not tracing and (odd := ((flags != 0) & (flags != 1)).nonzero()).numel():
+            row = int(odd[0])
+            raise ValueError(f"valid: {int(flags[row])} in row {row}; give bool, True for a rollout that counts")
+        flags = flags == 1
+    return placed("valid", flags, torch.bool, device)
+
+
+def _trajectories(trajectory_ids: Array | Sequence[str], n: int, device: torch.device, tracing: bool) -> torch.Tensor:
+    ids, _ = integer_ids("trajectory_ids", trajectory_ids, tracing)
+    _one_per_rollout("trajectory_ids", ids, n)
+    return placed("trajectory_ids", ids, torch.int64, device)
+
+
+def _one_per_rollout(name: str, vector: torch.Tensor, n: int) -> None:
+    if vector.ndim != 1 or vector.shape[0] != n:
+        raise ValueError(f"{name}: shape {tuple(vector.shape)} for {n} rollouts; give one value a rollout")
+
+
+def outcomes_of(rewards: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """(N,) outcome rewards: token rewards are summed over the mask, in float64."""
+    if rewards.ndim == 1 or mask is None:
+        return rewards
+    return torch.where(mask == 1, rewards, 0.0).sum(-1, dtype=torch.float64)
