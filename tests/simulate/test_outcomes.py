@@ -115,6 +115,14 @@ def test_prompts_of_different_tasks_are_different_questions(tmp_path):
     assert read_outcomes(tmp_path).question.tolist() == [0, 1, 3, 4, 5, 0, 1, 2]
 
 
+def test_one_path_with_other_content_is_another_task(tmp_path):
+    for name, content in {"one": "a", "other": "b", "two": "a"}.items():
+        write_run(tmp_path / name, [0, 4])
+        (tmp_path / name / "config.json").write_text(json.dumps({"task": {"kind": "jsonl", "path": f"{name}.jsonl"}}))
+        (tmp_path / name / "inputs.json").write_text(json.dumps({"task.path": content}))
+    assert read_outcomes(tmp_path).question.tolist() == [0, 1, 2, 3, 0, 1]
+
+
 def test_population_is_the_one_that_made_the_outcomes():
     rng = np.random.default_rng(0)
     trials = rng.integers(1, 20, 20_000).astype(float)

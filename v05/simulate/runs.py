@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from v05.files import read_object
 from v05.simulate.logs import EVAL_SAMPLES
+from v05.train.identity import with_contents
+from v05.train.metrics import read_inputs
 
 RUN_RESULT, RUN_CONFIG = "result.json", "config.json"
 EVAL_OUTCOMES = "outcomes.jsonl"  # which a folder of v05 eval has beside its own result.json, and a run has not
@@ -37,7 +39,8 @@ def read_runs(results: list[Path]) -> tuple[NDArray[np.int64], NDArray[np.int64]
 
     Raises ValueError: a file is damaged, which is named.
     """
-    first: dict[str, int] = {}  # task -> number of its first question: runs of one task were held out the same prompts
+    # Task, with the content of its file -> number of its first question: runs of one task were held out the same prompts.
+    first: dict[str, int] = {}
     questions, successes, trials = [], [], []
     for file in results:
         result, config = _object(file), _object(file.with_name(RUN_CONFIG))
@@ -50,7 +53,8 @@ def read_runs(results: list[Path]) -> tuple[NDArray[np.int64], NDArray[np.int64]
                 f"{file}: heldout_successes is no list of whole numbers from 0 to heldout_samples={samples!r}; "
                 "the run is damaged, leave its directory out"
             )
-        start = first.setdefault(json.dumps(config.get("task"), sort_keys=True), MOST_HELD_OUT * len(first))
+        task = with_contents(config, read_inputs(file.parent)).get("task")
+        start = first.setdefault(json.dumps(task, sort_keys=True), MOST_HELD_OUT * len(first))
         questions.append(start + np.arange(len(solved)))
         successes.append(np.asarray(solved, dtype=np.float64))
         trials.append(np.full(len(solved), float(samples)))
