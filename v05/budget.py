@@ -1,7 +1,7 @@
 """`RolloutAllocator`: how many rollouts each group gets, decided while they come in.
 
 V_0.5 (arXiv 2603.10848) starts every group with a few rollouts and lets the one-step look-ahead test buy more where
-the prior and the rewards disagree. The bookkeeping lives in `csrc/allocator.cpp`; here arrays are checked and named.
+the prior and the rewards disagree. The bookkeeping lives in `csrc/allocator/`; here arrays are checked and named.
 
     allocator = RolloutAllocator()
     allocator.open(prompt_ids, priors)

@@ -249,7 +249,7 @@ class RolloutAllocator {
   void close_candidates_if_spent();
   void forget(std::int64_t serial);
 
-  // The parts of a snapshot (allocator_snapshot.cpp), in order.
+  // The parts of a snapshot (snapshot.cpp), in order.
   void read(ByteReader& in);
   [[nodiscard]] std::int64_t read_groups(ByteReader& in);
   void read_queue(ByteReader& in, std::int64_t queued);

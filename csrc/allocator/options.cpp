@@ -1,0 +1,97 @@
+// The rules by name, and the checks of the options.
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "checks.hpp"
+#include "v05/allocator.hpp"
+
+namespace v05 {
+namespace {
+
+constexpr auto kRules = std::to_array<std::pair<std::string_view, BudgetRule>>({
+    {"osla", BudgetRule::kOsla},
+    {"uniform", BudgetRule::kUniform},
+    {"calibrated", BudgetRule::kCalibrated},
+    {"total", BudgetRule::kTotal},
+});
+
+void require_counts(const AllocatorOptions& options) {
+  if (options.initial < 1) {
+    refuse("initial=", options.initial, " is not positive; a group needs at least 1 rollout");
+  }
+  if (options.maximum < options.initial || options.maximum > kLargestCount) {
+    refuse("maximum=", options.maximum, " is not between initial=", options.initial, " and ", kLargestCount,
+           "; change maximum or initial");
+  }
+  if (options.chunk < 1) {
+    refuse("chunk=", options.chunk, " is not positive; use 1 to add rollouts one by one");
+  }
+  if (options.max_attempts < 1 || options.max_attempts > kLargestCount) {
+    refuse("max_attempts=", options.max_attempts, " is not between 1 and ", kLargestCount,
+           "; use 1 to give a rollout up at its first failure");
+  }
+}
+
+// An input that the rule does not read is a mistake of the caller's.
+void require_rule_inputs(const AllocatorOptions& options) {
+  const bool reads_cost = options.rule == BudgetRule::kOsla || options.rule == BudgetRule::kCalibrated;
+  const bool reads_calibration = options.rule == BudgetRule::kCalibrated || options.rule == BudgetRule::kTotal;
+  if (options.cost && !reads_cost) {
+    refuse("cost=", *options.cost, " has no meaning for rules 'uniform' and 'total'; leave it out");
+  }
+  if (options.total.has_value() != (options.rule == BudgetRule::kTotal)) {
+    refuse(options.total ? "total is given; only rule='total' takes it, leave it out"
+                         : "total=None; rule='total' needs the number of rollouts to share out");
+  }
+  if (options.total && *options.total < options.initial) {
+    refuse("total=", *options.total, " does not hold the initial=", options.initial, " rollouts of a group; raise it");
+  }
+  if (options.rule == BudgetRule::kCalibrated && !options.calibration) {
+    refuse("calibration=None; rule='calibrated' needs a Calibration fitted on past groups");
+  }
+  if (options.calibration && !reads_calibration) {
+    refuse("calibration is given; only rules 'calibrated' and 'total' read it, leave it out");
+  }
+  if (options.calibration && !options.calibration->within_bounds()) {
+    refuse("calibration is out of bounds; see v05.methods.Calibration");
+  }
+}
+
+}  // namespace
+
+BudgetRule find_budget_rule(std::string_view name) {
+  std::string known;
+  for (const auto& [rule_name, rule] : kRules) {
+    if (rule_name == name) {
+      return rule;
+    }
+    known.append(known.empty() ? "" : ", ").append(rule_name);
+  }
+  refuse("rule='", name, "' is unknown; choose one of ", known);
+}
+
+RolloutAllocator::RolloutAllocator(const AllocatorOptions& options)
+    : options_(options),
+      cost_(options.cost.value_or(1.0 / (static_cast<double>(options.maximum) * static_cast<double>(options.maximum)))),
+      ids_(std::make_unique<GroupIds<std::int64_t>>()) {
+  require_counts(options);
+  require_rule_inputs(options);
+  if (!(cost_ >= 0.0) || std::isinf(cost_)) {
+    refuse("cost=", cost_, " is not a finite number >= 0; use None for 1 / maximum^2");
+  }
+  const double width = options.highest_reward - options.lowest_reward;
+  if (!(width > 0.0) || std::isinf(width)) {
+    refuse("reward_range=(", options.lowest_reward, ", ", options.highest_reward,
+           ") is not a finite range; give (lowest, highest) with lowest < highest");
+  }
+  index_bits_ = static_cast<unsigned>(std::bit_width(static_cast<std::uint64_t>(options.maximum - 1)));
+  attempt_bits_ = static_cast<unsigned>(std::bit_width(static_cast<std::uint64_t>(options.max_attempts - 1)));
+}
+
+}  // namespace v05
