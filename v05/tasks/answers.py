@@ -24,8 +24,9 @@ from dataclasses import dataclass, replace
 
 from v05.tasks import formulas
 from v05.tasks.numbers import Number, arithmetic, same_number
-from v05.tasks.reading import Part, Reading, number_formula, read
+from v05.tasks.reading import Part, Reading, number_formula, read, read_choice
 from v05.tasks.statements import statements
+from v05.tasks.units import same_unit
 
 TIME_LIMIT = formulas.TIME_LIMIT  # seconds of a verdict
 MOST_PARTS = 64
@@ -88,20 +89,23 @@ def _readings(text: str, *, prose: bool) -> Iterator[Reading]:
         if reading is None:
             continue
         yield reading
-        if not reading.has_words:
+        choice = read_choice(statement)
+        if choice is not None:
+            yield choice
+        if choice is not None or not reading.has_words:
             return
-        letter = re.match(r"\(?([A-Z])(?:\)|:|\.(?=\s))\s*\S" if prose else r"\(?([A-Z])[):]\s*\S", statement)
-        if letter and (choice := read(letter[1])):
-            yield choice  # "(B) Paris" is choice B
 
 
 def _same_reading(wanted: Reading, given: Reading, equal: Equal) -> bool:
+    if wanted.option and given.option and wanted.option != given.option:
+        return False
     if wanted.text == given.text:
         return True
     mine, theirs = _aligned(wanted.parts, given.parts)
     if len(mine) != len(theirs) or len(mine) > MOST_PARTS:
         return False
-    if len(mine) == 1 or (all(part.label for part in mine) and not any(part.label for part in theirs)):
+    names = [part.label for part in mine]
+    if len(mine) == 1 or (len(set(names)) > 1 and not any(part.label for part in theirs)):
         return all(_same(a, b, equal) for a, b in zip(mine, theirs, strict=True))
     return _same_set(mine, theirs, equal)
 
@@ -140,10 +144,10 @@ def _same(wanted: Part, given: Part, equal: Equal) -> bool:
             return _same_set(wanted.items, given.items, equal)
         return all(_same(a, b, equal) for a, b in zip(wanted.items, given.items, strict=True))
     if wanted.kind == "text" or given.kind == "text":
-        return False
+        return _bare(wanted.text) == _bare(given.text)
     if wanted.number and given.number:
         return _same_quantity(wanted.number, wanted.unit, given.number, given.unit)
-    if not _same_unit(wanted.unit, given.unit):
+    if not same_unit(wanted.unit, given.unit):
         return False
     if wanted.number and (computed := arithmetic(given.formula)):
         return not _left_to_do(given.formula) and same_number(wanted.number, computed)
@@ -153,16 +157,16 @@ def _same(wanted: Part, given: Part, equal: Equal) -> bool:
 def _same_quantity(wanted: Number, unit: str, given: Number, other: str) -> bool:
     """Whether two numbers with units are equal. A unit may be left out; 50 % is also 0.5."""
     if same_number(wanted, given):
-        return _same_unit(unit, other)
+        return same_unit(unit, other)
     if {unit, other} == {"%", ""}:
         percent, plain = (wanted, given) if unit else (given, wanted)
         return same_number(Number(percent.value / 100, False), plain)
     return False
 
 
-def _same_unit(unit: str, other: str) -> bool:
-    """Whether two units are equal, one is left out, or one is the other with more words ("apples", "apples in all")."""
-    return not unit or not other or f"{unit} ".startswith(f"{other} ") or f"{other} ".startswith(f"{unit} ")
+def _bare(text: str) -> str:
+    """A text without brackets and the full stops of abbreviations: "2:15 (p.m.)" is "2:15 pm"."""
+    return re.sub(r"(?<=[a-z])\.|[()]", "", text)
 
 
 def _left_to_do(formula: str) -> bool:

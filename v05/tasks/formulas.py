@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from functools import lru_cache
 from typing import IO, Any
 
@@ -29,51 +31,78 @@ EXACT_TOLERANCE = 1e-12  # relative, of exact numbers such as roots
 DIGITS = 30  # that numbers are evaluated to
 POINTS = (0.0, 0.37, 1.83, -2.71)  # values of variables
 LONGEST_FORMULA = 1000  # characters
+MOST_PROCESSES = 8
 
 
 def equal(reference: str, answer: str, time_limit: float = TIME_LIMIT) -> bool:
     """Whether two formulas, in LaTeX without dollar signs, are equal. False where one cannot be read, or time or memory run out."""
-    return _PROCESS.ask(["equal", reference, answer], time_limit)
+    return _JUDGES.ask(["equal", reference, answer], time_limit)
 
 
 def readable(formula: str) -> bool:
     """Whether math-verify can read a formula."""
-    return _PROCESS.ask(["readable", formula], TIME_LIMIT)
+    return _JUDGES.ask(["readable", formula], TIME_LIMIT)
+
+
+class _Judges:
+    """Processes that are free, at most `MOST_PROCESSES` in all: a thread whose formula takes long keeps no other waiting."""
+
+    def __init__(self) -> None:
+        self._free: list[_JudgeProcess] = []
+        self._made = 0
+        self._changed = threading.Condition()
+
+    def ask(self, question: list[str], time_limit: float) -> bool:
+        if any(len(text) > LONGEST_FORMULA for text in question):
+            return False
+        deadline = time.monotonic() + time_limit
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._free or self._made < MOST_PROCESSES, max(time_limit, 0.0)):
+                return False
+            self._made += not self._free
+            judge = self._free.pop() if self._free else _JudgeProcess()
+        try:
+            return judge.ask(question, deadline - time.monotonic())
+        finally:
+            with self._changed:
+                self._free.append(judge)
+                self._changed.notify()
+
+    def close(self) -> None:
+        for judge in self._free:
+            judge.close()
 
 
 class _JudgeProcess:
-    """The process, started when it is first needed, and anew once a verdict has ended it."""
+    """One process, started when it is first asked, and anew once a verdict has ended it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._ready = False
-        self._owner = 0  # the process that started it: a fork must not share its pipes
 
     def ask(self, question: list[str], time_limit: float) -> bool:
-        if time_limit <= 0 or any(len(text) > LONGEST_FORMULA for text in question):
+        if time_limit <= 0:
             return False
-        with self._lock:
-            process = self._running()
-            try:
-                _pipe(process.stdin).write(json.dumps([time_limit, *question]) + "\n")
-                _pipe(process.stdin).flush()
-                verdict = _pipe(process.stdout).readline()
-            except BrokenPipeError:
-                verdict = ""
-            if not verdict:
-                self._stop()
-                self._start()  # it gets ready while this process goes on
-            return verdict == "1\n"
+        process = self._running()
+        try:
+            _pipe(process.stdin).write(json.dumps([time_limit, *question]) + "\n")
+            _pipe(process.stdin).flush()
+            verdict = _pipe(process.stdout).readline()
+        except BrokenPipeError:
+            verdict = ""
+        if not verdict:
+            self.close()
+            self._start()  # it gets ready while this process goes on
+        return verdict == "1\n"
 
     def _running(self) -> subprocess.Popen[str]:
         """The process, ready for a question: its start is no part of a verdict's time."""
-        if self._process is None or self._owner != os.getpid():
+        if self._process is None:
             self._start()
         assert self._process is not None
         if not self._ready:
             if _pipe(self._process.stdout).readline() != "ready\n":
-                code = self._stop()
+                code = self.close()
                 raise ChildProcessError(f"what compares formulas could not start (exit code {code}); see its error above")
             self._ready = True
         return self._process
@@ -84,21 +113,18 @@ class _JudgeProcess:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
         except OSError as error:
             raise ChildProcessError(f"what compares formulas could not start: {error}") from error
-        self._owner, self._ready = os.getpid(), False
+        self._ready = False
 
-    def _stop(self) -> int:
+    def close(self) -> int | None:
         """End the process and close its pipes; its exit code."""
         process, self._process = self._process, None
-        assert process is not None
+        if process is None:
+            return None
         process.kill()
         for pipe in (process.stdin, process.stdout):
             with contextlib.suppress(BrokenPipeError):  # it died with a question unread
                 _pipe(pipe).close()
         return process.wait()
-
-    def close(self) -> None:
-        if self._process is not None and self._owner == os.getpid():
-            self._stop()
 
 
 def _pipe(pipe: IO[str] | None) -> IO[str]:
@@ -106,8 +132,17 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
     return pipe
 
 
-_PROCESS = _JudgeProcess()
-atexit.register(_PROCESS.close)
+_JUDGES = _Judges()
+atexit.register(lambda: _JUDGES.close())
+
+
+def _forget_judges() -> None:
+    """A fork must not share the pipes of its parent's processes."""
+    global _JUDGES
+    _JUDGES = _Judges()
+
+
+os.register_at_fork(after_in_child=_forget_judges)
 
 
 def _serve() -> None:
@@ -138,7 +173,9 @@ def _serve() -> None:
 def _parsed(formula: str) -> list[Any]:
     from math_verify import LatexExtractionConfig, parse
 
-    config = LatexExtractionConfig(boxed_match_priority=-1)
+    # Its own stripping of units takes the variables of 3 m g away. Units are dealt with before (`v05.tasks.units`).
+    normalization = dataclasses.replace(LatexExtractionConfig().normalization_config, units=False)
+    config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=normalization)
     parsed: list[Any] = parse(f"${formula}$", [config], fallback_mode="no_fallback", parsing_timeout=None)
     return parsed
 

@@ -40,6 +40,11 @@ _LITERAL = re.compile(
 )
 
 
+_REPEATING = re.compile(r"(-?)\s*(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?")
+_MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_MAGNITUDE = re.compile(rf"\s*({'|'.join(_MAGNITUDES)})\b", re.IGNORECASE)
+
+
 @dataclass(frozen=True)
 class Number:
     """An exact value; `whole` where it was written as an integer, `ends` where it has finitely many decimals."""
@@ -58,11 +63,26 @@ class Number:
 
 def leading_number(text: str) -> tuple[Number, str] | None:
     """The number that a text begins with, and what follows it; None where it begins with none."""
+    if repeating := _REPEATING.match(text[:LONGEST_NUMBER]):
+        return _repeated(repeating), text[repeating.end() :]
     match = _LITERAL.match(text)
     if match is None or match.end() > LONGEST_NUMBER:
         return None
     number = _value(match)
-    return None if number is None else (number, text[match.end() :])
+    if number is None:
+        return None
+    if magnitude := _MAGNITUDE.match(text, match.end()):
+        scaled = number.value * 10 ** _MAGNITUDES[magnitude[1].lower()]
+        return Number(scaled, scaled.denominator == 1), text[magnitude.end() :]
+    return number, text[match.end() :]
+
+
+def _repeated(match: re.Match[str]) -> Number:
+    """0.1\\overline{6}: digits that repeat without end."""
+    sign, whole, first, period = match.groups()
+    value = Fraction(int(whole or "0") * 10 ** len(first) + int(first or "0"), 10 ** len(first))
+    value += Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(first))
+    return Number(-value if sign else value, False)
 
 
 def read_number(text: str) -> Number | None:

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from v05.tasks.numbers import Number, arithmetic, leading_number, same_number
+from v05.tasks.numbers import Number, arithmetic, leading_number, read_number, same_number
 from v05.tasks.statements import folded, one_spelling
 from v05.tasks.units import is_unit, leading_currency, read_unit, trailing_unit
 
 DEEPEST = 20  # brackets within brackets that are looked into
 LARGEST_IN_FORMULA = 3000  # bits
+LONGEST_CHOICE = 1000  # characters
 ROUGHLY = Fraction(1, 100)  # how far the sides of an equation may be apart: "10/3 = 3.33" is rounded
 
 _FUNCTIONS = (
@@ -21,10 +22,11 @@ _FUNCTIONS = (
 )
 _FUNCTION = re.compile(rf"(?<![\\A-Za-z])({_FUNCTIONS})(?![A-Za-z])")
 _NEVER_ARITHMETIC = re.compile(
-    r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}|.*\d:\d.*|\d+-0\d+|\d{3}-\d{4}|\d+ ?(?:st|nd|rd|th)|.*[\"?@#~].*|.*:.*", re.IGNORECASE
-)  # dates, times and ratios, telephone numbers, ordinals
+    r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}|.*\d:\d.*|\d+-0\d+|\d{3}-\d{4}|\d+ ?(?:st|nd|rd|th)|[\dA-F]+_\{?\d+\}?|.*[\"?@#~].*|.*:.*",
+    re.IGNORECASE,
+)  # dates, times and ratios, telephone numbers, ordinals, numerals of another base
 _SYMBOL = r"(?:\\?[A-Za-z]+|[A-Za-z])(?:_\{?\w+\}?)?'*"
-_LABEL = re.compile(rf"(?:{_SYMBOL}|{_SYMBOL}\s*\([^()=]*\)|\|\w+\||\\angle\s*\w+|[A-Za-z][A-Za-z ]*)")
+_LABEL = re.compile(rf"(?:{_SYMBOL}|{_SYMBOL}\s*\([^()=]*\)|\|\w+\||\\angle\s*\w+|[A-Za-z][A-Za-z ]*|\([a-z](?:\s*,\s*[a-z])+\))")
 _EQUALS = re.compile(r"(?<![<>!=:\\])=(?!=)|\\approx(?![A-Za-z])")
 _SEPARATOR = re.compile(r"\s*(?:[,;]\s*(?:and|or)(?=\s)|[,;]|\s(?:and|or|\|)(?=\s)|\\\\)\s*", re.IGNORECASE)
 _THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d])")
@@ -62,10 +64,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a text says: its folded spelling, and its parts."""
+    """What a text says: its folded spelling, and its parts; of a choice letter also the text of the option, if it is given."""
 
     text: str
     parts: tuple[Part, ...]
+    option: str = ""
 
     @property
     def has_words(self) -> bool:
@@ -81,6 +84,26 @@ def read(text: str) -> Reading | None:
         return None
     whole = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), spelled)
     return Reading(folded(spelled), tuple(part for piece in _pieces(whole, _SEPARATOR) for part in _signed(piece)))
+
+
+_CHOICE = re.compile(
+    r"\(([A-J])\)\s*(.*)|(?:option|choice)\s+\(?([A-J])\)?(.*)|([A-J])(?:\)\s*|[:.]\s+)(\S.*)", re.IGNORECASE | re.DOTALL
+)
+
+
+def read_choice(text: str) -> Reading | None:
+    """The choice letter that a text begins with, and the text of the option: "(B) Paris". None where it is no such text."""
+    match = _CHOICE.fullmatch(one_spelling(text)[:LONGEST_CHOICE])
+    if match is None:
+        return None
+    letter, option = (group for group in match.groups() if group is not None)
+    if (
+        not letter.isupper()
+        or re.match(r"(?:or|and|,|;|/)\b|[,;/&]", option, re.IGNORECASE)
+        or re.search(r"\([A-J]\)|\b[A-J]\)", option)
+    ):
+        return None  # several letters are no choice
+    return Reading(letter.casefold(), (Part(letter.casefold()),), folded(option))
 
 
 def _pieces(text: str, separator: re.Pattern[str]) -> list[str]:
@@ -115,10 +138,13 @@ def _part(text: str) -> Part:
     sides = _pieces(text, _EQUALS)
     if len(sides) > 1 and "\\begin" not in text:
         return _equation(text, sides)
-    if member := re.match(rf"({_SYMBOL})\s*\\in(?![A-Za-z])\s*", text):
-        return replace(_part(text[member.end() :]), label=_label(member[1]))
-    if worded := re.match(r"([A-Za-z][A-Za-z ]*):\s+(?=\S)", text):
-        return replace(_part(text[worded.end() :]), label=_label(worded[1]))
+    if labelled := re.match(rf"({_SYMBOL})\s*\\in(?![A-Za-z])\s*|([A-Za-z][A-Za-z ]*):\s+(?=\S)", text):
+        return replace(_value(text[labelled.end() :]), label=_label(labelled[1] or labelled[2]))
+    return _value(text)
+
+
+def _value(text: str) -> Part:
+    """A part that has no label."""
     return _bracketed(text) or _quantity(text) or _formula(text) or Part(folded(text))
 
 
@@ -133,7 +159,8 @@ def _equation(text: str, sides: list[str]) -> Part:
     numbers = [number for number in map(_computed, values) if number is not None]
     if any(not same_number(number, numbers[-1], ROUGHLY) for number in numbers):
         return Part(folded(text))  # false, so it states no value
-    return replace(_part(values[-1]), label=label)
+    plain = [value for value in values if read_number(value) is not None]  # "41 = 26 + 15" states 41
+    return replace(_value(plain[-1] if numbers and plain else values[-1]), label=label)
 
 
 def _computed(text: str) -> Number | None:
@@ -194,7 +221,7 @@ def _quantity(text: str) -> Part | None:
 
 def _formula(text: str) -> Part | None:
     """A formula for math-verify; None where a text is words."""
-    body, unit = trailing_unit(text)
+    body, unit = trailing_unit(text.replace("$", ""))
     letters = re.sub(r"\\(?:begin|end)\s*\{\w+\*?\}|\\[A-Za-z]+", " ", body)
     letters = _FUNCTION.sub(" ", letters)
     runs = re.findall(r"[^\W\d_]+", letters)
@@ -206,6 +233,7 @@ def _formula(text: str) -> Part | None:
         or any(len(run) > 3 or not run.isascii() for run in runs)
         or re.search(r"[A-Za-z]\d|\.\d*\.|\. |[A-Za-z] [A-Za-z]{2}|[A-Za-z]{2} [A-Za-z\d]", letters)
         or not _balanced(body)
+        or (re.search(r"[\d)}]\s*[-+]", body) and arithmetic(body) is not None)  # a sum left to do, a score, a range
     ):
         return None
     return Part(folded(text), formula=_latex(body), unit=unit)
@@ -226,8 +254,9 @@ def _latex(text: str) -> str:
     text = re.sub(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = _FUNCTION.sub(lambda name: "\\infty " if name[1] == "infinity" else f"\\{name[1]} ", text)
     text = re.sub(r"(?<=\d)[eE]([+-]?\d+)(?![\dA-Za-z])", r" \\cdot 10^{\1}", text)
+    text = re.sub(r"(?<=\d)i(?![A-Za-z])", " i", text)  # math-verify sees the imaginary unit where it stands alone
     text = re.sub(r"\^\s*(-?\d+(?:\.\d+)?|\([^()]*\))", lambda power: "^{" + power[1].strip("()") + "}", text)
-    text = re.sub(r"_(\w{2,})", r"_{\1}", text)
+    text = re.sub(r"_(\d+|[A-Za-z]{2,})", r"_{\1}", text)
     text = text.replace("<=", "\\le ").replace(">=", "\\ge ").replace("!=", "\\ne ").replace("*", "\\cdot ")
     return text.replace("\u00b0", "^{\\circ}").replace("%", "\\%")
 

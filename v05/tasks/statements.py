@@ -23,10 +23,13 @@ _ANCHOR = re.compile(
     r"\banswers?\b(?:[^\n.:=]{0,60}?\b(?:is|are)\b\s*:?|\s*[:=\uff1a])|\u7b54\u6848\s*[:\u4e3a\u662f\uff1a]+", re.IGNORECASE
 )
 _SENTENCE_END = re.compile(r"[.!?\u3002](?=\s|$)")
-_CLAUSE_END = re.compile(
-    r",?\s+(?:because|since|as|so|which|where|by|after|when|if|therefore|for)\b|\s+[-\u2013\u2014]\s+", re.IGNORECASE
-)
+_CLAUSE_END = re.compile(r",?\s+(?:because|since|as|so|which|where|by|after|therefore|for)\b|\s+[-\u2013\u2014]\s+", re.IGNORECASE)
 _COPULA = re.compile(r"\b(?:is|are|was|were|be|equals?|gives?|gets?|obtain|have|has)\b", re.IGNORECASE)
+_END = re.compile(r"[.,;?\s*_`]+$|(?<!\d)[.,;?!\s*_`]+$")
+_ADVERBS = re.compile(r"^(?:(?:therefore|thus|then|simply|just|exactly|equal to|hence|indeed)\b[\s,:]*)+", re.IGNORECASE)
+_HEDGE = re.compile(r"\b(?:or|and|either|maybe|perhaps)\b", re.IGNORECASE)
+_PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}(?![A-Za-z(}])")
+_NEGATED = re.compile(r"(?:\bnot|n't|n\u2019t|\bnever|[-+*/\u00d7])\s*(?:equal\s+(?:to\s+)?)?$", re.IGNORECASE)
 _MATH = re.compile(r"\$\$?([^$]+?)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _LOOSE_NUMBER = re.compile(
     r"(?<![\w.:/,-])[-+]?[$\u20ac\u00a3]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s?/\s?\d+)?\s?%?(?![\w:/-])"
@@ -55,7 +58,7 @@ def statements(text: str, *, prose: bool) -> Iterator[str]:
         yield from _narrowed(tail[anchors[-1].end() :])
         return
     yield text.strip()[:LONGEST_ANSWER]
-    if prose and not tags:
+    if prose and _PROSE.search(tail):
         yield from _last_words(tail.strip())
 
 
@@ -71,9 +74,11 @@ def _last_words(tail: str) -> Iterator[str]:
     if sentences:
         copulas = list(_COPULA.finditer(sentences[-1])) or list(re.finditer(r"=|:\s", sentences[-1]))
         if copulas:
-            yield from _narrowed(sentences[-1][copulas[-1].end() :])
+            statement = sentences[-1][copulas[-1].end() :]
+            if not re.match(r"\s*(?:n't|n\u2019t|not\b|never\b)", statement):
+                yield from _narrowed(statement)
     marked = list(_MATH.finditer(tail))
-    numbers = list(_LOOSE_NUMBER.finditer(tail))
+    numbers = [number for number in _LOOSE_NUMBER.finditer(tail) if not _NEGATED.search(tail[: number.start()][-20:])]
     if marked and (not numbers or marked[-1].end() >= numbers[-1].end()):
         yield next(group for group in marked[-1].groups() if group is not None)
     elif numbers:
@@ -89,16 +94,14 @@ def _sentences(line: str) -> Iterator[str]:
 
 
 def _narrowed(tail: str) -> Iterator[str]:
-    """The rest of a line, of its first sentence, of its first clause; then its leading choice letter or formula."""
-    line = tail.strip("*_` \n\t").partition("\n")[0].strip()[:LONGEST_SENTENCE_PART]
+    """The rest of a line, of its first sentence, of its first clause; then the formula or number that it begins with."""
+    line = _ADVERBS.sub("", tail.strip("*_` \n\t").partition("\n")[0].strip()[:LONGEST_SENTENCE_PART])
     sentence = next(_sentences(line))
     clause = _CLAUSE_END.split(sentence, maxsplit=1)[0]
-    parts = [part.rstrip(".,;!? ") for part in (line, sentence, clause)]
+    parts = [_END.sub("", part).strip("*_` ") for part in (line, sentence, clause)]
     if marked := _MATH.match(line):
         parts += [group for group in marked.groups() if group is not None]
-    elif letter := re.match(r"\W*\(?([A-Z])(?:\)|[.:,](?=\s|$))", line):
-        parts.append(letter[1])
-    elif number := _LOOSE_NUMBER.match(line):
+    elif (number := _LOOSE_NUMBER.match(line)) and not _HEDGE.search(line):
         parts.append(number[0])
     yield from dict.fromkeys(part for part in parts if part)
 
@@ -151,7 +154,7 @@ _SAME_COMMANDS = {
     "dfrac": "\\frac", "tfrac": "\\frac", "cfrac": "\\frac", "leq": "\\le", "geq": "\\ge", "leqslant": "\\le",
     "geqslant": "\\ge", "neq": "\\ne", "lt": "<", "gt": ">", "thinspace": " ", "quad": " ", "qquad": " ", "left": "",
     "right": "", "big": "", "Big": "", "bigl": "", "bigr": "", "Bigl": "", "Bigr": "", "displaystyle": "", "limits": "",
-    "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]", "degree": "^{\\circ}",
+    "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]", "degree": "^{\\circ}", "varnothing": "\\emptyset",
 }  # fmt: skip
 _TEXT_COMMAND = re.compile(
     r"\\(?:boxed|fbox|text|textbf|textit|textrm|textnormal|texttt|mathrm|mathbf|mathit|mathsf|mathtt|mbox|hbox|rm|bf|operatorname\*?|emph|boldsymbol|"
@@ -169,10 +172,11 @@ def one_spelling(text: str) -> str:
         text,
     )
     text = re.sub("\u221a\\s*(\\d+|[a-zA-Z]|\\([^()]*\\))", lambda root: "\\sqrt{" + root[1].strip("()") + "}", text)
-    text = unicodedata.normalize("NFKC", text)
+    text = re.sub("[^\u2460-\u2473]+", lambda plain: unicodedata.normalize("NFKC", plain[0]), text)  # \u2460 is no 1
+    text = text.replace("\u6216", " or ").replace("\u548c", " and ")
     text = text.translate({ord(symbol): written for symbol, written in _SYMBOLS.items()})
     text = re.sub(r"\\\[|\\\]|\\\(|\\\)", " ", text)
-    text = re.sub(r"(?<!\\)\\[,;:!> ]|~", " ", re.sub(r"(?<=\d)\\[,!](?=\d{3})|(?<=\d)\{,\}(?=\d{3})", ",", text))
+    text = re.sub(r"(?<!\\)\\[,;:!> ]|~", " ", re.sub(r"(?<=\d),?\\[,!](?=\d{3})|(?<=\d)\{,\}(?=\d{3})", ",", text))
     text = re.sub(r"(?<!\\)\$\$?(?=\S)([^$]*?)(?<=\S)\$\$?(?!\d)", r"\1", text)
     for _ in range(4):  # fonts within fonts
         text, found = _TEXT_COMMAND.subn(r" \1 ", text)
@@ -182,6 +186,8 @@ def one_spelling(text: str) -> str:
     text = text.replace("\\$", "$").replace("\\%", "%").replace("\\#", "#").replace("\\&", "&").replace("\\_", "_")
     text = re.sub(r"(?<!\S)(\*\*|__|`)(?=\S)(.+?)(?<=\S)\1(?=[\s.,;:!?)]|$)", r"\2", text)
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\circ\b", " \u00b0", text)
+    text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
+    text = re.sub(r"(?<=[\d\s])M(?=(?:W|Hz|eV|B|b|J|V|Pa|N|g|m|L)(?![A-Za-z]))", "mega", text)  # no milliwatt once case is folded
     text = re.sub(r"\s+", " ", text).strip()
     text = re.sub(r"[\s.,;:!?]+$", "", text) if not re.search(r"\d[!]$", text) else text
     return text.strip("\"'` ").strip()
@@ -193,5 +199,8 @@ def _same_command(command: re.Match[str]) -> str:
 
 
 def folded(text: str) -> str:
-    """One spelling, its case and spaces folded: what two texts are compared by. A space between two words or numbers stays."""
-    return re.sub(r"(?<!\w) | (?!\w)", "", one_spelling(text)).casefold()
+    """One spelling, its case and spaces folded: what two texts are compared by. A space between words or between numbers stays."""
+    text = one_spelling(text)
+    words = re.search(r"[^\W\d_]{2}", re.sub(r"\\[a-zA-Z]+", " ", text))
+    kept = r"(?<=\d) (?=\d)|(?<=[^\W\d_]) (?=[^\W\d_])" if words else r"(?<=\d) (?=\d)"
+    return re.sub(f"({kept})| ", r"\1", text).casefold()

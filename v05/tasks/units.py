@@ -20,7 +20,8 @@ _NAMES = {
     "\u20ac": "euro euros eur", "\u00a3": "pounds-sterling gbp", "cent": "cents \u00a2", "mph": "", "kph": "kmh kmph",
     "rpm": "", "gev": "", "mev": "", "kev": "", "au": "", "pc": "parsec parsecs", "ly": "lightyear lightyears", "ghz": "",
     "mhz": "", "khz": "", "angstrom": "angstroms \u00e5", "bit": "bits", "byte": "bytes", "gb": "", "mb": "", "kb": "",
-    "dozen": "", "kcal": "", "cal": "calorie calories", "bar": "bars", "atm": "",
+    "kcal": "", "mmol": "", "kpa": "",
+    "um": "micrometer micrometers micron microns", "sq": "", "cal": "calorie calories", "bar": "bars", "atm": "",
 }  # fmt: skip
 _UNIT_OF = {name: unit for unit, names in _NAMES.items() for name in (unit, *names.split())}
 _SAME_AS = {"mph": "mi/h", "kph": "km/h"}
@@ -45,7 +46,8 @@ def read_unit(text: str) -> str | None:
     A unit is a remark in brackets, words, or symbols: "(apples)", "square meters", "m/s^2". A single letter, or letters that touch
     the number ("5x", "2ab"), are a unit only where it is a well-known one.
     """
-    body = text.strip()
+    body = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*(?:\{[^{}]*\})?)\}", r"\1/\2", text.strip())
+    body = body.replace("\\mu ", "u").replace("\\Omega", "ohm")
     if not body:
         return ""
     if remark := re.fullmatch(r"\(([^()\d=+*^]*)\)", body):
@@ -63,7 +65,10 @@ def read_unit(text: str) -> str | None:
     touching = not text[0].isspace()
     if any(token not in _SINGLE_LETTERS for token in single) or (touching and single and len(tokens) == 1):
         return None
-    if not known and (touching or single or re.search(r"[/^\\]|\d", body)):
+    if len(single) > 1 and not re.search(r"/|\^\s*\{?\s*-|\bper\b|cdot", body):
+        return None  # "m v^2" is a product of variables
+    ratio = all(word in _UNIT_OF or len(word) > 2 for word in words) and "/" in body
+    if not known and not ratio and (touching or single or re.search(r"[/^\\]|\d", body)):
         return None
     return _spelled(body)
 
@@ -82,11 +87,22 @@ def trailing_unit(text: str) -> tuple[str, str]:
     if match is None or match.start() == 0:
         return text, ""
     unit, body = _spelled(match[0]), text[: match.start()].rstrip()
+    if match[2] and read_unit(f" {match[2]}") is None:
+        return text, ""
     words = re.findall(r"[a-z\u00b0%$]+", unit)
     variables = re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+|pi|sqrt", "", body))
     if variables or any(word in _FORMULA_WORDS for word in words) or not (match[1] or all(word in _UNIT_OF for word in words)):
         return text, ""
     return body, unit
+
+
+def same_unit(unit: str, other: str) -> bool:
+    """Whether two units are equal, one is left out, or one is the other with more words ("apples", "apples in all")."""
+    if not unit or not other or unit == other:
+        return True
+    if unit.split()[0] in _UNIT_OF or other.split()[0] in _UNIT_OF:
+        return False
+    return f"{unit} ".startswith(f"{other} ") or f"{other} ".startswith(f"{unit} ")
 
 
 def is_unit(text: str) -> bool:
