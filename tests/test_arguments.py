@@ -71,15 +71,21 @@ REFUSED = {
     "out sparse": (lambda: call(out=torch.zeros(4).to_sparse()), r"out: .*; give a contiguous \(4,\) tensor"),
     "prior on meta": (
         lambda: call(prior=torch.zeros(1, device="meta"), method="v05"),
-        "prior: on the meta device, which holds no values; give a tensor on cpu",
+        "prior: a tensor on the meta device, without memory of its values; give one that holds values",
     ),
-    "mask on meta": (lambda: call(response_mask=torch.ones(4, 2, device="meta")), "response_mask: on the meta device"),
-    "ids on meta": (lambda: call(group_ids=torch.zeros(4, device="meta").long(), num_groups=1), "group_ids: on the meta device"),
+    "mask on meta": (lambda: call(response_mask=torch.ones(4, 2, device="meta")), "response_mask: a tensor on the meta device"),
+    "ids on meta": (
+        lambda: call(group_ids=torch.zeros(4, device="meta").long(), num_groups=1),
+        "group_ids: a tensor on the meta device",
+    ),
     "rewards on meta": (lambda: call(torch.zeros(4, device="meta")), "rewards: device meta has no backend"),
-    "rewards sparse": (lambda: call(torch.tensor(R4).to_sparse()), "rewards: layout torch.sparse_coo; give a dense tensor"),
+    "rewards sparse": (
+        lambda: call(torch.tensor(R4).to_sparse()),
+        "rewards: a tensor of layout torch.sparse_coo, .*; give a dense one",
+    ),
     "mask sparse": (
         lambda: call(response_mask=torch.ones(4, 2, dtype=torch.int32).to_sparse()),
-        r"response_mask: layout torch.sparse_coo; give a dense tensor, as its to_dense\(\) makes",
+        r"response_mask: a tensor of layout torch.sparse_coo, .*; give a dense one, as its to_dense\(\) makes",
     ),
     "rewards complex": (lambda: call(np.array(R4) + 1j), "rewards: dtype torch.complex128 is not real"),
     "mask complex": (lambda: call(response_mask=np.ones((4, 2)) + 0j), "response_mask: dtype torch.complex128 is not real"),
@@ -334,8 +340,10 @@ def test_transforms_of_torch_func_are_refused(transform):
         "prior": lambda given: call(prior=given[:1], method="v05").advantages,
         "response_mask": lambda given: call(response_mask=given[:, None]).advantages,
     }.items():
-        with pytest.raises(ValueError, match=f"{name}: a tensor of torch.func's vmap or grad, .* call outside of them"):
+        with pytest.raises(ValueError, match=f"{name}: a tensor of torch.func's vmap or grad, .*; call outside of them"):
             transformed(of_it)
+    with pytest.raises(ValueError, match=r"rewards: torch.func's vmap or grad makes tensors of them, .*; call outside of them"):
+        torch.func.grad(lambda weight: (call().advantages * weight).sum())(rewards[0])
     inside = torch.func.vmap(lambda weight: (call().advantages * weight).sum())(rewards)  # what is not transformed is read
     assert inside.tolist() == [1.0, 1.0]
 

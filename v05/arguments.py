@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 INT64 = np.iinfo(np.int64)
 _NUMPY = (np.generic, np.ndarray)
+_MASKED = np.ma.MaskedArray
 
 
 def shown(value: object) -> str:
@@ -94,7 +95,7 @@ def array(name: str, values: Any, wanted: str = "numbers", none_is_nan: bool = F
 
 def any_array(name: str, values: Any) -> NDArray[Any]:
     """An array of any dtype; one whose mask would be ignored is refused."""
-    if isinstance(values, np.ma.MaskedArray):
+    if isinstance(values, _MASKED):
         raise ValueError(f"{name}: a masked array, whose mask would be ignored; give a plain one, as its filled() makes")
     try:
         return np.asarray(values)
@@ -132,4 +133,6 @@ def _float(value: Any) -> float | None:
 
 
 def _plain(value: Any) -> Any:
+    if type(value) is int:  # the most common, and asked for at every call of the op
+        return value
     return value.item() if isinstance(value, _NUMPY) and value.ndim == 0 else value

@@ -57,23 +57,28 @@ V05_MULTIVERSION double sum_row(const Reward* rewards, const Mask* mask, std::si
   return sum;
 }
 
-// Returns whether the mask holds nothing but 0 and 1.
 template <class Out, class Mask>
-V05_MULTIVERSION bool spread_row(Out advantage, const Mask* mask, std::size_t tokens, Out* out) {
+V05_MULTIVERSION void spread_row(Out advantage, const Mask* mask, std::size_t tokens, Out* out) {
+  for (std::size_t t = 0; t < tokens; ++t) {
+    out[t] = mask[t] != Mask{0} ? advantage : Out{0};
+  }
+}
+
+// Whether a row of a mask holds nothing but 0 and 1. Asked in the loop that spreads the row, it would make that loop
+// wait longer for memory; asked after it, the row is in the cache.
+template <class Mask>
+V05_MULTIVERSION bool are_flags(const Mask* mask, std::size_t tokens) {
   if constexpr (std::is_integral_v<Mask>) {
     using Bits = std::make_unsigned_t<Mask>;
     Bits bits = 0;  // of all values
     for (std::size_t t = 0; t < tokens; ++t) {
-      out[t] = mask[t] != Mask{0} ? advantage : Out{0};
       bits |= static_cast<Bits>(mask[t]);
     }
     return is_flag(bits);
   } else {
     unsigned odd = 0;
     for (std::size_t t = 0; t < tokens; ++t) {
-      const unsigned one = mask[t] == Mask{1};
-      out[t] = one != 0 ? advantage : Out{0};
-      odd |= (one | static_cast<unsigned>(mask[t] == Mask{0})) ^ 1U;
+      odd |= static_cast<unsigned>(mask[t] != Mask{0}) & static_cast<unsigned>(mask[t] != Mask{1});
     }
     return odd == 0;
   }
@@ -118,7 +123,9 @@ bool spread_padded(std::span<const Out> advantages, std::span<const Mask> mask, 
   const std::size_t tokens = advantages.empty() ? 0 : out.size() / advantages.size();
   std::atomic<bool> all_flags = true;
   for_token_rows(advantages.size(), out.size(), threads, [&](std::size_t row) {
-    if (!spread_row(advantages[row], mask.data() + row * tokens, tokens, out.data() + row * tokens)) {
+    const Mask* of_row = mask.data() + row * tokens;
+    spread_row(advantages[row], of_row, tokens, out.data() + row * tokens);
+    if (!are_flags(of_row, tokens)) {
       all_flags.store(false, std::memory_order_relaxed);
     }
   });

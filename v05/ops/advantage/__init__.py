@@ -12,7 +12,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
@@ -30,6 +29,7 @@ from v05.ops.advantage.inputs import (
     read_prior,
     read_rollouts,
     refuse_shared_memory,
+    refuse_unreadable,
 )
 from v05.ops.advantage.library import call_operator
 from v05.ops.advantage.options import known_options, read_options
@@ -145,20 +145,8 @@ def fused_advantage(
 
     Source: V_0.5, arXiv 2603.10848 (fusion, sequential test); the other methods as named in `v05.methods`.
     """
-    tracing = torch.compiler.is_compiling() or isinstance(rewards, _VALUELESS)
-    if not tracing and _functorch.peek_interpreter_stack() is not None:
-        _refuse_transformed(
-            rewards=rewards,
-            prior=prior,
-            group_ids=group_ids,
-            group_offsets=group_offsets,
-            response_mask=response_mask,
-            cu_seqlens=cu_seqlens,
-            valid=valid,
-            trajectory_ids=trajectory_ids,
-            energy=energy,
-            out=out,
-        )
+    # The type of most tensors is compared first, which costs less than to ask for the others'.
+    tracing = torch.compiler.is_compiling() or (type(rewards) is not torch.Tensor and isinstance(rewards, _VALUELESS))
     given = (method, scale, leave_one_out, reward_range, eps, singleton, nonfinite, max_rollouts, cost, calibration, stats, dtype)
     try:
         rule, options, stats = read_options(*given) if tracing else known_options(*given)
@@ -174,31 +162,38 @@ def fused_advantage(
         of_rank = (prior, group_ids, group_offsets, num_groups, rule, options, backend)
         advantages, statistics = across_ranks(process_group, tensors, *of_rank)
         return AdvantageOutput(advantages, statistics if stats else None)
-    rollouts, advantages = read_rollouts(*tensors)
-    if rule.weight is not None or energy is not None:
-        rollouts = rollouts._replace(energy=energy_for(rule, rollouts))
-    device = rollouts.rewards.device
-    run = backend_for(backend, device, tracing)
-    groups = read_groups(group_ids, group_offsets, num_groups, rollouts.rewards.shape[0], device, tracing)
-    if prior is None and rule.needs_prior:
-        raise ValueError(f"prior: needed by method={rule.name!r}; give (G,) values in reward units")
-    prior = None if prior is None else read_prior(prior, groups.number, device)
-    if tracing:
-        table = call_operator(rollouts, groups, prior, options, advantages, stats)
-    else:
-        if out is not None:
-            refuse_shared_memory(out, rollouts, groups, prior)
-        table = compute(rollouts, groups, prior, options, advantages, stats, run)
-        if out is not None:  # autograd refuses a backward through what was overwritten
-            torch.autograd.graph.increment_version(out)
-    return AdvantageOutput(advantages, AdvantageStats(prior, table, options.baseline) if stats else None)
-
-
-def _refuse_transformed(**arguments: object) -> None:
-    """Tensors of torch.func's transforms have no memory that could be read."""
-    for name, value in arguments.items():
-        if isinstance(value, torch.Tensor) and _functorch.is_functorch_wrapped_tensor(value):
-            raise ValueError(
-                f"{name}: a tensor of torch.func's vmap or grad, without memory; call outside of them, for all groups at once: "
-                "advantages carry no gradient"
-            )
+    placed_prior = None
+    try:
+        rollouts, advantages = read_rollouts(*tensors)
+        if rule.weight is not None or energy is not None:
+            rollouts = rollouts._replace(energy=energy_for(rule, rollouts))
+        device = rollouts.rewards.device
+        run = backend_for(backend, device, tracing)
+        groups = read_groups(group_ids, group_offsets, num_groups, rollouts.rewards.shape[0], device, tracing)
+        if prior is not None:
+            placed_prior = read_prior(prior, groups.number, device)
+        elif rule.needs_prior:
+            raise ValueError(f"prior: needed by method={rule.name!r}; give (G,) values in reward units")
+        if tracing:
+            table = call_operator(rollouts, groups, placed_prior, options, advantages, stats)
+        else:
+            if out is not None:
+                refuse_shared_memory(out, rollouts, groups, placed_prior)
+            table = compute(rollouts, groups, placed_prior, options, advantages, stats, run)
+            if out is not None:  # autograd refuses a backward through what was overwritten
+                torch.autograd.graph.increment_version(out)
+    except RuntimeError:  # torch's own; to ask every tensor before would cost more than the advantages of a small batch
+        refuse_unreadable(
+            rewards=rewards,
+            prior=prior,
+            group_ids=group_ids,
+            group_offsets=group_offsets,
+            response_mask=response_mask,
+            cu_seqlens=cu_seqlens,
+            valid=valid,
+            trajectory_ids=trajectory_ids,
+            energy=energy,
+            out=out,
+        )
+        raise
+    return AdvantageOutput(advantages, AdvantageStats(placed_prior, table, options.baseline) if stats else None)

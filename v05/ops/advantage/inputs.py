@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from torch._C import _functorch
 
 from v05 import _core
 from v05.arguments import any_array, array, shown
@@ -55,10 +56,8 @@ class Groups(NamedTuple):
 
 
 def tensor_of(name: str, value: Array, none_is_nan: bool = False) -> torch.Tensor:
-    """A dense tensor as it is; anything else through NumPy, so that Python floats keep their 64 bits."""
+    """A tensor as it is; anything else through NumPy, so that Python floats keep their 64 bits."""
     if isinstance(value, torch.Tensor):
-        if value.layout is not torch.strided:
-            raise ValueError(f"{name}: layout {value.layout}; give a dense tensor, as its to_dense() makes")
         return value
     return _wrapped(array(name, value, none_is_nan=none_is_nan))
 
@@ -84,8 +83,6 @@ def placed(name: str, value: torch.Tensor, dtype: torch.dtype, device: torch.dev
     if value.dtype != dtype or value.device != device:
         if value.dtype.is_complex:
             raise ValueError(f"{name}: dtype {value.dtype} is not real")
-        if value.is_meta and device.type != "meta":
-            raise ValueError(f"{name}: on the meta device, which holds no values; give a tensor on {device}")
         value = value.to(device, dtype)
     return value.contiguous()
 
@@ -211,18 +208,21 @@ def keys_of(name: str, ids: ArrayLike | Sequence[str]) -> torch.Tensor | Sequenc
     """Integer ids as a tensor; strings, and other objects that are told apart by their hash, as they are."""
     if isinstance(ids, str):
         raise ValueError(f"{name}={shown(ids)} is one string; give a sequence of ids")
-    if not isinstance(ids, Sequence):
-        ids = any_array(name, ids)
-        ids = ids.tolist() if ids.dtype.kind in "SUT" and ids.ndim == 1 else ids
-    # A list of strings must not pass through NumPy's own, which strip trailing NULs.
-    if isinstance(ids, Sequence) and _core.are_strings(name, ids):
+    if isinstance(ids, np.ndarray) or not isinstance(ids, Sequence):
+        given = any_array(name, ids)
+        if given.dtype.kind in "SUT" and given.ndim == 1:
+            given = given.astype(np.object_)
+    elif _core.are_strings(name, ids):  # which must not pass through NumPy's own: those strip trailing NULs
         return ids
-    given = any_array(name, ids)
-    if given.dtype.kind in "OS" and given.ndim == 1:
-        objects = given.astype(np.object_)
-        kinds = {type(key) for key in objects}
-        if _core.are_strings(name, objects) or (len(kinds) == 1 and not issubclass(kinds.pop(), _NO_KEYS)):
-            return objects
+    else:
+        given = any_array(name, ids)
+        given = given.astype(np.object_) if given.dtype.kind == "S" else given
+    if given.dtype.kind == "O" and given.ndim == 1:
+        if _core.are_strings(name, given):
+            return given
+        kinds = {type(key) for key in given}
+        if len(kinds) == 1 and not issubclass(kinds.pop(), _NO_KEYS):
+            return given
     return _wrapped(array(name, given, wanted="integers, strings or other ids of one kind"))
 
 
@@ -376,3 +376,24 @@ def outcomes_of(rewards: torch.Tensor, mask: torch.Tensor | None) -> torch.Tenso
     if rewards.ndim == 1 or mask is None:
         return rewards
     return torch.where(mask == 1, rewards, 0.0).sum(-1, dtype=torch.float64)
+
+
+def refuse_unreadable(**arguments: object) -> None:
+    """Name the first tensor that has no memory with its values."""
+    outside = "call outside of them, for all groups at once: advantages carry no gradient"
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        if _functorch.is_functorch_wrapped_tensor(value):
+            seen, remedy = "of torch.func's vmap or grad", outside
+        elif value.layout is not torch.strided:
+            seen, remedy = f"of layout {value.layout}", "give a dense one, as its to_dense() makes"
+        elif value.is_meta:
+            seen, remedy = "on the meta device", "give one that holds values"
+        else:
+            continue
+        raise ValueError(f"{name}: a tensor {seen}, without memory of its values; {remedy}") from None
+    if _functorch.peek_interpreter_stack() is not None:
+        raise ValueError(
+            f"rewards: torch.func's vmap or grad makes tensors of them, without memory of their values; {outside}"
+        ) from None
