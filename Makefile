@@ -107,7 +107,8 @@ sanitize: setup  ## the core's tests under AddressSanitizer and UndefinedBehavio
 	rm $(VENV)/.ready  # so that the next make builds without them
 	$(BIN)/pip install --quiet --no-deps --editable . -C cmake.define.V05_SANITIZE=address,undefined
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
-		$(BIN)/python -m pytest -q tests/test_ops.py tests/test_core.py tests/test_distributed.py tests/budget -k "not instruction_set and not threads"
+		$(BIN)/python -m pytest -q tests/test_ops.py tests/test_arguments.py tests/test_core.py tests/test_distributed.py tests/budget \
+		-k "not instruction_set and not threads and not transforms"
 
 sanitize-threads: setup  ## the allocator under ThreadSanitizer
 	$(BIN)/python -m pytest -q tests/budget/test_threads.py
