@@ -10,8 +10,10 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from v05.files import read_object
+from v05.messages import explained_places
 from v05.methods import Scale, find_method
 from v05.tasks import ReasoningGymConfig, Source, TaskConfig
 
@@ -360,6 +362,14 @@ def run_config(preset: str, spec: str, **overrides: Any) -> RunConfig:
     if parts["clip"]:
         fields["optimizer"] = {**fields.get("optimizer", {}), "max_grad_norm": parts["clip"]}
     return RunConfig.model_validate(fields)
+
+
+def read_config(path: Path) -> RunConfig:
+    """The run of a config.json; ValueError names the file."""
+    try:
+        return RunConfig.model_validate(read_object(path))
+    except ValidationError as error:
+        raise ValueError(f"--config {path}: {explained_places(error)}") from None
 
 
 def label_of(config: RunConfig) -> str:

@@ -1,0 +1,43 @@
+"""The command line, `v05 COMMAND`, a file a command. Each teaches in its --help; the work is done elsewhere."""
+
+from __future__ import annotations
+
+import sys
+
+try:
+    import rich  # noqa: F401 (the commands need it)
+    import typer
+except ImportError as error:
+    if sys.argv[1:2] == ["doctor"]:  # which says what is missing, and what works without it
+        from v05.doctor import main as examine
+
+        sys.exit(examine(sys.argv[2:]))
+    sys.exit(f"v05: the command line needs the package {error.name!r}; install it with: pip install 'v05[train]'")
+
+# The commands import what is heavy when they run, so that --help is quick.
+from v05.cli import check_task, compare, doctor, evaluate, fit_prior, report, simulate, train
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Better policy gradients from fewer rollouts: V_0.5 (arXiv 2603.10848) and its rivals, on your machine.",
+)
+app.command()(train.train)
+app.command()(compare.compare)
+app.command()(report.report)
+app.command("fit-prior")(fit_prior.fit_prior)
+app.command("eval")(evaluate.evaluate)
+app.command("check-task")(check_task.check_task)
+app.command()(simulate.simulate)
+app.command()(doctor.doctor)
+
+
+def main() -> None:
+    """Entry point of the command `v05`."""
+    try:
+        app()
+    except SystemExit as end:  # which typer makes of every end but that of a bug
+        if (distributed := sys.modules.get("v05.train.distributed")) is not None:  # only a run joins a job, and imports it
+            distributed.leave_world(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise

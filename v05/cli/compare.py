@@ -1,0 +1,313 @@
+"""`v05 compare`: several methods from one warm start, or a suite of comparisons."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from math import isnan
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from v05.cli.shared import (
+    LearningRate,
+    Preset,
+    Rollouts,
+    console,
+    fail,
+    interrupted,
+    no_exit,
+    output,
+    overrides_of,
+    progress_bars,
+    set_threads,
+)
+from v05.machine import usable_cores
+
+if TYPE_CHECKING:
+    from v05.train.config import RunConfig
+
+DEFAULT_METHODS = "grpo,dr_grpo,dapo,v05,calibrated"
+MOST_BARS = 24  # of a progress display; of more runs, only those under way have one
+
+
+def compare(
+    preset: Preset = "tiny",
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated; grpo@8 fixes the group size, v05@4..16 tests from 4 up to 16, v05@4..16~6 spends 6 on average; "
+            "+PRIOR and +cost=0.01 may follow."
+        ),
+    ] = DEFAULT_METHODS,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of --preset and --methods: headline (every method at its group sizes on three task mixes, "
+            "learning rates tuned, hours; policies are not kept) or smoke (a test)."
+        ),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Seeds a method; 3, or what the suite has.", min=1)] = None,
+    rollouts: Rollouts = None,
+    learning_rate: LearningRate = None,
+    out: Annotated[Path, typer.Option(help="Directory of the comparison; finished runs in it are not run again.")] = Path(
+        "runs/compare"
+    ),
+    jobs: Annotated[int, typer.Option(help="Runs at a time; 0 is one a core.", min=0)] = 0,
+    json: Annotated[Path | None, typer.Option(help="Also write the records (as in compare.json) to this file.")] = None,
+) -> None:
+    """Train several methods from one warm start on the same prompts and rollout budget, and compare them.
+
+    Ends with a table, plots (PNG) and compare.json in --out. Interrupted, it goes on where it stopped when called again. A suite
+    leaves a row of runs.csv for every run, and all that it reports is made of them.
+
+    Example: v05 compare --preset tiny --methods grpo,v05@4,v05@4..16 --seeds 5 --out runs/mine
+    """
+    from v05.tasks import make_task
+    from v05.train.config import label_of, run_config
+
+    try:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise ValueError("v05 compare has a process for each run already; call it without torchrun")
+        out.mkdir(parents=True, exist_ok=True)
+        if suite is not None:
+            if (preset, methods, learning_rate) != ("tiny", DEFAULT_METHODS, None):
+                raise ValueError(f"--suite {suite} is complete, so --preset, --methods and --learning-rate cannot be set beside it")
+            with no_exit():
+                _run_suite(suite, seeds, rollouts, out, jobs or usable_cores(), json)
+            return
+        specs = [spec.strip() for spec in methods.split(",")]
+        configs = {
+            f"{label_of(run)}-seed{seed}": run
+            for seed in range(seeds or 3)  # seed by seed: what is finished early compares all methods
+            for spec in specs
+            for run in [run_config(preset, spec, seed=seed, **overrides_of(rollouts, learning_rate))]
+        }
+    except KeyboardInterrupt:
+        interrupted(out)
+    except (ValueError, OSError, RuntimeError) as error:
+        fail(error)
+    set_threads(1)
+    from v05.train.checkpoint import find_checkpoints
+    from v05.train.compare import is_finished
+    from v05.train.policy import policy_folder
+
+    first = next(iter(configs.values()))
+    started = [name for name, config in configs.items() if not is_finished(config, out / name) and find_checkpoints(out / name)]
+    if started:
+        console.out(f"going on where they stopped: {', '.join(started)}")
+    try:
+        with no_exit():
+            with console.status("warm start of the policy (kept for later runs)"):
+                policy_folder(first.policy, first.task, make_task(first.task), console.out)
+            failed = _run_watched(configs, out, jobs or usable_cores())
+            _report({name: config for name, config in configs.items() if name not in failed}, out, json)
+    except KeyboardInterrupt:
+        interrupted(out)
+    except (ValueError, OSError, RuntimeError) as error:
+        fail(error)
+    for name, why in failed.items():
+        console.out(f"failed: {name}: {why}", style="red", highlight=False)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _run_watched(
+    configs: dict[str, RunConfig], out: Path, jobs: int, done: Callable[[str], None] = lambda name: None
+) -> dict[str, str]:
+    """Run and show it; `done` hears of every run that ends well, once. Returns those that failed, each with what to do about it."""
+    from v05.train.compare import RunState, run_all
+
+    many = len(configs) > MOST_BARS
+    with progress_bars() as progress:
+        whole = progress.add_task("runs", total=len(configs), note="", visible=many)
+        bars = {
+            name: progress.add_task(name, total=config.total_rollouts, note="waiting", start=False, visible=not many)
+            for name, config in configs.items()
+        }
+        ended: set[str] = set()
+        failed: dict[str, str] = {}
+
+        def watch(states: list[RunState]) -> None:
+            for state in states:
+                if state.name in ended:
+                    continue
+                note = state.status if state.accuracy is None else f"{state.status}, held-out accuracy {state.accuracy:.3f}"
+                running = state.status == "running"
+                if running:
+                    progress.start_task(bars[state.name])
+                reached = state.total if state.status == "done" else state.rollouts  # a run ends within half a step of its total
+                progress.update(bars[state.name], completed=reached, note=note, visible=running or not many)
+                if state.status in ("done", "failed", "damaged"):
+                    ended.add(state.name)
+                    if state.status != "done":
+                        failed[state.name] = state.why
+                    progress.update(whole, completed=len(ended))
+                    if state.status == "done":
+                        done(state.name)
+                    if not console.is_terminal:
+                        console.out(f"{state.name}: {note}")  # a log has no bars
+
+        run_all(configs, out, jobs, watch)
+        return failed
+
+
+def _run_suite(name: str, seeds: int | None, rollouts: int | None, out: Path, jobs: int, json_file: Path | None) -> None:
+    from dataclasses import replace
+
+    from v05.tasks import make_task
+    from v05.train.config import run_config
+    from v05.train.metrics import write_json
+    from v05.train.policy import policy_folder
+    from v05.train.suite import (
+        ROWS,
+        SUITES,
+        Planned,
+        append_row,
+        counted_runs,
+        in_order,
+        read_rows,
+        row_of,
+        summarise,
+        tuned_rates,
+        tuning_runs,
+    )
+    from v05.train.suite_plots import draw_suite
+
+    if name not in SUITES:
+        raise ValueError(f"--suite {name} is unknown; choose one of {', '.join(SUITES)}")
+    suite = SUITES[name] if rollouts is None else replace(SUITES[name], rollouts=rollouts)
+    set_threads(1)
+    for mix in suite.mixes:
+        first = run_config(mix, "grpo")
+        with console.status(f"warm start of the policy for {mix} (kept for later runs)"):
+            policy_folder(first.policy, first.task, make_task(first.task), console.out)
+
+    in_order(suite, read_rows(out))  # a file of another suite is refused before anything runs
+
+    def run(runs: list[Planned]) -> None:
+        known = {row.key for row in read_rows(out)}
+        missing = {run.name: run for run in runs if run.key not in known}
+        console.out(f"{len(runs) - len(missing)} of {len(runs)} runs to {runs[0].stage} are in {out / ROWS}")
+
+        def done(name: str) -> None:
+            append_row(out, row_of(missing[name], out / name))
+            shutil.rmtree(out / name / "policy", ignore_errors=True)  # hundreds of them
+
+        failed = _run_watched({name: run.config for name, run in missing.items()}, out, jobs, done)
+        if failed:
+            told = "; ".join(f"{name}: {why}" for name, why in failed.items())
+            raise RuntimeError(f"failed: {told}; the same command tries them again")
+
+    run(tuning_runs(suite))
+    rates = tuned_rates(suite, read_rows(out))
+    run(counted_runs(suite, rates, seeds or suite.seeds))
+    rows = in_order(suite, read_rows(out))
+    records = summarise(rows)
+    for file in filter(None, (out / "compare.json", json_file)):
+        write_json(file, records)
+    plots = draw_suite(rows, out)
+    for table in _suite_tables(records):
+        output().print(table)
+    console.out(f"{len(plots)} plots, compare.json, {ROWS} and the runs are in {out}")
+
+
+def _suite_tables(records: list[dict[str, Any]]) -> Iterator[Table]:
+    """One for each mix."""
+    from v05.train.suite import RIVALS, TARGET, difference
+
+    for mix in dict.fromkeys(record["mix"] for record in records):
+        group = [record for record in records if record["mix"] == mix]
+        start = sum(record["accuracy_before"] for record in group) / len(group)
+        table = Table(
+            title=f"{mix}: held-out accuracy from {start:.3f}; up to {max(len(r['seeds']) for r in group)} seeds, 95 % intervals"
+        )
+        versus = [f"over {rival}'s best size" for rival in RIVALS]
+        for column in (
+            "method",
+            "rate",
+            "accuracy",
+            *versus,
+            f"rollouts to {TARGET}'s",
+            "a prompt",
+            "rejected",
+            "baseline MSE",
+            "entropy",
+        ):
+            table.add_column(column, justify="left" if column == "method" else "right")
+        for r in group:
+            table.add_row(
+                r["label"],
+                f"{r['learning_rate']:g}",
+                f"{r['accuracy_after']:.3f} [{r['accuracy_low']:.3f}, {r['accuracy_high']:.3f}]",
+                *(difference(r, f"over_{rival}") for rival in RIVALS),
+                _rollouts(r["rollouts_to_grpo"]) if "rollouts_to_grpo" in r else "",
+                f"{r['group_size']:.1f}",
+                _known(r["prior_rejected"], ".2f"),
+                _known(r["baseline_mse"], ".4f"),
+                f"{r['entropy_after']:.3f}",
+            )
+        yield table
+
+
+def _report(configs: dict[str, RunConfig], out: Path, json_file: Path | None) -> None:
+    from v05.train.compare import Run, is_finished, load_run, summarise
+    from v05.train.config import label_of
+    from v05.train.metrics import write_json
+    from v05.train.plots import draw_all
+
+    runs = [load_run(label_of(config), out / name) for name, config in configs.items() if is_finished(config, out / name)]
+    if not runs:
+        return
+    records = summarise(runs)
+    for file in filter(None, (out / "compare.json", json_file)):
+        write_json(file, records)
+    by_label: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_label[run.label].append(run)
+    plots = draw_all(by_label, out)
+    output().print(_table([r for r in records if r["record"] == "method"]))
+    console.out(f"{len(plots)} plots, compare.json and the runs are in {out}")
+
+
+def _table(methods: list[dict[str, Any]]) -> Table:
+    from v05.methods import REFERENCE
+
+    start = sum(m["accuracy_before"] for m in methods) / len(methods)
+    table = Table(
+        title=f"held-out accuracy from {start:.3f} at equal training rollouts; "
+        f"up to {max(len(m['seeds']) for m in methods)} seeds, 95 % intervals"
+    )
+    reference = next((m["label"] for m in methods if m["method"] == REFERENCE.name), None)
+    versus = [] if reference is None else [f"gain over {reference}", f"rollouts to {reference}'s final"]
+    columns = ["method", "accuracy", *versus, "rollouts", "baseline MSE", "gradient norm", "entropy", "a prompt", "seconds"]
+    for column in columns:
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+    for m in methods:
+        gain = f"{m['gain']:+.3f} [{m['gain_low']:+.3f}, {m['gain_high']:+.3f}]" if "gain" in m else ""
+        reached, low, high = (_rollouts(m[f"rollouts_to_baseline{end}"]) for end in ("", "_low", "_high"))
+        table.add_row(
+            m["label"],
+            f"{m['accuracy_after']:.3f} [{m['accuracy_low']:.3f}, {m['accuracy_high']:.3f}]",
+            *([gain, f"{reached} [{low}, {high}]"] if versus else []),
+            f"{m['rollouts']:,.0f}",
+            _known(m["baseline_mse"], ".4f"),
+            f"{m['grad_norm']:.3f} ± {m['grad_norm_std']:.3f}",
+            f"{m['entropy_after']:.3f}",
+            f"{m['group_size']:.1f}",
+            f"{m['seconds']:.0f}",
+        )
+    return table
+
+
+def _known(value: float, form: str) -> str:
+    """Nothing for NaN, where a method has no such figure."""
+    return "" if isnan(value) else f"{value:{form}}"
+
+
+def _rollouts(count: float | None) -> str:
+    return "never" if count is None else f"{count:,.0f}"

@@ -1,0 +1,110 @@
+"""What commands share: the console, progress, options, and how a command fails or is interrupted."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
+
+from v05.messages import explained_places, printable
+
+INTERRUPTED = 130  # exit status after Ctrl-C
+
+Preset = Annotated[
+    str,
+    typer.Option(help="Task and policy: tiny (0.6M parameters); arithmetic, symbols or hard (1M); smoke (a test)."),
+]
+Rollouts = Annotated[int | None, typer.Option(help="Training rollouts of a run; evaluation is not counted.", min=1)]
+LearningRate = Annotated[float | None, typer.Option(help="AdamW's learning rate.")]
+Threads = Annotated[int, typer.Option(help="Threads a run; 1 is fastest for small policies.", min=1)]
+
+
+class Terminal(Console):
+    """A console whose plain lines may quote anybody: what would drive the terminal is shown as text."""
+
+    def out(self, *objects: Any, **options: Any) -> None:
+        super().out(*(printable(str(each)) for each in objects), **options)
+
+
+console = Terminal(stderr=True)
+
+
+def output() -> Console:
+    """Where a command's tables go; a file or a pipe gets them wide, as nothing wraps there."""
+    return Console(width=None if sys.stdout.isatty() else 180)
+
+
+def watched(items: Sequence[Any], what: str) -> Iterable[Any]:
+    """The items, with a bar that shows how many were taken."""
+    return track(items, what, console=console)
+
+
+def overrides_of(rollouts: int | None, learning_rate: float | None) -> dict[str, Any]:
+    """The fields of a run that these options replace, for `run_config`."""
+    overrides: dict[str, Any] = {}
+    if rollouts is not None:
+        overrides["total_rollouts"] = rollouts
+    if learning_rate is not None:
+        overrides["optimizer"] = {"learning_rate": learning_rate}
+    return overrides
+
+
+def progress_bars() -> Progress:
+    """Bars with a note beside each, on one rank only."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=rank() > 0,
+    )
+
+
+def rank() -> int:
+    """This process's number under torchrun; 0 without it."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def say(line: str) -> None:
+    """Print once for all ranks."""
+    if rank() == 0:
+        console.out(line)
+
+
+def set_threads(count: int) -> None:
+    import torch
+
+    torch.set_num_threads(count)
+
+
+def fail(error: Exception) -> NoReturn:
+    """End the command with status 2 and say why."""
+    from pydantic import ValidationError
+
+    text = explained_places(error) if isinstance(error, ValidationError) else str(error)
+    console.out(f"v05: {text}", style="red", highlight=False)
+    raise typer.Exit(2)
+
+
+@contextmanager
+def no_exit() -> Iterator[None]:
+    """Whatever runs within may not end the command as if it had succeeded: a task's or a policy's code may call exit()."""
+    try:
+        yield
+    except SystemExit as end:
+        raise RuntimeError(f"exit({end.code!r}) was called before there was a result; something that the run calls did it") from end
+
+
+def interrupted(out: Path) -> NoReturn:
+    """End a command that goes on from `out` when called again."""
+    console.out(f"interrupted; what was measured so far is in {out}, and the same command goes on from there")
+    raise typer.Exit(INTERRUPTED)
