@@ -177,6 +177,7 @@ def _self_check(device: str, backend: Literal["cpp", "triton"]) -> Record:
     prior = np.append(rng.random(len(sizes) - 1), np.nan)
     ids = np.repeat(np.arange(len(sizes)), sizes)
     lengths = rng.integers(0, 6, len(rewards))
+    energy = rng.random(len(rewards))
     mask = np.arange(6) < lengths[:, None]
 
     def on_device(array: NDArray[Any]) -> torch.Tensor:
@@ -198,10 +199,12 @@ def _self_check(device: str, backend: Literal["cpp", "triton"]) -> Record:
     try:
         for (method, leave_one_out), (layout, laid_out) in cases:
             rule: Record = {"method": method, "leave_one_out": leave_one_out}
-            advantages, statistics = reference.fused_advantage(rewards, ids, prior, num_groups=len(sizes), **rule)
+            weights = None if METHODS[method].weight is None else energy
+            advantages, statistics = reference.fused_advantage(rewards, ids, prior, num_groups=len(sizes), energy=weights, **rule)
             out = fused_advantage(
                 on_device(rewards),
                 on_device(prior),
+                energy=None if weights is None else on_device(weights),
                 group_offsets=on_device(ends(sizes)),
                 dtype=torch.float64,
                 backend=backend,
