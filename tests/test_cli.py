@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 from rollout_fakes import FakeServer
+from typer.testing import CliRunner
 
+from v05.cli import app
 from v05.train.config import run_config
 from v05.train.metrics import read_metrics
 
@@ -146,6 +148,94 @@ def test_own_prompts_and_policy(environment, tmp_path):
     both = v05("train", "--config", "two/config.json", *options, "--out", "x", environment=environment, directory=tmp_path)
     assert both.returncode == 2
     assert "--config is complete, so jsonl, max_new_tokens, policy, rollouts cannot be set beside it" in both.stderr
+
+
+def test_single_fields_are_set(environment, tmp_path):
+    smallest = ("--preset", "smoke", "--rollouts", 64)
+    settings = ("--set", "loss.clip_high=0.28", "--set", "task.mix.0.settings.max_terms=3", "--set", "scale=none")
+    one = v05("train", *smallest, *settings, "--out", "one", environment=environment, directory=tmp_path)
+    assert one.returncode == 0, one.stderr
+    written = json.loads((tmp_path / "one" / "config.json").read_text())
+    (source,) = written["task"]["mix"]
+    assert (written["loss"]["clip_high"], written["scale"], source["settings"]["max_terms"]) == (0.28, "none", 3)
+    # Nothing else differs from the run without them.
+    defaults = json.loads(run_config("smoke", "v05", total_rollouts=64).model_dump_json())
+    source["settings"]["max_terms"] = 2
+    assert written == defaults | {"loss": defaults["loss"] | {"clip_high": 0.28}, "scale": "none", "task": written["task"]}
+    assert written["task"] == defaults["task"]
+    beside = ("--config", "one/config.json", "--set", "seed=3")
+    two = v05("train", *beside, "--out", "two", environment=environment, directory=tmp_path)
+    assert two.returncode == 0, two.stderr
+    again = json.loads((tmp_path / "two" / "config.json").read_text())
+    assert again == json.loads((tmp_path / "one" / "config.json").read_text()) | {"seed": 3}
+
+
+def test_single_fields_of_a_comparison_are_set(environment, tmp_path):
+    arguments = (
+        "compare",
+        "--preset",
+        "smoke",
+        "--methods",
+        "grpo",
+        "--seeds",
+        1,
+        "--rollouts",
+        64,
+        "--set",
+        "loss.clip_high=0.28",
+    )
+    result = v05(*arguments, "--out", "runs", environment=environment, directory=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "runs" / "grpo@16-seed0" / "config.json").read_text())["loss"]["clip_high"] == 0.28
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "--set", "loss.clip_high"), "--set loss.clip_high: a setting is NAME=VALUE; write for example --set loss.clip"),
+        (("train", "--set", "loss.clip_high=-1"), "--set loss.clip_high=-1: loss.clip_high=-1: Input should be greater than 0"),
+        (("train", "--set", "loss.clip_high=high"), "--set loss.clip_high=high: loss.clip_high='high': Input should be a valid"),
+        (("train", "--set", "loss.clip_hihg=0.28"), "there is no field loss.clip_hihg; close names are loss.clip_high"),
+        (("train", "--set", "clip_high=0.28"), "--set clip_high=0.28: there is no field clip_high; close names are loss.clip_high"),
+        (("train", "--set", "los.clip_high=0.28"), "there is no field los.clip_high; close names are loss.clip_high"),
+        (("train", "--set", 'loss={"clip_hihg": 0.28}'), "there is no field loss.clip_hihg; close names are loss.clip_high"),
+        (
+            ("train", "--set", "task.mix.0.wieght=2"),
+            "--set task.mix.0.wieght=2: there is no field task.mix.0.wieght; close names are task.mix.0.weight",
+        ),
+        (("train", "--set", "xyz=1"), "there is no field xyz; config.json of a run shows all"),
+        (("train", "--set", "seed.x=1"), "--set seed.x=1: seed={'x': 1}: Input should be a valid integer"),
+        (("train", "--set", "optimizer.max_grad_norm=Infinity"), "optimizer.max_grad_norm=inf: Input should be a finite number"),
+        (("train", "--set", "seed=1", "--set", "loss.clip_low=2"), "v05: --set loss.clip_low=2: loss.clip_low=2: Input should be"),
+        (("train", "--set", "budget.maximum=2"), "--set budget.maximum=2: budget.maximum=2 is below budget.initial=4"),
+        (("train", "--method", "ppo", "--set", "seed=1"), "v05: method='ppo' is unknown"),
+        (
+            ("train", "--learning-rate", "-1", "--set", "seed=1"),
+            "v05: optimizer.learning_rate=-1.0: Input should be greater than 0",
+        ),
+        (("compare", "--set", "loss.clip_hihg=0.28"), "there is no field loss.clip_hihg; close names are loss.clip_high"),
+        (("compare", "--set", "seed=1"), "--set seed=1: a comparison has methods and seeds of its own; use --methods and --seeds"),
+        (("compare", "--set", "method=v05"), "--set method=v05: a comparison has methods and seeds of its own"),
+        (("compare", "--suite", "smoke", "--set", "loss.clip_high=1"), "so --set loss.clip_high=1 cannot be set beside it"),
+    ],
+)
+def test_settings_at_fault_are_named(arguments, message, tmp_path):
+    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_settings_come_after_all_else_and_are_checked_together():
+    # Each would be refused alone: the step of the preset holds no prompt of 100 rollouts, and rule 'total' needs a mean.
+    assert run_config("smoke", "v05@100", ["rollouts_per_step=200"]).budget.initial == 100
+    assert run_config("smoke", "v05", ["budget.rule=total", "budget.unbiased=false", "budget.mean=6"]).budget.mean == 6
+    overlong = run_config("smoke", "grpo", ["overlong.buffer=2", "overlong.buffer=1"]).overlong
+    assert overlong is not None
+    assert overlong.buffer == 1
+    assert run_config("smoke", "dapo", ["overlong=null"]).overlong is None
+    own = run_config("smoke", "v05", ['task={"kind": "jsonl"}', "task.path=a=b.jsonl"]).task
+    assert str(own.path) == "a=b.jsonl"
 
 
 def test_an_interrupted_run_is_readable_and_goes_on(environment, tmp_path):

@@ -17,6 +17,7 @@ from v05.cli.shared import (
     LearningRate,
     Preset,
     Rollouts,
+    Settings,
     console,
     fail,
     interrupted,
@@ -54,6 +55,7 @@ def compare(
     seeds: Annotated[int | None, typer.Option(help="Seeds a method; 3, or what the suite has.", min=1)] = None,
     rollouts: Rollouts = None,
     learning_rate: LearningRate = None,
+    settings: Settings = None,
     out: Annotated[Path, typer.Option(help="Directory of the comparison; finished runs in it are not run again.")] = Path(
         "runs/compare"
     ),
@@ -77,15 +79,20 @@ def compare(
         if suite is not None:
             if (preset, methods, learning_rate) != ("tiny", DEFAULT_METHODS, None):
                 raise ValueError(f"--suite {suite} is complete, so --preset, --methods and --learning-rate cannot be set beside it")
+            if settings:
+                raise ValueError(f"--suite {suite} is complete, so --set {settings[0]} cannot be set beside it; leave --set out")
             with no_exit():
                 _run_suite(suite, seeds, rollouts, out, jobs or usable_cores(), json)
             return
+        for setting in settings or ():
+            if setting.partition("=")[0] in ("method", "seed"):
+                raise ValueError(f"--set {setting}: a comparison has methods and seeds of its own; use --methods and --seeds")
         specs = [spec.strip() for spec in methods.split(",")]
         configs = {
             f"{label_of(run)}-seed{seed}": run
             for seed in range(seeds or 3)  # seed by seed: what is finished early compares all methods
             for spec in specs
-            for run in [run_config(preset, spec, seed=seed, **overrides_of(rollouts, learning_rate))]
+            for run in [run_config(preset, spec, settings or (), seed=seed, **overrides_of(rollouts, learning_rate))]
         }
     except KeyboardInterrupt:
         interrupted(out)

@@ -23,6 +23,14 @@ Preset = Annotated[
 ]
 Rollouts = Annotated[int | None, typer.Option(help="Training rollouts of a run; evaluation is not counted.", min=1)]
 LearningRate = Annotated[float | None, typer.Option(help="AdamW's learning rate.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Any field of config.json by its dotted name, after all else; the value as JSON or plain text. Repeatable.",
+    ),
+]
 Threads = Annotated[int, typer.Option(help="Threads a run; 1 is fastest for small policies.", min=1)]
 
 

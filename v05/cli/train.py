@@ -13,6 +13,7 @@ from v05.cli.shared import (
     LearningRate,
     Preset,
     Rollouts,
+    Settings,
     Threads,
     console,
     fail,
@@ -63,8 +64,9 @@ def train(
     ] = "history",
     config: Annotated[
         Path | None,
-        typer.Option(help="Run exactly this config.json; leave the other options of a run out."),
+        typer.Option(help="Run exactly this config.json; leave the other options of a run out, except --set."),
     ] = None,
+    settings: Settings = None,
     distributed: Annotated[str, typer.Option(help="Under torchrun: ddp replicates the policy, fsdp2 shards it.")] = "ddp",
     wandb: Annotated[str | None, typer.Option(help="Show the figures in this project of Weights & Biases, too.")] = None,
     threads: Threads = 1,
@@ -75,7 +77,7 @@ def train(
     $V05_CACHE or ~/.cache/v05. Under torchrun several processes train the one policy. `v05 report` draws the run, also while it
     lasts; tensorboard --logdir shows its figures.
 
-    Example: v05 train --preset tiny --method v05 --seed 0 --out runs/one
+    Example: v05 train --preset tiny --method v05 --seed 0 --set loss.clip_high=0.28 --out runs/one
     """
     from v05.train.config import label_of, read_config, run_config
     from v05.train.metrics import RESULT, refuse_to_overwrite
@@ -100,10 +102,13 @@ def train(
             raise ValueError(
                 f"--max-new-tokens {max_new_tokens} belongs to --policy; a preset has its own, under policy in config.json"
             )
-        beside = sorted(given - {"out", "config", "wandb", "threads"})
+        beside = sorted(given - {"out", "config", "settings", "wandb", "threads"})
         if config is not None and beside:
-            raise ValueError(f"--config is complete, so {', '.join(beside)} cannot be set beside it; edit the file instead")
-        run = run_config(preset, method, seed=seed, **overrides) if config is None else read_config(config)
+            raise ValueError(f"--config is complete, so {', '.join(beside)} cannot be set beside it; edit the file, or use --set")
+        if config is None:
+            run = run_config(preset, method, settings or (), seed=seed, **overrides)
+        else:
+            run = read_config(config, settings or ())
         refuse_to_overwrite(run, out)
         set_threads(threads)
         from v05.train.live import LiveView

@@ -7,6 +7,7 @@ prescribes beside its advantage; a preset is a task and policy of some size.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from v05.files import read_object
 from v05.messages import explained_places
 from v05.methods import Scale, find_method
 from v05.tasks import ReasoningGymConfig, Source, TaskConfig
+from v05.train.settings import validated
 
 Aggregation = Literal["token", "sequence"]
 GroupWeighting = Literal["prompt", "rollout"]
@@ -27,7 +29,7 @@ Prior = Literal["history", "v0", "constant", "oracle", "noise"]
 class Settings(BaseModel):
     """Refuses unknown fields: a misspelt setting is an error, not a default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class WarmStartConfig(Settings):
@@ -321,7 +323,7 @@ SPEC = re.compile(
 )
 
 
-def run_config(preset: str, spec: str, **overrides: Any) -> RunConfig:
+def run_config(preset: str, spec: str, settings: Sequence[str] = (), **overrides: Any) -> RunConfig:
     """The run of a method on a preset, by the method's recipe.
 
     Args:
@@ -330,10 +332,11 @@ def run_config(preset: str, spec: str, **overrides: Any) -> RunConfig:
             sequential test; "v05@4..16~6", 4 and up to 16, 6 on average, where most is gained. Then, if need be and in this order,
             a prior, the cost of a rollout in the test, loss.group_weighting and optimizer.max_grad_norm: "v05@4..16+oracle",
             "v05@4..16+cost=0.01", "v05@4..16+weighting=rollout", "grpo@16+clip=10".
+        settings: "loss.clip_high=0.28", single fields of the run (v05.train.settings), set after all else.
         overrides: replace top-level fields of the run.
 
     Raises:
-        ValueError: lists the known names for an unknown preset or method; names a malformed spec.
+        ValueError: lists the known names for an unknown preset or method; names a malformed spec or setting.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r} is unknown; choose one of {', '.join(PRESETS)}")
@@ -361,13 +364,13 @@ def run_config(preset: str, spec: str, **overrides: Any) -> RunConfig:
         fields["loss"] = {**fields.get("loss", {}), "group_weighting": parts["weighting"]}
     if parts["clip"]:
         fields["optimizer"] = {**fields.get("optimizer", {}), "max_grad_norm": parts["clip"]}
-    return RunConfig.model_validate(fields)
+    return validated(RunConfig, fields, settings)
 
 
-def read_config(path: Path) -> RunConfig:
-    """The run of a config.json; ValueError names the file."""
+def read_config(path: Path, settings: Sequence[str] = ()) -> RunConfig:
+    """The run of a config.json, with settings as in `run_config`; ValueError names the file or the setting."""
     try:
-        return RunConfig.model_validate(read_object(path))
+        return validated(RunConfig, read_object(path), settings)
     except ValidationError as error:
         raise ValueError(f"--config {path}: {explained_places(error)}") from None
 

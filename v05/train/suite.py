@@ -213,8 +213,9 @@ def counted_runs(suite: Suite, rates: Mapping[tuple[str, str], float], seeds: in
 
 
 def _planned(stage: str, mix: str, spec: str, seed: int, rate: float, rollouts: int, evaluation: EvaluationConfig) -> Planned:
-    overrides = {"optimizer": {"learning_rate": rate}, "total_rollouts": rollouts, "evaluation": evaluation}
-    return Planned(stage, mix, spec, run_config(mix, spec, seed=seed, **overrides))
+    optimizer = {"learning_rate": rate}
+    run = run_config(mix, spec, seed=seed, optimizer=optimizer, total_rollouts=rollouts, evaluation=evaluation)
+    return Planned(stage, mix, spec, run)
 
 
 def tuned_rates(suite: Suite, rows: Iterable[Row]) -> dict[tuple[str, str], float]:
