@@ -306,35 +306,36 @@ def fused_advantage_kernel(
         divisor = tl.load(p_batch)
 
     if p_table is not None:
-        column = G.to(tl.int64)  # from one column of the table to the next
-        p_own = p_table + group
+        # From one column of the table to the next. `group` is added last in each address: a base of p_table + group, kept in
+        # registers across the calibrated fusion, costs 8 of them and a sixth of the resident warps.
+        column = G.to(tl.int64)
         if (split == 0) & (chunk == 0):
-            tl.store(p_own + COUNT * column, count.to(tl.float64))
-            tl.store(p_own + NONFINITE * column, nonfinite.to(tl.float64))
-            tl.store(p_own + CLIPPED * column, clipped.to(tl.float64))
-            tl.store(p_own + MEAN * column, mean)
-            tl.store(p_own + VAR * column, variance)
+            tl.store(p_table + COUNT * column + group, count.to(tl.float64))
+            tl.store(p_table + NONFINITE * column + group, nonfinite.to(tl.float64))
+            tl.store(p_table + CLIPPED * column + group, clipped.to(tl.float64))
+            tl.store(p_table + MEAN * column + group, mean)
+            tl.store(p_table + VAR * column + group, variance)
             if BASELINE == CALIBRATED:
                 rate, complement, rate_variance, hallucination = calibrated(
                     count, successes, believed_a, believed_b, believed_log_odds
                 )
-                tl.store(p_own + BASELINE_COLUMN * column, low + (high - low) * rate)
-                tl.store(p_own + MSE * column, rate_variance * (high - low) * (high - low))
-                tl.store(p_own + HALLUCINATION * column, hallucination)
+                tl.store(p_table + BASELINE_COLUMN * column + group, low + (high - low) * rate)
+                tl.store(p_table + MSE * column + group, rate_variance * (high - low) * (high - low))
+                tl.store(p_table + HALLUCINATION * column + group, hallucination)
                 more = calibrated_take_more(count, rate, complement, rate_variance, max_rollouts, cost)
-                tl.store(p_own + TAKE_MORE * column, more.to(tl.float64))
+                tl.store(p_table + TAKE_MORE * column + group, more.to(tl.float64))
             else:
                 energy_mean = energy_mean_of(mean, weight, weighted)
                 baseline = baseline_of(BASELINE, count, mean, energy_mean, prior, batch_mean, (high - low) / 2)
-                tl.store(p_own + BASELINE_COLUMN * column, baseline)
+                tl.store(p_table + BASELINE_COLUMN * column + group, baseline)
             if BASELINE == SHRINKAGE:
                 _, shrinkage_weight, statistic, squared_bias, mse = shrinkage(count, mean, prior, (high - low) / 2)
-                tl.store(p_own + MSE * column, mse)
-                tl.store(p_own + WEIGHT * column, shrinkage_weight)
-                tl.store(p_own + STATISTIC * column, statistic)
-                tl.store(p_own + P_VALUE * column, p_value(statistic))
+                tl.store(p_table + MSE * column + group, mse)
+                tl.store(p_table + WEIGHT * column + group, shrinkage_weight)
+                tl.store(p_table + STATISTIC * column + group, statistic)
+                tl.store(p_table + P_VALUE * column + group, p_value(statistic))
                 more = osla_take_more(count, squared_bias, max_rollouts, cost)
-                tl.store(p_own + TAKE_MORE * column, more.to(tl.float64))
+                tl.store(p_table + TAKE_MORE * column + group, more.to(tl.float64))
 
     if p_mask is None and p_cu_seqlens is None:
         for start in range(split * BLOCK_ROWS, size, tl.num_programs(1) * BLOCK_ROWS):
