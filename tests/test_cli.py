@@ -216,6 +216,9 @@ def test_single_fields_of_a_comparison_are_set(environment, tmp_path):
         (("compare", "--set", "loss.clip_hihg=0.28"), "there is no field loss.clip_hihg; close names are loss.clip_high"),
         (("compare", "--set", "seed=1"), "--set seed=1: a comparison has methods and seeds of its own; use --methods and --seeds"),
         (("compare", "--set", "method=v05"), "--set method=v05: a comparison has methods and seeds of its own"),
+        (("compare", "--methods", "rloo,grpo@16,grpo"), "--methods rloo,grpo@16,grpo names a method twice: in full, they are rloo"),
+        (("compare", "--methods", "v05@4,v05@8", "--set", "budget.initial=8", "--set", "budget.maximum=8"), "names a method twice"),
+        (("train", "--set", "task.mix.0.weight=Infinity"), "mix.0.weight=inf: Input should be a finite number"),
         (("compare", "--suite", "smoke", "--set", "loss.clip_high=1"), "so --set loss.clip_high=1 cannot be set beside it"),
     ],
 )

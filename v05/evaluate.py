@@ -47,7 +47,7 @@ SEED_BYTES = 7  # a seed is a non-negative int64
 class EvalConfig(BaseModel):
     """What a sample depends on."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
     model: Path
     weights: str = Field(description="hash of what is in the model folder, which may be moved")
     engine: Literal["transformers", "vllm"] = "transformers"

@@ -94,6 +94,9 @@ def compare(
             for spec in specs
             for run in [run_config(preset, spec, settings or (), seed=seed, **overrides_of(rollouts, learning_rate))]
         }
+        if len(configs) < len(specs) * (seeds or 3):
+            labels = ", ".join(dict.fromkeys(label_of(run) for run in configs.values()))
+            raise ValueError(f"--methods {methods} names a method twice: in full, they are {labels}; name each once")
     except KeyboardInterrupt:
         interrupted(out)
     except (ValueError, OSError, RuntimeError) as error:

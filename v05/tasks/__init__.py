@@ -63,7 +63,7 @@ class Task(Scorer, Protocol):
 class Source(BaseModel):
     """One reasoning-gym dataset of a mix: its name, how often it is drawn, and its own settings."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     dataset: str
     weight: float = Field(default=1.0, gt=0)
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -72,7 +72,7 @@ class Source(BaseModel):
 class ReasoningGymConfig(BaseModel):
     """A weighted mix of reasoning-gym datasets in one surface."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     kind: Literal["reasoning_gym"] = "reasoning_gym"
     mix: tuple[Source, ...] = Field(min_length=1)
     surface: Literal["question", "terse"] = "question"
@@ -83,7 +83,7 @@ class ReasoningGymConfig(BaseModel):
 class JsonlConfig(BaseModel):
     """A JSON-lines file of prompts and answers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     kind: Literal["jsonl"] = "jsonl"
     path: Path
     seed: int = 0
