@@ -45,7 +45,8 @@ def test_the_table_says_what_was_gained(script, tmp_path, capsys):
     write_outcomes(run, config, 0, [str(i) for i in range(40)], before, 2)
     result = {"rollouts": 128, "steps": 2, "seconds": 1.6, "heldout_samples": 2, "heldout_successes": [1] * 40}
     write_json(run / "result.json", result)
-    (run / "metrics.jsonl").write_text("".join(json.dumps({"kind": "step", "tokens": n}) + "\n" for n in (200, 256)))
+    steps = [{"kind": "step", "rollouts": 64, "seconds": 0.8, "tokens": tokens} for tokens in (200, 256)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     script.table(tmp_path, ["grpo@4"])
     (row,) = csv.DictReader((tmp_path / "smollm2.csv").read_text().splitlines())
     assert row["method"] == "grpo@4"
