@@ -3,7 +3,9 @@
 import gc
 import io
 import json
+import signal
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from v05.train.live import LiveView, sparkline
 from v05.train.metrics import read_metrics
-from v05.train.sinks import TensorBoard, WeightsAndBiases, figures_of
+from v05.train.sinks import TensorBoard, WeightsAndBiases, figures_of, interrupted_later
 from v05.train.trainer import Progress, Trainer
 
 # One checkpoint, after the first step: what follows it is repeated after an interruption.
@@ -43,6 +45,37 @@ def test_tensorboard_shows_every_figure_once(tmp_path):
     assert compared >= 5 + 5 + 3 + 3
     assert {name.partition("/")[0] for name in shown.Tags()["scalars"]} == {"step", "evaluation", "probe"}
     assert not any(name.endswith("/rollouts") for name in shown.Tags()["scalars"])
+
+
+@pytest.fixture
+def heeded():
+    """A shell that runs the tests in the background has them ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded")
+def test_an_interrupt_waits_until_a_figure_has_been_handed_over():
+    steps = []
+    with pytest.raises(KeyboardInterrupt), interrupted_later():  # noqa: PT012
+        signal.raise_signal(signal.SIGINT)
+        steps.append("handed over")
+    assert steps == ["handed over"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_figure_may_come_from_any_thread():
+    came = []
+
+    def show():
+        with interrupted_later():
+            came.append(True)
+
+    thread = threading.Thread(target=show)
+    thread.start()
+    thread.join()
+    assert came == [True]
 
 
 class FakeWandb:

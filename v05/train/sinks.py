@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -38,6 +41,32 @@ class Sink(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@contextmanager
+def interrupted_later() -> Iterator[None]:
+    """Ctrl-C takes effect at the end of the block.
+
+    TensorBoard hands figures to a thread through a queue. An exception within the queue's locks can lose the thread's wake-up or
+    leave a lock taken, and closing would then wait for a thread that waits.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is None or threading.current_thread() is not threading.main_thread():  # not Python's, or never raised here
+        yield
+        return
+    came = False
+
+    def remember(*_: object) -> None:
+        nonlocal came
+        came = True
+
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def figures_of(kind: str, values: Mapping[str, Any]) -> dict[str, float]:

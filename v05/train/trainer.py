@@ -83,7 +83,7 @@ from v05.train.identity import identity_digest, inputs_of, paths_of
 from v05.train.loss import importance_weights, mismatch, policy_loss, rollout_weights, token_weights
 from v05.train.metrics import CONFIG, INPUTS, POLICY, RESULT, MetricsLog, refuse_to_overwrite, write_json, write_outcomes
 from v05.train.policy import chat_tokens, load_policy, policy_folder
-from v05.train.sinks import Sink, TensorBoard, figures_of
+from v05.train.sinks import Sink, TensorBoard, figures_of, interrupted_later
 
 PROMPTS_BETWEEN_SEEDS = 10_000_000  # runs of different seeds read different stretches of the task's prompts
 EVALUATION_SEED = 1 << 40  # apart from the seeds of training rollouts, and the same for every method
@@ -241,8 +241,9 @@ class Trainer:
         require_finite(self.sampled, [request.prompt for request in self.probe_requests()], self.tokenizer.pad_token_id)
         policy = self.kept(whole_parameters(self.model))
         optimizer = self.kept(whole_optimizer_state(self.model, self.optimizer))
-        for sink in self.sinks:
-            sink.flush()
+        with interrupted_later():
+            for sink in self.sinks:
+                sink.flush()
         if self.world.writes:
             tensors = {
                 "policy": policy,
@@ -327,10 +328,11 @@ class Trainer:
 
     def record(self, kind: str, **values: Any) -> None:
         """Log once for all ranks."""
-        if self.world.writes:
-            self.log.write(kind, **values)
-        for sink in self.sinks:
-            sink.show(figures_of(kind, values), self.state.rollouts)
+        with interrupted_later():
+            if self.world.writes:
+                self.log.write(kind, **values)
+            for sink in self.sinks:
+                sink.show(figures_of(kind, values), self.state.rollouts)
 
     def step(self, probe: bool) -> None:
         """One optimiser step, from prompts to the logged record."""
