@@ -88,7 +88,8 @@ class TensorBoard:
     def start(self, rollouts: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter  # now: the trainer's functions serve hosts without it too
 
-        self._writer = SummaryWriter(str(self._directory), purge_step=rollouts + 1 if rollouts else 0)
+        with interrupted_later():
+            self._writer = SummaryWriter(str(self._directory), purge_step=rollouts + 1 if rollouts else 0)
 
     def show(self, figures: Mapping[str, float], rollouts: int) -> None:
         assert self._writer is not None
