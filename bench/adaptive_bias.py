@@ -16,7 +16,7 @@ Estimators, all of them averages over the group's rollouts:
   initial block    leave-one-out within the first rollouts, whose number is fixed; the later ones have no gradient
   earlier only     a rollout's baseline sees the rollouts before it
   path counting    the initial block's, averaged over all orders of the group's rewards under which the rule would have
-                   stopped at the same place (v05/stopping.py); every rollout has a gradient
+                   stopped at the same place (v05/path_counting.py); every rollout has a gradient
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from matplotlib import pyplot as plt
 
 from v05 import reference
 from v05.methods import Calibration
-from v05.stopping import count_paths
+from v05.path_counting import count_paths
 
 RESULTS = Path(__file__).parent / "results" / "adaptive_bias.csv"
 PLOT = Path(__file__).parents[1] / "docs" / "adaptive_bias.png"

@@ -16,7 +16,7 @@ from advantage_columns import columns
 from v05.budget import RolloutAllocator, predicted_counts
 from v05.methods import Calibration
 from v05.ops import factorize, fused_advantage
-from v05.stopping import path_counting_advantages
+from v05.path_counting import path_counting_advantages
 
 R4 = [1.0, 0.0, 0.0, 1.0]
 

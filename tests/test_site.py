@@ -38,7 +38,7 @@ def test_every_page_is_there_and_can_be_reached(site):
         ("api/ops.html", "v05.ops.AdvantageStats"),
         ("api/budget.html", "v05.budget.RolloutAllocator.lease"),
         ("api/methods.html", "v05.methods.Calibration"),
-        ("api/stopping.html", "v05.stopping.path_counting_advantages"),
+        ("api/path_counting.html", "v05.path_counting.path_counting_advantages"),
         ("api/prior.html", "v05.prior.calibration.Calibrator.fit"),
         ("api/integrations.html", "v05.integrations.trl.V05Trainer"),
         ("api/reference.html", "v05.reference.calibrated"),

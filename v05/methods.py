@@ -124,7 +124,7 @@ class Method:
 
     @property
     def counts_paths(self) -> bool:
-        """Its advantages under its own test can be made unbiased (`v05.stopping`)."""
+        """Its advantages under its own test can be made unbiased (`v05.path_counting`)."""
         return self.baseline in (Baseline.SHRINKAGE, Baseline.CALIBRATED)
 
 

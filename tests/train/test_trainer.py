@@ -12,10 +12,10 @@ import torch
 
 from v05 import reference
 from v05.methods import METHODS, Calibration
+from v05.path_counting import path_counting_advantages
 from v05.prior import NoisePrior
 from v05.prior.v0.logs import read_logs
 from v05.rollout import Completion
-from v05.stopping import path_counting_advantages
 from v05.tasks import make_task
 from v05.train import trainer as trainer_module
 from v05.train.config import (

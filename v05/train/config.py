@@ -72,7 +72,7 @@ class BudgetConfig(Settings):
     mean: float | None = Field(default=None, gt=0, description="rollouts that rule 'total' has for a prompt, on average")
     chunk: int = Field(default=1, ge=1)
     unbiased: bool = Field(
-        default=False, description="of rules osla and calibrated: advantages that stopping early does not bias (v05.stopping)"
+        default=False, description="of rules osla and calibrated: advantages that stopping early does not bias (v05.path_counting)"
     )
 
 

@@ -24,7 +24,7 @@ Departures from the published algorithms:
   paper weighs them is not known).
 - Calibrated: how far the prior can be trusted is fitted after every step to the groups of the last steps (v05.prior.calibration)
   and used by the next. Under its budget rule a group's size depends on its rewards, which biases the gradient even with
-  leave-one-out; its recipe counts paths instead (v05.stopping, docs/calibrated.md).
+  leave-one-out; its recipe counts paths instead (v05.path_counting, docs/calibrated.md).
 - All: a rollout whose advantage is zero has no gradient (without a KL term) and is left out of the backward pass. Exact.
 """
 
@@ -49,6 +49,7 @@ from v05.energy import proxy_energies
 from v05.files import explained, flush, flush_folder
 from v05.methods import Baseline, Method, Scale, find_method
 from v05.ops import AdvantageOutput, AdvantageStats, fused_advantage
+from v05.path_counting import path_counting_advantages
 from v05.prior import ConstantPrior, NoisePrior, ValuePrior
 from v05.prior.calibration import Calibrator
 from v05.prior.history import HistoryPrior
@@ -58,7 +59,6 @@ from v05.rollout.limits import positions_of, refuse_prompt, stop_tokens
 from v05.rollout.scheduler import RolloutBatch, collect, join, select
 from v05.rollout.transformers_engine import completion_logprobs
 from v05.rollout.verifier import verify_all
-from v05.stopping import path_counting_advantages
 from v05.tasks import Prompt, heldout_set, make_task
 from v05.train.checkpoint import (
     Checkpoint,

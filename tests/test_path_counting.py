@@ -8,7 +8,7 @@ import pytest
 from v05.budget import RolloutAllocator
 from v05.methods import Calibration
 from v05.ops import fused_advantage
-from v05.stopping import path_counting_advantages
+from v05.path_counting import path_counting_advantages
 
 CALIBRATION = Calibration(0.2, 0.9, 3.0, 0.2)
 
