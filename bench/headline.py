@@ -1,4 +1,4 @@
-"""The headline experiment as README and docs/headline.md show it: `python bench/headline.py` after runs/headline.sh.
+"""The headline experiment as README and docs/headline.md show it: `python bench/headline.py` after examples/headline.sh.
 
 Reads bench/results/headline.csv, puts the tables between their marks and draws the figures in docs/.
 """

@@ -1,4 +1,4 @@
-"""The stages of runs/paper_qwen3_4b.sh: printed, and those that need no GPU run on a tiny model and made files."""
+"""The stages of examples/paper_qwen3_4b.sh: printed, and those that need no GPU run on a tiny model and made files."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from v05.train.config import PolicyConfig
 from v05.train.policy import character_decoder, character_tokenizer
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "runs" / "paper_qwen3_4b.sh"
+SCRIPT = ROOT / "examples" / "paper_qwen3_4b.sh"
 BEFORE = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer (without "
     "quotes) where $Answer is the answer to the problem.\n\n"
@@ -53,13 +53,13 @@ def test_a_dry_run_prints_and_does_nothing(stage, tmp_path):
             assert ("+algorithm.v05.outcomes=" in " ".join(command)) == (stage == "train v05")
             method = stage.split()[1]
             assert f"method={method}" in command
-            assert (ROOT / "configs" / "method" / f"{method}.yaml").is_file()
+            assert (ROOT / "examples" / "paper_qwen3_4b" / "method" / f"{method}.yaml").is_file()
 
 
 def test_a_dry_run_is_one_wherever_it_is_said(tmp_path):
     result = script("report", "--dry-run", OUT=tmp_path / "out")
     assert result.returncode == 0
-    assert "runs/paper_qwen3_4b.py report" in result.stdout
+    assert "examples/paper_qwen3_4b.py report" in result.stdout
     assert not (tmp_path / "out").exists()
 
 

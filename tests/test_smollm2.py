@@ -1,4 +1,4 @@
-"""What runs/smollm2.sh needs around `v05 train`; the model itself is not downloaded here."""
+"""What examples/smollm2.sh needs around `v05 train`; the model itself is not downloaded here."""
 
 import csv
 import importlib.util
@@ -12,7 +12,7 @@ from v05.tasks import make_task
 from v05.train.config import RunConfig
 from v05.train.metrics import write_json, write_outcomes
 
-SCRIPT = Path(__file__).parents[1] / "runs" / "smollm2.py"
+SCRIPT = Path(__file__).parents[1] / "examples" / "smollm2.py"
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def composed(request, made):
     from omegaconf import OmegaConf
 
     environment = {**os.environ, "OUT": str(made), "MODEL": str(made / "model")}
-    script = [ROOT / "runs" / "paper_qwen3_4b.sh", "--dry-run", "train", request.param]
+    script = [ROOT / "examples" / "paper_qwen3_4b.sh", "--dry-run", "train", request.param]
     printed = subprocess.run(script, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()[-1]
     words = shlex.split(printed)
     assert words[2:5] == ["python", "-m", "verl.trainer.main_ppo"]

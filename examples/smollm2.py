@@ -1,4 +1,4 @@
-"""What runs/smollm2.sh needs around `v05 train`: the model as a Hugging Face folder, the prompts, the runs' settings, the table."""
+"""What examples/smollm2.sh needs around `v05 train`: the model as a Hugging Face folder, prompts, the runs' settings, the table."""
 
 from __future__ import annotations
 

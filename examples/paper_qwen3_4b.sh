@@ -2,10 +2,10 @@
 # The paper's own experiment: Qwen3-4B-Instruct-2507 on DAPO-Math-17k, V_0.5 at 4 to 16 rollouts a prompt with V0 as its prior,
 # against GRPO and DAPO at 16, in verl on 4 nodes of 8 GPUs.
 #
-#   runs/paper_qwen3_4b.sh [--dry-run] prepare                        data, the start's outcomes on 512 problems, how well V0 predicts
-#   runs/paper_qwen3_4b.sh [--dry-run] train v05|grpo|dapo [OVERRIDE...]  overrides are verl's; goes on from the last checkpoint
-#   runs/paper_qwen3_4b.sh [--dry-run] eval start|v05|grpo|dapo       mean@16 on the benchmarks
-#   runs/paper_qwen3_4b.sh [--dry-run] report                         the arms beside each other
+#   examples/paper_qwen3_4b.sh [--dry-run] prepare                            data, the start's outcomes on 512 problems, V0's fit
+#   examples/paper_qwen3_4b.sh [--dry-run] train v05|grpo|dapo [OVERRIDE...]  overrides are verl's; goes on from the last checkpoint
+#   examples/paper_qwen3_4b.sh [--dry-run] eval start|v05|grpo|dapo           mean@16 on the benchmarks
+#   examples/paper_qwen3_4b.sh [--dry-run] report                             the arms beside each other
 #
 # --dry-run prints every command and runs none. Settings come from the environment, see below; OUT and the model must lie where all
 # nodes see them. THIS HAS NOT BEEN RUN AS IT STANDS: no GPU was at hand. docs/paper.md says which parts were, and how to set up.
@@ -52,7 +52,7 @@ known() { case ${1:-} in v05 | grpo | dapo) ;; *) usage ;; esac }
 
 case ${1:-} in
 prepare)
-  run python runs/paper_qwen3_4b.py data "$DAPO" "$BENCHMARKS" "$OUT/data" --context "$CONTEXT"
+  run python examples/paper_qwen3_4b.py data "$DAPO" "$BENCHMARKS" "$OUT/data" --context "$CONTEXT"
   # At temperature 1, as training samples: this is what V0 is to predict.
   run v05 eval "$MODEL" --benchmarks context --data "$OUT/data" --samples 8 --temperature 1 --top-p 1 --engine "$ENGINE" \
     --max-new-tokens "$LENGTH" --seed "$SEED" --out "$OUT/context"
@@ -70,7 +70,7 @@ train)
   fi
   run mkdir -p "$OUT/$method"
   run env VERL_FILE_LOGGER_PATH="$OUT/$method/metrics-$(date -u +%Y%m%dT%H%M%S).jsonl" \
-    python -m verl.trainer.main_ppo --config-dir "$PWD/configs" --config-name paper_qwen3_4b "method=$method" \
+    python -m verl.trainer.main_ppo --config-dir "$PWD/examples/paper_qwen3_4b" --config-name verl "method=$method" \
     "data.train_files=$OUT/data/train.jsonl" "data.val_files=$OUT/data/validation.jsonl" \
     "data.seed=$SEED" "data.max_response_length=$LENGTH" \
     "actor_rollout_ref.model.path=$(realpath -m "$MODEL")" "actor_rollout_ref.rollout.seed=$SEED" \
@@ -88,7 +88,7 @@ eval)
   fi
   ;;
 report)
-  run python runs/paper_qwen3_4b.py report "grpo=$OUT/grpo/eval-$STEP" "dapo=$OUT/dapo/eval-$STEP" "v05=$OUT/v05/eval-$STEP" \
+  run python examples/paper_qwen3_4b.py report "grpo=$OUT/grpo/eval-$STEP" "dapo=$OUT/dapo/eval-$STEP" "v05=$OUT/v05/eval-$STEP" \
     "start=$OUT/start/eval" --json "$OUT/report.json"
   ;;
 *) usage ;;

@@ -1,4 +1,4 @@
-"""Data for and figures from runs/paper_qwen3_4b.sh."""
+"""Data for and figures from examples/paper_qwen3_4b.sh."""
 
 from __future__ import annotations
 
