@@ -2,11 +2,11 @@
 
     python bench/allocator.py            # one thread; prints a table and writes bench/results/allocator.csv
 
-Gate, then time: both must allocate alike before either is timed. A pass opens all groups, leases all initial rollouts in batches,
-then reports and leases in rounds until every group has closed; only the calls themselves are timed, in processor time of the one
-thread. Reports come in the order of the leases, shuffled among 16,384 rollouts in flight, or shuffled among all of a round:
-millions, in random order over all memory. The plain Python allocator is tests/allocator_model.py; it gets fewer groups, because a
-million would not fit its memory and the reader's patience.
+Gate, then time: both must allocate alike before either is timed. A pass opens all groups, leases all initial rollouts in
+batches, then reports and leases in rounds until every group has closed; only the calls themselves are timed, in processor time
+of the one thread. Reports come in the order of the leases, shuffled among 16,384 rollouts in flight, or shuffled among all of a
+round: millions, in random order over all memory. The plain Python allocator is tests/helpers/allocator_model.py; it gets fewer
+groups, because a million would not fit its memory and the reader's patience.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from v05.budget import RolloutAllocator
 from v05.methods import Calibration
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from allocator_model import PlainAllocator
+from helpers.allocator_model import PlainAllocator
 
 RESULTS = Path(__file__).parent / "results" / "allocator.csv"
 FIELDS = ("provider", "case", "groups", "value", "unit", "device", "commit", "versions")

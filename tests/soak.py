@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from kill_and_resume import Runner, lost, smoke
 
+from helpers.kill_and_resume import Runner, lost, smoke
 from v05.budget import RolloutAllocator
 from v05.rollout import Failure
 from v05.rollout.scheduler import collect

@@ -3,7 +3,8 @@
 import runpy
 
 import pytest
-from documents import PAGES, ROOT, make_inputs, run_page
+
+from helpers.documents import PAGES, ROOT, make_inputs, run_page
 
 
 @pytest.fixture(scope="module")

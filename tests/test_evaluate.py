@@ -13,10 +13,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from rollout_fakes import CoinEngine
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from helpers.rollout_fakes import CoinEngine
 from v05.cli import app
 from v05.evaluate import (
     TEMPLATE,

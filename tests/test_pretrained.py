@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from tiny_policy import tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from helpers.tiny_policy import tiny_model, tiny_tokenizer
 from v05.pretrained import load_generation_config, load_pretrained
 from v05.prior.v0.backbone import Backbone
 from v05.train.policy import load_policy, load_tokenizer

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 import pytest
-from golden_cases import golden_options, golden_parameters
 
+from helpers.golden_cases import golden_options, golden_parameters
 from v05 import reference
 
 TOLERANCE = 1e-12

@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from documents import ROOT
+
+from helpers.documents import ROOT
 
 
 @pytest.fixture(scope="module")

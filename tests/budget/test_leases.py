@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from allocator_model import run_to_end
 
+from helpers.allocator_model import run_to_end
 from v05 import budget
 from v05.budget import RolloutAllocator
 

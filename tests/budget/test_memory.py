@@ -16,7 +16,7 @@ def test_a_call_without_memory_changes_nothing(tmp_path: Path) -> None:
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     program = tmp_path / "memory"
-    sources = [ROOT / "tests" / "allocator_memory.cpp", *(ROOT / "csrc" / "allocator").glob("*.cpp")]
+    sources = [Path(__file__).with_name("allocator_memory.cpp"), *(ROOT / "csrc" / "allocator").glob("*.cpp")]
     options = ["-std=c++20", "-O1", "-pthread", f"-I{ROOT / 'csrc' / 'include'}"]
     env = {**os.environ, "LD_PRELOAD": ""}  # of a sanitizer
     subprocess.run(["g++", *options, "-o", program, *sources], check=True, env=env)

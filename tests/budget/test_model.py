@@ -9,10 +9,10 @@ from unittest import mock
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from allocator_model import PlainAllocator
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from helpers.allocator_model import PlainAllocator
 from v05 import budget
 from v05.budget import RolloutAllocator
 from v05.methods import Calibration

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 import pytest
-from allocator_model import bernoulli, run_to_end
 
+from helpers.allocator_model import bernoulli, run_to_end
 from v05.budget import RolloutAllocator
 from v05.methods import Calibration
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from allocator_model import bernoulli, run_to_end
 
+from helpers.allocator_model import bernoulli, run_to_end
 from v05.budget import RolloutAllocator
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +67,7 @@ def test_threads_under_thread_sanitizer(tmp_path: Path) -> None:
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     program = tmp_path / "threads"
-    sources = [ROOT / "tests" / "allocator_threads.cpp", *(ROOT / "csrc" / "allocator").glob("*.cpp")]
+    sources = [Path(__file__).with_name("allocator_threads.cpp"), *(ROOT / "csrc" / "allocator").glob("*.cpp")]
     options = ["-std=c++20", "-O1", "-g", "-fsanitize=thread", "-pthread", f"-I{ROOT / 'csrc' / 'include'}"]
     env = {**os.environ, "LD_PRELOAD": ""}  # of another sanitizer
     subprocess.run(["g++", *options, "-o", program, *sources], check=True, env=env)

@@ -8,7 +8,8 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
-from documents import ROOT, blocks, make_inputs, run_page
+
+from helpers.documents import ROOT, blocks, make_inputs, run_page
 
 GUIDE = ROOT / "docs" / "integrations.md"
 pytestmark = pytest.mark.filterwarnings("default")
@@ -22,8 +23,7 @@ def named(path):
 
 def test_slime(monkeypatch):
     yaml = pytest.importorskip("yaml")
-    from host_situations import FixedPrior
-
+    from helpers.host_situations import FixedPrior
     from v05.integrations import slime
     from v05.integrations.groups import PromptPriors
 

@@ -7,9 +7,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from host_situations import TOLERANCE, FixedPrior, situations
 from safetensors.numpy import save_file
 
+from helpers.host_situations import TOLERANCE, FixedPrior, situations
 from v05.integrations.groups import PromptPriors, Settings, in_reward_units, outcome_advantages, prior_of, prompt_text
 from v05.prior.history import HistoryPrior
 
@@ -283,7 +283,7 @@ def test_settings_of_the_prior():
 @pytest.fixture(params=["history", "v0"])
 def prior_settings(request, tmp_path, monkeypatch):
     """Settings that make a prior of either kind."""
-    from tiny_policy import tiny_model, tiny_tokenizer
+    from helpers.tiny_policy import tiny_model, tiny_tokenizer
 
     if request.param == "history":
         return {"prior": "history"}

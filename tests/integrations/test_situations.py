@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from host_situations import SITUATIONS, TOLERANCE, situations
 
+from helpers.host_situations import SITUATIONS, TOLERANCE, situations
 from v05.ops import fused_advantage
 from v05.rollout import Completion
 from v05.rollout.scheduler import RolloutBatch

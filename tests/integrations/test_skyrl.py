@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from host_situations import TOLERANCE, FixedPrior, situations
 
+from helpers.host_situations import TOLERANCE, FixedPrior, situations
 from v05.integrations.groups import PromptPriors
 
 ppo_utils = pytest.importorskip("skyrl.backends.skyrl_train.utils.ppo_utils", exc_type=ImportError)

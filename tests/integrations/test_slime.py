@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from host_situations import TOLERANCE, FixedPrior, situations
 
+from helpers.host_situations import TOLERANCE, FixedPrior, situations
 from v05.integrations import slime
 from v05.integrations.groups import PromptPriors
 

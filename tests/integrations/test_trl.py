@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from host_situations import STEP, TOLERANCE, FixedPrior, situations
+
+from helpers.host_situations import STEP, TOLERANCE, FixedPrior, situations
 
 pytest.importorskip("trl", exc_type=ImportError)
 from datasets import Dataset
-from tiny_policy import tiny_model, tiny_tokenizer
 from trl import GRPOConfig, GRPOTrainer
 
+from helpers.tiny_policy import tiny_model, tiny_tokenizer
 from v05 import reference
 from v05.integrations.trl import EPS, V05Config, V05Trainer
 from v05.methods import Calibration

@@ -9,8 +9,8 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-from host_situations import TOLERANCE, FixedPrior, situations
 
+from helpers.host_situations import TOLERANCE, FixedPrior, situations
 from v05.integrations.groups import Settings
 from v05.prior.history import HistoryPrior
 

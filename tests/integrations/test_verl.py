@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from host_situations import TOLERANCE, FixedPrior, situations
 
+from helpers.host_situations import TOLERANCE, FixedPrior, situations
 from v05.integrations.groups import PromptPriors
 
 pytest.importorskip("verl", exc_type=ImportError)

@@ -25,7 +25,7 @@ ADDED = {  # what verl's own configuration does not list, and reads
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A tiny model, and data as the recipe writes it."""
-    from tiny_policy import tiny_model, tiny_tokenizer
+    from helpers.tiny_policy import tiny_model, tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("made")
     tokenizer = tiny_tokenizer()

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import verl_fakes
-from host_situations import FixedPrior
-from verl_fakes import FakeRewards, FakeServer
 
+from helpers import verl_fakes
+from helpers.host_situations import FixedPrior
+from helpers.verl_fakes import FakeRewards, FakeServer
 from v05.integrations.groups import PromptPriors
 
 pytest.importorskip("verl", exc_type=ImportError)
@@ -26,7 +26,8 @@ def config(tmp_path_factory):
     """verl's own defaults, a small model, and what a user of v05 sets."""
     import verl
     from omegaconf import OmegaConf
-    from tiny_policy import tiny_model, tiny_tokenizer
+
+    from helpers.tiny_policy import tiny_model, tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("model")
     tokenizer = tiny_tokenizer()
@@ -62,7 +63,7 @@ def manager(config):
     import transfer_queue as tq
     from verl.utils.import_utils import load_class_from_fqn
 
-    path = {"PYTHONPATH": str(Path(verl_fakes.__file__).parent)}
+    path = {"PYTHONPATH": str(Path(verl_fakes.__file__).parents[1])}
     ray.init(num_cpus=16, include_dashboard=False, runtime_env={"env_vars": path})  # 16 by Ray's count; every actor takes some
     tq.init(config.transfer_queue)
     name = config.actor_rollout_ref.rollout.agent.agent_loop_manager_class

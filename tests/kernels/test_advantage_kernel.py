@@ -6,10 +6,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from golden_cases import golden_options, golden_parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.golden_cases import golden_options, golden_parameters
 from v05 import _core, reference
 from v05.kernels.advantage import kernel, launch
 from v05.methods import METHODS, Calibration

@@ -3,8 +3,8 @@
 import shutil
 
 import pytest
-from made_up_runs import HOSTILE, write_run
 
+from helpers.made_up_runs import HOSTILE, write_run
 from v05.report.figures import document
 from v05.report.page import write_page
 from v05.report.runs import find_runs, read_runs, seeds_of

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_up_runs import HOSTILE, write_run
 from typer.testing import CliRunner
 
+from helpers.made_up_runs import HOSTILE, write_run
 from v05.cli import app
 from v05.report.figures import SAMPLES, document
 from v05.report.page import coloured, write_page

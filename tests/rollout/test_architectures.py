@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_policy import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from helpers.tiny_policy import tiny_model, tiny_tokenizer
 from v05.rollout import Request, generate
 from v05.rollout import transformers_engine as engine_module
 from v05.rollout.transformers_engine import JOIN_EVERY, TransformersEngine, completion_logprobs

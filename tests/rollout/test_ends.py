@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tiny_policy import tiny_model, tiny_tokenizer
 
+from helpers.tiny_policy import tiny_model, tiny_tokenizer
 from v05.rollout import NotFiniteError, Request, generate
 from v05.rollout.transformers_engine import TransformersEngine
 

@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from rollout_fakes import TroubleTask
 
+from helpers.rollout_fakes import TroubleTask
 from v05.budget import RolloutAllocator
 from v05.rollout import Completion, Failure, Request, generate
 from v05.rollout.ray_engine import RayEngine

@@ -4,8 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
-from rollout_fakes import CoinEngine, TroubleTask
 
+from helpers.rollout_fakes import CoinEngine, TroubleTask
 from v05 import reference
 from v05.budget import RolloutAllocator
 from v05.rollout import Completion, Failure, Request, generate

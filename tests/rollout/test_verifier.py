@@ -11,8 +11,8 @@ import sys
 import time
 
 import pytest
-from rollout_fakes import BrokenTask, DoomedTask, StuckTask, TroubleTask, Unreadable
 
+from helpers.rollout_fakes import BrokenTask, DoomedTask, StuckTask, TroubleTask, Unreadable
 from v05.rollout import Failure
 from v05.rollout.verifier import InlineVerifier, Item, VerifierPool, verify_all
 from v05.tasks import JsonlConfig, Prompt, ReasoningGymConfig, Source, make_task
@@ -177,7 +177,7 @@ def test_a_process_that_hangs_ends_with_its_parent(tmp_path):
     script = f"""
 import sys
 sys.path[:] = {sys.path!r}
-from rollout_fakes import TroubleTask
+from helpers.rollout_fakes import TroubleTask
 from v05.rollout.verifier import Item, VerifierPool
 if __name__ == "__main__":
     pool = VerifierPool(TroubleTask, workers=1, time_limit=600)

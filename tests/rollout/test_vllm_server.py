@@ -7,9 +7,9 @@ import os
 import numpy as np
 import pytest
 import torch
-from rollout_fakes import END, FakeServer, TroubleTask
 from transformers import GenerationConfig
 
+from helpers.rollout_fakes import END, FakeServer, TroubleTask
 from v05.budget import RolloutAllocator
 from v05.rollout import Completion, Failure, Request, generate
 from v05.rollout.scheduler import collect

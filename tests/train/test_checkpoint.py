@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kill_and_resume import Runner, lost, policy_digest, smoke, untimed
 
+from helpers.kill_and_resume import Runner, lost, policy_digest, smoke, untimed
 from v05.train import checkpoint as module
 from v05.train.checkpoint import (
     FORMAT,

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from kill_and_resume import smoke
-from made_up_runs import write_run
 
+from helpers.kill_and_resume import smoke
+from helpers.made_up_runs import write_run
 from v05.train.compare import is_finished, load_run, run_all
 from v05.train.config import run_config
 from v05.train.metrics import read_metrics, read_result

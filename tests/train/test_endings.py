@@ -1,10 +1,10 @@
 """A command ends with status 0 only with a result, whatever ends it."""
 
-import exits
 import pytest
-from kill_and_resume import smoke
 from typer.testing import CliRunner
 
+from helpers import exits
+from helpers.kill_and_resume import smoke
 from v05.cli import app
 from v05.tasks import make_task
 from v05.train.compare import run_all

@@ -5,8 +5,8 @@ import json
 import shutil
 
 import pytest
-from kill_and_resume import smoke
 
+from helpers.kill_and_resume import smoke
 from v05.tasks import JsonlConfig, make_task
 from v05.train.checkpoint import find_checkpoints
 from v05.train.compare import is_finished, run_all

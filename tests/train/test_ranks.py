@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import rank_script
-from kill_and_resume import untimed
 
+from helpers import rank_script
+from helpers.kill_and_resume import untimed
 from v05.train.checkpoint import find_checkpoints
 from v05.train.config import run_config
 from v05.train.distributed import World

@@ -9,10 +9,10 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from kill_and_resume import smoke
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from helpers.kill_and_resume import smoke
 from v05.train.live import LiveView, sparkline
 from v05.train.metrics import read_metrics
 from v05.train.sinks import TensorBoard, WeightsAndBiases, figures_of, interrupted_later

@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from rollout_fakes import FakeServer
-from tiny_policy import tiny_model, tiny_tokenizer
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig, RwkvConfig, RwkvForCausalLM
 
+from helpers.rollout_fakes import FakeServer
+from helpers.tiny_policy import tiny_model, tiny_tokenizer
 from v05.rollout import NotFiniteError
 from v05.tasks import JsonlConfig, split_of
 from v05.train import trainer as trainer_module

@@ -8,7 +8,7 @@ import pytest
 
 from v05.methods import Calibration
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "ops" / "golden"
 CASES: list[dict[str, Any]] = [case for file in sorted(GOLDEN.glob("*.json")) for case in json.loads(file.read_text())]
 
 

@@ -1,6 +1,6 @@
 """Kill a run over and over, have it go on each time, and compare it with one that was left alone.
 
-    python tests/train/kill_and_resume.py --kills 20 --directory /tmp/killed
+    python tests/helpers/kill_and_resume.py --kills 20 --directory /tmp/killed
 
 Prints what was injected and what was lost; the exit status says whether anything was. One kill in three comes while a checkpoint is
 being written or an old one deleted, the others a random time after a few records.

@@ -19,9 +19,10 @@ from sybil.evaluators.python import PythonEvaluator
 from sybil.example import NotEvaluated
 from sybil.parsers.markdown import SkipParser
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer, FencedCodeBlockLexer
-from tiny_policy import tiny_model, tiny_tokenizer
 
-ROOT = Path(__file__).parents[1]
+from helpers.tiny_policy import tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Options that come after those of the page, and so win.
 SMALLEST = {

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from advantage_columns import columns
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from helpers.advantage_columns import columns
 from v05 import _core, reference
 from v05.ops import fused_advantage
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 INT64 = np.iinfo(np.int64)
 
 
@@ -89,7 +89,7 @@ def test_instruction_set_does_not_change_a_bit(tmp_path):
     for level in levels:
         program = tmp_path / level
         options = ["-std=c++20", "-O3", "-ffp-contract=off", "-DV05_MULTIVERSION=", f"-march={level}"]
-        sources = [ROOT / "tests" / "instruction_sets.cpp", *(ROOT / "csrc" / "advantage").glob("*.cpp")]
+        sources = [Path(__file__).with_name("instruction_sets.cpp"), *(ROOT / "csrc" / "advantage").glob("*.cpp")]
         subprocess.run(["g++", *options, f"-I{ROOT / 'csrc' / 'include'}", "-o", program, *sources], check=True)
         printed.add(subprocess.run([program], capture_output=True, text=True, check=True).stdout)
     assert len(printed) == 1

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from advantage_columns import columns
 
+from helpers.advantage_columns import columns
 from v05.budget import RolloutAllocator, predicted_counts
 from v05.methods import Calibration
 from v05.ops import factorize, fused_advantage

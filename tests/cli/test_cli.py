@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-from rollout_fakes import FakeServer
 from typer.testing import CliRunner
 
+from helpers.rollout_fakes import FakeServer
 from v05.cli import app
 from v05.train.config import run_config
 from v05.train.metrics import read_metrics
@@ -342,7 +342,7 @@ def test_a_missing_extra_says_which(tmp_path):
 
 def test_the_source_tree_says_how_to_install_it(tmp_path):
     # What a Python that has no v05 sees when it stands in the repository's root.
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     script = f"import sys; sys.meta_path[:] = sys.meta_path[-3:]; sys.path[:] = [{str(root)!r}, *sys.path]; import v05"
     result = subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 1

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from golden_cases import golden_options, golden_parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from helpers.golden_cases import golden_options, golden_parameters
 from v05 import reference
 from v05.methods import METHODS, Calibration
 from v05.ops import factorize, fused_advantage

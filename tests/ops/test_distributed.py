@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from rank_worker import IDS, LENGTHS, PRIOR, REWARDS, SPLITS, arguments, work
 
+from helpers.rank_worker import IDS, LENGTHS, PRIOR, REWARDS, SPLITS, arguments, work
 from v05.ops import fused_advantage
 
 

@@ -1,4 +1,4 @@
-"""Makes rivals.json: `python tests/golden/rivals.py > tests/golden/rivals.json`. Exact fractions, and nothing of v05.
+"""Makes rivals.json: `python tests/ops/golden/rivals.py > tests/ops/golden/rivals.json`. Exact fractions, and nothing of v05.
 
 Cases of the baselines none, batch, opo and otb, worked out from their definitions: the energy-weighted mean of a group is
 sum(e r) / sum(e), of its others with both sums short of the rollout's own; the batch's is the mean of all other rollouts.

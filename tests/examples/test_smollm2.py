@@ -12,7 +12,7 @@ from v05.tasks import make_task
 from v05.train.config import RunConfig
 from v05.train.metrics import write_json, write_outcomes
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "smollm2.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "smollm2.py"
 
 
 @pytest.fixture(scope="module")

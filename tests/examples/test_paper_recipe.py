@@ -17,7 +17,7 @@ from v05.prior.v0.logs import read_logs
 from v05.train.config import PolicyConfig
 from v05.train.policy import character_decoder, character_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples" / "paper_qwen3_4b.sh"
 BEFORE = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer (without "
