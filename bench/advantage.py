@@ -38,7 +38,7 @@ def read(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def grpo(rewards: torch.Tensor, ids: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    return torch.from_numpy(reference.fused_advantage(rewards.double().numpy(), ids.numpy(), method="grpo", eps=eps)[0])
+    return torch.from_numpy(reference.advantages(rewards.double().numpy(), ids.numpy(), method="grpo", eps=eps)[0])
 
 
 @functools.lru_cache(maxsize=1)
@@ -233,7 +233,7 @@ def test_fusion(measure: Measure, leave_one_out: bool, binary: bool, provider: s
     some = 1000  # the reference takes its time
     ids = np.arange(4 * some) // 4
     options = dict(method=provider, leave_one_out=leave_one_out)
-    exact = reference.fused_advantage(rewards[: 4 * some].double().numpy(), ids, prior[:some].numpy(), **options)[0]
+    exact = reference.advantages(rewards[: 4 * some].double().numpy(), ids, prior[:some].numpy(), **options)[0]
     torch.testing.assert_close(call(some).double(), torch.from_numpy(exact), rtol=1e-6, atol=1e-6)
     case = "fusion with a prior, groups of 4" + ("" if binary else ", fractional") + (", leave-one-out" if leave_one_out else "")
     measure(provider, case, (ROLLOUTS, 1, ROLLOUT_GROUPS), call, None, 8 * ROLLOUTS)
@@ -264,8 +264,8 @@ def test_small(measure: Measure, provider: str) -> None:
     _, rule, _ = read_options("v05", None, False, (0.0, 1.0), 1e-6, "zero", "raise", 16, None, None, True, torch.float32)
     calls = {
         "v05": lambda: fused_advantage(rewards, prior, group_offsets=offsets).advantages,
-        FLOOR: lambda: (_core.fused_advantage(given, groups, prior.data_ptr(), rule.core, output, table.data_ptr(), 1), out)[1],
+        FLOOR: lambda: (_core.compute_advantages(given, groups, prior.data_ptr(), rule.core, output, table.data_ptr(), 1), out)[1],
     }
     ids = torch.arange(SMALL) // GROUP_SIZE
-    expected = torch.from_numpy(reference.fused_advantage(rewards.double().numpy(), ids.numpy(), prior.numpy())[0])
+    expected = torch.from_numpy(reference.advantages(rewards.double().numpy(), ids.numpy(), prior.numpy())[0])
     measure(provider, "64 rollouts", (SMALL, 1, 4), calls[provider], expected, 8 * SMALL, calls=200)

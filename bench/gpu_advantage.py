@@ -107,7 +107,7 @@ def main() -> None:
     for n, t in SHAPES:
         batches = [make_batch(n, t, seed) for seed in range(max(2, ROTATED_BYTES // (5 * n * t)))]
         first = batches[0]
-        exact = reference.fused_advantage(first.rewards.double().cpu().numpy(), first.ids.cpu().numpy(), method="grpo")[0]
+        exact = reference.advantages(first.rewards.double().cpu().numpy(), first.ids.cpu().numpy(), method="grpo")[0]
         expected = torch.from_numpy(exact).cuda()[:, None] * first.mask
         floor = n * t * (first.out.element_size() + first.mask.element_size())
         source = torch.empty_like(first.out)

@@ -16,7 +16,7 @@ from v05 import reference
 from v05.ops import fused_advantage
 rewards, ids = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0]), [0, 0, 0, 1, 1]
 out = fused_advantage(rewards, group_ids=ids, num_groups=2, method="loo_batch", dtype=torch.float64)
-wanted, _ = reference.fused_advantage(rewards.numpy(), ids, method="loo_batch")
+wanted, _ = reference.advantages(rewards.numpy(), ids, method="loo_batch")
 torch.testing.assert_close(out.advantages, torch.from_numpy(wanted))
 assert out.advantages[0] > 0 > out.advantages[1]
 print("works")

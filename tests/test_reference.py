@@ -13,7 +13,7 @@ TOLERANCE = 1e-12
 
 @pytest.mark.parametrize("case", golden_parameters())
 def test_golden(case):
-    advantages, statistics = reference.fused_advantage(case["rewards"], case["group_ids"], case["prior"], **golden_options(case))
+    advantages, statistics = reference.advantages(case["rewards"], case["group_ids"], case["prior"], **golden_options(case))
     np.testing.assert_allclose(advantages, case["expect"]["advantages"], rtol=TOLERANCE, atol=TOLERANCE)
     assert len(statistics) == len(case["expect"]["stats"])
     for seen, expected in zip(statistics, case["expect"]["stats"], strict=True):
@@ -48,7 +48,7 @@ def test_default_cost_crosses_between_15_and_16_rollouts():
 
 
 def test_no_prior_means_the_group_mean():
-    advantages, (statistics,) = reference.fused_advantage([1, 0, 0, 1], [0] * 4, [math.nan], method="v05")
+    advantages, (statistics,) = reference.advantages([1, 0, 0, 1], [0] * 4, [math.nan], method="v05")
     np.testing.assert_allclose(advantages, [0.5, -0.5, -0.5, 0.5])
     assert statistics.weight == 1.0
     assert statistics.mse == pytest.approx(0.25 / 4)  # variance at p = 1/2, reward units squared, over k

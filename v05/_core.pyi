@@ -31,7 +31,7 @@ class Options:
         calibration: Sequence[float],
     ) -> None: ...
 
-def fused_advantage(
+def compute_advantages(
     rollouts: tuple[int, bool, int, int, int | None, int, int | None, int | None, int | None, int | None],
     groups: tuple[int, int | None, int | None],
     prior: int | None,

@@ -200,7 +200,7 @@ def _self_check(device: str, backend: Literal["cpp", "triton"]) -> Record:
         for (method, leave_one_out), (layout, laid_out) in cases:
             rule: Record = {"method": method, "leave_one_out": leave_one_out}
             weights = None if METHODS[method].weight is None else energy
-            advantages, statistics = reference.fused_advantage(rewards, ids, prior, num_groups=len(sizes), energy=weights, **rule)
+            advantages, statistics = reference.advantages(rewards, ids, prior, num_groups=len(sizes), energy=weights, **rule)
             out = fused_advantage(
                 on_device(rewards),
                 on_device(prior),

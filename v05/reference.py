@@ -146,7 +146,7 @@ def calibrated_take_more(
     return count < max_rollouts and calibrated_gain(count, successes, prior, calibration) > cost
 
 
-def fused_advantage(
+def advantages(
     rewards: ArrayLike,
     group_ids: ArrayLike,
     prior: ArrayLike | None = None,

@@ -251,8 +251,8 @@ void judge_rollouts(const Rollouts& rollouts, const Groups& groups, std::span<co
 
 }  // namespace
 
-void fused_advantage(const Rollouts& rollouts, const Groups& groups, std::span<const double> prior,
-                     const Options& options, const Buffer& out, const Table& table, int threads) {
+void compute_advantages(const Rollouts& rollouts, const Groups& groups, std::span<const double> prior,
+                        const Options& options, const Buffer& out, const Table& table, int threads) {
   if (groups.offsets.empty()) {
     check_ids(groups.ids, groups.count);
   } else {

@@ -71,8 +71,8 @@ v05::Groups groups_of(const GroupFields& fields, std::size_t rows) {
           .count = count};
 }
 
-void fused_advantage(const RolloutFields& given, const GroupFields& of_groups, MaybeAddress prior,
-                     const v05::Options& options, const OutFields& to, MaybeAddress table, int threads) {
+void compute_advantages(const RolloutFields& given, const GroupFields& of_groups, MaybeAddress prior,
+                        const v05::Options& options, const OutFields& to, MaybeAddress table, int threads) {
   const auto& [out_address, out_dtype, out_size] = to;
   const v05::Rollouts rollouts = rollouts_of(given, out_size);
   const v05::Groups groups = groups_of(of_groups, rollouts.count);
@@ -81,7 +81,7 @@ void fused_advantage(const RolloutFields& given, const GroupFields& of_groups, M
   const v05::Buffer out = buffer("out", out_address, out_dtype, out_size);
   const v05::Table statistics{.data = reinterpret_cast<double*>(table.value_or(0)), .groups = count};
   const py::gil_scoped_release release;
-  v05::fused_advantage(rollouts, groups, priors, options, out, statistics, threads);
+  v05::compute_advantages(rollouts, groups, priors, options, out, statistics, threads);
 }
 
 v05::Options make_options(int baseline, int scale, bool leave_one_out, bool raw_singleton, bool exclude_nonfinite,
@@ -124,5 +124,5 @@ void register_advantage(py::module_& m) {
       },
       arg("mask"), arg("dtype"), arg("rows"), arg("size"));
   // By position only: names would cost more than the advantages of a small batch.
-  m.def("fused_advantage", &fused_advantage);
+  m.def("compute_advantages", &compute_advantages);
 }

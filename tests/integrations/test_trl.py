@@ -271,7 +271,7 @@ def test_groups_split_over_processes(tmp_path):
         assert rates == their_rates
         assert len(rewards) == 2 * len(mine) == 2 * len(theirs) == 8
         assert torch.equal(rewards, their_rewards)
-        expected = reference.fused_advantage(rewards.double().numpy(), np.zeros(8, dtype=int), np.array(rates))[0]
+        expected = reference.advantages(rewards.double().numpy(), np.zeros(8, dtype=int), np.array(rates))[0]
         assert torch.cat((mine, theirs)).tolist() == pytest.approx(expected.tolist(), abs=TOLERANCE)
     assert len({tuple(rewards.tolist()) for _, rewards, _ in first["batches"]}) > 1
     assert torch.equal(first["weights"], second["weights"])

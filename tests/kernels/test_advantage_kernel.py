@@ -32,7 +32,7 @@ def run(rewards=REWARDS, prior=PRIOR, ids=IDS, **options) -> AdvantageOutput:
 
 def expect(rewards=REWARDS, prior=PRIOR, ids=IDS, **options):
     """(advantages (N,), statistics of each group) of the reference, on the same numbers."""
-    return reference.fused_advantage(rewards.double().numpy(), ids.numpy(), prior, **options)
+    return reference.advantages(rewards.double().numpy(), ids.numpy(), prior, **options)
 
 
 def assert_advantages(got: torch.Tensor, wanted, rtol: float = 1e-6) -> None:

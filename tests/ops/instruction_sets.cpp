@@ -60,7 +60,7 @@ void run(v05::Dtype mask_dtype, v05::Baseline baseline, bool leave_one_out, v05:
   rollouts.by_token = true;
   std::vector<Real> advantages(tokens.size());
   std::vector<double> table(v05::kStatistics.size() * kGroups);
-  v05::fused_advantage(rollouts, v05::Groups{.offsets = offsets, .ids = {}, .count = kGroups}, prior, options,
+  v05::compute_advantages(rollouts, v05::Groups{.offsets = offsets, .ids = {}, .count = kGroups}, prior, options,
                        buffer(advantages, kReal<Real>), v05::Table{.data = table.data(), .groups = kGroups}, 1);
   add(advantages);
   add(table);

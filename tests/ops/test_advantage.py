@@ -45,7 +45,7 @@ def test_golden(case, dtype):
     )
     expected, statistics = case["expect"]["advantages"], case["expect"]["stats"]
     if case["id"] == "near-equal rewards at a large offset":  # float32 rounds the input: the page is applied to what is left
-        expected, statistics = reference.fused_advantage(
+        expected, statistics = reference.advantages(
             rewards.double().numpy(), case["group_ids"], case["prior"], **golden_options(case)
         )
     np.testing.assert_allclose(out.advantages.numpy(), expected, rtol=tolerance, atol=tolerance)
@@ -86,7 +86,7 @@ def batches(draw):
 def test_equals_the_reference(batch):
     batch = dict(batch)
     rewards, ids, prior = batch.pop("rewards"), batch.pop("group_ids"), batch.pop("prior")
-    expected, statistics = reference.fused_advantage(rewards, ids, prior, **batch)
+    expected, statistics = reference.advantages(rewards, ids, prior, **batch)
     out = fused_advantage(rewards, prior, group_ids=ids, dtype=torch.float64, **batch)
     np.testing.assert_allclose(out.advantages.numpy(), expected, rtol=1e-9, atol=1e-9)
     assert_statistics(out.stats, statistics, 1e-9)
@@ -386,7 +386,7 @@ def test_calibrated_leaves_out_rewards_of_any_kind(low, high):
     prior[::7] = math.nan
     options = dict(method="calibrated", leave_one_out=True, reward_range=(low, high), calibration=Calibration(0.3, 0.8, 6.0, 0.2))
     out = fused_advantage(rewards, prior, group_offsets=[0, *np.cumsum(sizes)], dtype=torch.float64, **options)
-    expected = reference.fused_advantage(rewards, np.repeat(np.arange(len(groups)), sizes), prior, **options)[0]
+    expected = reference.advantages(rewards, np.repeat(np.arange(len(groups)), sizes), prior, **options)[0]
     np.testing.assert_allclose(out.advantages.numpy(), expected, rtol=0, atol=(2 + 20 / 7) * 1e-12 * (high - low))
 
 

@@ -195,7 +195,7 @@ def test_the_probed_baseline_is_the_one_that_was_subtracted(method, tmp_path, mo
     monkeypatch.setattr(trainer, "true_rewards", lambda prompts, samples, seed: (np.full((len(prompts), samples), 0.25), []))
     trainer.step(probe=True)
     (probe,) = read_metrics(tmp_path, "probe")
-    alone, _ = reference.fused_advantage([0.0, 1.0], [0, 0], [0.3], method="calibrated", leave_one_out=True)  # as in the first step
+    alone, _ = reference.advantages([0.0, 1.0], [0, 0], [0.3], method="calibrated", leave_one_out=True)  # as in the first step
     expected = {
         "rloo@4": np.mean([(2 / 3 - 0.25) ** 2, (1 / 3 - 0.25) ** 2]),  # of a reward 0 and of a reward 1
         "grpo@4": 0.25**2,

@@ -137,7 +137,7 @@ struct Table {
 // others a few numbers a group; trajectories a map of their ids. `out` shares no memory with what is read. Throws
 // std::invalid_argument that names the argument, the rows and the remedy, before it has written anything, but for the
 // values of a mask, which are checked as `out` is written.
-void fused_advantage(const Rollouts& rollouts, const Groups& groups, std::span<const double> prior,
-                     const Options& options, const Buffer& out, const Table& table, int threads);
+void compute_advantages(const Rollouts& rollouts, const Groups& groups, std::span<const double> prior,
+                        const Options& options, const Buffer& out, const Table& table, int threads);
 
 }  // namespace v05

@@ -33,7 +33,7 @@ def run_cpp(
     rewards, mask, cu_seqlens, valid, trajectory_ids, energy = rollouts
     # The core writes float32 and float64; a half-precision output is rounded from float32.
     target = out if out.dtype in (torch.float32, torch.float64) else torch.empty_like(out, dtype=torch.float32)
-    _core.fused_advantage(
+    _core.compute_advantages(
         (
             rewards.shape[0],
             rewards.ndim == 2,
