@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from machine import commit, processor, versions
-from regimes import PRIORS, draw_from, read_successes
+from regimes import REGIMES, draw_from, read_successes
 from rich.progress import track
 
 from v05.prior.calibration import Calibrator
@@ -44,7 +44,7 @@ def cases(outcomes: Path, history: Path) -> Iterator[tuple[str, list[Record]]]:
     read = replace(read, priors=cross_fitted(read, rng))
     yield outcomes.stem, replayed(outcomes.stem, Source(read, None, "superpopulation", MAXIMUM, rng).draw)
     successes = read_successes(history)
-    for regime in PRIORS:
+    for regime in REGIMES:
         yield regime, replayed(regime, draw_from(successes, regime, MAXIMUM, np.random.default_rng(SEED)))
 
 

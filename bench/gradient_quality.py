@@ -17,7 +17,7 @@ import torch
 from bandit import moments, squared_gradient
 from machine import commit, processor, versions
 from numpy.typing import NDArray
-from regimes import PRIORS, draw_from, read_successes
+from regimes import REGIMES, draw_from, read_successes
 
 from v05.ops import fused_advantage
 from v05.prior.calibration import Calibrator
@@ -69,7 +69,7 @@ def main() -> None:
     with RESULTS.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(FIELDS)
-        for regime in PRIORS:
+        for regime in REGIMES:
             for k in SIZES:
                 draw = draw_from(successes, regime, k, np.random.default_rng(0))
                 calibrator = Calibrator()

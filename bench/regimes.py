@@ -42,7 +42,7 @@ def _noise(rates: Array, rng: Rng) -> Array:
     return rng.random(len(rates))
 
 
-PRIORS: dict[str, Callable[[Array, Rng], Array]] = {
+REGIMES: dict[str, Callable[[Array, Rng], Array]] = {  # what the prior says of given rates
     "good prior": _good,
     "fair prior": _fair,
     "15 % hallucinated": _hallucinated,
@@ -65,6 +65,6 @@ def draw_from(successes: NDArray[np.int64], regime: str, maximum: int, rng: Rng)
         s = rng.choice(successes, groups)
         rates = rng.beta(s + PSEUDO, TRIALS - s + PSEUDO)
         rewards = (rng.random((groups, maximum)) < rates[:, None]).astype(np.float64)
-        return Groups(rates, PRIORS[regime](rates, rng), rewards)
+        return Groups(rates, REGIMES[regime](rates, rng), rewards)
 
     return draw

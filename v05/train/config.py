@@ -26,13 +26,13 @@ Engine = Literal["transformers", "vllm", "vllm_server", "ray"]
 Prior = Literal["history", "v0", "constant", "oracle", "noise"]
 
 
-class Settings(BaseModel):
-    """Refuses unknown fields: a misspelt setting is an error, not a default."""
+class Section(BaseModel):
+    """A part of a run's configuration. Unknown fields are refused: a misspelt setting is an error, not a default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class WarmStartConfig(Settings):
+class WarmStartConfig(Section):
     """Supervised training of the character-level policy, until it is good enough to learn from its own rollouts.
 
     The jump from a few percent to most prompts solved is sudden and its step differs by seed; hence the stop on validation.
@@ -50,7 +50,7 @@ class WarmStartConfig(Settings):
     seed: int = 0
 
 
-class PolicyConfig(Settings):
+class PolicyConfig(Section):
     """A model folder (`path`), or the size of a character-level decoder and how to warm-start it."""
 
     path: Path | None = None
@@ -62,7 +62,7 @@ class PolicyConfig(Settings):
     warm_start: WarmStartConfig = WarmStartConfig()
 
 
-class BudgetConfig(Settings):
+class BudgetConfig(Section):
     """How many rollouts a prompt gets: `initial`, then what `rule` asks for up to `maximum` (v05.budget.RolloutAllocator)."""
 
     rule: Literal["uniform", "osla", "calibrated", "total"] = "uniform"
@@ -76,7 +76,7 @@ class BudgetConfig(Settings):
     )
 
 
-class LossConfig(Settings):
+class LossConfig(Section):
     """Clipped policy gradient (v05.train.loss)."""
 
     clip_low: float = Field(default=0.2, gt=0, lt=1)
@@ -89,7 +89,7 @@ class LossConfig(Settings):
     )
 
 
-class OptimizerConfig(Settings):
+class OptimizerConfig(Section):
     """AdamW. Each step's rollouts are split by prompt into `updates_per_step` parts, one update each."""
 
     learning_rate: float = Field(default=3e-4, gt=0, le=1e30)  # beyond, AdamW's step is no float32
@@ -98,7 +98,7 @@ class OptimizerConfig(Settings):
     updates_per_step: int = Field(default=1, ge=1)
 
 
-class OverlongConfig(Settings):
+class OverlongConfig(Section):
     """DAPO's soft overlong punishment: 0 up to max_new_tokens - buffer tokens, then falling linearly to -1 at max_new_tokens."""
 
     buffer: int | None = Field(default=None, ge=1, description="None is a sixteenth of max_new_tokens, 1 at least")
@@ -108,7 +108,7 @@ class OverlongConfig(Settings):
         return max(1, max_new_tokens // 16) if self.buffer is None else self.buffer
 
 
-class VerifierConfig(Settings):
+class VerifierConfig(Section):
     """Where completions are verified (v05.rollout.verifier)."""
 
     workers: int | None = Field(
@@ -120,7 +120,7 @@ class VerifierConfig(Settings):
     memory_gib: float = Field(default=2.0, gt=0, description="that a process may use to verify; on Linux only")
 
 
-class EngineConfig(Settings):
+class EngineConfig(Section):
     """What samples rollouts (v05.rollout): the embedded engine, or one with weights of its own, brought up to date every step."""
 
     kind: Engine = "transformers"
@@ -138,7 +138,7 @@ class EngineConfig(Settings):
     actor_engine: Literal["transformers", "vllm"] = Field(default="transformers", description="inside the actors of ray")
 
 
-class V0Config(Settings):
+class V0Config(Section):
     """The generalist value model as the prior (v05.prior.v0)."""
 
     backbone: Path | None = Field(default=None, description="model folder that reads prompts; none is the policy's own warm start")
@@ -147,7 +147,7 @@ class V0Config(Settings):
     diverse: bool = Field(default=False, description="half of the context covers more of the past instead")
 
 
-class EvaluationConfig(Settings):
+class EvaluationConfig(Section):
     """Held-out accuracy and the baseline's error against a large-sample truth; neither counts as training rollouts."""
 
     evaluations: int = Field(default=8, ge=1, description="held-out evaluations after the first step, evenly over the run")
@@ -158,7 +158,7 @@ class EvaluationConfig(Settings):
     probe_samples: int = Field(default=128, ge=2)
 
 
-class RunConfig(Settings):
+class RunConfig(Section):
     """One training run: one method, one seed."""
 
     method: str
