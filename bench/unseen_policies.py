@@ -29,9 +29,9 @@ from v05.machine import cache_root
 from v05.prior.scores import LEAST_CONFIDENT, auc, auc_interval, brier, cross_entropy
 from v05.prior.v0 import V0Prior
 from v05.prior.v0.backbone import Backbone
-from v05.prior.v0.evaluate import SETTINGS, Predictor, predictors
 from v05.prior.v0.head import InContextHead, load_head
 from v05.prior.v0.logs import Queries, read_logs, walk
+from v05.prior.v0.predictors import SETTINGS, Predictor, predictors
 from v05.tasks import ReasoningGymConfig, Source, make_task
 from v05.train.compare import RunState, run_all
 from v05.train.config import PRESETS, EvaluationConfig, OptimizerConfig, PolicyConfig, RunConfig, WarmStartConfig, run_config

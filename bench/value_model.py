@@ -20,9 +20,9 @@ from v05.machine import cache_root
 from v05.prior.v0 import V0Prior
 from v05.prior.v0.backbone import Backbone
 from v05.prior.v0.context import Past
-from v05.prior.v0.evaluate import evaluate
 from v05.prior.v0.head import load_head
 from v05.prior.v0.logs import Queries, Row, read_logs, walk
+from v05.prior.v0.predictors import score_predictors
 
 FOLDS = 4
 TIMED_PROMPTS, TIMED_CONTEXT = 1024, 256
@@ -47,7 +47,7 @@ def main() -> None:
     tasks = [task for task in walk(read_logs([Path(path) for path in sys.argv[1:]]), 1024) if task.setting == "unseen"]
     prior = V0Prior(Backbone(cache=cache_root()), load_head())
     print(f"{'predictor':10s} {'prompts':>8s} {'AUC':>20s} {'Brier':>8s} {'cross-entropy':>14s}")
-    for r in evaluate(prior, [fold for task in tasks for fold in folds_of(task)], lambda items, what: items):
+    for r in score_predictors(prior, [fold for task in tasks for fold in folds_of(task)], lambda items, what: items):
         auc = f"{r['auc']:.3f} [{r['auc_low']:.3f}, {r['auc_high']:.3f}]"
         print(f"{r['predictor']:10s} {r['prompts']:8d} {auc:>20s} {r['brier']:8.4f} {r['cross_entropy']:14.4f}")
     context = tasks[-1].context[np.arange(TIMED_CONTEXT)]

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from v05.evaluate import PLACEHOLDER, TEMPLATE, read_benchmark
+from v05.benchmarks import PLACEHOLDER, TEMPLATE, read_benchmark
 from v05.prior.v0.logs import share
 from v05.train.curves import bootstrap_interval
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import typer
 
+from v05.benchmarks import TEMPLATE
 from v05.cli import app
-from v05.evaluate import TEMPLATE
 from v05.prior.v0.logs import read_logs
 from v05.train.config import PolicyConfig
 from v05.train.policy import character_decoder, character_tokenizer

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from v05.benchmarks import EvalConfig, Problem, Sample, SampleLog, write_results
 from v05.cli import app
-from v05.evaluate import EvalConfig, Problem, Sample, SampleLog, write_results
 from v05.simulate import replay as module
 from v05.simulate.outcomes import read_outcomes
 from v05.tasks import Prompt

@@ -63,7 +63,7 @@ def test_an_evaluation_that_something_ends_fails(tmp_path, monkeypatch):
     config = smoke(1)
     folder = policy_folder(config.policy, config.task, make_task(config.task), print)
     (tmp_path / "sums.jsonl").write_text('{"problem": "1+1=", "answer": "2"}\n')
-    monkeypatch.setattr("v05.evaluate.evaluate", end(0))
+    monkeypatch.setattr("v05.benchmarks.sample_benchmarks", end(0))
     arguments = ["eval", str(folder), "--benchmarks", "sums", "--data", str(tmp_path), "--samples", "1", "--max-new-tokens", "4"]
     ended = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out")])
     assert ended.exit_code == 2, ended.output

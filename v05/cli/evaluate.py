@@ -46,8 +46,7 @@ def evaluate(
 
     Example: v05 eval path/to/model --benchmarks aime24,math500 --data benchmarks --samples 16 --engine vllm
     """
-    from v05.evaluate import TEMPLATE, EvalConfig, Sample, SampleLog, read_benchmark, write_results
-    from v05.evaluate import evaluate as run
+    from v05.benchmarks import TEMPLATE, EvalConfig, Sample, SampleLog, read_benchmark, sample_benchmarks, write_results
     from v05.prior.v0.backbone import fingerprint
     from v05.rollout.verifier import VerifierPool
     from v05.tasks.jsonl import AnswerScorer
@@ -84,7 +83,7 @@ def evaluate(
 
             verifier = VerifierPool(AnswerScorer, workers=workers, time_limit=time_limit)
             try:
-                no_exit()(run)(config, problems, samples, log, verifier, capacity=sampling_batch, watch=watch)
+                no_exit()(sample_benchmarks)(config, problems, samples, log, verifier, capacity=sampling_batch, watch=watch)
             finally:
                 verifier.close()
                 log.close()

@@ -47,9 +47,9 @@ def fit_prior(
         from v05.prior.v0 import V0Prior
         from v05.prior.v0.adapter import AdaptedBackbone, load_adapter
         from v05.prior.v0.backbone import Backbone
-        from v05.prior.v0.evaluate import evaluate
         from v05.prior.v0.head import Head, load_head
         from v05.prior.v0.logs import read_logs, walk
+        from v05.prior.v0.predictors import score_predictors
         from v05.prior.v0.train import train_adapter
         from v05.train.metrics import write_json
 
@@ -75,7 +75,7 @@ def fit_prior(
                 prior = V0Prior(AdaptedBackbone(reader, load_adapter(adapter, reader)), head)
             else:
                 say("adapter: not kept, as it is no better than the backbone's own features")
-        records = evaluate(prior, tasks, watched, seed)
+        records = score_predictors(prior, tasks, watched, seed)
         if not records:
             raise ValueError("no checkpoint has test prompts and a context; give logs with more prompts a checkpoint")
         if json is not None:

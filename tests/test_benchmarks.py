@@ -17,22 +17,22 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from helpers.rollout_fakes import CoinEngine
-from v05.cli import app
-from v05.evaluate import (
+from v05.benchmarks import (
     TEMPLATE,
     EvalConfig,
     Problem,
     Sample,
     SampleLog,
     _verified,
-    evaluate,
     pass_at_k,
     prompt_tokens,
     read_benchmark,
+    sample_benchmarks,
     score,
     seed_of,
     write_results,
 )
+from v05.cli import app
 from v05.prior.v0.logs import read_logs
 from v05.rollout import Failure, Request
 from v05.rollout.verifier import InlineVerifier
@@ -80,7 +80,7 @@ def run(config, data, directory, samples, names=("sums",), watch=lambda sample: 
     benchmarks = {name: read_benchmark(data, name, config.template, print) for name in names}
     log = SampleLog(directory, config)
     try:
-        evaluate(config, benchmarks, samples, log, InlineVerifier(AnswerScorer()), capacity=4, watch=watch)
+        sample_benchmarks(config, benchmarks, samples, log, InlineVerifier(AnswerScorer()), capacity=4, watch=watch)
         return log.samples, write_results(directory, config, benchmarks, samples, log)
     finally:
         log.close()

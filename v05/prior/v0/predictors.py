@@ -72,7 +72,7 @@ def calibrator_of(prior: V0Prior, queries: Queries) -> Calibrator:
     return calibrator
 
 
-def evaluate(prior: V0Prior, tasks: Sequence[Queries], track: Track, seed: int = 0) -> list[dict[str, Any]]:
+def score_predictors(prior: V0Prior, tasks: Sequence[Queries], track: Track, seed: int = 0) -> list[dict[str, Any]]:
     """A record a predictor and setting: auc with its interval, brier, cross_entropy, how many queries, the calibration curve.
 
     AUC counts pairs of queries of one policy; the scores are those of `v05.prior.scores`. A setting without queries has no record.

@@ -194,7 +194,7 @@ def _sample(fields: dict[str, Any], where: str) -> Sample:
     return sample
 
 
-def evaluate(
+def sample_benchmarks(
     config: EvalConfig,
     benchmarks: dict[str, list[Problem]],
     samples: int,
