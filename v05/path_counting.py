@@ -84,20 +84,48 @@ def path_counting_advantages(
     succeeds = r == high
     size = np.diff(offsets)
     successes = np.diff(np.concatenate([[0], np.cumsum(succeeds)])[offsets])
-    goes_on, of_success, of_failure = _rule(v, method, initial, maximum, cost, chunk, calibration, reward_range)
-    weights = count_paths(goes_on, of_success, of_failure, initial)
-    group = np.arange(len(size))
-    inside = (size >= initial) & (size <= maximum)
-    stopped = inside & ~np.isnan(weights[0, group, np.where(inside, size, 0), np.where(inside, successes, 0)])
+    of_success, of_failure = advantages_of_outcomes(
+        v,
+        size,
+        successes,
+        method=method,
+        initial=initial,
+        maximum=maximum,
+        cost=cost,
+        chunk=chunk,
+        calibration=calibration,
+        reward_range=(low, high),
+    )
+    stopped = ~np.isnan(of_success)
     if not stopped.all():
         g = int(np.flatnonzero(~stopped)[0])
         raise ValueError(
             f"group {g} of {size[g]} rollouts, {successes[g]} successes, is not where the rule stops; "
             "give initial, maximum, cost, chunk and calibration as they were when it was sampled"
         )
-    owner = np.repeat(group, size)
-    place = (owner, size[owner], successes[owner])
-    return torch.from_numpy(np.where(succeeds, weights[0][place], weights[1][place]))
+    return torch.from_numpy(np.where(succeeds, np.repeat(of_success, size), np.repeat(of_failure, size)))
+
+
+def advantages_of_outcomes(
+    prior: NDArray[np.float64],
+    sizes: NDArray[np.int64],
+    successes: NDArray[np.int64],
+    *,
+    method: str,
+    initial: int,
+    maximum: int,
+    cost: float | None,
+    chunk: int,
+    calibration: Calibration | None,
+    reward_range: tuple[float, float],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(G,) advantages of a success and (G,) of a failure in groups of these (G,) sizes and successes; NaN where no path leads to
+    such a group, or the rule would have gone on. The arguments are those of `path_counting_advantages`."""
+    weights = count_paths(*_rule(prior, method, initial, maximum, cost, chunk, calibration, reward_range), initial)
+    inside = (sizes >= initial) & (sizes <= maximum)
+    group, size, count = np.arange(len(sizes)), np.where(inside, sizes, 0), np.where(inside, successes, 0)
+    of_success, of_failure = np.where(inside, weights[:, group, size, count], np.nan)
+    return of_success, of_failure
 
 
 def count_paths(

@@ -10,17 +10,18 @@ import torch
 from safetensors.numpy import save_file
 
 from helpers.host_situations import TOLERANCE, FixedPrior, situations
-from v05.integrations.groups import PromptPriors, Settings, in_reward_units, outcome_advantages, prior_of, prompt_text
+from v05.integrations.groups import PromptPriors, outcome_advantages, prompt_text
+from v05.integrations.settings import Settings, prior_of
 from v05.prior.history import HistoryPrior
 
 
 def advantages_of(case, priors, **options):
-    settings = Settings(reward_range=case.reward_range, leave_one_out=case.leave_one_out)
+    settings = Settings(case.method, case.reward_range, case.leave_one_out)
     return outcome_advantages(
         case.token_rewards,
         case.mask,
         np.array(case.ids, dtype=object),
-        **dict(method=case.method, settings=settings, priors=priors, normalize=True, remedy="open them") | options,
+        **dict(settings=settings, priors=priors, normalize=True, remedy="open them") | options,
     )
 
 
@@ -44,7 +45,7 @@ def test_a_reward_outside_the_mask_counts():
     """An agent loop may end with a tool's token, which the mask leaves out; its reward stands there."""
     rewards, mask = torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.tensor([[1, 0], [1, 0]])
     advantages, _ = outcome_advantages(
-        rewards, mask, ["a", "a"], method="dr_grpo", settings=Settings(), priors=PromptPriors(), normalize=True, remedy=""
+        rewards, mask, ["a", "a"], settings=Settings("dr_grpo"), priors=PromptPriors(), normalize=True, remedy=""
     )
     assert advantages.tolist() == [[0.5, 0.0], [-0.5, 0.0]]
 
@@ -59,7 +60,6 @@ def test_the_prior_learns_what_its_groups_came_to():
         rewards,
         torch.ones(5, 1),
         ["a", "b", "a", "a", "pad0"],
-        method="v05",
         settings=settings,
         priors=priors,
         normalize=True,
@@ -77,7 +77,7 @@ def test_a_rejected_row_has_no_say_and_teaches_nothing(dtype):
     priors.open(["a", "b"], ["x", "y"])
     rewards = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
     mask = torch.tensor([[1, 1], [0, 0], [1, 0], [1, 1], [0, 0]]).to(dtype)
-    given = dict(method="v05", settings=Settings(), priors=priors, normalize=True, remedy="")
+    given = dict(settings=Settings("v05"), priors=priors, normalize=True, remedy="")
     advantages, _ = outcome_advantages(rewards, mask, ["a", "a", "a", "a", "b"], **given)
     expected = [[0.75, 0.75], [0.0, 0.0], [-0.25, 0.0], [-0.25, -0.25], [0.0, 0.0]]
     torch.testing.assert_close(advantages, torch.tensor(expected))
@@ -89,7 +89,7 @@ def test_a_prior_may_say_nothing_of_an_open_group(method):
     """NaN is no prior, as V0's before the first outcomes, and no group that somebody forgot to open."""
     priors = PromptPriors(FixedPrior({"x": math.nan}))
     priors.open(["a"], ["x"])
-    given = dict(method=method, settings=Settings(), priors=priors, normalize=True, remedy="")
+    given = dict(settings=Settings(method), priors=priors, normalize=True, remedy="")
     advantages, _ = outcome_advantages(torch.tensor([[1.0], [0.0]]), torch.ones(2, 1), ["a", "a"], **given)
     assert advantages.flatten().tolist() == pytest.approx([0.5, -0.5])
 
@@ -97,7 +97,7 @@ def test_a_prior_may_say_nothing_of_an_open_group(method):
 def test_only_padding_of_the_hosts_is_left_out():
     ids = ["padlock", "padlock", "pad7", f"pad{'0f' * 16}"]
     rewards = torch.tensor([[1.0], [0.0], [1.0], [1.0]])
-    given = dict(method="dr_grpo", settings=Settings(), priors=PromptPriors(), normalize=True, remedy="")
+    given = dict(settings=Settings("dr_grpo"), priors=PromptPriors(), normalize=True, remedy="")
     advantages, _ = outcome_advantages(rewards, torch.ones(4, 1), ids, **given)
     assert advantages.flatten().tolist() == [0.5, -0.5, 0.0, 0.0]
 
@@ -106,7 +106,7 @@ def test_calibrated_advantages_follow_the_groups_that_were_closed():
     """A prior that promises 0.9 where half succeed is believed less after 100 groups."""
     priors = PromptPriors(FixedPrior({"x": 0.9}))
     rewards = torch.tensor([[1.0], [0.0], [1.0], [0.0]])
-    given = dict(method="calibrated", settings=Settings(), priors=priors, normalize=True, remedy="")
+    given = dict(settings=Settings("calibrated"), priors=priors, normalize=True, remedy="")
     baselines = []
     for step in range(101):
         priors.open([f"{step}"], ["x"])
@@ -114,7 +114,6 @@ def test_calibrated_advantages_follow_the_groups_that_were_closed():
         baselines.append(1.0 - advantages[0].item())
     assert baselines[0] == baselines[63] > baselines[100] > 0.49
     assert baselines[100] == pytest.approx(0.5, abs=0.02)
-    assert priors.calibration("v05") is None
 
 
 def train(priors, steps, settings):
@@ -125,14 +124,14 @@ def train(priors, steps, settings):
         ids, prompts = [f"{step}a", f"{step}b"], ["1+1=", f"{step}+1="]
         predicted.append(priors.open(ids, prompts).tolist())
         rewards = torch.tensor([[1.0], [0.0], [1.0], [step % 2]])
-        given = dict(method="calibrated", settings=settings, priors=priors, normalize=True, remedy="open them")
+        given = dict(settings=settings, priors=priors, normalize=True, remedy="open them")
         outcome_advantages(rewards, torch.ones(4, 1), np.repeat(ids, 2), **given)
-    return predicted, priors.calibration("calibrated")
+    return predicted, priors.settle(settings).calibration
 
 
 def test_a_run_goes_on_from_what_was_learnt(tmp_path):
-    settings = Settings(learnt=str(tmp_path / "new" / "prior.safetensors"))
-    whole, calibration = train(PromptPriors(), range(50), Settings())
+    settings = Settings("calibrated", learnt=str(tmp_path / "new" / "prior.safetensors"))
+    whole, calibration = train(PromptPriors(), range(50), Settings("calibrated"))
     train(PromptPriors(), range(40), settings)
     assert train(PromptPriors(), range(40, 50), settings) == (whole[40:], calibration)
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["prior.safetensors"]
@@ -194,7 +193,6 @@ def test_a_group_that_an_earlier_process_finished_is_judged_by_its_mean(caplog):
         torch.tensor([[1.0], [0.0], [1.0]]),
         torch.ones(3, 1),
         ["old", "old", "new"],
-        method="v05",
         settings=Settings(),
         priors=priors,
         normalize=True,
@@ -220,14 +218,14 @@ def test_a_group_that_was_dropped_opens_anew():
     priors.open(["a"], ["x"])
     prior.rates["x"] = 0.9
     assert priors.open(["a", "a"], ["x", "x"], anew=True).tolist() == [0.9, 0.9]
-    priors.close(["a"], np.array([1.0]), np.array([2.0]))
+    priors.close(Settings().estimator(prior), ["a"], np.array([1.0]), np.array([2.0]))
     assert prior.learnt == {"x": (1.0, 2.0)}
 
 
 def test_a_prior_of_other_settings_is_refused():
     priors = PromptPriors()
     priors.open(["a", "b"], ["x", "y"])  # nobody settled it: a prior of the defaults
-    given = dict(method="v05", priors=priors, normalize=True, remedy="")
+    given = dict(priors=priors, normalize=True, remedy="")
     for settings in (Settings(outcomes="eval.jsonl"), Settings(prior="v0")):
         with pytest.raises(
             ValueError,
@@ -247,14 +245,14 @@ def test_what_is_missing_is_named():
         advantages_of(case, PromptPriors(FixedPrior()))
     with pytest.raises(
         ValueError,
-        match=r"v05\.inital=3 is not a setting; choose from adapter, backbone, chunk, initial",
+        match=r"v05\.inital=3 is not a setting; choose from adapter, backbone, chunk, group_weighting, initial",
     ):
         Settings.read({"inital": 3})
     for given in (1.0, [0], ["low", "high"]):
         with pytest.raises(ValueError, match=r"v05\.reward_range=.* is not two numbers; give \[lowest, highest\]"):
             Settings.read({"reward_range": given})
     with pytest.raises(ValueError, match="reward"):
-        advantages_of(case, opened(case), settings=Settings(reward_range=(0.0, 0.5)))
+        advantages_of(case, opened(case), settings=Settings(case.method, reward_range=(0.0, 0.5)))
 
 
 def test_settings_and_texts():
@@ -268,7 +266,6 @@ def test_settings_and_texts():
     assert prompt_text([*calls, *messages[:1]]) == "Add."
     image = {"type": "image", "text": None}  # as Arrow gives back a part that had no text
     assert prompt_text([{"role": "user", "content": [image, *parts]}]) == "2+2="
-    assert in_reward_units(np.array([0.0, 0.25, 1.0]), (-1.0, 1.0)).tolist() == [-1.0, -0.5, 1.0]
 
 
 def test_settings_of_the_prior():
@@ -317,10 +314,10 @@ def test_the_prior_of_the_settings_knows_the_outcomes_given(prior_settings, tmp_
 def test_either_prior_goes_on_from_its_file(prior_settings, tmp_path):
     settings = Settings.read(prior_settings | {"learnt": str(tmp_path / "learnt")})
     first = PromptPriors()
-    first.settle(settings)
+    estimator = first.settle(settings)
     prompts = [f"{a}+{b}=" for a in range(6) for b in range(6)]
     first.open(prompts, prompts)
-    first.close(prompts, np.array([4.0 * (prompt < "3") for prompt in prompts]), np.full(len(prompts), 4.0))
+    first.close(estimator, prompts, np.array([4.0 * (prompt < "3") for prompt in prompts]), np.full(len(prompts), 4.0))
     second = PromptPriors()
     second.settle(settings)
     rates = second.open(["a", "b"], ["1+1=", "5+5="])

@@ -71,6 +71,8 @@ def test_aborted_removed_and_unscored_samples_are_left_out(prior):
     samples.append(Sample(0, 1.0, loss_mask=[]))
     _, advantages = slime.custom_reward_post_process(arguments(method="dr_grpo"), samples)
     assert advantages == [0.5, -0.5, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert prior.learnt == {}  # a method without a prior has nothing to teach
+    slime.custom_reward_post_process(arguments(method="v05"), samples)
     assert prior.learnt == {"": (1.0, 2.0)}
 
 

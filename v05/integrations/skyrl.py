@@ -2,7 +2,7 @@
 
     from v05.integrations.skyrl import PromptedGenerator, register
 
-    register(reward_range=(0.0, 1.0))       any of `v05.integrations.groups.Settings`
+    register(reward_range=(0.0, 1.0))       any of `v05.integrations.settings.Settings`
 
 SkyRL has no configuration of its own for estimators, so the settings are given when they are registered, in the process that
 trains. An estimator is shown no prompt: wrap the generator in `PromptedGenerator`, which predicts the priors on the way.
@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from skyrl.backends.skyrl_train.utils.ppo_utils import register_advantage_estimator
 from skyrl.train.generators.base import GeneratorInput, GeneratorInterface, GeneratorOutput
 
-from v05.integrations.groups import ESTIMATORS, PromptPriors, Settings, outcome_advantages
+from v05.integrations.groups import ESTIMATORS, PromptPriors, outcome_advantages
+from v05.integrations.settings import Settings
 from v05.methods import find_method
 
 PRIORS = PromptPriors()
@@ -30,15 +31,13 @@ REMEDY = "wrap the generator in v05.integrations.skyrl.PromptedGenerator"
 
 
 def register(**settings: Any) -> None:
-    """Register the estimators with these settings (`v05.integrations.groups.Settings`); once a process."""
-    read = Settings.read(settings)
-    PRIORS.settle(read)
+    """Register the estimators with these settings (`v05.integrations.settings.Settings`); once a process."""
+    PRIORS.settle(Settings.read(settings))
     for name, method in ESTIMATORS.items():
-        register_advantage_estimator(name)(functools.partial(estimate, method, read))
+        register_advantage_estimator(name)(functools.partial(estimate, Settings.read(settings, method)))
 
 
 def estimate(
-    method: str,
     settings: Settings,
     token_level_rewards: torch.Tensor,
     response_mask: torch.Tensor,
@@ -52,7 +51,7 @@ def estimate(
     Raises ValueError as `outcome_advantages` does, and where dynamic sampling replaces groups of a method with a prior.
     """
     sampling = getattr(getattr(config, "dynamic_sampling", None), "type", None)
-    if sampling == "replace" and find_method(method).needs_prior:
+    if sampling == "replace" and find_method(settings.method).needs_prior:
         raise ValueError(
             "trainer.algorithm.dynamic_sampling.type='replace': it repeats a group's rollouts, which V_0.5 would count twice; "
             "choose 'filter' or null"
@@ -61,7 +60,6 @@ def estimate(
         token_level_rewards,
         response_mask,
         index,
-        method=method,
         settings=settings,
         priors=PRIORS,
         normalize=grpo_norm_by_std,

@@ -3,7 +3,7 @@ release 0.4.0 and is tested with objects that have its attributes, not with slim
 
     --custom-reward-post-process-path v05.integrations.slime.custom_reward_post_process
     --custom-advantage-function-path v05.integrations.slime.custom_advantage
-    --custom-config-path v05.yaml           with a mapping `v05`: `method`, and any of `v05.integrations.groups.Settings`
+    --custom-config-path v05.yaml           with a mapping `v05`: any of `v05.integrations.settings.Settings`
 
 The first sees whole groups, in the process that samples, and turns rewards into advantages there; slime then splits them over its
 ranks. So a group may be split in any way, and sizes may differ, which slime's own normalisation takes for one group. The second
@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from v05.integrations.groups import PromptPriors, Settings, in_reward_units, outcomes
-from v05.methods import find_method
-from v05.ops import fused_advantage
+from v05.integrations.groups import PromptPriors
+from v05.integrations.settings import Settings
 
 PRIORS = PromptPriors()
 
@@ -40,11 +39,7 @@ def custom_reward_post_process(args: Any, samples: list[Any]) -> tuple[list[Any]
     Raises:
         ValueError: a sample has no `group_index`, or several rewards; a reward is outside `reward_range`; a setting is unknown.
     """
-    given = dict(getattr(args, "v05", None) or {})
-    method = given.pop("method", "v05")
-    settings = Settings.read(given)
-    PRIORS.settle(settings)
-    rule = find_method(method)
+    estimator = PRIORS.settle(Settings.read(getattr(args, "v05", None)))
     groups = [sample.group_index for sample in samples]
     if None in groups:
         raise ValueError(
@@ -61,21 +56,15 @@ def custom_reward_post_process(args: Any, samples: list[Any]) -> tuple[list[Any]
     rates = PRIORS.open(names, [prompts[name] for name in names])
     rollouts = [getattr(sample, "rollout_id", None) for sample in samples]
     named = {rollout: position for position, rollout in enumerate(dict.fromkeys(rollouts)) if rollout is not None}
-    out = fused_advantage(
+    estimate = estimator.advantages(
         rewards,
-        in_reward_units(rates, settings.reward_range) if rule.needs_prior else None,
+        rates,
         group_ids=[str(group) for group in groups],
         valid=np.array([_has_a_say(sample) for sample in samples], dtype=bool),
         trajectory_ids=np.array([named.get(rollout, len(rollouts) + i) for i, rollout in enumerate(rollouts)], dtype=np.int64),
-        method=method,
-        leave_one_out=settings.leave_one_out,
-        reward_range=settings.reward_range,
-        calibration=PRIORS.calibration(method),
-        nonfinite="exclude",
     )
-    assert out.stats is not None
-    PRIORS.close(names, *outcomes(out.stats, settings.reward_range))
-    return raw, out.advantages.tolist()
+    PRIORS.close(estimator, names, *estimator.outcomes(estimate.stats))
+    return raw, estimate.advantages.tolist()
 
 
 def _has_a_say(sample: Any) -> bool:

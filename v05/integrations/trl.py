@@ -20,11 +20,10 @@ from accelerate.utils import gather_object
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 
-from v05.budget import RolloutAllocator
-from v05.integrations.groups import in_reward_units, outcomes, prompt_text
+from v05.estimator import Estimator, GroupWeighting
+from v05.integrations.groups import prompt_text
 from v05.integrations.learnt import keep_learnt, restore_learnt
 from v05.methods import find_method
-from v05.ops import fused_advantage
 from v05.prior import ValuePrior
 from v05.prior.calibration import Calibrator
 from v05.prior.history import HistoryPrior
@@ -44,9 +43,14 @@ class V05Config(GRPOConfig):  # type: ignore[misc]
         leave_one_out: the baseline of a completion is computed from the prompt's other completions.
         initial_generations: completions of a prompt before its first test, up to `num_generations`; None samples all of them.
         chunk_generations: completions added at a time after that.
+        unbiased: the advantages of prompts that the test stopped come from counted paths (v05.path_counting), so that the stop does
+            not bias the gradient. With adaptive sizes and group_weighting "prompt".
+        group_weighting: "prompt" has prompts weigh alike in the loss, however many completions each got: the advantages of a group
+            of k are multiplied by initial_generations / k. "rollout" leaves them.
 
     Raises:
-        ValueError: adaptive sizes with a method, a loss or a number of processes that they do not work with.
+        ValueError: adaptive sizes with a method, a loss or a number of processes that they do not work with; unbiased advantages
+            without them.
     """
 
     method: str = "v05"
@@ -54,6 +58,8 @@ class V05Config(GRPOConfig):  # type: ignore[misc]
     leave_one_out: bool = False
     initial_generations: int | None = 4
     chunk_generations: int = 1
+    unbiased: bool = False
+    group_weighting: GroupWeighting = "rollout"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,6 +68,12 @@ class V05Config(GRPOConfig):  # type: ignore[misc]
             raise ValueError(
                 f"multi_objective_aggregation={self.multi_objective_aggregation!r}: V_0.5 judges sums of rewards; "
                 "choose 'sum_then_normalize'"
+            )
+        if self.unbiased and not (self.adaptive and self.group_weighting == "prompt"):
+            raise ValueError(
+                f"unbiased=True with initial_generations={self.initial_generations}, group_weighting={self.group_weighting!r}: it "
+                "is for sizes that depend on rewards, with prompts that weigh alike; set initial_generations below num_generations "
+                "and group_weighting='prompt', or leave_one_out=True instead"
             )
         if not self.adaptive:
             return
@@ -108,38 +120,31 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
         if not self.model.training:
             return dict(super()._generate_and_score_completions(inputs))
         args, size = self.args, self.num_generations
-        rule = find_method(args.method)
         prompts = [prompt_text(prompt) for prompt in gather_object([row["prompt"] for row in inputs])[::size]]
+        estimator = self.estimator
         self._batch, self._scored, self._padding = inputs, None, None
-        self._rates = self.prior.predict(prompts) if rule.needs_prior else np.full(len(prompts), np.nan)
+        self._rates = estimator.open(prompts)
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
 
         mask = output["completion_mask"] * output.get("tool_mask", 1)
-        out = fused_advantage(
-            self._total(self._rewards).double().cpu(),
-            in_reward_units(self._rates, self._range) if rule.needs_prior else None,
-            group_offsets=np.arange(0, len(self._rewards) + 1, size),
-            valid=self.accelerator.gather((mask != 0).any(dim=1)).cpu(),
-            method=args.method,
-            leave_one_out=args.leave_one_out,
-            reward_range=self._range,
-            calibration=self.calibrator.calibration,
-            eps=EPS,
-            nonfinite="exclude",
+        trained = self.accelerator.gather((mask != 0).any(dim=1)).cpu()
+        sampled = torch.arange(len(trained), device="cpu") if self._padding is None else torch.nonzero(~self._padding).flatten()
+        estimate = estimator.advantages(
+            self._total(self._rewards).double().cpu()[sampled],
+            self._rates,
+            group_offsets=np.searchsorted(sampled.numpy(), np.arange(0, len(trained) + 1, size)),
+            valid=trained[sampled],
         )
-        assert out.stats is not None
-        if rule.needs_prior:
-            successes, trials = outcomes(out.stats, self._range)
-            self.prior.observe(prompts, successes, trials)
-            if rule.is_calibrated:
-                self.calibrator.observe(successes, trials, self._rates)
-                self.calibrator.fit()
-        self._logs["advantages"].extend(out.advantages.tolist())
-        self._metrics["train"]["v05/group_size"].append(out.stats.count.double().mean().item())
-        if out.stats.weight is not None:
-            self._metrics["train"]["v05/weight"].append(out.stats.weight.mean().item())
+        estimator.close(prompts, self._rates, *estimator.outcomes(estimate.stats))
+        advantages = torch.zeros(len(trained), device="cpu").index_put((sampled,), estimate.advantages)
+        self._logs["advantages"].extend(advantages.tolist())
+        self._metrics["train"]["v05/group_size"].append(estimate.stats.count.double().mean().item())
+        if estimate.stats.weight is not None:
+            self._metrics["train"]["v05/weight"].append(estimate.stats.weight.mean().item())
+        if args.unbiased:
+            self._metrics["train"]["v05/counted"].append(float(estimate.counted.mean()))
         first = self.accelerator.process_index * len(inputs)
-        output["advantages"] = out.advantages[first : first + len(inputs)].to(self.accelerator.device)
+        output["advantages"] = advantages[first : first + len(inputs)].to(self.accelerator.device)
         return output if self._padding is None else self._without_padding(output, self._padding)
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
@@ -154,19 +159,10 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
         """What TRL's method returns, with the completions sampled in rounds and padding rows in the places left over."""
         if not (self.model.training and self.args.adaptive):
             return tuple(super()._generate(prompts))
-        args, size = self.args, self.num_generations
+        size = self.num_generations
         generate, score = super()._generate, super()._calculate_rewards
-        rule = find_method(args.method)
-        assert rule.budget_rule is not None  # adaptive sizes are refused to methods without a prior
-        allocator = RolloutAllocator(
-            rule=rule.budget_rule,
-            initial=args.initial_generations,
-            maximum=size,
-            chunk=args.chunk_generations,
-            reward_range=self._range,
-            calibration=self.calibrator.calibration if rule.is_calibrated else None,
-        )
-        allocator.open(np.arange(len(prompts) // size), in_reward_units(self._rates, self._range))
+        allocator = self.estimator.allocator()
+        allocator.open(np.arange(len(prompts) // size), self.estimator.in_reward_units(self._rates))
         rows: dict[int, tuple[Any, ...]] = {}  # prompt ids, completion ids, tool mask, completion, log-probabilities
         scored = torch.full((len(prompts), len(self.reward_funcs)), torch.nan, device=self.accelerator.device)
         logged: dict[str, list[Any]] = {}  # columns of the completions table
@@ -232,9 +228,23 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
         }
 
     @property
-    def _range(self) -> tuple[float, float]:
-        low, high = self.args.reward_range
-        return low, high
+    def estimator(self) -> Estimator:
+        """By `args`, with this trainer's prior and calibration."""
+        args = self.args
+        low, high = args.reward_range
+        return Estimator(
+            args.method,
+            self.prior,
+            self.calibrator,
+            reward_range=(low, high),
+            leave_one_out=args.leave_one_out,
+            eps=EPS,
+            initial=args.initial_generations or self.num_generations,
+            maximum=self.num_generations,
+            chunk=args.chunk_generations,
+            unbiased=args.unbiased,
+            group_weighting=args.group_weighting,
+        )
 
     def _total(self, rewards: torch.Tensor) -> torch.Tensor:
         """(N,) weighted sums of (N, functions) rewards as GRPOTrainer takes them; NaN where no function gave one."""

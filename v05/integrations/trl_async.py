@@ -15,7 +15,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +23,12 @@ from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker,
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from v05.budget import RolloutAllocator
-from v05.integrations.groups import Settings, in_reward_units, outcomes, prior_of, prompt_text
+from v05.integrations.groups import prompt_text
 from v05.integrations.learnt import LearntFile
-from v05.ops import fused_advantage
+from v05.integrations.settings import Settings, prior_of
+from v05.methods import Calibration, find_method
 from v05.prior import ValuePrior
+from v05.prior.calibration import Calibrator
 
 PER_CONVERSATION = (  # lists of a RolloutGroup; those that nothing fills stay empty
     "prompts",
@@ -41,13 +43,23 @@ PER_CONVERSATION = (  # lists of a RolloutGroup; those that nothing fills stay e
 NOT_NEEDED: tuple[Any, ...] = (None, [], [], 0, 0, None)  # a conversation's result, when its group stopped before
 
 
+class _Outcome(NamedTuple):
+    """What a group came to; arrays of one number."""
+
+    text: str
+    rate: NDArray[np.float64]
+    successes: NDArray[np.float64]
+    trials: NDArray[np.float64]
+
+
 @dataclass
 class _Group:
     """A prompt whose conversations are under way."""
 
     row: dict[str, Any]
     text: str
-    prior: float  # reward units
+    rate: NDArray[np.float64]  # (1,) predicted
+    calibration: Calibration | None  # what the test trusts that by
     allocator: RolloutAllocator
     started: int = 0
     leases: dict[int, int] = field(default_factory=dict)  # index of a conversation that may run -> its lease
@@ -62,12 +74,13 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
     """TRL's loop, in the worker's process, where conversations wait for the test and are scored one by one.
 
     Args:
-        settings: of V_0.5.
+        settings: of v05; its method needs a prior.
         reward_funcs: called with one conversation at a time, as soon as it ends.
         prior: as in `V05Trainer`, picklable; that of the settings if None.
 
     Raises:
-        ValueError: no reward function, or an environment that gives rewards itself, which TRL asks for them too late for the test.
+        ValueError: no reward function, a method without a prior, or an environment that gives rewards itself, which TRL asks for
+            them too late for the test.
     """
 
     _provides_rollout_reward = True
@@ -83,6 +96,8 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
     ) -> None:
         if not reward_funcs:
             raise ValueError(f"reward_funcs={reward_funcs!r}: V_0.5 tests rewards while it samples; give functions that score")
+        if not find_method(settings.method).needs_prior:
+            raise ValueError(f"settings: method={settings.method!r} has no test of its own; choose a method with a prior")
         super().__init__(reward_funcs=[], num_generations=num_generations, **kwargs)
         if self._env_reward_types:
             self._loop.close()  # opened above, and never to be run
@@ -93,12 +108,14 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
                 "score the conversation in reward_funcs"
             )
         self.reward_func_names.append("+".join(get_callable_name(function) for function in reward_funcs))
-        self._settings = settings
         self._judges = reward_funcs
-        self._prior: ValuePrior = prior_of(settings) if prior is None else prior
-        self._learnt = None if settings.learnt is None else LearntFile(Path(settings.learnt), {"prior": self._prior})
+        prior, calibrator = prior_of(settings) if prior is None else prior, Calibrator()
+        self._estimator = settings.estimator(prior, calibrator, maximum=num_generations)
+        self._learnt: LearntFile | None = None
+        if settings.learnt is not None:
+            self._learnt = LearntFile(Path(settings.learnt), {"prior": prior, "calibrator": calibrator})
         self._groups: dict[int, _Group] = {}
-        self._scored: list[tuple[str, NDArray[np.float64], NDArray[np.float64]]] = []  # text, (1,) successes and trials, not learnt
+        self._scored: list[_Outcome] = []  # and not learnt yet
         self._learnt_version = self.model_version
 
     def _repeat_iterator(self) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -109,17 +126,10 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
             yield group_id, row
 
     def _open(self, row: dict[str, Any]) -> _Group:
-        settings, text = self._settings, prompt_text(row["prompt"])
-        allocator = RolloutAllocator(
-            initial=min(settings.initial, self.num_generations),
-            maximum=self.num_generations,
-            chunk=settings.chunk,
-            reward_range=settings.reward_range,
-        )
         self._learn()
-        prior = in_reward_units(self._prior.predict([text]), settings.reward_range)
-        allocator.open([0], prior)
-        group = _Group(row, text, float(prior[0]), allocator)
+        estimator, text = self._estimator, prompt_text(row["prompt"])
+        group = _Group(row, text, estimator.open([text]), estimator.calibration, estimator.allocator())
+        group.allocator.open([0], estimator.in_reward_units(group.rate))
         group.lease()
         return group
 
@@ -129,8 +139,8 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
             return
         self._learnt_version = self.model_version
         if self._scored:
-            texts, successes, trials = zip(*self._scored, strict=True)
-            self._prior.observe(texts, np.concatenate(successes), np.concatenate(trials))
+            texts, rates, successes, trials = zip(*self._scored, strict=True)
+            self._estimator.close(texts, np.concatenate(rates), np.concatenate(successes), np.concatenate(trials))
             self._scored.clear()
             if self._learnt is not None:
                 self._learnt.keep()
@@ -173,20 +183,17 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
             **{name: [values[i] for i in held] for name in PER_CONVERSATION if (values := getattr(group, name))},
         )
         samples: list[RolloutSample] = await super()._score_group(group)
-        settings = self._settings
-        out = fused_advantage(
+        estimator = self._estimator
+        estimate = estimator.advantages(
             np.array([np.nan if reward is None else reward for reward in group.rollout_rewards], dtype=np.float64),
-            [state.prior],
+            state.rate,
             group_offsets=[0, len(held)],
             valid=np.array([_trains(sequences) for sequences in group.completions_sequences], dtype=bool),
-            leave_one_out=settings.leave_one_out,
-            reward_range=settings.reward_range,
-            nonfinite="exclude",
+            calibrations=[state.calibration],
         )
-        assert out.stats is not None
-        self._scored.append((state.text, *outcomes(out.stats, settings.reward_range)))
+        self._scored.append(_Outcome(state.text, state.rate, *estimator.outcomes(estimate.stats)))
         rows = [len(sequences) for sequences in group.completions_sequences]
-        for sample, advantage in zip(samples, np.repeat(out.advantages.numpy(), rows).tolist(), strict=True):
+        for sample, advantage in zip(samples, np.repeat(estimate.advantages.numpy(), rows).tolist(), strict=True):
             sample.advantage = advantage
         return samples
 

@@ -4,7 +4,7 @@ verl loads this file by itself, through the entry-point group `verl.plugins`, wh
 
     algorithm.adv_estimator=v05
     +actor_rollout_ref.rollout.agent.agent_loop_manager_class=v05.integrations.verl_rollout.SequentialAgentLoopManager
-    +algorithm.v05.reward_range=[-1,1]      any of `v05.integrations.groups.Settings`
+    +algorithm.v05.reward_range=[-1,1]      any of `v05.integrations.settings.Settings`
     +algorithm.v05.prior=v0                 for one: the generalist value model as the prior
 
 An estimator is shown no prompt, so the prior of a prompt is predicted where the prompts are drawn, by the agent loop manager,
@@ -23,7 +23,8 @@ import torch
 from numpy.typing import NDArray
 from verl.trainer.ppo.core_algos import register_adv_est
 
-from v05.integrations.groups import ESTIMATORS, PromptPriors, Settings, outcome_advantages
+from v05.integrations.groups import ESTIMATORS, PromptPriors, outcome_advantages
+from v05.integrations.settings import Settings
 
 PRIORS = PromptPriors()
 REMEDY = (
@@ -50,8 +51,7 @@ def estimate(
         token_level_rewards,
         response_mask,
         index,
-        method=method,
-        settings=Settings.read(config.get("v05")),
+        settings=Settings.read(config.get("v05"), method),
         priors=PRIORS,
         normalize=config.get("norm_adv_by_std_in_grpo", True),
         remedy=REMEDY,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import astuple
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,15 @@ import transfer_queue as tq
 from tensordict import TensorDict
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
-from v05.budget import RolloutAllocator
-from v05.integrations.groups import Settings, in_reward_units
+from v05.estimator import Estimator
+from v05.integrations.groups import ESTIMATORS
+from v05.integrations.settings import Settings
 from v05.integrations.verl import PRIORS
+from v05.methods import Calibration, find_method
 
 logger = logging.getLogger(__name__)
-PRIOR_FIELD = "__v05_prior__"  # a prompt's prior in reward units, on its way from the manager to a worker
+# On the way from the manager to a worker: a prompt's prior in reward units, and the numbers of the calibration it is trusted by.
+PRIOR_FIELD, CALIBRATION_FIELD = "__v05_prior__", "__v05_calibration__"
 _Worker = AgentLoopWorkerTQ.__ray_metadata__.modified_class.__ray_actor_class__  # Ray's actor classes have no subclasses
 
 
@@ -47,9 +51,11 @@ class SequentialAgentLoopWorker(_Worker):  # type: ignore[misc, valid-type]
             await super()._run_prompt(prompt, sampling_params, trajectory, trace)
             return
         prior, uid = float(prompt.pop(PRIOR_FIELD)), prompt["uid"]
+        fitted = prompt.pop(CALIBRATION_FIELD, None)
         maximum = int(prompt.pop("__rollout_n__", self.config.actor_rollout_ref.rollout.n))
         prompt.pop("__do_sample__", None)  # for another estimator's greedy rollouts
-        allocator = _allocator(self.config, maximum)
+        estimator = _settings(self.config).estimator(maximum=maximum)
+        allocator = estimator.allocator(calibration=None if fitted is None else Calibration(*fitted.tolist()))
         allocator.open([0], [prior])
         await tq.async_kv_put(key=uid, partition_id="train", tag={"status": "running"})
         status = "finished"
@@ -78,12 +84,11 @@ class SequentialAgentLoopWorker(_Worker):  # type: ignore[misc, valid-type]
         return float(outputs[-1].reward_score) if trains and outputs[-1].reward_score is not None else float("nan")
 
 
-def _allocator(config: Any, maximum: int) -> RolloutAllocator:
-    """One prompt's, of at most `maximum` rollouts, by verl's configuration."""
-    settings = Settings.read(config.algorithm.get("v05"))
-    return RolloutAllocator(
-        initial=min(settings.initial, maximum), maximum=maximum, chunk=settings.chunk, reward_range=settings.reward_range
-    )
+def _settings(config: Any) -> Settings:
+    """By verl's configuration. Rounds are tested by the rule of the estimator's method, and by V_0.5's where it has none or is not
+    ours."""
+    method = ESTIMATORS.get(config.algorithm.adv_estimator, "v05")
+    return Settings.read(config.algorithm.get("v05"), method if find_method(method).needs_prior else "v05")
 
 
 class SequentialAgentLoopManager(AgentLoopManagerTQ):  # type: ignore[misc]
@@ -96,8 +101,8 @@ class SequentialAgentLoopManager(AgentLoopManagerTQ):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _allocator(self.config, self.config.actor_rollout_ref.rollout.n)  # a worker that raises leaves verl waiting
-        PRIORS.settle(Settings.read(self.config.algorithm.get("v05")))
+        self._estimator: Estimator = PRIORS.settle(_settings(self.config), maximum=self.config.actor_rollout_ref.rollout.n)
+        self._estimator.allocator()  # a worker that raises leaves verl waiting
         if self.reward_loop_worker_handles is None:
             raise ValueError(
                 "reward.reward_model.enable_resource_pool=False: V_0.5 tests rewards while it samples, and a reward model on the "
@@ -108,7 +113,8 @@ class SequentialAgentLoopManager(AgentLoopManagerTQ):  # type: ignore[misc]
     def generate_sequences(self, prompts: TensorDict) -> None:
         """Predict the priors of the prompts and hand them to the workers; does not wait."""
         if not ("validate" in prompts and prompts["validate"]):  # noqa: RUF019  # so it is a bool
-            settings = Settings.read(self.config.algorithm.get("v05"))
             rates = PRIORS.open(list(prompts["uid"]), list(prompts["raw_prompt"]))
-            prompts[PRIOR_FIELD] = torch.from_numpy(in_reward_units(rates, settings.reward_range))
+            prompts[PRIOR_FIELD] = torch.from_numpy(self._estimator.in_reward_units(rates))
+            if (fitted := self._estimator.calibration) is not None:
+                prompts[CALIBRATION_FIELD] = torch.tensor(astuple(fitted), dtype=torch.float64).expand(len(rates), -1)
         super().generate_sequences(prompts)
