@@ -10,8 +10,8 @@ import torch
 from v05.estimator import Estimator
 from v05.methods import METHODS, Calibration
 from v05.ops import fused_advantage
-from v05.prior.calibration import Calibrator
 from v05.path_counting import path_counting_advantages
+from v05.prior.calibration import Calibrator
 
 OTHER = Calibration(0.2, 0.9, 3.0, 0.2)
 COUNTED = [name for name, method in METHODS.items() if method.counts_paths]

@@ -20,8 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 from v05.budget import RolloutAllocator
 from v05.methods import Calibration, Method, Scale, find_method
 from v05.ops import AdvantageStats, factorize, fused_advantage
-from v05.prior import ValuePrior
 from v05.path_counting import advantages_of_outcomes
+from v05.prior import ValuePrior
 
 if TYPE_CHECKING:
     from v05.prior.calibration import Calibrator

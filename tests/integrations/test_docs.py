@@ -101,7 +101,7 @@ def test_verl():
     from verl.trainer.ppo.core_algos import get_adv_estimator_fn
     from verl.utils.import_utils import load_class_from_fqn
 
-    from v05.integrations.groups import Settings
+    from v05.integrations.settings import Settings
 
     words = shlex.split(blocks(GUIDE, "verl", "sh")[1].replace("\\\n", " "))
     assert words[:3] == ["python", "-m", "verl.trainer.main_ppo"]

@@ -131,6 +131,42 @@ def test_rounds_ask_where_prior_and_rewards_disagree(tokenizer, tmp_path):
     assert batch["num_items_in_batch"] == (batch["completion_mask"] * batch["tool_mask"]).sum()
 
 
+@pytest.mark.parametrize("method", ["v05", "calibrated"])
+def test_rounds_may_be_unbiased(tokenizer, tmp_path, method):
+    """Advantages are those of path counting over the completions that took place, and prompts weigh alike in the loss."""
+    from v05.path_counting import path_counting_advantages
+
+    scored = {}
+
+    def noted(prompts, completions, **_):
+        rewards = starts_with_a_low_digit(completions)
+        for prompt, reward in zip(prompts, rewards, strict=True):
+            scored.setdefault(prompt, []).append(reward)
+        return rewards
+
+    settings = {"method": method, "initial_generations": 2, "unbiased": True, "group_weighting": "prompt"}
+    trainer = make(V05Trainer, V05Config, tokenizer, tmp_path, noted, settings=settings, prior=FixedPrior())
+    batch = adaptive_batch(trainer)
+    sizes = {len(rewards) for rewards in scored.values()}
+    assert len(sizes) > 1
+    wanted = [
+        advantage * 2 / len(rewards)
+        for rewards in scored.values()
+        for advantage in path_counting_advantages(
+            rewards, [0.5], [0, len(rewards)], method=method, initial=2, maximum=8, calibration=Calibration()
+        )
+    ]
+    trains = batch["tool_mask"].mul(batch["completion_mask"]).sum(1) > 0
+    assert sorted(batch["advantages"][trains].tolist()) == pytest.approx(sorted(map(float, wanted)), abs=1e-6)
+    assert trainer._metrics["train"]["v05/counted"] == [1.0]
+
+
+def test_unbiased_advantages_want_rounds_and_prompts_that_weigh_alike(tokenizer, tmp_path):
+    for settings in ({"group_weighting": "rollout"}, {"group_weighting": "prompt", "initial_generations": None}):
+        with pytest.raises(ValueError, match=r"unbiased=True with initial_generations=.*leave_one_out=True instead"):
+            make(V05Trainer, V05Config, tokenizer, tmp_path, settings={"unbiased": True, **settings})
+
+
 def test_what_reward_functions_log_stands_in_its_rows(tokenizer, tmp_path):
     """TRL's table of completions after rounds: whole columns, a value beside the completion that it was logged of."""
     calls = []

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from helpers.host_situations import TOLERANCE, FixedPrior, situations
-from v05.integrations.groups import Settings
+from v05.integrations.settings import Settings
+from v05.methods import Calibration
+from v05.path_counting import path_counting_advantages
 from v05.prior.history import HistoryPrior
 
 pytest.importorskip("trl", exc_type=ImportError)
@@ -139,6 +141,27 @@ def test_groups_take_what_they_need(loop):
     assert all(sample.completion_mask.sum() == 2 for sample in samples[1])
 
 
+@pytest.mark.parametrize("method", ["v05", "calibrated"])
+def test_rounds_may_be_unbiased(loop, method):
+    """By the rule of the method, as it trusted the prior when the group was opened."""
+    settings = Settings(method, initial=2, unbiased=True, group_weighting="prompt")
+    prior = FixedPrior({"hopeless": 0.9})
+    made = loop([("hopeless", "no"), ("sure", "yes")], prior, settings)
+    samples = collect(made, 2)
+    for group, reward in ((0, 0.0), (1, 1.0)):
+        size = len(samples[group])
+        rate = [0.9 if group == 0 else 0.5]
+        budget = dict(method=method, initial=2, maximum=8, calibration=Calibration())
+        wanted = path_counting_advantages([reward] * size, rate, [0, size], **budget) * 2 / size
+        assert [sample.advantage for sample in samples[group]] == pytest.approx(wanted.tolist(), abs=1e-6)
+    assert len(samples[0]) > 2
+
+
+def test_a_method_without_a_test_is_refused(loop):
+    with pytest.raises(ValueError, match="settings: method='grpo' has no test of its own; choose a method with a prior"):
+        loop([("fair", "yes")], settings=Settings("grpo"))
+
+
 def test_a_prompts_own_past_outlives_an_epoch(loop):
     """The prior forgets with every step that it learns: those are versions of the policy, not groups."""
     prior = HistoryPrior()
@@ -162,9 +185,9 @@ def test_a_new_process_goes_on_from_what_was_learnt(loop, tmp_path):
     collect(made, len(prompts))
     change_version(made)
     again = loop(prompts, HistoryPrior(), settings)
-    predicted = again._prior.predict(["sure", "hopeless"])
+    predicted = again._estimator.prior.predict(["sure", "hopeless"])
     assert predicted[0] > 0.5 > predicted[1]
-    assert predicted.tolist() == made._prior.predict(["sure", "hopeless"]).tolist()
+    assert predicted.tolist() == made._estimator.prior.predict(["sure", "hopeless"]).tolist()
 
 
 class Game:

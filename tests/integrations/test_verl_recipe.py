@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from v05.integrations.groups import Settings
+from v05.integrations.settings import Settings
 
 pytest.importorskip("verl", exc_type=ImportError)
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("default")]

@@ -74,12 +74,12 @@ def manager(config):
     ray.shutdown()
 
 
-def draw(manager, prompts, **more):
+def draw(manager, prompts, prefix="uid", **more):
     """Submit prompts as verl's trainer does, wait for their groups; uid of each, and all keys with their tags."""
     import transfer_queue as tq
     from verl.utils import tensordict_utils as tu
 
-    uids = [f"uid-{prompt}" for prompt in prompts]
+    uids = [f"{prefix}-{prompt}" for prompt in prompts]
     batch = tu.get_tensordict(
         {
             "uid": np.array(uids, dtype=object),
@@ -151,6 +151,61 @@ def test_the_trainer_gets_v05s_advantages(drawn, config):
     assert (advantages[-1] == 0).all()
     fair = len(keys) - 11
     assert prior.learnt == {"sure": (2, 2), "hopeless": (0, 8), "fair": (fair // 2 + fair % 2, fair)}
+
+
+@pytest.fixture
+def calibrated(config, manager, monkeypatch):
+    """A manager beside the first, on its workers' Ray, with another estimator; and what its estimator is configured by."""
+    import ray
+    from omegaconf import OmegaConf
+
+    from v05.integrations import verl, verl_rollout
+
+    priors = PromptPriors(FixedPrior(PROMPTS))
+    monkeypatch.setattr(verl, "PRIORS", priors)
+    monkeypatch.setattr(verl_rollout, "PRIORS", priors)
+    more = {"unbiased": True, "group_weighting": "prompt"}
+    changed = OmegaConf.merge(config, {"algorithm": {"adv_estimator": "v05_calibrated", "v05": more}})
+    workers = [ray.remote(FakeRewards).remote()]
+    made = verl_rollout.SequentialAgentLoopManager.create(
+        config=changed, llm_client=FakeServer(), reward_loop_worker_handles=workers
+    )
+    return made, changed
+
+
+def test_calibrated_rounds_may_be_unbiased(calibrated):
+    """The calibration travels to the workers, which stop by it, and back to the estimator, which counts the paths to there."""
+    import transfer_queue as tq
+    from verl import DataProto
+    from verl.trainer.ppo import ray_trainer
+
+    from v05.methods import Calibration
+    from v05.path_counting import path_counting_advantages
+
+    made, changed = calibrated
+    made._estimator.calibrator.calibration = Calibration(0.3, 1.1, 6.0, 0.05)
+    prompts = [prompt for prompt in PROMPTS if prompt != "broken"]
+    uids, items = draw(made, prompts, prefix="calibrated")
+    keys = [key for prompt in prompts for key in sessions(uids[prompt], items)]
+    data = tq.kv_batch_get(keys=keys, partition_id="train", select_fields=["uid", "response_mask", "rm_scores"])
+    data = DataProto(batch=data.to_padded_tensor())
+    data.non_tensor_batch["uid"] = np.array(data.batch.pop("uid").tolist(), dtype=object)
+    data.batch["token_level_rewards"] = data.batch["rm_scores"]
+    ray_trainer.compute_advantage(data, "v05_calibrated", config=changed.algorithm)
+    for prompt in prompts:
+        rows = [i for i, key in enumerate(keys) if key.startswith(f"{uids[prompt]}_")]
+        rewards = data.batch["rm_scores"][rows].sum(-1).double().numpy()
+        wanted = path_counting_advantages(
+            rewards,
+            [2 * PROMPTS[prompt] - 1],
+            [0, len(rows)],
+            method="calibrated",
+            initial=2,
+            maximum=8,
+            calibration=Calibration(0.3, 1.1, 6.0, 0.05),
+            reward_range=(-1.0, 1.0),
+        )
+        assert data.batch["advantages"][rows, 0].tolist() == pytest.approx((wanted * 2 / len(rows)).tolist(), abs=1e-6)
 
 
 def test_validation_is_verls(manager):

@@ -44,7 +44,18 @@ HOSTS = {
             "0.9.1",
             extra="verl",
             requirements=(
-                *("accelerate", "cachetools", "codetiming", "datasets", "fastapi", "hydra-core", "orjson", "pandas", "peft", "Pillow"),
+                *(
+                    "accelerate",
+                    "cachetools",
+                    "codetiming",
+                    "datasets",
+                    "fastapi",
+                    "hydra-core",
+                    "orjson",
+                    "pandas",
+                    "peft",
+                    "Pillow",
+                ),
                 *("pylatexenc", "ray==2.60.0", "tensordict<=0.10", "torchdata", "transformers>=5.5.3,<5.11"),
                 *("TransferQueue==0.1.11", "uvicorn"),
             ),
@@ -66,7 +77,7 @@ HOSTS = {
 }
 
 
-def testable() -> list[Host]:
+def runnable() -> list[Host]:
     """Those that the package index has, and a Python of this machine can run."""
     return [host for host in HOSTS.values() if host.requirements and (host.python is None or shutil.which(host.python))]
 
@@ -77,4 +88,4 @@ if __name__ == "__main__":
         value = getattr(HOSTS[name], field)
         print(value or "" if isinstance(value, str | None) else " ".join(value))
     else:
-        print(*(host.name for host in testable()))
+        print(*(host.name for host in runnable()))
