@@ -38,7 +38,7 @@ def test_the_tested_release_is_what_the_extra_installs(host):
     for requirement in wanted:
         if requirement.name == host.name:
             assert requirement.specifier.contains(host.release)
-    pinned = [name for name in (*host.requirements, *host.alone) if Requirement(name).name == host.name]
+    pinned = [name for name in f"{host.requirements} {host.alone}".split() if Requirement(name).name == host.name]
     assert pinned == ([f"{host.name}=={host.release}"] if host.requirements else [])
 
 
