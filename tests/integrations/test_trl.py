@@ -144,16 +144,17 @@ def test_rounds_may_be_unbiased(tokenizer, tmp_path, method):
             scored.setdefault(prompt, []).append(reward)
         return rewards
 
+    rates = {f"{a}+{b}=": 0.98 if a % 2 else 0.5 for a in range(8) for b in range(8)}
     settings = {"method": method, "initial_generations": 2, "unbiased": True, "group_weighting": "prompt"}
-    trainer = make(V05Trainer, V05Config, tokenizer, tmp_path, noted, settings=settings, prior=FixedPrior())
+    trainer = make(V05Trainer, V05Config, tokenizer, tmp_path, noted, settings=settings, prior=FixedPrior(rates))
     batch = adaptive_batch(trainer)
     sizes = {len(rewards) for rewards in scored.values()}
     assert len(sizes) > 1
     wanted = [
         advantage * 2 / len(rewards)
-        for rewards in scored.values()
+        for prompt, rewards in scored.items()
         for advantage in path_counting_advantages(
-            rewards, [0.5], [0, len(rewards)], method=method, initial=2, maximum=8, calibration=Calibration()
+            rewards, [rates[prompt]], [0, len(rewards)], method=method, initial=2, maximum=8, calibration=Calibration()
         )
     ]
     trains = batch["tool_mask"].mul(batch["completion_mask"]).sum(1) > 0
