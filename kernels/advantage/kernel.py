@@ -28,6 +28,7 @@ from v05.kernels.advantage.fusion import (
     shrinkage,
     successes_of,
 )
+from v05.kernels.advantage.moments import load_energy, load_rewards, moments, weighted_sums
 
 # Shared by number with v05.ops.SCALES and advantage.hpp.
 UNSCALED = tl.constexpr(0)
@@ -47,97 +48,6 @@ STATISTIC = tl.constexpr(8)
 P_VALUE = tl.constexpr(9)
 HALLUCINATION = tl.constexpr(10)
 TAKE_MORE = tl.constexpr(11)
-
-
-@triton.jit
-def load_rewards(p_rewards, p_order, p_valid, position, inside, low, high):
-    """(row, reward, usable, nonfinite, clipped) of the rollouts at `position`; rewards are clipped to [low, high]."""
-    b_row = tl.load(p_order + position, mask=inside, other=0) if p_order is not None else position
-    b_valid = inside
-    if p_valid is not None:
-        b_valid = inside & (tl.load(p_valid + b_row, mask=inside, other=0) != 0)
-    b_reward = tl.load(p_rewards + b_row, mask=b_valid, other=0.0).to(tl.float64)
-    b_usable = b_valid & (tl.abs(b_reward) < float("inf"))
-    b_clipped = b_usable & ((b_reward < low) | (b_reward > high))
-    b_reward = tl.where(b_reward < low, low, tl.where(b_reward > high, high, b_reward))
-    return b_row, b_reward, b_usable, b_valid & ~b_usable, b_clipped
-
-
-@triton.jit
-def load_statistics_rewards(p_rewards, p_order, p_valid, p_counted, position, inside, low, high):
-    """(reward, counted, nonfinite, clipped): counted are the usable rollouts that count in the statistics."""
-    b_row, b_reward, b_usable, b_nonfinite, b_clipped = load_rewards(p_rewards, p_order, p_valid, position, inside, low, high)
-    b_counted = b_usable
-    if p_counted is not None:
-        b_counted = b_usable & (tl.load(p_counted + b_row, mask=inside, other=0) != 0)
-    return b_reward, b_counted, b_nonfinite, b_clipped
-
-
-@triton.jit
-def moments(p_rewards, p_order, p_valid, p_counted, first, size, low, high, BLOCK_ROWS: tl.constexpr):
-    """(count, mean, m2, all_equal, nonfinite, clipped) of the rollouts at positions first .. first + size - 1.
-
-    Two passes: rewards near 1e4 with a spread of 1e-3 keep their digits. The mean of equal rewards is exactly that
-    reward.
-    """
-    b_count = tl.zeros((BLOCK_ROWS,), tl.int32)
-    b_nonfinite = tl.zeros((BLOCK_ROWS,), tl.int32)
-    b_clipped = tl.zeros((BLOCK_ROWS,), tl.int32)
-    b_sum = tl.zeros((BLOCK_ROWS,), tl.float64)
-    b_smallest = tl.full((BLOCK_ROWS,), float("inf"), tl.float64)
-    b_largest = tl.full((BLOCK_ROWS,), float("-inf"), tl.float64)
-    for start in range(0, size, BLOCK_ROWS):
-        member = start + tl.arange(0, BLOCK_ROWS)
-        b_reward, b_counted, nonfinite, clipped = load_statistics_rewards(
-            p_rewards, p_order, p_valid, p_counted, first + member, member < size, low, high
-        )
-        b_count += b_counted.to(tl.int32)
-        b_nonfinite += nonfinite.to(tl.int32)
-        b_clipped += clipped.to(tl.int32)
-        b_sum += tl.where(b_counted, b_reward, 0.0)
-        b_smallest = tl.where(b_counted & (b_reward < b_smallest), b_reward, b_smallest)
-        b_largest = tl.where(b_counted & (b_reward > b_largest), b_reward, b_largest)
-    count = tl.sum(b_count).to(tl.int64)
-    smallest = tl.min(b_smallest)
-    all_equal = smallest >= tl.max(b_largest)
-    mean = tl.where(all_equal, smallest, tl.sum(b_sum) / tl.maximum(count, 1).to(tl.float64))
-    mean = tl.where(count == 0, float("nan"), mean)
-
-    b_m2 = tl.zeros((BLOCK_ROWS,), tl.float64)
-    for start in range(0, size, BLOCK_ROWS):
-        member = start + tl.arange(0, BLOCK_ROWS)
-        b_reward, b_counted, _, _ = load_statistics_rewards(
-            p_rewards, p_order, p_valid, p_counted, first + member, member < size, low, high
-        )
-        b_deviation = tl.where(b_counted, b_reward - mean, 0.0)
-        b_m2 += b_deviation * b_deviation
-    return count, mean, tl.sum(b_m2), all_equal, tl.sum(b_nonfinite).to(tl.int64), tl.sum(b_clipped).to(tl.int64)
-
-
-@triton.jit
-def weighted_sums(p_rewards, p_order, p_valid, p_counted, p_energy, first, size, mean, low, high, BLOCK_ROWS: tl.constexpr):
-    """(sum of the energies, sum of energy * (reward - mean)) of the rollouts that count. An energy that is no positive
-    finite number counts as 0.
-    """
-    b_weight = tl.zeros((BLOCK_ROWS,), tl.float64)
-    b_weighted = tl.zeros((BLOCK_ROWS,), tl.float64)
-    for start in range(0, size, BLOCK_ROWS):
-        member = start + tl.arange(0, BLOCK_ROWS)
-        inside = member < size
-        b_reward, b_counted, _, _ = load_statistics_rewards(
-            p_rewards, p_order, p_valid, p_counted, first + member, inside, low, high
-        )
-        b_row = tl.load(p_order + first + member, mask=inside, other=0) if p_order is not None else first + member
-        b_energy = tl.where(b_counted, load_energy(p_energy, b_row, inside), 0.0)
-        b_weight += b_energy
-        b_weighted += tl.where(b_counted, b_energy * (b_reward - mean), 0.0)
-    return tl.sum(b_weight), tl.sum(b_weighted)
-
-
-@triton.jit
-def load_energy(p_energy, row, inside):
-    b_energy = tl.load(p_energy + row, mask=inside, other=0.0)
-    return tl.where((b_energy > 0.0) & (b_energy < float("inf")), b_energy, 0.0)
 
 
 @triton.jit
@@ -337,68 +247,43 @@ def fused_advantage_kernel(
                 more = osla_take_more(count, squared_bias, max_rollouts, cost)
                 tl.store(p_table + TAKE_MORE * column + group, more.to(tl.float64))
 
-    if p_mask is None and p_cu_seqlens is None:
-        for start in range(split * BLOCK_ROWS, size, tl.num_programs(1) * BLOCK_ROWS):
-            member = start + tl.arange(0, BLOCK_ROWS)
-            inside = member < size
-            b_row, b_reward, b_usable, _, _ = load_rewards(p_rewards, p_order, p_valid, first + member, inside, low, high)
-            b_energy = load_energy(p_energy, b_row, inside) if BASELINE == ENERGY_MEAN else b_reward
-            b_advantage = advantage_of(
-                b_reward,
-                b_usable,
-                b_energy,
-                count,
-                mean,
-                weight,
-                weighted,
-                prior,
-                batch_count,
-                batch_mean,
-                successes,
-                believed_a,
-                believed_b,
-                believed_log_odds,
-                divisor,
-                low,
-                high,
-                BASELINE,
-                LEAVE_ONE_OUT,
-                RAW_SINGLETON,
-            )
-            tl.store(p_out + b_row, output_of(b_advantage, p_out), mask=inside)
-    else:
-        for member in range(split, size, tl.num_programs(1)):
-            row, reward, usable, _, _ = load_rewards(p_rewards, p_order, p_valid, first + member, member < size, low, high)
-            energy = load_energy(p_energy, row, member < size) if BASELINE == ENERGY_MEAN else reward
-            advantage = advantage_of(
-                reward,
-                usable,
-                energy,
-                count,
-                mean,
-                weight,
-                weighted,
-                prior,
-                batch_count,
-                batch_mean,
-                successes,
-                believed_a,
-                believed_b,
-                believed_log_odds,
-                divisor,
-                low,
-                high,
-                BASELINE,
-                LEAVE_ONE_OUT,
-                RAW_SINGLETON,
-            )
-            if p_cu_seqlens is not None:
-                start = tl.load(p_cu_seqlens + row)
-                stop = tl.load(p_cu_seqlens + row + 1)
-            else:
-                start = row * T
-                stop = start + T
-            fill_tokens(p_out, p_mask, start, stop, output_of(advantage, p_out), chunk, tl.num_programs(2), BLOCK_T)
+    # A block of rollouts at a time where each has one advantage, else one rollout, whose tokens fill the block.
+    PER_ROLLOUT: tl.constexpr = p_mask is None and p_cu_seqlens is None
+    STEP: tl.constexpr = BLOCK_ROWS if PER_ROLLOUT else 1
+    for start in range(split * STEP, size, tl.num_programs(1) * STEP):
+        member = start + tl.arange(0, BLOCK_ROWS) if PER_ROLLOUT else start
+        inside = member < size
+        b_row, b_reward, b_usable, _, _ = load_rewards(p_rewards, p_order, p_valid, first + member, inside, low, high)
+        b_energy = load_energy(p_energy, b_row, inside) if BASELINE == ENERGY_MEAN else b_reward
+        b_advantage = advantage_of(
+            b_reward,
+            b_usable,
+            b_energy,
+            count,
+            mean,
+            weight,
+            weighted,
+            prior,
+            batch_count,
+            batch_mean,
+            successes,
+            believed_a,
+            believed_b,
+            believed_log_odds,
+            divisor,
+            low,
+            high,
+            BASELINE,
+            LEAVE_ONE_OUT,
+            RAW_SINGLETON,
+        )
+        b_advantage = output_of(b_advantage, p_out)
+        if PER_ROLLOUT:
+            tl.store(p_out + b_row, b_advantage, mask=inside)
+        else:
+            t_start = tl.load(p_cu_seqlens + b_row) if p_cu_seqlens is not None else b_row * T
+            t_stop = tl.load(p_cu_seqlens + b_row + 1) if p_cu_seqlens is not None else t_start + T
+            fill_tokens(p_out, p_mask, t_start, t_stop, b_advantage, chunk, tl.num_programs(2), BLOCK_T)
 
 
 @triton.jit
