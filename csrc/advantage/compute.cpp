@@ -152,13 +152,7 @@ class Advantages {
                  BatchMoments pooled;
                  for (std::int64_t g = begin; g < end; ++g) {
                    const auto& sums = sums_of(g);
-                   const Moments moments = sums.rewards.moments();
-                   const BatchMoments of_group{
-                       .rewards = moments,
-                       .weighted = sums.weighted(),
-                       .means = moments.count == 0 ? Moments{} : Moments{.count = 1, .mean = moments.mean},
-                   };
-                   pooled = merge(pooled, of_group);
+                   pooled = merge(pooled, batch_of(sums.rewards.moments(), sums.weighted()));
                  }
                  blocks[at(block)] = pooled;
                });

@@ -45,6 +45,16 @@ struct Evidence {
   const BatchMoments& batch;
 };
 
+// The mean of the others, once this reward is taken out; NaN without others.
+inline double mean_without(double reward, std::int64_t count, double mean) {
+  return count > 1 ? mean + (mean - reward) / static_cast<double>(count - 1) : std::numeric_limits<double>::quiet_NaN();
+}
+
+// The mean of the means of the groups other than this one, which may have no rollout; NaN without others.
+inline double mean_without_group(const Moments& means, const Moments& group) {
+  return group.count > 0 ? mean_without(group.mean, means.count, means.mean) : means.mean;
+}
+
 // A group and its baseline, of any method but calibrated fusion.
 template <bool kReadsEnergy>
 struct Group {
@@ -59,7 +69,10 @@ struct Group {
               .energy_mean = evidence.weighted.mean(),
               .prior = evidence.prior,
               .batch_count = evidence.batch.rewards.count,
-              .batch_mean = evidence.batch.rewards.mean} {}
+              .batch_mean = evidence.batch.rewards.mean,
+              .batch_energy_mean = evidence.batch.weighted.mean(),
+              .other_groups = mean_without_group(evidence.batch.means, evidence.moments),
+              .batch = &evidence.batch} {}
 
   [[nodiscard]] double baseline(const Options& options) const {
     return baseline_of(options.baseline, known, options.half_range());
@@ -164,17 +177,14 @@ class WeighedLeaveOneOutJudge {
     if (alone_) {
       return options.raw_singleton ? reward : 0.0;
     }
-    const auto mean_without = [reward](double mean, std::int64_t count) {
-      return count > 1 ? mean + (mean - reward) / static_cast<double>(count - 1)
-                       : std::numeric_limits<double>::quiet_NaN();
-    };
     Known others = known_;
-    others.mean = mean_without(known_.mean, known_.count);
+    others.mean = mean_without(reward, known_.count, known_.mean);
     others.count = known_.count - 1;
-    others.batch_mean = mean_without(known_.batch_mean, known_.batch_count);
+    others.batch_mean = mean_without(reward, known_.batch_count, known_.batch_mean);
     others.batch_count = known_.batch_count - 1;
     if constexpr (kReadsEnergy) {
       others.energy_mean = weighted_.mean_without(reward, energy);
+      others.batch_energy_mean = known_.batch->weighted.mean_without(reward, energy);
     }
     return (reward - baseline_of(options.baseline, others, options.half_range())) / divisor_;
   }

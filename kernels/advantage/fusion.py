@@ -19,6 +19,23 @@ ZERO = tl.constexpr(4)
 BATCH_MEAN = tl.constexpr(5)
 ENERGY_MEAN = tl.constexpr(6)
 
+# The baselines that read the batch.
+NEEDS_BATCH = (BATCH_MEAN.value,)
+
+# What is known of a batch, in the order of its (10,) float64. The first three are for BATCH_SCALE, too; the others are NaN there.
+BATCH_DIVISOR = tl.constexpr(0)
+BATCH_COUNT = tl.constexpr(1)
+BATCH_REWARD = tl.constexpr(2)  # the mean of all rewards
+BATCH_WEIGHT = tl.constexpr(3)  # the sum of the energies
+BATCH_WEIGHTED = tl.constexpr(4)  # the sum of energy * (reward - BATCH_REWARD)
+BATCH_GROUPS = tl.constexpr(5)  # that have rollouts
+BATCH_MEAN_OF_MEANS = tl.constexpr(6)
+BATCH_VAR_OF_MEANS = tl.constexpr(7)
+# Over the groups of two rollouts or more, how far chance alone moves their means: the mean of var / k, with a rollout left out
+# of var / (k - 1).
+BATCH_NOISE = tl.constexpr(8)
+BATCH_NOISE_OF_OTHERS = tl.constexpr(9)
+
 
 @triton.jit
 def is_nan(x):
@@ -48,9 +65,14 @@ def shrinkage(count, mean, prior, half_range):
 
 
 @triton.jit
-def baseline_of(RULE: tl.constexpr, count, mean, energy_mean, prior, batch_mean, half_range):
+def baseline_of(
+    RULE: tl.constexpr, count, mean, energy_mean, prior, batch_mean, batch_energy_mean, other_groups, p_batch, half_range
+):
     """The baseline of any method but calibrated fusion, in the shape of `mean`. Without a prior the group mean stands in,
     without a rollout the prior, without an energy (energy_mean is NaN) the plain mean.
+
+    All of it is of the group, the batch, or their others where a rollout is left out; `other_groups` is the mean of the means
+    of the batch's other groups. What else NEEDS_BATCH gives a rule is at p_batch.
     """
     if RULE == SHRINKAGE:
         return shrinkage(count, mean, prior, half_range)[0]
@@ -68,7 +90,7 @@ def baseline_of(RULE: tl.constexpr, count, mean, energy_mean, prior, batch_mean,
 
 
 @triton.jit
-def is_alone(RULE: tl.constexpr, count, prior, batch_count):
+def is_alone(RULE: tl.constexpr, count, prior, batch_count, other_groups):
     """Whether there is nothing to compare a rollout with: then its baseline is its own reward, or nothing."""
     alone = count == 1
     if RULE == ZERO:

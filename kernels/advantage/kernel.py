@@ -13,9 +13,14 @@ import triton
 import triton.language as tl
 
 from v05.kernels.advantage.fusion import (
-    BATCH_MEAN,
+    BATCH_COUNT,
+    BATCH_DIVISOR,
+    BATCH_GROUPS,
+    BATCH_MEAN_OF_MEANS,
+    BATCH_REWARD,
+    BATCH_WEIGHT,
+    BATCH_WEIGHTED,
     CALIBRATED,
-    ENERGY_MEAN,
     SHRINKAGE,
     baseline_of,
     believe,
@@ -62,6 +67,8 @@ def advantage_of(
     prior,
     batch_count,
     batch_mean,
+    other_groups,
+    p_batch,
     successes,
     believed_a,
     believed_b,
@@ -82,23 +89,53 @@ def advantage_of(
         b_baseline = low + (high - low) * calibrated(count, successes, believed_a, believed_b, log_odds)[0]
     elif LEAVE_ONE_OUT:
         b_others = mean + (mean - b_reward) / tl.maximum(count - 1, 1).to(tl.float64)
-        b_energy_mean = b_others
-        b_batch_mean = batch_mean
-        if BASELINE == ENERGY_MEAN:
-            b_left = weight - b_energy
-            b_moved = (weighted - b_energy * (b_reward - mean)) / tl.where(b_left > 0.0, b_left, 1.0)
-            b_energy_mean = tl.where(b_left > 0.0, mean + b_moved, float("nan"))
-        if BASELINE == BATCH_MEAN:
+        b_moved = weighted - b_energy * (b_reward - mean)
+        b_energy_mean = energy_mean_of(mean, weight - b_energy, b_moved)
+        b_batch_mean, b_batch_energy_mean = batch_mean, batch_mean
+        if p_batch is not None:
             b_batch_mean = mean_without(b_reward, batch_count, batch_mean)
-        b_baseline = baseline_of(BASELINE, count - 1, b_others, b_energy_mean, prior, b_batch_mean, (high - low) / 2)
+            b_moved = tl.load(p_batch + BATCH_WEIGHTED) - b_energy * (b_reward - batch_mean)
+            b_batch_energy_mean = energy_mean_of(batch_mean, tl.load(p_batch + BATCH_WEIGHT) - b_energy, b_moved)
+        b_baseline = baseline_of(
+            BASELINE,
+            count - 1,
+            b_others,
+            b_energy_mean,
+            prior,
+            b_batch_mean,
+            b_batch_energy_mean,
+            other_groups,
+            p_batch,
+            (high - low) / 2,
+        )
     else:
-        energy_mean = energy_mean_of(mean, weight, weighted)
-        b_baseline = baseline_of(BASELINE, count, mean, energy_mean, prior, batch_mean, (high - low) / 2)
+        b_baseline = group_baseline(BASELINE, count, mean, weight, weighted, prior, batch_mean, other_groups, p_batch, low, high)
     b_advantage = (b_reward - b_baseline) / divisor
     if BASELINE != CALIBRATED:
-        alone = is_alone(BASELINE, count, prior, batch_count)
+        alone = is_alone(BASELINE, count, prior, batch_count, other_groups)
         b_advantage = tl.where(alone, b_reward if RAW_SINGLETON else 0.0, b_advantage)
     return tl.where(b_usable, b_advantage, 0.0)
+
+
+@triton.jit
+def group_baseline(BASELINE: tl.constexpr, count, mean, weight, weighted, prior, batch_mean, other_groups, p_batch, low, high):
+    """The baseline of a whole group, of any method but calibrated fusion."""
+    energy_mean = energy_mean_of(mean, weight, weighted)
+    batch_energy_mean = batch_mean
+    if p_batch is not None:
+        batch_energy_mean = energy_mean_of(batch_mean, tl.load(p_batch + BATCH_WEIGHT), tl.load(p_batch + BATCH_WEIGHTED))
+    return baseline_of(
+        BASELINE,
+        count,
+        mean,
+        energy_mean,
+        prior,
+        batch_mean,
+        batch_energy_mean,
+        other_groups,
+        p_batch,
+        (high - low) / 2,
+    )
 
 
 @triton.jit
@@ -155,8 +192,8 @@ def fused_advantage_kernel(
     p_cu_seqlens,  # (N + 1,) int64, or None
     p_valid,  # (N,) bool, or None: all
     p_counted,  # (N,) bool, or None: as valid
-    p_energy,  # (N,) float64, with ENERGY_MEAN
-    p_batch,  # (3,) float64, with BATCH_SCALE or BATCH_MEAN: divisor, count and mean of the batch
+    p_energy,  # (N,) float64, or None: the baseline reads none
+    p_batch,  # (10,) float64, as fusion.py says, with BATCH_SCALE or a baseline that NEEDS_BATCH; else None
     p_out,  # (N, T), (total_tokens,) or (N,)
     p_table,  # (v05.ops.advantage.stats.STATISTICS, G) float64, or None
     G,
@@ -202,18 +239,22 @@ def fused_advantage_kernel(
         believed_a, believed_b, believed_log_odds = believe(scaled_prior, alpha, beta, kappa, log_odds)
 
     weight, weighted = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
-    if BASELINE == ENERGY_MEAN:
+    if p_energy is not None:
         weight, weighted = weighted_sums(p_rewards, p_order, p_valid, p_counted, p_energy, first, size, mean, low, high, BLOCK_ROWS)
     batch_count, batch_mean = tl.full((), 0.0, tl.float64), tl.full((), float("nan"), tl.float64)
-    if BASELINE == BATCH_MEAN:
-        batch_count, batch_mean = tl.load(p_batch + 1), tl.load(p_batch + 2)
+    other_groups = batch_mean
+    if p_batch is not None:
+        batch_count, batch_mean = tl.load(p_batch + BATCH_COUNT), tl.load(p_batch + BATCH_REWARD)
+        mean_of_means = tl.load(p_batch + BATCH_MEAN_OF_MEANS)
+        without_own = mean_without(mean, tl.load(p_batch + BATCH_GROUPS), mean_of_means)
+        other_groups = tl.where(count > 0, without_own, mean_of_means)
 
     divisor = tl.full((), 1.0, tl.float64)
     if SCALE == GROUP_SCALE:
         divisor = tl.sqrt(variance) + eps
         divisor = tl.where(all_equal | (divisor == 0.0), 1.0, divisor)  # 0: with eps 0, squares that underflow
     if SCALE == BATCH_SCALE:
-        divisor = tl.load(p_batch)
+        divisor = tl.load(p_batch + BATCH_DIVISOR)
 
     if p_table is not None:
         # From one column of the table to the next. `group` is added last in each address: a base of p_table + group, kept in
@@ -235,8 +276,9 @@ def fused_advantage_kernel(
                 more = calibrated_take_more(count, rate, complement, rate_variance, max_rollouts, cost)
                 tl.store(p_table + TAKE_MORE * column + group, more.to(tl.float64))
             else:
-                energy_mean = energy_mean_of(mean, weight, weighted)
-                baseline = baseline_of(BASELINE, count, mean, energy_mean, prior, batch_mean, (high - low) / 2)
+                baseline = group_baseline(
+                    BASELINE, count, mean, weight, weighted, prior, batch_mean, other_groups, p_batch, low, high
+                )
                 tl.store(p_table + BASELINE_COLUMN * column + group, baseline)
             if BASELINE == SHRINKAGE:
                 _, shrinkage_weight, statistic, squared_bias, mse = shrinkage(count, mean, prior, (high - low) / 2)
@@ -254,7 +296,7 @@ def fused_advantage_kernel(
         member = start + tl.arange(0, BLOCK_ROWS) if PER_ROLLOUT else start
         inside = member < size
         b_row, b_reward, b_usable, _, _ = load_rewards(p_rewards, p_order, p_valid, first + member, inside, low, high)
-        b_energy = load_energy(p_energy, b_row, inside) if BASELINE == ENERGY_MEAN else b_reward
+        b_energy = load_energy(p_energy, b_row, inside) if p_energy is not None else b_reward * 0.0
         b_advantage = advantage_of(
             b_reward,
             b_usable,
@@ -266,6 +308,8 @@ def fused_advantage_kernel(
             prior,
             batch_count,
             batch_mean,
+            other_groups,
+            p_batch,
             successes,
             believed_a,
             believed_b,

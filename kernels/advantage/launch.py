@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 
-from v05.kernels.advantage.fusion import BATCH_MEAN, CALIBRATED, ENERGY_MEAN, GROUP_MEAN, PRIOR, SHRINKAGE, ZERO
+from v05.kernels.advantage.fusion import NEEDS_BATCH
 from v05.kernels.advantage.kernel import (
     BATCH_SCALE,
     GROUP_SCALE,
@@ -18,7 +18,9 @@ from v05.kernels.advantage.kernel import (
     fused_advantage_kernel,
     sum_token_rewards_kernel,
 )
+from v05.kernels.advantage.moments import group_moments_kernel
 from v05.kernels.variant import GROUPS, ROLLOUTS, TOKENS, Variant
+from v05.methods import BUDGET_RULES, METHODS, Baseline
 
 if TYPE_CHECKING:
     from v05.ops.advantage.inputs import Rollouts
@@ -71,19 +73,24 @@ def launch(
         return
     T = 0 if mask is None else mask.shape[1]
     alpha, beta, kappa, calibration_eps = options.calibration
-    bounded = options.baseline in (PRIOR.value, SHRINKAGE.value, CALIBRATED.value)  # the others take any finite reward
+    bounded = options.baseline in BUDGET_RULES  # the others take any finite reward
     low, high = (options.low, options.high) if bounded else (-math.inf, math.inf)
     with torch.cuda.device_of(rewards):  # type: ignore[no-untyped-call]
         if rewards.ndim == 2:
             assert mask is not None
             rewards = _sum_token_rewards(rewards, mask)
-        batch = None
-        if options.scale == BATCH_SCALE.value or options.baseline == BATCH_MEAN.value:
-            batch = _batch_moments(rewards, valid if counted is None else counted, low, high, options.eps)
-
         row_length = None if mask is None and cu_seqlens is None else triton.cdiv(out.numel(), max(N, 1))
-        each_its_own = options.leave_one_out and options.baseline == CALIBRATED.value
+        each_its_own = options.leave_one_out and options.baseline == Baseline.CALIBRATED
         block_rows, splits, chunks = launch_shape(N, G, row_length, CALIBRATED_BLOCK_ROWS if each_its_own else MAX_BLOCK_ROWS)
+        batch = None
+        if options.scale == BATCH_SCALE.value or options.baseline in NEEDS_BATCH:
+            batch = _batch_moments(rewards, valid if counted is None else counted, energy, low, high, options.eps)
+        if batch is not None and options.baseline in NEEDS_BATCH:
+            groups = torch.empty(3, G, dtype=torch.float64, device=rewards.device)
+            group_moments_kernel[(G,)](
+                rewards, offsets, order, valid, counted, groups, low, high, BLOCK_ROWS=block_rows, **_OPTIONS
+            )
+            batch = torch.cat((batch, _moments_of_groups(*groups)))
         fused_advantage_kernel[(G, splits, chunks)](
             rewards,
             offsets,
@@ -139,24 +146,42 @@ def _sum_token_rewards(token_rewards: torch.Tensor, mask: torch.Tensor) -> torch
     return rewards
 
 
-def _batch_moments(rewards: torch.Tensor, counted: torch.Tensor | None, low: float, high: float, eps: float) -> torch.Tensor:
-    """(3,) float64 of all counted finite rewards: their standard deviation (ddof = 1) + eps, 1 if they are all equal; their
-    number; their mean, NaN without any.
+def _batch_moments(
+    rewards: torch.Tensor, counted: torch.Tensor | None, energy: torch.Tensor | None, low: float, high: float, eps: float
+) -> torch.Tensor:
+    """(5,) float64 of all counted finite rewards, BATCH_DIVISOR to BATCH_WEIGHTED of `fusion.py`: their standard deviation
+    (ddof = 1) + eps, 1 if they are all equal; their number; their mean, NaN without any; their energies' sums.
 
     A few torch operations on the device: it needs all rewards, which no program of the one launch sees.
     """
     values = rewards.to(torch.float64)
     if values.numel() == 0:
-        return values.new_tensor([1.0, 0.0, math.nan])
+        return values.new_tensor([1.0, 0.0, math.nan, 0.0, 0.0])
     usable = values.isfinite() if counted is None else values.isfinite() & counted
     values = values.clamp(low, high)
     unequal = torch.where(usable, values, math.inf).amin() < torch.where(usable, values, -math.inf).amax()
     n = usable.sum()
     mean = torch.where(usable, values, 0.0).sum() / n.clamp(min=1)
-    variance = torch.where(usable, values - mean, 0.0).square().sum() / (n - 1).clamp(min=1)
-    divisor = variance.sqrt() + eps
+    deviations = torch.where(usable, values - mean, 0.0)
+    divisor = (deviations.square().sum() / (n - 1).clamp(min=1)).sqrt() + eps
     divisor = torch.where(unequal & (divisor != 0.0), divisor, 1.0)
-    return torch.stack((divisor, n.to(torch.float64), torch.where(n > 0, mean, math.nan)))
+    weights = torch.zeros_like(values) if energy is None else torch.where(usable & (energy > 0) & energy.isfinite(), energy, 0.0)
+    mean_if_any = torch.where(n > 0, mean, math.nan)
+    return torch.stack((divisor, n.to(torch.float64), mean_if_any, weights.sum(), (weights * deviations).sum()))
+
+
+def _moments_of_groups(count: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    """(5,) float64 of the groups, BATCH_GROUPS to BATCH_NOISE_OF_OTHERS of `fusion.py`; (G,) each of what is given."""
+
+    def mean_over(groups: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return torch.where(groups, values, 0.0).sum() / groups.sum()  # NaN without any
+
+    some, several = count > 0, count > 1
+    mean_of_means = mean_over(some, mean)
+    squares = torch.where(some, mean - mean_of_means, 0.0).square().sum()
+    var_of_means = squares / (some.sum() - 1).clamp(min=1)
+    noise, noise_of_others = mean_over(several, variance / count), mean_over(several, variance / (count - 1))
+    return torch.stack((some.sum().to(torch.float64), mean_of_means, var_of_means, noise, noise_of_others))
 
 
 def variants() -> Iterator[Variant]:
@@ -165,16 +190,7 @@ def variants() -> Iterator[Variant]:
     statistics = {"p_table": "fp64"}
     inputs = {"p_rewards": "fp32", "p_offsets": "i64", "p_order": "i64", "p_prior": "fp64"}
     layouts = {"padded": {"p_mask": "u8"}, "packed": {"p_cu_seqlens": "i64"}, "per-rollout": {}}
-    baselines = {
-        "mean": GROUP_MEAN,
-        "prior": PRIOR,
-        "shrinkage": SHRINKAGE,
-        "calibrated": CALIBRATED,
-        "zero": ZERO,
-        "batch-mean": BATCH_MEAN,
-        "energy-mean": ENERGY_MEAN,
-    }
-    read = {"batch-mean": {"p_batch": "fp64"}, "energy-mean": {"p_energy": "fp64"}}  # beside what all read
+    weighed = {method.baseline for method in METHODS.values() if method.weight}
     plain = {
         "SCALE": UNSCALED.value,
         "LEAVE_ONE_OUT": False,
@@ -184,13 +200,15 @@ def variants() -> Iterator[Variant]:
     }
     made = {}
     for layout, pointers in layouts.items():
-        for baseline, number in baselines.items():
-            name = f"{layout}-{baseline}"
+        for baseline in Baseline:
+            name = f"{layout}-{baseline.name.lower().replace('_', '-')}"
+            batch = {"p_batch": "fp64"} if baseline in NEEDS_BATCH else {}
+            energy = {"p_energy": "fp64"} if baseline in weighed else {}
             made[name] = Variant(
                 name,
                 fused_advantage_kernel,
-                inputs | statistics | pointers | read.get(baseline, {}) | {"p_out": "fp32"},
-                plain | {"BASELINE": number.value},
+                inputs | statistics | pointers | batch | energy | {"p_out": "fp32"},
+                plain | {"BASELINE": int(baseline)},
             )
     yield from made.values()
     base = made["padded-shrinkage"]
@@ -206,6 +224,9 @@ def variants() -> Iterator[Variant]:
     yield made["padded-calibrated"].but("padded-calibrated-leave-one-out", {"LEAVE_ONE_OUT": True})
     blocks = {"LEAVE_ONE_OUT": True, "BLOCK_ROWS": CALIBRATED_BLOCK_ROWS}
     yield made["per-rollout-calibrated"].but("per-rollout-calibrated-leave-one-out", blocks)
+    of_groups = {"p_rewards": "fp32", "p_offsets": "i64", "p_order": "i64", "p_moments": "fp64"}
+    yield Variant("groups", group_moments_kernel, of_groups, {"BLOCK_ROWS": 16})
+    yield Variant("large-groups", group_moments_kernel, of_groups, {"BLOCK_ROWS": MAX_BLOCK_ROWS})
     for mask, element in {"uint8": "u8", "int64": "i64", "float32": "fp32"}.items():
         yield Variant(
             f"{mask}-mask",
@@ -222,6 +243,9 @@ def traffic(variant: Variant) -> tuple[int, int]:
     if variant.kernel is sum_token_rewards_kernel:
         once = tokens * (size["p_token_rewards"] + size["p_mask"]) + ROLLOUTS * size["p_rewards"]
         return once, once
+    if variant.kernel is group_moments_kernel:
+        once = ROLLOUTS * (size["p_rewards"] + size["p_order"]) + GROUPS * (2 * size["p_offsets"] + 3 * size["p_moments"])
+        return once + ROLLOUTS * (size["p_rewards"] + size["p_order"]), once  # two passes over a group
     per_rollout = not {"p_mask", "p_cu_seqlens"} & variant.pointers.keys()
     _, splits, chunks = launch_shape(ROLLOUTS, GROUPS, None if per_rollout else TOKENS, MAX_BLOCK_ROWS)
     row = sum(size.get(name, 0) for name in ("p_rewards", "p_order", "p_valid", "p_energy"))  # what a rollout is read as

@@ -93,3 +93,26 @@ def weighted_sums(p_rewards, p_order, p_valid, p_counted, p_energy, first, size,
 def load_energy(p_energy, row, inside):
     b_energy = tl.load(p_energy + row, mask=inside, other=0.0)
     return tl.where((b_energy > 0.0) & (b_energy < float("inf")), b_energy, 0.0)
+
+
+@triton.jit
+def group_moments_kernel(
+    p_rewards,  # (N,)
+    p_offsets,  # (G + 1,) int64
+    p_order,  # (N,) int64, or None: rows are contiguous
+    p_valid,  # (N,) bool, or None: all
+    p_counted,  # (N,) bool, or None: as valid
+    p_moments,  # (3, G) float64: count, mean and variance (ddof = 1)
+    low: tl.float64,
+    high: tl.float64,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """The moments of every group, for the baselines that read those of other groups. Grid (G,)."""
+    group = tl.program_id(0).to(tl.int64)
+    groups = tl.num_programs(0).to(tl.int64)
+    first = tl.load(p_offsets + group)
+    size = (tl.load(p_offsets + group + 1) - first).to(tl.int32)
+    count, mean, m2, _, _, _ = moments(p_rewards, p_order, p_valid, p_counted, first, size, low, high, BLOCK_ROWS)
+    tl.store(p_moments + group, count.to(tl.float64))
+    tl.store(p_moments + groups + group, mean)
+    tl.store(p_moments + 2 * groups + group, m2 / tl.maximum(count - 1, 1).to(tl.float64))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from helpers.golden_cases import golden_options, golden_parameters
 from v05 import _core, reference
 from v05.kernels.advantage import kernel, launch
+from v05.kernels.advantage.moments import group_moments_kernel
 from v05.methods import METHODS, Calibration
 from v05.ops import AdvantageOutput, fused_advantage
 from v05.ops.advantage.options import SCALES
@@ -366,6 +367,23 @@ def test_a_deviation_that_rounds_to_zero_divides_nothing(scale):
         rewards, None, torch.zeros(4, dtype=torch.int64), num_groups=1, method="grpo", scale=scale, eps=0.0, dtype=torch.float64
     )
     assert out.advantages.abs().max() <= 2e-200
+
+
+def test_what_is_known_of_the_groups_of_a_batch():
+    """Groups of 4, 7, 3, 1 and 0 rollouts, of which the last two say nothing of chance."""
+    offsets = torch.tensor([0, 4, 11, 14, 15, 15])
+    moments = torch.empty(3, 5, dtype=torch.float64)
+    group_moments_kernel[(5,)](REWARDS, offsets, None, None, None, moments, -math.inf, math.inf, BLOCK_ROWS=16)
+    groups = [REWARDS[a:b].double() for a, b in pairwise(offsets.tolist())]
+    np.testing.assert_allclose(moments[0], [len(x) for x in groups])
+    np.testing.assert_allclose(moments[1], [x.mean() for x in groups])
+    several = [(x.var(), len(x)) for x in groups if len(x) > 1]
+    np.testing.assert_allclose(moments[2], [*(var for var, _ in several), 0, 0], atol=1e-15)
+
+    means = [x.mean() for x in groups if len(x)]
+    wanted = [len(means), np.mean(means), np.var(means, ddof=1)]
+    wanted += [np.mean([var / k for var, k in several]), np.mean([var / (k - 1) for var, k in several])]
+    np.testing.assert_allclose(launch._moments_of_groups(*moments), wanted)
 
 
 def test_columns_of_the_table_are_those_of_python_and_the_core():

@@ -27,7 +27,7 @@ def test_every_variant_for_every_target(reports):
     compiled = {(report["kernel"], report["variant"], report["target"]) for report in reports}
     assert len(compiled) == len(reports)
     kernels = {kernel for kernel, _, _ in compiled}
-    assert kernels == {"fused_advantage_kernel", "sum_token_rewards_kernel"}
+    assert kernels == {"fused_advantage_kernel", "group_moments_kernel", "sum_token_rewards_kernel"}
     variants = {(kernel, variant) for kernel, variant, _ in compiled}
     targets = ("sm_80", "sm_90", "sm_100", "gfx942")
     assert compiled == {(*variant, target) for variant in variants for target in targets}
@@ -51,7 +51,8 @@ def test_tokens_move_128_bits_at_a_time(reports):
 def test_traffic_is_near_its_floor(reports):
     for report in reports:
         assert report["floor_bytes"] <= report["bytes"], report
-        if not report["variant"].startswith("per-rollout"):  # whose few bytes are mostly a group's rewards, read thrice
+        by_token = report["kernel"] != "group_moments_kernel" and not report["variant"].startswith("per-rollout")
+        if by_token:  # the few bytes of the others are mostly a group's rewards, read twice or thrice
             assert report["bytes"] < 1.1 * report["floor_bytes"], report
 
 

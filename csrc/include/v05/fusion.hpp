@@ -1,6 +1,6 @@
 // Every baseline as a pure function of a group's count, mean and prior, in reward units; calibrated fusion of rewards
 // and priors scaled to [0, 1].
-// `kernels/fusion.py` is the same arithmetic for the GPU; `v05/reference.py` is the specification of both.
+// `kernels/advantage/fusion.py` is the same arithmetic for the GPU; `v05/reference.py` is the specification of both.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <limits>
 #include <numbers>
+
+#include "v05/moments.hpp"
 
 namespace v05 {
 
@@ -79,8 +81,11 @@ struct Known {
   double mean = std::numeric_limits<double>::quiet_NaN();
   double energy_mean = std::numeric_limits<double>::quiet_NaN();  // NaN: no energies, or all 0
   double prior = std::numeric_limits<double>::quiet_NaN();        // NaN: none
-  std::int64_t batch_count = 0;
+  std::int64_t batch_count = 0;                                   // as are the next two, of the batch or its others
   double batch_mean = std::numeric_limits<double>::quiet_NaN();
+  double batch_energy_mean = std::numeric_limits<double>::quiet_NaN();  // NaN: no energies, or all 0
+  double other_groups = std::numeric_limits<double>::quiet_NaN();       // mean of the means of the batch's other groups
+  const BatchMoments* batch = nullptr;                                  // null unless needs_batch
 };
 
 // The baseline of any method but calibrated fusion. Where there is no prior the group mean stands in, where there is no

@@ -122,13 +122,32 @@ struct BatchMoments {
   Moments rewards;        // of all rollouts that count
   WeightedSums weighted;  // of them by energy; empty without energies
   Moments means;          // of the means of the groups that have rollouts
+  // Over the groups of two rollouts or more, how far chance alone moves their means: the mean of var / k, with a
+  // rollout left out of var / (k - 1).
+  Moments noise;
+  Moments noise_of_others;
 };
+
+// Of a batch of one group.
+inline BatchMoments batch_of(const Moments& group, const WeightedSums& weighted) {
+  const auto one_if = [](bool known, double value) { return known ? Moments{.count = 1, .mean = value} : Moments{}; };
+  const auto count = static_cast<double>(group.count);
+  return {
+      .rewards = group,
+      .weighted = weighted,
+      .means = one_if(group.count > 0, group.mean),
+      .noise = one_if(group.count > 1, group.variance() / count),
+      .noise_of_others = one_if(group.count > 1, group.variance() / (count - 1.0)),
+  };
+}
 
 inline BatchMoments merge(const BatchMoments& a, const BatchMoments& b) {
   return {
       .rewards = merge(a.rewards, b.rewards),
       .weighted = merge(a.weighted, b.weighted),
       .means = merge(a.means, b.means),
+      .noise = merge(a.noise, b.noise),
+      .noise_of_others = merge(a.noise_of_others, b.noise_of_others),
   };
 }
 
