@@ -53,7 +53,7 @@ def run(changed, tmp_path_factory):
 
 
 def test_changes_pass_the_tests_that_they_touch(changed, run):
-    golden = changed / "tests" / "golden" / "rivals.json"
+    golden = changed / "tests" / "ops" / "golden" / "rivals.json"
     cases = run(str(golden.with_suffix(".py")))
     assert "other_groups" in cases
     golden.write_text(cases)
