@@ -33,7 +33,7 @@ from v05.prior.v0.head import InContextHead, load_head
 from v05.prior.v0.logs import Queries, read_logs, walk
 from v05.prior.v0.predictors import SETTINGS, Predictor, predictors
 from v05.tasks import ReasoningGymConfig, Source, make_task
-from v05.train.compare import RunState, run_all
+from v05.train.compare import RunStatus, run_all
 from v05.train.config import PRESETS, EvaluationConfig, OptimizerConfig, PolicyConfig, RunConfig, WarmStartConfig, run_config
 from v05.train.policy import policy_folder
 
@@ -147,11 +147,11 @@ def scores_of(queries: list[Queries], predicted: dict[str, list[NDArray[np.float
         }
 
 
-def tell() -> Callable[[list[RunState]], None]:
+def tell() -> Callable[[list[RunStatus]], None]:
     """What prints a line for each run that ends."""
     told: set[str] = set()
 
-    def watch(states: list[RunState]) -> None:
+    def watch(states: list[RunStatus]) -> None:
         for state in states:
             if state.status in ("done", "failed") and state.name not in told:
                 print(f"{state.name}: {state.status}, held-out accuracy {state.accuracy}", flush=True)

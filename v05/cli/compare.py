@@ -130,7 +130,7 @@ def _run_watched(
     configs: dict[str, RunConfig], out: Path, jobs: int, done: Callable[[str], None] = lambda name: None
 ) -> dict[str, str]:
     """Run and show it; `done` hears of every run that ends well, once. Returns those that failed, each with what to do about it."""
-    from v05.train.compare import RunState, run_all
+    from v05.train.compare import RunStatus, run_all
 
     many = len(configs) > MOST_BARS
     with progress_bars() as progress:
@@ -142,7 +142,7 @@ def _run_watched(
         ended: set[str] = set()
         failed: dict[str, str] = {}
 
-        def watch(states: list[RunState]) -> None:
+        def watch(states: list[RunStatus]) -> None:
             for state in states:
                 if state.name in ended:
                     continue

@@ -33,7 +33,7 @@ LOG = "log.txt"  # of a run's process
 
 
 @dataclass(frozen=True)
-class RunState:
+class RunStatus:
     """How far one run of a comparison is."""
 
     name: str
@@ -44,7 +44,7 @@ class RunState:
     why: str = ""  # it failed, or is damaged, and what to do
 
 
-def run_all(configs: Mapping[str, RunConfig], directory: Path, jobs: int, watch: Callable[[list[RunState]], None]) -> list[str]:
+def run_all(configs: Mapping[str, RunConfig], directory: Path, jobs: int, watch: Callable[[list[RunStatus]], None]) -> list[str]:
     """Run `configs` (name -> run) in `directory`/name, `jobs` at a time; returns the names of those that failed.
 
     `watch` sees all states every POLL_SECONDS. A run whose files are damaged counts as failed and is left as it is. ValueError if a
@@ -82,7 +82,7 @@ def run_all(configs: Mapping[str, RunConfig], directory: Path, jobs: int, watch:
     return [name for name, state in states.items() if state.status in ("failed", "damaged")]
 
 
-def _ended(state: RunState, exit_code: int, config: RunConfig, directory: Path) -> RunState:
+def _ended(state: RunStatus, exit_code: int, config: RunConfig, directory: Path) -> RunStatus:
     """The state of a run whose process has ended. A status of 0 alone is no success: whatever a run calls may end its process."""
     why = damage(config, directory)
     if exit_code == 0 and why is None and is_finished(config, directory):
@@ -134,7 +134,7 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)  # as if killed: whoever starts the run again must find nobody writing it
 
 
-def _state(name: str, config: RunConfig, directory: Path, status: str) -> RunState:
+def _state(name: str, config: RunConfig, directory: Path, status: str) -> RunStatus:
     """How far a run is; "done" if it is finished, else as `status` says."""
     try:
         records = read_metrics(directory)
@@ -143,7 +143,7 @@ def _state(name: str, config: RunConfig, directory: Path, status: str) -> RunSta
     rollouts = max((r["rollouts"] for r in records if r["kind"] in ("step", "evaluation")), default=0)
     accuracies = [r["accuracy"] for r in records if r["kind"] == "evaluation"]
     status = "done" if status == "waiting" and is_finished(config, directory) else status
-    return RunState(name, rollouts, config.total_rollouts, accuracies[-1] if accuracies else None, status)
+    return RunStatus(name, rollouts, config.total_rollouts, accuracies[-1] if accuracies else None, status)
 
 
 @dataclass(frozen=True)
