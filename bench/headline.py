@@ -13,21 +13,10 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-from v05.train.suite import (
-    RIVALS,
-    SUITES,
-    TARGET,
-    Row,
-    best_size,
-    counted,
-    difference,
-    in_order,
-    over,
-    over_best_rival,
-    read_csv,
-    summarise,
-)
+from v05.train.suite import RIVALS, SUITES
 from v05.train.suite_plots import draw_suite
+from v05.train.suite_rows import Row, in_order, read_csv
+from v05.train.suite_summary import TARGET, best_size, counted, difference, over, over_best_rival, summarise
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "headline.csv"

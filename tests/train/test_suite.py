@@ -8,23 +8,10 @@ import pytest
 
 from v05.tasks import heldout_set, make_task
 from v05.train.config import run_config
-from v05.train.suite import (
-    SUITES,
-    Row,
-    append_row,
-    best_size,
-    counted_runs,
-    difference,
-    in_order,
-    over,
-    over_best_rival,
-    read_rows,
-    row_of,
-    summarise,
-    tuned_rates,
-    tuning_runs,
-)
+from v05.train.suite import SUITES, counted_runs, tuning_runs
 from v05.train.suite_plots import draw_suite
+from v05.train.suite_rows import Row, append_row, in_order, read_rows, row_of
+from v05.train.suite_summary import best_size, difference, over, over_best_rival, summarise, tuned_rates
 from v05.train.trainer import Trainer
 
 HEADLINE = SUITES["headline"]

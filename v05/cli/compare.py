@@ -173,20 +173,10 @@ def _run_suite(name: str, seeds: int | None, rollouts: int | None, out: Path, jo
     from v05.train.config import run_config
     from v05.train.metrics import write_json
     from v05.train.policy import policy_folder
-    from v05.train.suite import (
-        ROWS,
-        SUITES,
-        Planned,
-        append_row,
-        counted_runs,
-        in_order,
-        read_rows,
-        row_of,
-        summarise,
-        tuned_rates,
-        tuning_runs,
-    )
+    from v05.train.suite import SUITES, Planned, counted_runs, tuning_runs
     from v05.train.suite_plots import draw_suite
+    from v05.train.suite_rows import ROWS, append_row, in_order, read_rows, row_of
+    from v05.train.suite_summary import summarise, tuned_rates
 
     if name not in SUITES:
         raise ValueError(f"--suite {name} is unknown; choose one of {', '.join(SUITES)}")
@@ -228,7 +218,8 @@ def _run_suite(name: str, seeds: int | None, rollouts: int | None, out: Path, jo
 
 def _suite_tables(records: list[dict[str, Any]]) -> Iterator[Table]:
     """One for each mix."""
-    from v05.train.suite import RIVALS, TARGET, difference
+    from v05.train.suite import RIVALS
+    from v05.train.suite_summary import TARGET, difference
 
     for mix in dict.fromkeys(record["mix"] for record in records):
         group = [record for record in records if record["mix"] == mix]

@@ -11,7 +11,8 @@ import numpy as np
 
 from v05.methods import METHODS
 from v05.train.curves import bootstrap_interval, mean_curve
-from v05.train.suite import TARGET, Row, best_size, counted
+from v05.train.suite_rows import Row
+from v05.train.suite_summary import TARGET, best_size, counted
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
