@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from v05.train import trainer as module
+from v05.train import learner
 from v05.train.config import RunConfig
 from v05.train.trainer import Trainer
 
@@ -21,7 +21,7 @@ LIVES = 250  # completions that rank 1 reads before it raises
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    module.MICRO_BATCH = MICRO_BATCH
+    learner.MICRO_BATCH = MICRO_BATCH
     for name in NAMES:
         for _ in Trainer(read(folder, name), folder / name, print).run():
             pass

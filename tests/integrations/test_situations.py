@@ -10,7 +10,7 @@ from v05.rollout import Completion
 from v05.rollout.scheduler import RolloutBatch
 from v05.tasks import Prompt
 from v05.train.config import OverlongConfig
-from v05.train.trainer import has_signal, shaped_rewards
+from v05.train.dapo import has_signal, shaped_rewards
 
 
 def options(case):

@@ -19,7 +19,7 @@ def end(code):
 
 
 @pytest.mark.parametrize("code", [0, None, 3, "words"])
-@pytest.mark.parametrize("place", ["__init__", "run", "evaluate", "step"])
+@pytest.mark.parametrize("place", ["__init__", "run", "evaluate_heldout", "step"])
 def test_training_that_something_ends_fails(place, code, tmp_path, monkeypatch):
     monkeypatch.setattr(f"v05.train.trainer.Trainer.{place}", end(code))
     ended = CliRunner().invoke(app, ["train", "--preset", "smoke", "--rollouts", "64", "--out", str(tmp_path / "run")])

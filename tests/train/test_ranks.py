@@ -62,7 +62,7 @@ def folder(tmp_path_factory):
     for name, config in CONFIGS.items():
         (folder / f"{name}.json").write_text(config.model_dump_json())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("v05.train.trainer.MICRO_BATCH", 2 * rank_script.MICRO_BATCH)
+            patch.setattr("v05.train.learner.MICRO_BATCH", 2 * rank_script.MICRO_BATCH)
             list(Trainer(config, folder / f"{name}-alone", lambda line: None).run())
     result = torchrun(Path(rank_script.__file__), folder)
     (folder / "output").write_text(result.stdout + result.stderr)

@@ -16,7 +16,8 @@ from helpers.kill_and_resume import smoke
 from v05.train.live import LiveView, sparkline
 from v05.train.metrics import read_metrics
 from v05.train.sinks import TensorBoard, WeightsAndBiases, figures_of, interrupted_later
-from v05.train.trainer import Progress, Trainer
+from v05.train.state import Progress
+from v05.train.trainer import Trainer
 
 # One checkpoint, after the first step: what follows it is repeated after an interruption.
 CONFIG = smoke(5).model_copy(update={"checkpoint_seconds": 1e6})

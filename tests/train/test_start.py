@@ -105,11 +105,11 @@ def test_completions_end_at_every_id_of_the_generation_config(folder, trainer_of
     assert not any(set(c.tokens[:-1]) & {1, 5, 6} for c in completions)
     prompt = trainer.heldout[0]
     rates, _ = trainer.true_rewards([prompt], 4000, seed=2)
-    (chance,) = trainer.answer_probability([prompt])  # by any of the three
+    (chance,) = trainer.predict([prompt])  # by any of the three
     assert abs(rates.mean() - chance) < 5 * math.sqrt(chance * (1 - chance) / 4000)
     with FakeServer() as server:
         config = trainer.config.model_copy(update={"engine": EngineConfig(kind="vllm_server", url=server.url)})
-        engine = make_engine(config, folder, trainer.directory, trainer.model, trainer.tokenizer)
+        engine = make_engine(config, folder, trainer.directory, trainer.learner.model, trainer.tokenizer)
         engine.submit([0], [trainer.probe_requests()[0]])
         engine.poll()
         assert server.calls[-1][1]["stop_token_ids"] == [1, 5, 6]
@@ -117,16 +117,16 @@ def test_completions_end_at_every_id_of_the_generation_config(folder, trainer_of
 
 def test_a_policy_that_diverges_is_explained_and_the_checkpoint_stays(trainer_of):
     trainer = trainer_of(checkpoint_seconds=0.0, total_rollouts=1000, optimizer=OptimizerConfig(learning_rate=3.0))
-    update = trainer.update
+    update = trainer.learner.update
 
     def diverging(*arguments):
         figures = update(*arguments)
         if trainer.state.steps == 2:
             with torch.no_grad():
-                trainer.model.lm_head.weight.fill_(float("nan"))
+                trainer.learner.model.lm_head.weight.fill_(float("nan"))
         return figures
 
-    trainer.update = diverging
+    trainer.learner.update = diverging
     message = r"step 3: the policy is not finite: .*; start anew with a lower optimizer.learning_rate \(3\) or optimizer.max_grad_"
     with pytest.raises(RuntimeError, match=message):
         list(trainer.run())
@@ -147,18 +147,18 @@ def test_a_learning_rate_that_is_far_too_high(trainer_of, learning_rate):
 def test_a_gradient_that_is_not_finite_moves_nothing(trainer_of):
     trainer = trainer_of()
     trainer.task.verify = lambda prompt, completion: float(len(completion) % 2)
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    scorer = trainer.scorer
-    trainer.scorer = lambda *arguments: scorer(*arguments) * float("inf")
+    before = {name: value.clone() for name, value in trainer.learner.model.state_dict().items()}
+    scorer = trainer.learner.scorer
+    trainer.learner.scorer = lambda *arguments: scorer(*arguments) * float("inf")
     with pytest.raises(NotFiniteError, match="step 0: the policy is not finite: the gradient's norm is nan"):
         list(trainer.run())
-    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in trainer.learner.model.state_dict().items())
 
 
 def test_no_engine_is_given_weights_that_are_not_finite(trainer_of):
     trainer = trainer_of()
     with torch.no_grad():
-        trainer.model.lm_head.weight.fill_(np.nan)
+        trainer.learner.model.lm_head.weight.fill_(np.nan)
     trainer.engine.update_weights = lambda state: pytest.fail("weights were handed over")
     with pytest.raises(NotFiniteError, match="the policy is not finite: the token after a prompt has no log-probability"):
-        sync_weights(trainer.engine, trainer.model, trainer.probe_requests(), 0, 1e-3)
+        sync_weights(trainer.engine, trainer.learner.model, trainer.probe_requests(), 0, 1e-3)

@@ -240,7 +240,7 @@ def test_rloo_is_dr_grpo_where_groups_have_one_size(tmp_path):
         trainer = Trainer(run_config("smoke", method), tmp_path / method, lambda line: None)
         for _ in range(3):
             trainer.step(probe=False)
-        ends[method] = np.concatenate([p.detach().numpy().ravel() for p in trainer.model.parameters()])
+        ends[method] = np.concatenate([p.detach().numpy().ravel() for p in trainer.learner.model.parameters()])
         start = Trainer(run_config("smoke", method), tmp_path / f"{method}-start", lambda line: None)
-        moved = ends[method] - np.concatenate([p.detach().numpy().ravel() for p in start.model.parameters()])
+        moved = ends[method] - np.concatenate([p.detach().numpy().ravel() for p in start.learner.model.parameters()])
     assert np.linalg.norm(ends["dr_grpo@4"] - ends["rloo@4"]) < 0.02 * np.linalg.norm(moved)

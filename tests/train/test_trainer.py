@@ -17,7 +17,7 @@ from v05.prior import NoisePrior
 from v05.prior.v0.logs import read_logs
 from v05.rollout import Completion
 from v05.tasks import make_task
-from v05.train import trainer as trainer_module
+from v05.train import step_records
 from v05.train.config import (
     BudgetConfig,
     LossConfig,
@@ -28,19 +28,12 @@ from v05.train.config import (
     label_of,
     run_config,
 )
+from v05.train.dapo import has_signal, shaped_rewards
 from v05.train.engine import engine_of_folder
 from v05.train.metrics import read_metrics
 from v05.train.policy import load_tokenizer, policy_folder
-from v05.train.trainer import (
-    SAMPLED_COMPLETIONS,
-    SAMPLED_GROUPS,
-    Trainer,
-    has_signal,
-    histogram,
-    prior_outcomes,
-    shaped_rewards,
-    shortened,
-)
+from v05.train.step_records import SAMPLED_COMPLETIONS, SAMPLED_GROUPS, histogram, prior_outcomes, shortened
+from v05.train.trainer import Trainer
 
 TIMES = {"seconds", "generate_seconds", "verify_seconds", "sample_seconds", "advantage_seconds", "update_seconds", "sync_seconds"}
 
@@ -121,12 +114,12 @@ def test_the_budget_follows_the_fit(spec, tmp_path):
     run = trainer.run()
     while trainer.state.steps < 4:
         next(run)
-    fitted = trainer.calibrator.state_dict()
-    assert trainer.calibrator.calibration != Calibration()
+    fitted = trainer.estimator.calibrator.state_dict()
+    assert trainer.estimator.calibrator.calibration != Calibration()
     del run, trainer
     gc.collect()  # lets go of the run's files
     resumed = Trainer(config, tmp_path / "torn", lambda line: None)
-    for name, value in resumed.calibrator.state_dict().items():
+    for name, value in resumed.estimator.calibrator.state_dict().items():
         np.testing.assert_array_equal(value, fitted[name])
     list(resumed.run())
     train(config, tmp_path / "whole")
@@ -144,14 +137,13 @@ def test_paths_are_counted_where_they_can_be(tmp_path):
     batch, _ = trainer.sample()
     sizes = np.diff(batch.offsets)
     assert len(set(sizes.tolist())) > 1
-    mask = torch.arange(3) < 1 + torch.arange(len(batch.rewards))[:, None] % 3
-    advantages = trainer.unbiased_advantages(batch, mask)
+    advantages = trainer.estimator.unbiased_advantages(batch)
     counted = path_counting_advantages(
         batch.rewards, batch.priors, batch.offsets, method="calibrated", initial=2, maximum=8, calibration=Calibration()
     )
-    torch.testing.assert_close(advantages, counted[:, None].float() * mask)
-    assert trainer.unbiased_advantages(replace(batch, invalid=1), mask) is None
-    assert trainer.unbiased_advantages(replace(batch, rewards=batch.rewards * 0.5), mask) is None
+    assert torch.equal(advantages, counted.float())
+    assert trainer.estimator.unbiased_advantages(replace(batch, invalid=1)) is None
+    assert trainer.estimator.unbiased_advantages(replace(batch, rewards=batch.rewards * 0.5)) is None
 
 
 @pytest.mark.parametrize("method", ["v05", "calibrated", "grpo"])
@@ -187,7 +179,7 @@ def test_the_probed_baseline_is_the_one_that_was_subtracted(method, tmp_path, mo
     def sample():
         batch, thrown_away = step()
         batch.rewards[:] = np.arange(len(batch.rewards)) % 2
-        if trainer.method.needs_prior:
+        if trainer.estimator.method.needs_prior:
             batch.priors[:] = 0.3
         return batch, thrown_away
 
@@ -206,7 +198,7 @@ def test_the_probed_baseline_is_the_one_that_was_subtracted(method, tmp_path, mo
 
 
 def test_completions_are_recorded_after_evaluations(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module, "SAMPLED_CHARACTERS", 4)
+    monkeypatch.setattr(step_records, "SAMPLED_CHARACTERS", 4)
     config = run_config("smoke", "v05", total_rollouts=64 * 6)
     train(config, tmp_path)
     groups = read_metrics(tmp_path, "group")
@@ -278,17 +270,15 @@ def test_leaving_out_rollouts_without_advantage_is_exact(tmp_path, monkeypatch):
     for split in (True, False):
         trainer = Trainer(run_config("smoke", "dr_grpo", rollouts_per_step=256), tmp_path / str(split), lambda line: None)
         batch, _ = trainer.sample()
-        lengths = torch.tensor([len(c.tokens) for c in batch.completions])
-        mask = torch.arange(trainer.config.policy.max_new_tokens) < lengths[:, None]
-        advantages = torch.from_numpy(batch.rewards - 0.5 * (np.arange(len(batch.rewards)) % 2)).float()[:, None] * mask
+        advantages = torch.from_numpy(batch.rewards - 0.5 * (np.arange(len(batch.rewards)) % 2)).float()
         if split:  # many micro-batches, and rows without advantage left out
-            monkeypatch.setattr("v05.train.trainer.MICRO_BATCH", 7)
+            monkeypatch.setattr("v05.train.learner.MICRO_BATCH", 7)
         else:  # one pass over all rows
-            monkeypatch.setattr("v05.train.trainer.MICRO_BATCH", 10_000)
+            monkeypatch.setattr("v05.train.learner.MICRO_BATCH", 10_000)
             advantages = torch.where(advantages == 0, 1e-30, advantages)
-        trainer.optimizer.step = lambda: None
-        trainer.update(batch, advantages, mask)
-        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]))
+        trainer.learner.optimizer.step = lambda: None
+        trainer.learner.update(batch, advantages)
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.learner.model.parameters()]))
     assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[1].norm()
 
 
@@ -310,9 +300,8 @@ def test_clip_fraction_is_that_of_the_updates(tmp_path, monkeypatch):
     batch, _ = trainer.sample()
     for completion in batch.completions:  # as if sampled by a policy that was sure of the contrary: every ratio is huge
         completion.logprobs[:] -= 10
-    mask = torch.arange(trainer.config.policy.max_new_tokens) < torch.tensor([[len(c.tokens)] for c in batch.completions])
-    monkeypatch.setattr("v05.train.trainer.MICRO_BATCH", 5)
-    assert trainer.update(batch, 1.0 * mask, mask)["clip_fraction"] == pytest.approx(1.0)
+    monkeypatch.setattr("v05.train.learner.MICRO_BATCH", 5)
+    assert trainer.learner.update(batch, torch.ones(len(batch.rewards)))["clip_fraction"] == pytest.approx(1.0)
 
 
 def test_verifier_processes_change_no_figure(tmp_path):
@@ -394,7 +383,7 @@ def test_an_error_closes_engine_and_verifier(tmp_path):
     closed = []
     trainer.engine.close = lambda: closed.append("engine")
     trainer.verifier.close = lambda: closed.append("verifier")
-    trainer.update = lambda *arguments: 1 / 0
+    trainer.learner.update = lambda *arguments: 1 / 0
     with pytest.raises(ZeroDivisionError):
         list(trainer.run())
     assert sorted(closed) == ["engine", "verifier"]

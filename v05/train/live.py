@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from v05.train.trainer import Progress as RunProgress
+    from v05.train.state import Progress as RunProgress
 
 LINE_SECONDS = 30.0  # between the lines of a log that has no new evaluation to tell of
 BLOCKS = "▁▂▃▄▅▆▇█"

@@ -12,16 +12,12 @@ import json
 import math
 import os
 import weakref
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from v05.files import explained, read_object, read_objects, replacing
-from v05.train.config import RunConfig, label_of
 from v05.train.identity import inputs_of, paths_of, with_contents
 from v05.train.records import check_record, check_result
 
@@ -140,19 +136,6 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` whole or not at all, NaN and infinity as null; its folder is made if need be."""
     with replacing(path) as scratch:
         scratch.write_text(json.dumps(_plain(value), indent=1, default=str, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def write_outcomes(
-    directory: Path, config: RunConfig, step: int, prompts: Sequence[str], rates: NDArray[np.float64], trials: int
-) -> None:
-    """Write what the policy came to on (P,) prompts to outcomes/STEP.jsonl, as `v05 fit-prior` reads it."""
-    path = directory / OUTCOMES / f"{step:08d}.jsonl"
-    policy = f"{label_of(config)}-seed{config.seed}@{step}"
-    rows = [
-        {"policy": policy, "prompt": p, "score": 2 * r - 1, "trials": trials} for p, r in zip(prompts, rates.tolist(), strict=True)
-    ]
-    with explained(path, "the run goes on from its checkpoint"), replacing(path) as scratch:
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def plain_json(value: Any) -> str:

@@ -1,0 +1,189 @@
+"""The policy that learns: the gradient of a step's loss, passed backward in micro-batches, and its optimiser.
+
+Several processes share out the rollouts of a step (v05.train.distributed): every rank holds the whole step and passes backward
+through its share of it. A rollout whose advantage is zero has no gradient (without a KL term) and is left out of the backward
+pass. Exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from v05.rollout import Completion, NotFiniteError
+from v05.rollout.scheduler import RolloutBatch
+from v05.rollout.transformers_engine import completion_logprobs
+from v05.train.config import RunConfig
+from v05.train.distributed import (
+    World,
+    distribute,
+    load_optimizer_state,
+    load_parameters,
+    whole,
+    whole_optimizer_state,
+    whole_parameters,
+)
+from v05.train.loss import importance_weights, policy_loss, rollout_weights, token_weights
+from v05.train.policy import load_policy
+
+MICRO_BATCH = 512  # rollouts a backward pass and process
+
+Logprobs = Sequence[NDArray[np.float32]]
+
+
+class Learner:
+    """The policy in training, on every rank.
+
+    Attributes:
+        model, tokenizer: the policy of the folder that it starts from.
+        sampled: the policy to sample from: `model` itself or, where that is sharded, an unsharded copy, which `update` refreshes.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, world: World) -> None:
+        self.config = config
+        self.world = world
+        self.model, self.tokenizer = load_policy(folder)
+        self.reference = load_policy(folder)[0] if config.loss.kl_coefficient > 0 else None
+        self.sharded = world.size > 1 and config.distributed == "fsdp2"
+        self.sampled = load_policy(folder)[0] if self.sharded else self.model
+        self.scorer = distribute(self.model, self.tokenizer.pad_token_id, config.distributed, world)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=config.optimizer.learning_rate,
+            weight_decay=config.optimizer.weight_decay,
+        )
+
+    @torch.no_grad()
+    def rescore(self, batch: RolloutBatch) -> list[NDArray[np.float32]]:
+        """The completions' log-probabilities under the learner's own policy, before the update. Ranks share them out."""
+        rescored = []
+        mine = torch.arange(len(batch.completions), device="cpu")[self.world.block(len(batch.completions))]
+        for rows in mine.split(MICRO_BATCH) if len(mine) else ():
+            prompts, completions = rollouts_of(batch, rows)
+            logprobs = completion_logprobs(self.sampled, prompts, completions, self.tokenizer.pad_token_id).cpu().numpy()
+            rescored += [row[: len(c.tokens)] for row, c in zip(logprobs, completions, strict=True)]
+        return [row for part in self.world.gather(rescored) for row in part]
+
+    def update(self, batch: RolloutBatch, advantages: torch.Tensor, rescored: Logprobs | None = None) -> dict[str, float]:
+        """Optimiser updates on the step's rollouts, one a part of its prompts. Every rank must call it.
+
+        Args:
+            batch: G groups, N rollouts.
+            advantages: (N,), the same for every token of a rollout.
+            rescored: N rows of log-probabilities to take ratios to; None: the engine's own.
+
+        Returns:
+            `grad_norm` before clipping, `loss`, `clip_fraction` and `kl`, means over the updates; NaN if no part had a gradient.
+
+        Raises:
+            NotFiniteError: the gradient is not finite. The policy stays as it is.
+        """
+        parts = [p for p in np.array_split(np.arange(len(batch.prompts)), self.config.optimizer.updates_per_step) if len(p)]
+        figures = [self._update_on(batch, int(p[0]), int(p[-1]) + 1, advantages, rescored) for p in parts]
+        records = [figure for figure in figures if figure is not None]
+        means = np.mean(records, axis=0) if records else np.full(4, np.nan)
+        self.refresh_sampled()
+        return dict(zip(("grad_norm", "loss", "clip_fraction", "kl"), map(float, means), strict=True))
+
+    def _update_on(
+        self, batch: RolloutBatch, first: int, end: int, advantages: torch.Tensor, rescored: Logprobs | None
+    ) -> tuple[float, float, float, float] | None:
+        """One update on groups first .. end - 1; returns its figures, None if they have no gradient."""
+        settings, world = self.config.loss, self.world
+        offsets = torch.from_numpy(batch.offsets[first : end + 1])
+        rows = torch.arange(int(offsets[0]), int(offsets[-1]), device="cpu")
+        lengths = torch.tensor([len(batch.completions[i].tokens) for i in rows.tolist()], dtype=torch.int64, device="cpu")
+        teaches = ((advantages[rows] != 0) & (lengths > 0)) | (self.reference is not None)
+        if not teaches.any():
+            return None
+        mask = torch.arange(self.config.policy.max_new_tokens, device="cpu") < lengths[:, None]
+        weights = token_weights(rollout_weights(offsets - offsets[0], settings.group_weighting), mask, settings.aggregation)
+        self.optimizer.zero_grad()
+        totals = torch.zeros(3, device="cpu")
+        for chunk in torch.nonzero(teaches).squeeze(-1).split(MICRO_BATCH * world.size):
+            width = int(lengths[chunk].max())
+            share, share_weights = chunk[world.rank :: world.size], weights[chunk[world.rank :: world.size]]
+            if not len(share):  # all ranks pass backward equally often: this one with a rollout of no weight
+                share, share_weights = chunk[:1], torch.zeros_like(weights[chunk[:1]])
+            totals += self._backward(batch, rows[share], advantages[rows[share]], share_weights[:, :width], rescored)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
+        grad_norm = float(whole(norm))
+        if not isfinite(grad_norm):
+            raise NotFiniteError(f"the policy is not finite: the gradient's norm is {grad_norm}")
+        self.optimizer.step()
+        loss, clipped, kl = world.sum(totals).tolist()
+        return grad_norm, loss, clipped / int(lengths.sum()), kl
+
+    def _backward(
+        self, batch: RolloutBatch, rows: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor, rescored: Logprobs | None
+    ) -> torch.Tensor:
+        """Accumulate the gradients of n rollouts, from (n,) advantages and (n, width) weights of their tokens.
+
+        Returns their part of (loss, clipped tokens, KL).
+        """
+        device, width = self.model.device, weights.shape[1]
+        settings = self.config.loss
+        prompts, completions = rollouts_of(batch, rows)
+        logprobs = self.scorer(prompts, completions, width)
+        reference = None
+        if self.reference is not None:
+            with torch.no_grad():
+                reference = completion_logprobs(self.reference, prompts, completions, self.tokenizer.pad_token_id, width)
+        engine = padded([c.logprobs for c in completions], width).to(device)
+        old = engine if rescored is None else padded([rescored[i] for i in rows.tolist()], width).to(device)
+        loss = policy_loss(
+            logprobs,
+            old,
+            advantages.to(device)[:, None].expand(-1, width),
+            weights.to(device),
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            importance=importance_weights(old, engine, settings.importance_cap) if settings.importance_cap else None,
+            reference_logprobs=reference,
+            kl_coefficient=settings.kl_coefficient,
+        )
+        (loss.total * self.world.size).backward()  # ranks' gradients are averaged, their losses add up
+        kl = torch.tensor(torch.nan, device="cpu") if loss.kl is None else loss.kl.detach().cpu()
+        return torch.stack((loss.total.detach().cpu(), loss.clipped.cpu(), kl))
+
+    def refresh_sampled(self) -> None:
+        """Bring the unsharded copy of a sharded policy up to date."""
+        if self.sharded:
+            load_parameters(self.sampled, whole_parameters(self.model))
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """The unsharded parameters, on the rank that writes. Every rank must call it."""
+        return self._kept(whole_parameters(self.model))
+
+    def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The unsharded tensors of "policy" and "optimizer", on the rank that writes. Every rank must call it."""
+        return {"policy": self.parameters(), "optimizer": self._kept(whole_optimizer_state(self.model, self.optimizer))}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Go on from what `state_dict` of a learner with the same settings gave."""
+        load_parameters(self.model, state["policy"].items())
+        load_optimizer_state(self.model, self.optimizer, state["optimizer"].items())
+        self.refresh_sampled()
+
+    def _kept(self, values: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The values on the rank that writes; the others have helped to gather each and drop it."""
+        return {name: value for name, value in values if self.world.writes}
+
+
+def rollouts_of(batch: RolloutBatch, rows: torch.Tensor) -> tuple[list[tuple[int, ...]], list[Completion]]:
+    """Prompt tokens and completions of some rollouts."""
+    group_of = np.repeat(np.arange(len(batch.prompts)), np.diff(batch.offsets))
+    return [batch.prompt_tokens[g] for g in group_of[rows.numpy()]], [batch.completions[i] for i in rows.tolist()]
+
+
+def padded(rows: Logprobs, width: int) -> torch.Tensor:
+    """(N, width) float32, zero beyond the end of each row."""
+    matrix = torch.zeros(len(rows), width, device="cpu")
+    for i, row in enumerate(rows):
+        matrix[i, : len(row)] = torch.tensor(row, device="cpu")
+    return matrix
