@@ -9,7 +9,7 @@ advantages of its rewards, and what prior and calibration learn from the outcome
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -241,6 +241,19 @@ class Estimator:
         trials = stats.count.cpu().numpy().astype(np.float64)
         mean = np.where(trials > 0, stats.mean.cpu().numpy(), low)
         return np.clip((mean - low) / (high - low), 0.0, 1.0) * trials, trials
+
+    def state_dict(self) -> dict[str, dict[str, NDArray[Any]]]:
+        """All that was learnt, as numeric arrays by part ("prior", "calibrator") and name; a checkpoint keeps them."""
+        return {name: part.state_dict() for name, part in self._learners().items()}
+
+    def load_state_dict(self, state: Mapping[str, dict[str, NDArray[Any]]]) -> None:
+        """Go on from what `state_dict` of an estimator with the same settings gave. ValueError for what it never gave."""
+        for name, part in self._learners().items():
+            part.load_state_dict(state[name])
+
+    def _learners(self) -> dict[str, ValuePrior | Calibrator]:
+        learners = {"prior": self.prior, "calibrator": self.calibrator}
+        return {name: part for name, part in learners.items() if part is not None}
 
     def close(self, prompts: Sequence[str], rates: Floats, successes: Floats, trials: Floats, fit: bool = True) -> None:
         """Learn what (G,) trials of each prompt, opened at these rates, came to; nothing for a method without a prior.

@@ -30,6 +30,7 @@ from v05.train.config import (
 )
 from v05.train.dapo import has_signal, shaped_rewards
 from v05.train.engine import engine_of_folder
+from v05.train.estimator import estimate_batch
 from v05.train.metrics import read_metrics
 from v05.train.policy import load_tokenizer, policy_folder
 from v05.train.step_records import SAMPLED_COMPLETIONS, SAMPLED_GROUPS, histogram, prior_outcomes, shortened
@@ -137,13 +138,14 @@ def test_paths_are_counted_where_they_can_be(tmp_path):
     batch, _ = trainer.sample()
     sizes = np.diff(batch.offsets)
     assert len(set(sizes.tolist())) > 1
-    advantages = trainer.estimator.unbiased_advantages(batch)
+    estimate = estimate_batch(trainer.estimator, batch, batch.rewards)
     counted = path_counting_advantages(
         batch.rewards, batch.priors, batch.offsets, method="calibrated", initial=2, maximum=8, calibration=Calibration()
     )
-    assert torch.equal(advantages, counted.float())
-    assert trainer.estimator.unbiased_advantages(replace(batch, invalid=1)) is None
-    assert trainer.estimator.unbiased_advantages(replace(batch, rewards=batch.rewards * 0.5)) is None
+    assert estimate.counted.all()
+    assert torch.equal(estimate.advantages, counted.float())
+    assert not estimate_batch(trainer.estimator, replace(batch, invalid=1), batch.rewards).counted.any()
+    assert not estimate_batch(trainer.estimator, batch, batch.rewards * 0.5).counted.any()
 
 
 @pytest.mark.parametrize("method", ["v05", "calibrated", "grpo"])
@@ -179,7 +181,7 @@ def test_the_probed_baseline_is_the_one_that_was_subtracted(method, tmp_path, mo
     def sample():
         batch, thrown_away = step()
         batch.rewards[:] = np.arange(len(batch.rewards)) % 2
-        if trainer.estimator.method.needs_prior:
+        if trainer.estimator.of.needs_prior:
             batch.priors[:] = 0.3
         return batch, thrown_away
 

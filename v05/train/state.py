@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from v05.budget import RolloutAllocator
+from v05.estimator import Estimator
 from v05.train.checkpoint import Checkpoint, read_checkpoint
 from v05.train.config import RunConfig
-from v05.train.estimator import Estimator
 from v05.train.learner import Learner
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from v05.ops import AdvantageStats
+from v05.prior.calibration import Calibrator
 from v05.rollout import Completion
 from v05.rollout.scheduler import RolloutBatch
 from v05.train.records import TENTHS
@@ -87,6 +89,14 @@ def prior_outcomes(batch: RolloutBatch, initial: int) -> list[list[float]]:
 def tenth(shares: NDArray[np.float64]) -> NDArray[np.int64]:
     """Which of ten equal bins of [0, 1] each share falls into."""
     return np.minimum((shares * TENTHS).astype(np.int64), TENTHS - 1)
+
+
+def calibration_figures(calibrator: Calibrator | None) -> dict[str, float]:
+    """What the coming step trusts the prior by, and how many fits have failed; nothing for methods that do not ask."""
+    if calibrator is None:
+        return {}
+    numbers = {f"calibration_{name}": value for name, value in asdict(calibrator.calibration).items()}
+    return numbers | {"failed_fits": calibrator.failed_fits}
 
 
 def sampled_groups(

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 -m v05 train --preset tiny --method v05 --seed 0 --out runs/one
 
 A step is: draw prompts -> predict priors -> sample until the allocator has stopped every group -> fused advantages ->
-clipped policy gradient -> let the prior observe -> record. Priors and advantages are v05.train.estimator's, the policy and its
+clipped policy gradient -> let the prior observe -> record. Priors and advantages are v05.estimator's, the policy and its
 optimiser v05.train.learner's. Several processes share out the sampling and the gradient and do the rest alike
 (v05.train.distributed). Between steps the run is written down now and then (v05.train.state, v05.train.checkpoint), and goes on
 from there when it is called again. Evaluations, probes and checkpoints are paid for apart: they count neither as training rollouts
@@ -43,6 +43,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from v05.budget import RolloutAllocator
 from v05.files import explained, flush, flush_folder
 from v05.rollout import Completion, Request
 from v05.rollout.limits import positions_of, refuse_prompt
@@ -53,7 +54,7 @@ from v05.train.config import RunConfig
 from v05.train.dapo import has_signal, shaped_rewards
 from v05.train.distributed import join_world
 from v05.train.engine import explaining_divergence, make_engine, make_verifier, require_finite, sync_weights
-from v05.train.estimator import Estimator
+from v05.train.estimator import close_batch, estimate_batch, make_estimator
 from v05.train.evaluation import EVALUATION_SEED, baseline_error, entropy_of, prior_scores, true_rewards, write_outcomes
 from v05.train.identity import identity_digest, inputs_of, paths_of
 from v05.train.learner import Learner
@@ -63,7 +64,7 @@ from v05.train.oracle import answer_probability
 from v05.train.policy import chat_tokens, policy_folder
 from v05.train.sinks import Sink, TensorBoard, figures_of, interrupted_later
 from v05.train.state import Progress, TrainerState, restore, result_of, snapshot
-from v05.train.step_records import Stopwatch, group_figures, sampled_groups
+from v05.train.step_records import Stopwatch, calibration_figures, group_figures, sampled_groups
 
 PROMPTS_BETWEEN_SEEDS = 10_000_000  # runs of different seeds read different stretches of the task's prompts
 CHECKED_PROMPTS = 256  # of training, whose lengths are checked at the start; of the others when they are drawn
@@ -106,8 +107,8 @@ class Trainer:
         self.engine = make_engine(config, folder, directory, self.learner.sampled, self.tokenizer)
         self.own_weights = config.engine.kind != "transformers"  # the engine's, to be kept up to date
         self.verifier = make_verifier(config, self.task)
-        self.estimator = Estimator(config, folder)
-        self.allocator = self.estimator.allocator(0)
+        self.estimator = make_estimator(config, folder)
+        self.allocator = self.new_allocator(0)
         self.heldout = heldout_set(self.task, config.evaluation.prompts, skip=config.evaluation.skip)
         budget = config.budget
         self.state = TrainerState(
@@ -169,26 +170,23 @@ class Trainer:
         rewards = shaped_rewards(batch.rewards, batch.completions, config.overlong, config.policy.max_new_tokens)
         watch.lap("sample")
 
-        out = self.estimator.advantages(batch, rewards, config.scale)
-        unbiased = self.estimator.unbiased_advantages(batch) if config.budget.unbiased else None
-        advantages = out.advantages if unbiased is None else unbiased
+        estimate = estimate_batch(self.estimator, batch, rewards)
         watch.lap("advantage")
         if probe and not config.budget.unbiased:  # where paths are counted, no single baseline is subtracted from a reward
             self.probe_baselines(batch, rewards)
         watch.lap("probe")
 
         rescored = self.learner.rescore(batch) if self.own_weights or config.loss.importance_cap else None
-        update = self.learner.update(batch, advantages, rescored)
+        update = self.learner.update(batch, estimate.advantages, rescored)
         watch.lap("update")
         sync_difference = self.sync() if self.own_weights else float("nan")
         watch.lap("sync")
-        self.estimator.observe(batch, self.world)
+        close_batch(self.estimator, batch, self.world)
         watch.lap("observe")
         seconds = watch.seconds
         state.seconds += sum(seconds.values()) - seconds["probe"]
 
-        assert out.stats is not None
-        figures = group_figures(batch, out.stats, config.budget.initial)
+        figures = group_figures(batch, estimate.stats, config.budget.initial)
         self.prior_rejected = figures["prior_rejected"]
         self.record(
             "step",
@@ -201,8 +199,8 @@ class Trainer:
             generated_tokens=state.generated_tokens,
             seconds=state.seconds,
             **figures,
-            **self.estimator.figures(),
-            unbiased=unbiased is not None,
+            **calibration_figures(self.estimator.calibrator),
+            unbiased=config.budget.unbiased and bool(estimate.counted.all()),
             invalid=batch.invalid,
             failures=len(batch.failures),
             failure=batch.failures[-1] if batch.failures else None,
@@ -216,7 +214,7 @@ class Trainer:
             **update,
         )
         if probe and self.world.writes:  # to be read: sinks, which draw, get none of it
-            for group in sampled_groups(batch, out.stats, advantages.tolist(), self.engine.decode):
+            for group in sampled_groups(batch, estimate.stats, estimate.advantages.tolist(), self.engine.decode):
                 self.log.write("group", step=state.steps, rollouts=state.rollouts, **group)
         state.steps += 1
 
@@ -251,7 +249,7 @@ class Trainer:
         mine = self.world.block(count)
         priors = self.predict(prompts)
         if self.config.budget.rule in ("calibrated", "total"):  # no group is open: what was fitted since may take its place
-            self.allocator = self.estimator.allocator(len(prompts[mine]))
+            self.allocator = self.new_allocator(len(prompts[mine]))
         part = collect(
             self.allocator,
             self.engine,
@@ -275,12 +273,18 @@ class Trainer:
         state.group_size += (1 - GROUP_SIZE_MEMORY) * (len(batch.rewards) / count - state.group_size)
         return batch
 
+    def new_allocator(self, prompts: int) -> RolloutAllocator:
+        """With the last fit of the calibration, and the total that `prompts` are to share where the budget is one."""
+        budget = self.config.budget
+        total = None if budget.mean is None else max(budget.initial, round(budget.mean * prompts))
+        return self.estimator.allocator(total=total, seed=self.config.seed)
+
     def predict(self, prompts: Sequence[Prompt]) -> NDArray[np.float64]:
         """(P,) success rates by the prior; NaN for a method without one."""
         if self.config.prior == "oracle":
             tokens, answers = [self.tokens_of(p) for p in prompts], [p.answer for p in prompts]
             return answer_probability(self.learner.sampled, self.tokenizer, tokens, answers, self.config.policy.max_new_tokens)
-        return self.estimator.predict([prompt.text for prompt in prompts])
+        return self.estimator.open([prompt.text for prompt in prompts])
 
     def tokens_of(self, prompt: Prompt) -> tuple[int, ...]:
         """The prompt's token ids. ValueError where they leave the model no room for a completion."""
@@ -297,7 +301,7 @@ class Trainer:
         rewards, completions = self.true_rewards(self.heldout, samples, EVALUATION_SEED)
         accuracy, rates = float(rewards.mean()), rewards.mean(-1)
         # No prior ever observes held-out prompts.
-        prior = prior_scores(self.predict(self.heldout), rates) if self.estimator.method.needs_prior else {}
+        prior = prior_scores(self.predict(self.heldout), rates) if self.estimator.of.needs_prior else {}
         self.record(
             "evaluation",
             rollouts=state.rollouts,
@@ -323,7 +327,8 @@ class Trainer:
         seed = EVALUATION_SEED + self.state.rollouts * settings.probe_samples
         fresh, completions = self.true_rewards([batch.prompts[g] for g in probed], settings.probe_samples, seed)
         truth = shaped_rewards(fresh.ravel(), completions, self.config.overlong, self.config.policy.max_new_tokens)
-        baselines = rewards - self.estimator.advantages(batch, rewards, "none", torch.float64).advantages.numpy()
+        unscaled = replace(self.estimator, scale="none")
+        baselines = rewards - estimate_batch(unscaled, batch, rewards, dtype=torch.float64).advantages.numpy()
         by_group = [baselines[batch.offsets[g] : batch.offsets[g + 1]] for g in probed]
         error = baseline_error(by_group, truth.reshape(fresh.shape))
         self.record("probe", rollouts=self.state.rollouts, prompts=len(probed), baseline_mse=error)
