@@ -1,8 +1,11 @@
 """Energies: the squared norm of the gradient of a completion's log-probability, which energy-weighted baselines weigh by.
 
-The energy of a completion is about the sum over its tokens of the squared norm of the logits' gradient,
-1 - 2 pi(y_t) + sum_v pi(v)^2 (OTB, arXiv 2602.07078). Where only the sampled tokens' log-probabilities are known, 2 (1 - pi(y_t))^2
-stands in for a token.
+The energy of a completion is about the sum over its tokens of the squared norm of the logits' gradient (OTB, arXiv 2602.07078):
+
+    1 - 2 pi(y_t) + sum_v pi(v)^2  =  (1 - pi(y_t))^2 + sum over v other than y_t of pi(v)^2
+
+Where only the sampled tokens' log-probabilities are known, a token has the largest value that this can take, 2 (1 - pi(y_t))^2:
+all that the sampled token leaves is then with one other.
 """
 
 from __future__ import annotations
@@ -13,6 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def completion_energy(logprobs: NDArray[np.float32], sum_pi_squared: NDArray[np.float64] | None = None) -> float:
+    """The energy of a completion of L tokens, at least 0.
+
+    Args:
+        logprobs: (L,) of its tokens under the policy that sampled it, nats.
+        sum_pi_squared: (L,) sums over the vocabulary of squared probabilities at its tokens; None where they are not known.
+    """
+    others = -np.expm1(logprobs.astype(np.float64))  # 1 - pi, exact where pi is near 1
+    squares = np.square(others)
+    if sum_pi_squared is None:
+        return float(np.sum(2.0 * squares))
+    # Rounding may leave less than 0 where the policy is certain.
+    return float(np.sum(squares + np.maximum(sum_pi_squared - np.square(1.0 - others), 0.0)))
+
+
 def proxy_energies(logprobs: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
-    """(N,) energies, from the log-probabilities of each completion's tokens under the policy that sampled it, nats."""
-    return np.array([np.sum(2.0 * np.square(-np.expm1(row.astype(np.float64)))) for row in logprobs], dtype=np.float64)
+    """(N,) energies from the log-probabilities of each completion's tokens alone."""
+    return np.array([completion_energy(row) for row in logprobs], dtype=np.float64)

@@ -119,6 +119,7 @@ def test_actors_sample_as_the_embedded_engine_does_and_follow_its_weights(cluste
         for mine, theirs in zip(generate(embedded(model), REQUESTS), generate(engine, REQUESTS), strict=True):
             assert mine.tokens.tolist() == theirs.tokens.tolist()
             np.testing.assert_allclose(mine.logprobs, theirs.logprobs, atol=1e-4)
+            assert mine.energy == pytest.approx(theirs.energy, rel=1e-3)
             assert engine.decode(theirs) == embedded(model).decode(mine)
     engine.submit([0], REQUESTS[:1])
     with pytest.raises(ValueError, match="rollouts are in flight"):

@@ -5,8 +5,15 @@ import pytest
 import torch
 from transformers import Qwen3ForCausalLM
 
-from v05.rollout import Request, generate
-from v05.rollout.transformers_engine import JOIN_EVERY, TransformersEngine, _inverse_cdf, _uniforms, completion_logprobs
+from v05.rollout import Completion, Request, generate
+from v05.rollout.transformers_engine import (
+    JOIN_EVERY,
+    TransformersEngine,
+    _inverse_cdf,
+    _uniforms,
+    completion_logprobs,
+    rescored,
+)
 from v05.train.config import PolicyConfig
 from v05.train.policy import character_decoder, character_tokenizer
 
@@ -118,6 +125,24 @@ def test_logprobs_are_those_of_the_model_read_naively(policy):
         np.testing.assert_allclose(completion.logprobs, naive.detach().numpy(), atol=1e-4, rtol=1e-4)
 
 
+def test_energies_are_those_of_the_model_read_naively(policy):
+    model, tokenizer = policy
+    wanted = requests(tokenizer)
+    completions = generate(engine(policy, capacity=5), wanted)
+    bare = [Completion(c.tokens, np.zeros(len(c.tokens), dtype=np.float32), c.finished) for c in completions]
+    again = rescored(model, [r.prompt for r in wanted], bare, tokenizer.pad_token_id)
+    for request, completion, other in zip(wanted, completions, again, strict=True):
+        ids = torch.tensor([[*request.prompt, *completion.tokens]])
+        logits = model(input_ids=ids).logits[0, len(request.prompt) - 1 : -1].detach().requires_grad_()
+        log_p = torch.log_softmax(logits, dim=-1)
+        log_p.gather(-1, torch.from_numpy(completion.tokens)[:, None]).sum().backward()
+        for mine in (completion, other):
+            np.testing.assert_allclose(mine.sum_pi_squared, log_p.exp().square().sum(-1).detach().numpy(), rtol=1e-4)
+            assert mine.energy == pytest.approx(float(logits.grad.square().sum()), rel=1e-4)
+        assert other.tokens is completion.tokens
+        np.testing.assert_allclose(other.logprobs, completion.logprobs, atol=1e-4)
+
+
 def test_gradients_through_shared_prompts_are_those_of_the_naive_pass(policy):
     model, tokenizer = policy
     wanted = requests(tokenizer, 8)
@@ -169,8 +194,8 @@ def test_training_mode_is_left_as_it_was(policy):
 
 
 def test_inverse_cdf_covers_the_unit_interval():
-    log_p = torch.log(torch.tensor([[0.25, 0.0, 0.75]])).expand(4, 3)
-    tokens = _inverse_cdf(log_p, torch.tensor([0.0, 0.2499, 0.2501, 1 - 2**-53], dtype=torch.float64))
+    pi = torch.tensor([[0.25, 0.0, 0.75]], dtype=torch.float64).expand(4, 3)
+    tokens = _inverse_cdf(pi, torch.tensor([0.0, 0.2499, 0.2501, 1 - 2**-53], dtype=torch.float64))
     assert tokens.tolist() == [0, 0, 2, 2]
 
 
@@ -220,3 +245,4 @@ def test_temperature_0_takes_the_likeliest_token(policy):
         likeliest = model(input_ids=ids).logits[0, len(request.prompt) - 1 : -1].argmax(-1)
         assert completion.tokens.tolist() == likeliest.tolist()
         assert (completion.logprobs == 0).all()
+        assert completion.energy == 0

@@ -50,6 +50,7 @@ def test_a_completion_and_what_is_asked_for_it(tmp_path):
     assert isinstance(completion, Completion)
     assert completion.tokens.tolist() == [5, 6, END]
     assert completion.logprobs.tolist() == [-0.5] * 3
+    assert completion.energy == pytest.approx(6 * (1 - math.exp(-0.5)) ** 2)  # of the sampled tokens alone
     assert completion.finished
     assert engine.decode(completion) == "5 6"
     asked = server.calls[-1][1]

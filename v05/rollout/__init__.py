@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from v05.energy import completion_energy
+
 if TYPE_CHECKING:
     import torch
 
@@ -40,11 +42,19 @@ class Completion:
         tokens: (L,) int64, the token that ends it included when the policy wrote one.
         logprobs: (L,) float32, of each token under the sampling policy.
         finished: False when the length limit cut it off.
+        sum_pi_squared: (L,) float64, the sum over the vocabulary of squared probabilities under the sampling policy; None where the
+            engine does not know the whole distribution.
     """
 
     tokens: NDArray[np.int64]
     logprobs: NDArray[np.float32]
     finished: bool
+    sum_pi_squared: NDArray[np.float64] | None = None
+
+    @property
+    def energy(self) -> float:
+        """About the squared norm of the gradient of its log-probability, as far as the engine knows it (v05.energy)."""
+        return completion_energy(self.logprobs, self.sum_pi_squared)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import contextlib
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -145,6 +145,7 @@ class TransformersEngine:
             uniforms=torch.from_numpy(uniforms).to(device),
             tokens=torch.zeros(uniforms.shape, dtype=torch.int64, device=device),
             logprobs=torch.zeros(uniforms.shape, device=device),
+            sum_pi_squared=torch.zeros(uniforms.shape, dtype=torch.float64, device=device),
             lengths=torch.zeros(joining, dtype=torch.int64, device=device),
             read=read,
         )
@@ -165,18 +166,20 @@ class TransformersEngine:
             logits = torch.full_like(logits, -torch.inf).scatter_(1, likeliest, largest - largest)
         log_p = torch.log_softmax(logits, dim=-1)
         at = rollouts.lengths[:, None]
-        token = _inverse_cdf(log_p, rollouts.uniforms.gather(1, at).squeeze(1))[:, None]
+        pi = log_p.double().exp()
+        token = _inverse_cdf(pi, rollouts.uniforms.gather(1, at).squeeze(1))[:, None]
         logprob = log_p.gather(1, token)
         rollouts.tokens.scatter_(1, at, token)
         rollouts.logprobs.scatter_(1, at, logprob)
+        rollouts.sum_pi_squared.scatter_(1, at, _sum_of_squares(pi)[:, None])
         rollouts.lengths += 1
         ended = torch.isin(token, self._stops).squeeze(1)
         broken = ~logprob.isfinite().squeeze(1)
         leaving = ended | broken | (rollouts.lengths == self._max_new_tokens)
         if not leaving.any():
             return []
-        columns = (rollouts.keys, rollouts.tokens, rollouts.logprobs, rollouts.lengths, ended, broken)
-        keys, tokens, logprobs, lengths, ends, breaks = (column[leaving].cpu().numpy() for column in columns)
+        columns = (rollouts.keys, rollouts.tokens, rollouts.logprobs, rollouts.sum_pi_squared, rollouts.lengths, ended, broken)
+        keys, tokens, logprobs, squares, lengths, ends, breaks = (column[leaving].cpu().numpy() for column in columns)
         if breaks.any():
             raise NotFiniteError(
                 f"the policy is not finite: token {lengths[breaks][0]} of a completion has no log-probability; its weights have "
@@ -184,7 +187,8 @@ class TransformersEngine:
             )
         self._rollouts = None if leaving.all() else rollouts.keep(torch.nonzero(~leaving).squeeze(1))
         return [
-            (int(keys[i]), Completion(tokens[i, :n].copy(), logprobs[i, :n].copy(), bool(ends[i]))) for i, n in enumerate(lengths)
+            (int(keys[i]), Completion(tokens[i, :n].copy(), logprobs[i, :n].copy(), bool(ends[i]), squares[i, :n].copy()))
+            for i, n in enumerate(lengths)
         ]
 
 
@@ -195,7 +199,7 @@ class _Rollouts:
     Attributes:
         keys: (B,) int64.
         uniforms: (B, T) float64, what the tokens are drawn with.
-        tokens, logprobs: (B, T); lengths (B,): how many of them are drawn.
+        tokens, logprobs, sum_pi_squared: (B, T); lengths (B,): how many of them are drawn.
         read: prompts and drawn tokens as the model has read them.
     """
 
@@ -203,6 +207,7 @@ class _Rollouts:
     uniforms: torch.Tensor
     tokens: torch.Tensor
     logprobs: torch.Tensor
+    sum_pi_squared: torch.Tensor
     lengths: torch.Tensor
     read: Rows
 
@@ -239,13 +244,39 @@ def completion_logprobs(
 
     `width` is the longest completion's length, or more where it is given.
     """
-    width = width or max(len(c.tokens) for c in completions)
+    log_p, tokens = _log_softmax(model, prompts, completions, pad, width or max(len(c.tokens) for c in completions))
+    return log_p.gather(-1, tokens[..., None]).squeeze(-1)
+
+
+@torch.no_grad()
+def rescored(
+    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], completions: Sequence[Completion], pad: int
+) -> list[Completion]:
+    """The completions with log-probabilities and sums of squared probabilities of `model` in place of their engine's."""
+    log_p, tokens = _log_softmax(model, prompts, completions, pad, max(len(c.tokens) for c in completions))
+    logprobs = log_p.gather(-1, tokens[..., None]).squeeze(-1).cpu().numpy()
+    # A position at a time: in double precision the whole is twice what is there already.
+    squares = torch.stack([_sum_of_squares(at.double().exp()) for at in log_p.unbind(1)], dim=1).cpu().numpy()
+    return [
+        replace(c, logprobs=p[: len(c.tokens)].copy(), sum_pi_squared=s[: len(c.tokens)].copy())
+        for c, p, s in zip(completions, logprobs, squares, strict=True)
+    ]
+
+
+def _log_softmax(
+    model: PreTrainedModel,
+    prompts: Sequence[tuple[int, ...]],
+    completions: Sequence[Completion],
+    pad: int,
+    width: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, width, V) log-probabilities after each token before, and the (N, width) tokens, padded."""
     tokens = torch.full((len(prompts), width), pad, device="cpu")
     for row, completion in enumerate(completions):
         tokens[row, : len(completion.tokens)] = torch.tensor(completion.tokens, device="cpu")
     tokens = tokens.to(model.device)
     logits = _logits_after_prompts if keeps_only_columns(model) else _logits_of_whole_sequences
-    return torch.log_softmax(logits(model, prompts, tokens, pad).float(), dim=-1).gather(-1, tokens[..., None]).squeeze(-1)
+    return torch.log_softmax(logits(model, prompts, tokens, pad).float(), dim=-1), tokens
 
 
 def _logits_after_prompts(
@@ -333,7 +364,7 @@ def _probes(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], pad: int
     logprobs: list[list[float]] = [[] for _ in prompts]
     for step in range(CHECKED_TOKENS):
         log_p = torch.log_softmax(rows.logits.float(), dim=-1)
-        drawn = _inverse_cdf(log_p, torch.from_numpy(random.random(len(sampling))).to(model.device))[:, None]
+        drawn = _inverse_cdf(log_p.double().exp(), torch.from_numpy(random.random(len(sampling))).to(model.device))[:, None]
         for i, token, logprob in zip(sampling, drawn.flatten().tolist(), log_p.gather(1, drawn).flatten().tolist(), strict=True):
             tokens[i].append(token)
             logprobs[i].append(logprob)
@@ -354,12 +385,18 @@ def _rounding(model: PreTrainedModel) -> float:
     return ROUNDING.get(model.dtype, ROUNDING[torch.float32])
 
 
-def _inverse_cdf(log_p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The token whose slice of the unit interval holds `uniform`: (B, V), (B,) -> (B,)."""
-    cdf = log_p.double().exp().cumsum(-1)
+def _sum_of_squares(pi: torch.Tensor) -> torch.Tensor:
+    """(B, V) -> (B,), without a second (B, V)."""
+    norm: torch.Tensor = torch.linalg.vector_norm(pi, dim=-1)
+    return norm.square()
+
+
+def _inverse_cdf(pi: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The token whose slice of the unit interval holds `uniform`: (B, V), (B,) float64 -> (B,)."""
+    cdf = pi.cumsum(-1)
     # Scaled by the last entry, so that rounding never leaves the interval's end uncovered.
     token = torch.searchsorted(cdf, (uniform.double() * cdf[:, -1])[:, None], right=True).squeeze(-1)
-    return token.clamp(max=log_p.shape[-1] - 1)  # where nothing is finite, no slice holds anything
+    return token.clamp(max=pi.shape[-1] - 1)  # where nothing is finite, no slice holds anything
 
 
 def _uniforms(seeds: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
