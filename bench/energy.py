@@ -1,0 +1,150 @@
+"""How good energies are that a forward pass gives: `python bench/energy.py symbols hard RUN ...` writes bench/results/energy.csv.
+
+A policy is the warm start of a preset, or what a run in a directory ended with. One rollout a prompt. Energies from the whole
+distributions ("full") and from the sampled tokens' log-probabilities ("proxy") are compared with exact ones (bench/gradients.py):
+- correlation: of the log-energies with the exact ones';
+- second moment: of the gradient with a baseline, E[(r - b)^2 E], over that with each prompt's exact success rate. `reads` are the
+  energies by which the baseline weighs. `measured` are those by which the second moment is taken: others than the exact ones tell
+  whether backward passes can be spared there, too;
+- loss: the second moment of a baseline over that of the same baseline which reads exact energies.
+
+The optimal baseline of a prompt is the mean reward under the distribution that energies tilt: its log-odds are those of the success
+rate, shifted. The shift is fitted for each half of the prompts to the other half, from (log-odds of the rate, reward, energy):
+- lines: log-energies of successes and of failures, each linear in the log-odds by least squares, with their mean exponential
+  residuals; the shift is the difference.
+- weighted: logistic regression of rewards on (1, log(1 - rate)), rollouts weighed by their energies.
+Intervals are 95 %, by bootstrap over prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from gradients import RESAMPLES, Array, Sample, default_cache, ratio, sampled
+from machine import commit, processor, versions
+from scipy.optimize import minimize
+from scipy.special import expit, logit
+
+from v05.ops import fused_advantage
+
+RESULTS = Path(__file__).parent / "results" / "energy.csv"
+FIELDS = ("policy", "prompts", "success", "figure", "baseline", "reads", "measured", "value", "low", "high")
+ENERGIES = ("exact", "full", "proxy")
+LEAST_RATE, LEAST_ENERGY, LARGEST_SHIFT = 0.005, 1e-9, 8.0
+RESTRAINT = 1e-4  # what the pull of the weighted fit to no shift weighs, where all rollouts weigh 1
+
+Shift = Callable[[Array], Array]  # of log-odds, by success rate
+
+
+def batch_advantages(method: str, sample: Sample, energies: Array | None = None) -> Array:
+    """(P, 1) with a baseline for the whole batch, leave-one-out."""
+    output = fused_advantage(
+        sample.rewards.ravel(),
+        group_offsets=[0, sample.rewards.size],
+        method=method,
+        leave_one_out=True,
+        energy=None if energies is None else energies.ravel(),
+    )
+    return output.advantages.double().numpy().reshape(sample.rewards.shape)
+
+
+def shift_by_lines(rates: Array, rewards: Array, energies: Array) -> Shift:
+    def log_energy(outcome: int) -> Shift:
+        seen = rewards == outcome
+        logs = np.log(np.maximum(energies[seen], LEAST_ENERGY))
+        slope, level = np.polyfit(logit(rates[seen]), logs, 1)
+        smearing = np.log(np.mean(np.exp(logs - slope * logit(rates[seen]) - level)))
+        return lambda rates: slope * logit(rates) + level + smearing
+
+    success, failure = log_energy(1), log_energy(0)
+    return lambda rates: np.clip(success(rates) - failure(rates), -LARGEST_SHIFT, LARGEST_SHIFT)
+
+
+def shift_weighted(rates: Array, rewards: Array, energies: Array) -> Shift:
+    weights = energies / energies.sum()
+
+    def loss(theta: Array) -> float:
+        log_odds = logit(rates) + theta[0] + theta[1] * np.log1p(-rates)
+        return float(weights @ (np.logaddexp(0.0, log_odds) - rewards * log_odds) + RESTRAINT * theta @ theta)
+
+    level, slope = minimize(loss, np.zeros(2)).x
+    return lambda rates: level + slope * np.log1p(-rates)
+
+
+def optimal_baselines(fit: Callable[[Array, Array, Array], Shift], sample: Sample, energies: Array) -> Array:
+    """(P, 1) from exact success rates."""
+    rates = np.clip(sample.rates, LEAST_RATE, 1 - LEAST_RATE)
+    half = np.arange(len(rates)) % 2
+    found = np.zeros_like(rates)
+    for mine, others in ((half == 0, half == 1), (half == 1, half == 0)):
+        shift = fit(rates[others], sample.rewards[others, 0], energies[others, 0])
+        found[mine] = expit(logit(rates[mine]) + shift(rates[mine]))
+    return found[:, None]
+
+
+def baselines(sample: Sample) -> Iterator[tuple[str, str, Array]]:
+    """Name, energies that it reads, (P, 1) advantages."""
+    yield "exact success rate", "", sample.rewards - sample.rates[:, None]
+    yield "none", "", sample.rewards
+    yield "batch mean", "", batch_advantages("batch", sample)
+    for name in ENERGIES:
+        energies = getattr(sample, name)
+        yield "energy-weighted batch mean", name, batch_advantages("otb", sample, energies)
+    for label, fit in (("lines", shift_by_lines), ("weighted", shift_weighted)):
+        for name in ENERGIES:
+            yield f"optimal, {label}", name, sample.rewards - optimal_baselines(fit, sample, getattr(sample, name))
+
+
+def correlation(sample: Sample, name: str, rng: np.random.Generator) -> tuple[float, float, float]:
+    logs = np.log(np.maximum([sample.exact[:, 0], getattr(sample, name)[:, 0]], LEAST_ENERGY))
+    values = [np.corrcoef(logs[:, rng.integers(logs.shape[1], size=logs.shape[1])])[0, 1] for _ in range(RESAMPLES)]
+    return float(np.corrcoef(logs)[0, 1]), *(float(x) for x in np.percentile(values, (2.5, 97.5)))
+
+
+def figures(sample: Sample) -> Iterator[tuple[str, str, str, str, float, float, float]]:
+    """The columns from `figure` to `high`."""
+    rng = np.random.default_rng(0)
+    for name in ENERGIES[1:]:
+        yield "correlation", "", name, "exact", *correlation(sample, name, rng)
+    found = list(baselines(sample))
+    for measured in ENERGIES:
+        energies = getattr(sample, measured)
+        terms = [(name, reads, (advantages**2 * energies).mean(axis=1)) for name, reads, advantages in found]
+        for name, reads, values in terms:
+            yield "second moment", name, reads, measured, *ratio(values, terms[0][2], rng)
+            if measured == "exact" == reads:
+                exact = values  # those that read others follow
+            elif measured == "exact" and reads:
+                yield "loss", name, reads, measured, *ratio(values, exact, rng)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("policies", nargs="+", help="presets, for their warm starts, and directories of finished runs")
+    parser.add_argument("--prompts", type=int, default=1500)
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder that keeps rollouts with their energies")
+    arguments = parser.parse_args()
+    about = (processor(), commit(), versions("torch", "transformers", "numpy"))
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow((*FIELDS, "device", "commit", "versions"))
+        for policy in arguments.policies:
+            sample = sampled(policy, arguments.prompts, 1, arguments.cache)
+            name, success = Path(policy).name, sample.rates.mean()
+            won = sample.rewards == 1
+            print(f"{name}: {len(sample.rates)} prompts, success {success:.3f}, energy of successes over failures", end=" ")
+            print(", ".join(f"{e} {(v := getattr(sample, e))[won].mean() / v[~won].mean():.3f}" for e in ENERGIES))
+            for figure, baseline, reads, measured, value, low, high in figures(sample):
+                row = (name, len(sample.rates), f"{success:.4f}", figure, baseline, reads, measured)
+                writer.writerow((*row, *(f"{x:.4f}" for x in (value, low, high)), *about))
+                label = f"{figure}  {baseline} {reads and f'({reads})'}"
+                print(f"  {label:<58} measured {measured:<6} {value:.3f} [{low:.3f}, {high:.3f}]", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Rollouts of a policy with the exact energy of each, kept in a folder, and what baselines make of the gradient on them.
+
+The energy of a rollout is the squared norm of the gradient of its log-probability in all parameters: a backward pass each. With a
+baseline that does not look at a rollout, (r - b) times that gradient is unbiased, and E[(r - b)^2 E] is its second moment: the
+noise of a rollout's gradient and, the same for all such baselines and far smaller, its squared mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import track
+
+from v05.energy import completion_energy
+from v05.machine import cache_root
+from v05.rollout import Completion, Request, generate
+from v05.rollout.transformers_engine import TransformersEngine, completion_logprobs
+from v05.tasks import Prompt, make_task
+from v05.train.config import PRESETS, RunConfig, read_config, run_config
+from v05.train.policy import load_policy, policy_folder
+
+FIRST_PROMPT = 1_500_000_000  # training prompts that no run with a small seed has read
+BLOCK = 256  # prompts a forward pass
+RESAMPLES = 2000
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """k rollouts of each of P prompts.
+
+    Attributes:
+        texts: (P,) of the prompts.
+        rates: (P,) success rates, exact: the probability of the one right answer.
+        rewards, lengths: (P, k), of 0 and 1, and tokens.
+        exact, full, proxy: (P, k) energies: by backward passes, from the whole distributions, and from sampled tokens alone.
+    """
+
+    texts: NDArray[np.str_]
+    rates: Array
+    rewards: Array
+    lengths: Array
+    exact: Array
+    full: Array
+    proxy: Array
+
+
+def sampled(policy: str, prompts: int, rollouts: int, cache: Path) -> Sample:
+    """Of the warm start of a preset, or of a run's last policy, by its directory; read from `cache` where it is there."""
+    if policy in PRESETS:
+        config = run_config(policy, "none")
+        folder = policy_folder(config.policy, config.task, make_task(config.task), print)
+    else:
+        config, folder = read_config(Path(policy) / "config.json"), Path(policy) / "policy"
+    weights = hashlib.blake2b((folder / "model.safetensors").read_bytes(), digest_size=8).hexdigest()
+    path = cache / f"energies-{weights}-{prompts}x{rollouts}.npz"
+    if not path.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(".partial.npz")
+        np.savez(scratch, **asdict(_sample(config, folder, prompts, rollouts)))
+        scratch.replace(path)
+    with np.load(path) as columns:
+        return Sample(**columns)
+
+
+def default_cache() -> Path:
+    return cache_root() / "energies"
+
+
+def _sample(config: RunConfig, folder: Path, prompts: int, rollouts: int) -> Sample:
+    task = make_task(config.task)
+    model, tokenizer = load_policy(folder)
+    drawn = [prompt for _, prompt in itertools.islice(task.prompts("train", start=FIRST_PROMPT), prompts)]
+    asked = [tuple(tokenizer(p.text, add_special_tokens=False)["input_ids"]) for p in drawn]
+    engine = TransformersEngine(model, tokenizer, max_new_tokens=config.policy.max_new_tokens)
+    requests = [Request(tokens, i * rollouts + j) for i, tokens in enumerate(asked) for j in range(rollouts)]
+    completions = generate(engine, requests)
+    columns = {
+        "rewards": [task.verify(drawn[i // rollouts], engine.decode(c)) for i, c in enumerate(completions)],
+        "lengths": [len(c.tokens) for c in completions],
+        "full": [c.energy for c in completions],
+        "proxy": [completion_energy(c.logprobs) for c in completions],
+        "exact": [
+            squared_gradient(model, request.prompt, completion, tokenizer.pad_token_id)
+            for request, completion in track(list(zip(requests, completions, strict=True)), folder.name)
+        ],
+    }
+    matrices: dict[str, Any] = {name: np.array(values, dtype=np.float64).reshape(-1, rollouts) for name, values in columns.items()}
+    rates = answer_probabilities(model, tokenizer, drawn, asked)
+    error = np.sqrt((rates * (1 - rates)).sum() / rollouts) / prompts
+    off = matrices["rewards"].mean() - rates.mean()
+    if abs(off) > 4 * error:
+        raise RuntimeError(f"{folder}: rewards are {off:+.4f} off the probability of the answers; some prompt has several")
+    return Sample(texts=np.array([p.text for p in drawn]), rates=rates, **matrices)
+
+
+def squared_gradient(model: Any, prompt: tuple[int, ...], completion: Completion, pad: int) -> float:
+    """Of the log-probability of a whole completion, in all parameters."""
+    logprob = completion_logprobs(model, [prompt], [completion], pad).sum()
+    gradients = torch.autograd.grad(logprob, [p for p in model.parameters() if p.requires_grad])
+    return float(sum(gradient.double().square().sum() for gradient in gradients))
+
+
+@torch.no_grad()
+def answer_probabilities(model: Any, tokenizer: Any, prompts: list[Prompt], asked: list[tuple[int, ...]]) -> Array:
+    """(P,) of the reference answers and the token that ends them."""
+    answers = [[*tokenizer(p.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for p in prompts]
+    rates = []
+    for first in range(0, len(prompts), BLOCK):
+        block = [Completion(np.array(a), np.zeros(len(a), dtype=np.float32), True) for a in answers[first : first + BLOCK]]
+        logprobs = completion_logprobs(model, asked[first : first + BLOCK], block, tokenizer.pad_token_id).double()
+        rates += [float(row[: len(c.tokens)].sum().exp()) for row, c in zip(logprobs, block, strict=True)]
+    return np.clip(rates, 0.0, 1.0)
+
+
+def ratio(terms: Array, reference: Array, rng: np.random.Generator) -> tuple[float, float, float]:
+    """Sum of (P,) terms over that of the reference's, and its 95 % interval by bootstrap over prompts."""
+    rows = rng.integers(len(terms), size=(RESAMPLES, len(terms)))
+    low, high = np.percentile(terms[rows].sum(axis=1) / reference[rows].sum(axis=1), (2.5, 97.5))
+    return float(terms.sum() / reference.sum()), float(low), float(high)
