@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.progress import track
+from torch.func import functional_call, grad, vmap
 
 from v05.energy import completion_energy
 from v05.machine import cache_root
@@ -27,7 +29,7 @@ from v05.train.config import PRESETS, RunConfig, read_config, run_config
 from v05.train.policy import load_policy, policy_folder
 
 FIRST_PROMPT = 1_500_000_000  # training prompts that no run with a small seed has read
-BLOCK = 256  # prompts a forward pass
+BLOCK, GRADIENTS = 256, 32  # prompts a forward pass, rollouts a backward pass
 RESAMPLES = 2000
 
 Array = NDArray[np.float64]
@@ -83,18 +85,15 @@ def _sample(config: RunConfig, folder: Path, prompts: int, rollouts: int) -> Sam
     engine = TransformersEngine(model, tokenizer, max_new_tokens=config.policy.max_new_tokens)
     requests = [Request(tokens, i * rollouts + j) for i, tokens in enumerate(asked) for j in range(rollouts)]
     completions = generate(engine, requests)
-    columns = {
+    columns: dict[str, Any] = {
         "rewards": [task.verify(drawn[i // rollouts], engine.decode(c)) for i, c in enumerate(completions)],
         "lengths": [len(c.tokens) for c in completions],
         "full": [c.energy for c in completions],
         "proxy": [completion_energy(c.logprobs) for c in completions],
-        "exact": [
-            squared_gradient(model, request.prompt, completion, tokenizer.pad_token_id)
-            for request, completion in track(list(zip(requests, completions, strict=True)), folder.name)
-        ],
     }
-    matrices: dict[str, Any] = {name: np.array(values, dtype=np.float64).reshape(-1, rollouts) for name, values in columns.items()}
     rates = answer_probabilities(model, tokenizer, drawn, asked)
+    columns["exact"] = squared_gradients(model, [request.prompt for request in requests], completions)
+    matrices = {name: np.array(values, dtype=np.float64).reshape(-1, rollouts) for name, values in columns.items()}
     error = np.sqrt((rates * (1 - rates)).sum() / rollouts) / prompts
     off = matrices["rewards"].mean() - rates.mean()
     if abs(off) > 4 * error:
@@ -102,11 +101,28 @@ def _sample(config: RunConfig, folder: Path, prompts: int, rollouts: int) -> Sam
     return Sample(texts=np.array([p.text for p in drawn]), rates=rates, **matrices)
 
 
-def squared_gradient(model: Any, prompt: tuple[int, ...], completion: Completion, pad: int) -> float:
-    """Of the log-probability of a whole completion, in all parameters."""
-    logprob = completion_logprobs(model, [prompt], [completion], pad).sum()
-    gradients = torch.autograd.grad(logprob, [p for p in model.parameters() if p.requires_grad])
-    return float(sum(gradient.double().square().sum() for gradient in gradients))
+def squared_gradients(model: Any, prompts: Sequence[tuple[int, ...]], completions: Sequence[Completion]) -> Array:
+    """(N,) of the log-probability of each whole completion, in all parameters. Leaves the model with eager attention, since the
+    fused kernels have no gradient for each of a batch."""
+    model.set_attn_implementation("eager")
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def logprob(parameters: dict[str, torch.Tensor], tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        logits = functional_call(model, parameters, (), {"input_ids": tokens[None, :-1], "use_cache": False}).logits[0]
+        return (torch.log_softmax(logits, dim=-1).gather(1, tokens[1:, None]).squeeze(1) * mask).sum()
+
+    gradients = vmap(grad(logprob), in_dims=(None, 0, 0))
+    found = []
+    for first in track(range(0, len(prompts), GRADIENTS), "exact energies"):
+        rows = [(*p, *c.tokens.tolist()) for p, c in zip(prompts[first:][:GRADIENTS], completions[first:], strict=False)]
+        width = max(map(len, rows))  # what follows a completion is never seen by it: attention is causal
+        tokens = torch.tensor([(*row, *[0] * (width - len(row))) for row in rows], device=model.device)
+        mask = torch.zeros(len(rows), width - 1, device=model.device)
+        for row, (prompt, whole) in enumerate(zip(prompts[first:], rows, strict=False)):
+            mask[row, len(prompt) - 1 : len(whole) - 1] = 1
+        norms = [g.flatten(1).double().square().sum(1) for g in gradients(parameters, tokens, mask).values()]
+        found.append(torch.stack(norms).sum(0).cpu().numpy())
+    return np.concatenate(found)
 
 
 @torch.no_grad()
