@@ -12,7 +12,7 @@ The optimal baseline of a prompt is the mean reward under the distribution that 
 rate, shifted. The shift is fitted for each half of the prompts to the other half, from (log-odds of the rate, reward, energy):
 - lines: log-energies of successes and of failures, each linear in the log-odds by least squares, with their mean exponential
   residuals; the shift is the difference.
-- weighted: logistic regression of rewards on (1, log(1 - rate)), rollouts weighed by their energies.
+- weighted: logistic regression of rewards on (1, log(1 - rate)), rollouts weighed by their energies (bench/gradients.py).
 Intervals are 95 %, by bootstrap over prompts.
 """
 
@@ -20,24 +20,20 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from gradients import RESAMPLES, Array, Sample, default_cache, ratio, sampled
+from gradients import RESAMPLES, Array, Sample, Shift, default_cache, optimal_baselines, ratio, sampled, shift_weighted
 from machine import commit, processor, versions
-from scipy.optimize import minimize
-from scipy.special import expit, logit
+from scipy.special import logit
 
 from v05.ops import fused_advantage
 
 RESULTS = Path(__file__).parent / "results" / "energy.csv"
 FIELDS = ("policy", "prompts", "success", "figure", "baseline", "reads", "measured", "value", "low", "high")
 ENERGIES = ("exact", "full", "proxy")
-LEAST_RATE, LEAST_ENERGY, LARGEST_SHIFT = 0.005, 1e-9, 8.0
-RESTRAINT = 1e-4  # what the pull of the weighted fit to no shift weighs, where all rollouts weigh 1
-
-Shift = Callable[[Array], Array]  # of log-odds, by success rate
+LEAST_ENERGY, LARGEST_SHIFT = 1e-9, 8.0
 
 
 def batch_advantages(method: str, sample: Sample, energies: Array | None = None) -> Array:
@@ -64,28 +60,6 @@ def shift_by_lines(rates: Array, rewards: Array, energies: Array) -> Shift:
     return lambda rates: np.clip(success(rates) - failure(rates), -LARGEST_SHIFT, LARGEST_SHIFT)
 
 
-def shift_weighted(rates: Array, rewards: Array, energies: Array) -> Shift:
-    weights = energies / energies.sum()
-
-    def loss(theta: Array) -> float:
-        log_odds = logit(rates) + theta[0] + theta[1] * np.log1p(-rates)
-        return float(weights @ (np.logaddexp(0.0, log_odds) - rewards * log_odds) + RESTRAINT * theta @ theta)
-
-    level, slope = minimize(loss, np.zeros(2)).x
-    return lambda rates: level + slope * np.log1p(-rates)
-
-
-def optimal_baselines(fit: Callable[[Array, Array, Array], Shift], sample: Sample, energies: Array) -> Array:
-    """(P, 1) from exact success rates."""
-    rates = np.clip(sample.rates, LEAST_RATE, 1 - LEAST_RATE)
-    half = np.arange(len(rates)) % 2
-    found = np.zeros_like(rates)
-    for mine, others in ((half == 0, half == 1), (half == 1, half == 0)):
-        shift = fit(rates[others], sample.rewards[others, 0], energies[others, 0])
-        found[mine] = expit(logit(rates[mine]) + shift(rates[mine]))
-    return found[:, None]
-
-
 def baselines(sample: Sample) -> Iterator[tuple[str, str, Array]]:
     """Name, energies that it reads, (P, 1) advantages."""
     yield "exact success rate", "", sample.rewards - sample.rates[:, None]
@@ -96,7 +70,7 @@ def baselines(sample: Sample) -> Iterator[tuple[str, str, Array]]:
         yield "energy-weighted batch mean", name, batch_advantages("otb", sample, energies)
     for label, fit in (("lines", shift_by_lines), ("weighted", shift_weighted)):
         for name in ENERGIES:
-            yield f"optimal, {label}", name, sample.rewards - optimal_baselines(fit, sample, getattr(sample, name))
+            yield f"optimal, {label}", name, sample.rewards - optimal_baselines(sample, getattr(sample, name), fit)
 
 
 def correlation(sample: Sample, name: str, rng: np.random.Generator) -> tuple[float, float, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.progress import track
+from scipy.optimize import minimize
+from scipy.special import expit, logit
 from torch.func import functional_call, grad, vmap
 
 from v05.energy import completion_energy
@@ -31,8 +33,11 @@ from v05.train.policy import load_policy, policy_folder
 FIRST_PROMPT = 1_500_000_000  # training prompts that no run with a small seed has read
 BLOCK, GRADIENTS = 256, 32  # prompts a forward pass, rollouts a backward pass
 RESAMPLES = 2000
+LEAST_RATE = 0.005
+RESTRAINT = 1e-4  # what the pull to no shift weighs, where all rollouts weigh 1
 
 Array = NDArray[np.float64]
+Shift = Callable[[Array], Array]  # of log-odds, by success rate
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,36 @@ def answer_probabilities(model: Any, tokenizer: Any, prompts: list[Prompt], aske
         logprobs = completion_logprobs(model, asked[first : first + BLOCK], block, tokenizer.pad_token_id).double()
         rates += [float(row[: len(c.tokens)].sum().exp()) for row, c in zip(logprobs, block, strict=True)]
     return np.clip(rates, 0.0, 1.0)
+
+
+def shift_weighted(rates: Array, rewards: Array, energies: Array) -> Shift:
+    """By logistic regression of rewards on (1, log(1 - rate)) beside the log-odds of the rate, rollouts weighed by energy: a
+    baseline with the least E[(r - b)^2 E] is the mean reward of rollouts weighed so."""
+    weights = energies / energies.sum()
+
+    def loss(theta: Array) -> float:
+        log_odds = logit(rates) + theta[0] + theta[1] * np.log1p(-rates)
+        return float(weights @ (np.logaddexp(0.0, log_odds) - rewards * log_odds) + RESTRAINT * theta @ theta)
+
+    level, slope = minimize(loss, np.zeros(2)).x
+    return lambda rates: level + slope * np.log1p(-rates)
+
+
+def optimal_baselines(sample: Sample, energies: Array, fit: Callable[[Array, Array, Array], Shift] = shift_weighted) -> Array:
+    """(P, 1) the exact success rates, their log-odds shifted; the shift of each half of the prompts is fitted to the other."""
+    rates = np.clip(sample.rates, LEAST_RATE, 1 - LEAST_RATE)
+    each = np.broadcast_to(rates[:, None], energies.shape)
+    found = np.zeros_like(rates)
+    for mine, others in halves(len(rates)):
+        shift = fit(each[others].ravel(), sample.rewards[others].ravel(), energies[others].ravel())
+        found[mine] = expit(logit(rates[mine]) + shift(rates[mine]))
+    return found[:, None]
+
+
+def halves(prompts: int) -> tuple[tuple[NDArray[np.bool_], NDArray[np.bool_]], ...]:
+    """(P,) one half and the other, then the other way round."""
+    even = np.arange(prompts) % 2 == 0
+    return (even, ~even), (~even, even)
 
 
 def ratio(terms: Array, reference: Array, rng: np.random.Generator) -> tuple[float, float, float]:
