@@ -10,8 +10,6 @@ all that the sampled token leaves is then with one other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,8 +27,3 @@ def completion_energy(logprobs: NDArray[np.float32], sum_pi_squared: NDArray[np.
         return float(np.sum(2.0 * squares))
     # Rounding may leave less than 0 where the policy is certain.
     return float(np.sum(squares + np.maximum(sum_pi_squared - np.square(1.0 - others), 0.0)))
-
-
-def proxy_energies(logprobs: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
-    """(N,) energies from the log-probabilities of each completion's tokens alone."""
-    return np.array([completion_energy(row) for row in logprobs], dtype=np.float64)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from v05.energy import proxy_energies
 from v05.estimator import Estimate, Estimator
 from v05.methods import Method, find_method
 from v05.prior import ConstantPrior, NoisePrior, ValuePrior
@@ -68,7 +67,7 @@ def weights_of(method: Method, completions: Sequence[Completion]) -> NDArray[np.
     """(N,) what the method weighs rollouts by; None where it does not."""
     if method.weight == "length":
         return np.array([len(c.tokens) for c in completions], dtype=np.float64)
-    return proxy_energies([c.logprobs for c in completions]) if method.weight == "energy" else None
+    return np.array([c.energy for c in completions]) if method.weight == "energy" else None
 
 
 def close_batch(estimator: Estimator, batch: RolloutBatch, world: World) -> None:
