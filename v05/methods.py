@@ -27,6 +27,7 @@ class Baseline(IntEnum):
     ZERO = 4
     BATCH_MEAN = 5
     ENERGY_MEAN = 6
+    JAMES_STEIN = 7
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,14 @@ METHODS = {
         ),
         Method("opo", Baseline.ENERGY_MEAN, "OPO, arXiv 2505.23585", colour=("#b45309", "#fcd34d"), weight="length"),
         Method("otb", Baseline.ENERGY_MEAN, "OTB, arXiv 2602.07078", colour=("#0369a1", "#38bdf8"), weight="energy"),
+        Method(
+            "js",
+            Baseline.JAMES_STEIN,
+            "James-Stein, arXiv 2511.03710",
+            colour=("#dc2626", "#f87171"),
+            leave_one_out=True,
+            recipe={"budget": {"initial": 2, "maximum": 2}},
+        ),
     )
 }
 REFERENCE = METHODS["grpo"]  # what the others are measured against

@@ -126,6 +126,23 @@ def calibrated(count: int, successes: float, prior: float, calibration: Calibrat
     return Calibrated(mean, variance, w0)
 
 
+def james_stein(mean: float, others: float, noise: float, spread: float) -> float:
+    """Shrink the mean of a group's rollouts towards the mean of the other groups' means: (1 - l) mean + l others with
+    l = v / (v + s) (James-Stein, arXiv 2511.03710).
+
+    noise: v, how far chance alone moves such a mean: the mean over the groups of k >= 2 rollouts of var / (k - 1), or of var / k
+    for the statistic, which leaves none out. spread: s = max(0, variance of the groups' means - mean of var / k); every group
+    with a rollout has a part in that variance.
+
+    A NaN mean is none, of a group of one rollout (or of none): the others stand, l = 1. NaN others are none: the mean stands.
+    Without noise the mean stands, also where there is no spread either.
+    """
+    if math.isnan(mean) or math.isnan(others):
+        return others if math.isnan(mean) else mean
+    weight = noise / (noise + spread) if noise > 0 else 0.0
+    return (1 - weight) * mean + weight * others
+
+
 def betaln(a: float, b: float) -> float:
     return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
 
@@ -229,6 +246,11 @@ def advantages(
 
     everything = np.concatenate([r[c] for c in counted]) if counted else r
     batch_mean = float(np.mean(everything)) if len(everything) else math.nan
+    means = {g: float(np.mean(r[c])) for g, c in enumerate(counted) if c}
+    several = [r[c] for c in counted if len(c) > 1]
+    noise = float(np.mean([np.var(x, ddof=1) / len(x) for x in several])) if several else math.nan
+    noise_of_others = float(np.mean([np.var(x, ddof=1) / (len(x) - 1) for x in several])) if several else math.nan
+    spread = max(0.0, float(np.var(list(means.values()), ddof=1)) - noise) if len(means) > 1 else 0.0
     advantages = np.zeros(len(r))
     statistics = []
     for g in range(groups):
@@ -237,6 +259,8 @@ def advantages(
         mean = float(np.mean(x)) if k else math.nan
         var = float(np.var(x, ddof=1)) if k > 1 else 0.0
         successes = math.fsum(map(scaled, x))
+        others = [m for other, m in means.items() if other != g]
+        other_groups = float(np.mean(others)) if others else math.nan
         baseline = baseline_of(k, mean, successes, v[g])
         if rule.baseline is Baseline.ENERGY_MEAN and not math.isnan(weighted := weighted_mean(counted[g])):
             baseline = weighted
@@ -246,6 +270,10 @@ def advantages(
             baseline = batch_mean
         elif rule.baseline is Baseline.ZERO:
             baseline = 0.0
+        elif rule.baseline is Baseline.JAMES_STEIN:
+            baseline = james_stein(mean if k > 1 else math.nan, other_groups, noise, spread)
+            if not others:  # as of a group's mean
+                baseline = mean if k else v[g]
         extra: dict[str, float | bool] = {}
         if rule.baseline is Baseline.SHRINKAGE:
             fused = shrinkage(k, centred(mean), centred(v[g]))
@@ -287,6 +315,9 @@ def advantages(
                 b = batch_mean + (batch_mean - r[i]) / (n - 1) if leave_one_out and n > 1 else batch_mean
             elif rule.baseline is Baseline.ZERO:
                 alone, b = False, 0.0
+            elif rule.baseline is Baseline.JAMES_STEIN:
+                alone = k == 1 and not others
+                b = james_stein(mean + (mean - r[i]) / (k - 1) if k > 1 else math.nan, other_groups, noise_of_others, spread)
             if alone:  # nothing to be compared with
                 advantages[i] = r[i] if singleton == "raw" else 0.0
             else:

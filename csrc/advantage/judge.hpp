@@ -152,7 +152,7 @@ class LeaveOneOutJudge {
       return options.raw_singleton ? reward : 0.0;
     }
     const Known others{
-        .count = others_, .mean = mean_ + (mean_ - reward) / static_cast<double>(others_), .prior = prior_};
+        .count = others_, .mean = mean_ + (mean_ - reward) / static_cast<double>(others_), .prior = prior_, .left_out = true};
     return (reward - baseline_of(options.baseline, others, options.half_range())) / divisor_;
   }
 
@@ -178,6 +178,7 @@ class WeighedLeaveOneOutJudge {
       return options.raw_singleton ? reward : 0.0;
     }
     Known others = known_;
+    others.left_out = true;
     others.mean = mean_without(reward, known_.count, known_.mean);
     others.count = known_.count - 1;
     others.batch_mean = mean_without(reward, known_.batch_count, known_.batch_mean);

@@ -18,9 +18,10 @@ CALIBRATED = tl.constexpr(3)
 ZERO = tl.constexpr(4)
 BATCH_MEAN = tl.constexpr(5)
 ENERGY_MEAN = tl.constexpr(6)
+JAMES_STEIN = tl.constexpr(7)
 
 # The baselines that read the batch.
-NEEDS_BATCH = (BATCH_MEAN.value,)
+NEEDS_BATCH = (BATCH_MEAN.value, JAMES_STEIN.value)
 
 # What is known of a batch, in the order of its (10,) float64. The first three are for BATCH_SCALE, too; the others are NaN there.
 BATCH_DIVISOR = tl.constexpr(0)
@@ -65,14 +66,40 @@ def shrinkage(count, mean, prior, half_range):
 
 
 @triton.jit
+def james_stein(count, mean, prior, other_groups, p_batch, LEFT_OUT: tl.constexpr):
+    """The mean shrunk towards the mean of the other groups' means (James-Stein, arXiv 2511.03710), as far as chance alone
+    explains how the groups' means differ. A group of one rollout has the others' mean, also where that one is left out.
+    Without other groups the mean stands, without a rollout either the prior.
+    """
+    noise = tl.load(p_batch + (BATCH_NOISE_OF_OTHERS if LEFT_OUT else BATCH_NOISE))
+    excess = tl.load(p_batch + BATCH_VAR_OF_MEANS) - tl.load(p_batch + BATCH_NOISE)
+    noisy = noise > 0.0
+    total = noise + tl.where(excess > 0.0, excess, 0.0)
+    weight = tl.where(noisy, noise / tl.where(noisy, total, 1.0), 0.0)
+    shrunk = mean + weight * (other_groups - mean)
+    shrunk = tl.where(count < (1 if LEFT_OUT else 2), other_groups, shrunk)
+    return tl.where(is_nan(other_groups), tl.where(count == 0, prior, mean), shrunk)
+
+
+@triton.jit
 def baseline_of(
-    RULE: tl.constexpr, count, mean, energy_mean, prior, batch_mean, batch_energy_mean, other_groups, p_batch, half_range
+    RULE: tl.constexpr,
+    LEFT_OUT: tl.constexpr,
+    count,
+    mean,
+    energy_mean,
+    prior,
+    batch_mean,
+    batch_energy_mean,
+    other_groups,
+    p_batch,
+    half_range,
 ):
     """The baseline of any method but calibrated fusion, in the shape of `mean`. Without a prior the group mean stands in,
     without a rollout the prior, without an energy (energy_mean is NaN) the plain mean.
 
-    All of it is of the group, the batch, or their others where a rollout is left out; `other_groups` is the mean of the means
-    of the batch's other groups. What else NEEDS_BATCH gives a rule is at p_batch.
+    All of it is of the group and the batch or, where LEFT_OUT says so, of a rollout's others; `other_groups` is the mean of the
+    means of the batch's other groups. What else NEEDS_BATCH gives a rule is at p_batch.
     """
     if RULE == SHRINKAGE:
         return shrinkage(count, mean, prior, half_range)[0]
@@ -82,6 +109,8 @@ def baseline_of(
         return tl.where(is_nan(mean), 0.0, mean * 0.0)
     elif RULE == BATCH_MEAN:
         return batch_mean
+    elif RULE == JAMES_STEIN:
+        return james_stein(count, mean, prior, other_groups, p_batch, LEFT_OUT)
     elif RULE == ENERGY_MEAN:
         plain = tl.where(count == 0, prior, mean)
         return tl.where(is_nan(energy_mean), plain, energy_mean)
@@ -97,6 +126,8 @@ def is_alone(RULE: tl.constexpr, count, prior, batch_count, other_groups):
         alone = count < 0
     if RULE == BATCH_MEAN:
         alone = batch_count == 1
+    if RULE == JAMES_STEIN:
+        alone &= is_nan(other_groups)
     if RULE == PRIOR:
         alone &= is_nan(prior)
     if RULE == SHRINKAGE:

@@ -98,6 +98,7 @@ def advantage_of(
             b_batch_energy_mean = energy_mean_of(batch_mean, tl.load(p_batch + BATCH_WEIGHT) - b_energy, b_moved)
         b_baseline = baseline_of(
             BASELINE,
+            True,
             count - 1,
             b_others,
             b_energy_mean,
@@ -126,6 +127,7 @@ def group_baseline(BASELINE: tl.constexpr, count, mean, weight, weighted, prior,
         batch_energy_mean = energy_mean_of(batch_mean, tl.load(p_batch + BATCH_WEIGHT), tl.load(p_batch + BATCH_WEIGHTED))
     return baseline_of(
         BASELINE,
+        False,
         count,
         mean,
         energy_mean,

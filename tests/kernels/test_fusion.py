@@ -42,7 +42,7 @@ def baseline_kernel(p_count, p_mean, p_prior, p_out, N, half_range: tl.float64, 
     i = tl.arange(0, BLOCK)
     count, mean = tl.load(p_count + i, i < N, other=1), tl.load(p_mean + i, i < N, other=0.0)
     prior = tl.load(p_prior + i, i < N, other=0.0)
-    tl.store(p_out + i, fusion.baseline_of(RULE, count, mean, mean, prior, mean, mean, mean, None, half_range), i < N)
+    tl.store(p_out + i, fusion.baseline_of(RULE, False, count, mean, mean, prior, mean, mean, mean, None, half_range), i < N)
 
 
 @triton.jit

@@ -24,6 +24,7 @@ enum class Baseline : std::uint8_t {
   kZero = 4,
   kBatchMean = 5,
   kEnergyMean = 6,
+  kJamesStein = 7,
 };
 
 // Whether the baseline reads a prior, and therefore a range that holds prior and rewards.
@@ -31,7 +32,7 @@ inline bool needs_prior(Baseline rule) {
   return rule == Baseline::kPrior || rule == Baseline::kShrinkage || rule == Baseline::kCalibrated;
 }
 inline bool needs_energy(Baseline rule) { return rule == Baseline::kEnergyMean; }
-inline bool needs_batch(Baseline rule) { return rule == Baseline::kBatchMean; }
+inline bool needs_batch(Baseline rule) { return rule == Baseline::kBatchMean || rule == Baseline::kJamesStein; }
 
 // What a bound of the rewards may be exceeded by: 0.3 in float32 is above 0.3, and sums of rewards round.
 inline double rounding_slack(double low, double high) {
@@ -86,7 +87,25 @@ struct Known {
   double batch_energy_mean = std::numeric_limits<double>::quiet_NaN();  // NaN: no energies, or all 0
   double other_groups = std::numeric_limits<double>::quiet_NaN();       // mean of the means of the batch's other groups
   const BatchMoments* batch = nullptr;                                  // null unless needs_batch
+  bool left_out = false;                                                // these are a rollout's others
 };
+
+// The mean shrunk towards the mean of the other groups' means (James-Stein, arXiv 2511.03710), as far as chance alone
+// explains how the groups' means differ. A group of one rollout has the others' mean, also where that one is left out.
+// Without other groups the mean stands, without a rollout either the prior.
+inline double james_stein(const Known& known) {
+  if (std::isnan(known.other_groups)) {
+    return known.count == 0 ? known.prior : known.mean;
+  }
+  if (known.count < (known.left_out ? 1 : 2)) {
+    return known.other_groups;
+  }
+  const BatchMoments& batch = *known.batch;
+  const double noise = known.left_out ? batch.noise_of_others.mean : batch.noise.mean;
+  const double spread = std::max(0.0, batch.means.variance() - batch.noise.mean);
+  const double weight = noise > 0.0 ? noise / (noise + spread) : 0.0;
+  return known.mean + weight * (known.other_groups - known.mean);
+}
 
 // The baseline of any method but calibrated fusion. Where there is no prior the group mean stands in, where there is no
 // rollout the prior, where no rollout has an energy the plain mean.
@@ -100,6 +119,8 @@ inline double baseline_of(Baseline rule, const Known& known, double half_range) 
       return 0.0;
     case Baseline::kBatchMean:
       return known.batch_mean;
+    case Baseline::kJamesStein:
+      return james_stein(known);
     case Baseline::kEnergyMean:
       if (!std::isnan(known.energy_mean)) {
         return known.energy_mean;
@@ -118,6 +139,8 @@ inline bool is_alone(Baseline rule, const Known& known) {
       return false;
     case Baseline::kBatchMean:
       return known.batch_count == 1;
+    case Baseline::kJamesStein:
+      return known.count == 1 && std::isnan(known.other_groups);
     case Baseline::kPrior:
     case Baseline::kShrinkage:
       return known.count == 1 && std::isnan(known.prior);

@@ -1,7 +1,8 @@
 """Makes rivals.json: `python tests/ops/golden/rivals.py > tests/ops/golden/rivals.json`. Exact fractions, and nothing of v05.
 
-Cases of the baselines none, batch, opo and otb, worked out from their definitions: the energy-weighted mean of a group is
-sum(e r) / sum(e), of its others with both sums short of the rollout's own; the batch's is the mean of all other rollouts.
+Cases of the baselines none, batch, opo, otb and js, worked out from their definitions: the energy-weighted mean of a group is
+sum(e r) / sum(e), of its others with both sums short of the rollout's own; the batch's is the mean of all other rollouts; that of
+js is the mean of the group's others, shrunk towards the mean of the other groups' means by v / (v + s).
 """
 
 from __future__ import annotations
@@ -23,20 +24,45 @@ def weighted(rows: list[int], rewards: list[Fraction], energy: list[Fraction]) -
     return sum((energy[i] * rewards[i] for i in rows), Fraction(0)) / total if total else mean([rewards[i] for i in rows])
 
 
+def variance(values: list[Fraction]) -> Fraction:
+    return sum(((value - mean(values)) ** 2 for value in values), Fraction(0)) / (len(values) - 1)
+
+
+def shrunk(g: int, without: int | None, rewards: list[Fraction], ids: list[int]) -> Fraction | None:
+    """js: the baseline of group g, of its rollout `without` where one is left out; None where there is nothing to compare with."""
+    groups = {i: [r for r, of in zip(rewards, ids, strict=True) if of == i] for i in set(ids)}
+    others = [mean(members) for i, members in groups.items() if i != g]
+    own = [r for i, r in enumerate(rewards) if ids[i] == g and i != without]
+    several = [members for members in groups.values() if len(members) > 1]
+    if not others:
+        return mean(own) if own else None
+    if len(groups[g]) == 1:
+        return mean(others)
+    v = mean([variance(members) / (len(members) - (without is not None)) for members in several])
+    s = max(Fraction(0), variance([*others, mean(groups[g])]) - mean([variance(members) / len(members) for members in several]))
+    weight = v / (v + s) if v + s else Fraction(0)
+    return (1 - weight) * mean(own) + weight * mean(others)
+
+
 def case(name: str, method: str, rewards: list[Fraction], ids: list[int], energy: list[Fraction], leave_one_out: bool) -> dict:
     everything = list(range(len(rewards)))
     advantages, stats = [Fraction(0)] * len(rewards), []
     for g in range(max(ids) + 1):
         rows = [i for i in everything if ids[i] == g]
         m = mean([rewards[i] for i in rows])
-        var = sum(((rewards[i] - m) ** 2 for i in rows), Fraction(0)) / (len(rows) - 1) if len(rows) > 1 else Fraction(0)
+        var = variance([rewards[i] for i in rows]) if len(rows) > 1 else Fraction(0)
         full = {"none": Fraction(0), "batch": mean(rewards)}.get(method, weighted(rows, rewards, energy))
+        if method == "js":
+            full = shrunk(g, None, rewards, ids)
         stats.append({"count": len(rows), "mean": float(m), "var": float(var), "baseline": float(full)})
         for i in rows:
             others = [row for row in (everything if method == "batch" else rows) if row != i]
             baseline = full
             if method == "batch":
                 baseline = mean([rewards[row] for row in others]) if others else rewards[i]
+            elif method == "js":
+                left = shrunk(g, i, rewards, ids)
+                baseline = rewards[i] if left is None else left
             elif method in ("opo", "otb") and leave_one_out:
                 baseline = weighted(others, rewards, energy) if others else rewards[i]
             advantages[i] = rewards[i] - baseline
@@ -64,6 +90,20 @@ def main() -> None:
             cases.append(case(f"uneven groups{loo}", method, rewards, IDS, energy, leave_one_out))
             cases.append(case(f"one group without energy{loo}", method, rewards[:4], [0] * 4, [Fraction(0)] * 4, leave_one_out))
             cases.append(case(f"one rollout a prompt{loo}", method, rewards[:5], [0, 1, 2, 3, 4], energy[:5], leave_one_out))
+    js = {
+        "uneven groups": (rewards, IDS),
+        "chance explains all": ([Fraction(r) for r in (1, 0, 1, 0, 0, Fraction(1, 4))], [0, 0, 1, 1, 2, 2]),  # s = 0
+        "two rollouts a prompt or three": ([Fraction(r) for r in (1, 1, 0, 0, 1, 0, 0, Fraction(1, 4))], [0, 0, 1, 1, 2, 2, 1, 0]),
+        "two rollouts a prompt": ([Fraction(r) for r in (1, 1, 0, 0, 1, 0, 0, 0)], [0, 0, 1, 1, 2, 2, 3, 3]),
+        "groups far apart, one of one rollout": ([Fraction(r) for r in (10, 9, 0, 1, 0, 5)], [0, 0, 1, 1, 1, 2]),
+        "no noise": ([Fraction(r) for r in (1, 1, 0, 0, 1)], [0, 0, 1, 1, 2]),
+        "all equal": ([Fraction(1, 2)] * 4, [0, 0, 1, 1]),
+        "one group": (rewards[:4], [0] * 4),
+        "one rollout a prompt": (rewards[:5], [0, 1, 2, 3, 4]),
+        "one rollout": (rewards[:1], [0]),
+    }
+    for name, (values, ids) in js.items():
+        cases.append(case(name, "js", values, ids, [Fraction(0)] * len(values), False))
     print(json.dumps(cases, indent=1))
 
 
