@@ -67,6 +67,20 @@ def test_changes_pass_the_tests_that_they_touch(changed, run):
     assert "skipped" not in told
 
 
+ALONE = """
+from v05.ops import fused_advantage
+for backend in ("cpp", "triton"):
+    for leave_one_out in (False, True):
+        for singleton, wanted in (("zero", [0.0, 0.0]), ("raw", [1.0, 0.5])):
+            options = dict(method="other_groups", leave_one_out=leave_one_out, singleton=singleton, backend=backend)
+            assert fused_advantage([1.0, 0.5], group_offsets=[0, 2], **options).advantages.tolist() == wanted
+"""
+
+
+def test_a_rule_says_where_a_rollout_is_alone(run):
+    run("-c", ALONE, cwd="/", TRITON_INTERPRET="1")
+
+
 STATISTIC = """
 import torch
 from v05.ops import fused_advantage

@@ -120,20 +120,19 @@ class Judge {
   using Kind = GroupKind;
 
   Judge(const GroupKind& group, const Evidence& /*evidence*/, const Options& options, double divisor)
-      : baseline_(group.baseline(options)), divisor_(divisor) {
-    if (options.raw_singleton && group.is_alone(options)) {  // else its baseline is its own reward
-      baseline_ = 0.0;
-      divisor_ = 1.0;
-    }
-  }
+      : baseline_(group.baseline(options)), divisor_(divisor), alone_(group.is_alone(options)) {}
 
-  double operator()(double reward, double /*energy*/, const Options& /*options*/) const {
+  double operator()(double reward, double /*energy*/, const Options& options) const {
+    if (alone_) {
+      return options.raw_singleton ? reward : 0.0;
+    }
     return (reward - baseline_) / divisor_;
   }
 
  private:
   double baseline_;
   double divisor_;
+  bool alone_;
 };
 
 // Judges a reward by a baseline from the group's other rollouts.
@@ -151,8 +150,10 @@ class LeaveOneOutJudge {
     if (others_ == kAlone) {
       return options.raw_singleton ? reward : 0.0;
     }
-    const Known others{
-        .count = others_, .mean = mean_ + (mean_ - reward) / static_cast<double>(others_), .prior = prior_, .left_out = true};
+    const Known others{.count = others_,
+                       .mean = mean_ + (mean_ - reward) / static_cast<double>(others_),
+                       .prior = prior_,
+                       .left_out = true};
     return (reward - baseline_of(options.baseline, others, options.half_range())) / divisor_;
   }
 
