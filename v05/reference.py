@@ -221,9 +221,11 @@ def advantages(
 
     def weighted_mean(rows: list[int], without: int | None = None) -> float:
         """By energy, a row taken out; NaN where nothing is left."""
-        left = [] if without is None else [without]
-        total = math.fsum(weights[rows]) - math.fsum(weights[left])
-        return (math.fsum(weights[rows] * r[rows]) - math.fsum(weights[left] * r[left])) / total if total > 0 else math.nan
+        terms = [(weights[i], weights[i] * r[i]) for i in rows]
+        if without is not None:  # one exact sum: what is taken out cancels to the last digit
+            terms.append((-weights[without], -weights[without] * r[without]))
+        total = math.fsum(weight for weight, _ in terms)
+        return math.fsum(weighted for _, weighted in terms) / total if total > 0 else math.nan
 
     def baseline_of(count: int, mean: float, successes: float, value: float) -> float:
         if rule.baseline is Baseline.CALIBRATED:

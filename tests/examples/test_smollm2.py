@@ -10,7 +10,8 @@ import pytest
 
 from v05.tasks import make_task
 from v05.train.config import RunConfig
-from v05.train.metrics import write_json, write_outcomes
+from v05.train.evaluation import write_outcomes
+from v05.train.metrics import write_json
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "smollm2.py"
 

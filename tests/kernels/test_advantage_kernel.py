@@ -326,6 +326,7 @@ def problems(draw):
             "reward_range": draw(st.sampled_from([(0.0, 1.0), (-0.5, 3.0)])),
             "calibration": draw(st.none() | st.builds(Calibration, st.floats(-1, 1), st.floats(0, 2), st.floats(0.1, 50), UNIT)),
             "max_rollouts": draw(st.integers(1, 16)),
+            "cost": draw(st.sampled_from([0.00123, 0.0101010203, 0.1234567])),
         },
     )
 
