@@ -146,18 +146,30 @@ class Advantages {
     if (!options_.wants_batch()) {
       return batch;
     }
+    const bool asks_for_groups = needs_groups(options_.baseline);
     std::vector<BatchMoments> blocks(at((groups_.count + kGroupBlock - 1) / kGroupBlock));
     for_blocks(groups_.count, kGroupBlock, outcomes_.size(), threads_,
                [&](std::int64_t block, std::int64_t begin, std::int64_t end) {
-                 BatchMoments pooled;
+                 Moments rewards;
+                 WeightedSums weighted;
+                 GroupsOfBatch of_groups;
                  for (std::int64_t g = begin; g < end; ++g) {
                    const auto& sums = sums_of(g);
-                   pooled = merge(pooled, batch_of(sums.rewards.moments(), sums.weighted()));
+                   const Moments group = sums.rewards.moments();
+                   rewards = merge(rewards, group);
+                   weighted = merge(weighted, sums.weighted());
+                   if (asks_for_groups) {
+                     of_groups = merge(of_groups, v05::groups_of(group));
+                   }
                  }
-                 blocks[at(block)] = pooled;
+                 blocks[at(block)] = {.rewards = rewards, .weighted = weighted, .groups = of_groups};
                });
     for (const BatchMoments& block : blocks) {
-      batch = merge(batch, block);
+      batch = {
+          .rewards = merge(batch.rewards, block.rewards),
+          .weighted = merge(batch.weighted, block.weighted),
+          .groups = merge(batch.groups, block.groups),
+      };
     }
     return batch;
   }
@@ -198,17 +210,20 @@ void judge_outcomes(const Outcomes<Real>& outcomes, const Groups& groups, std::s
   const bool all_usable = outcomes.valid.empty() && all_finite;
   const Advantages<Real, Out> of_batch(outcomes, groups, prior, options, advantages, table, all_usable, threads);
   const bool alone = !options.leave_one_out;
+  const auto compare = [&]<bool kReadsEnergy, bool kReadsBatch> {
+    alone ? of_batch.template compute<Judge<Group<kReadsEnergy, kReadsBatch>>>()
+          : of_batch.template compute<WeighedLeaveOneOutJudge<kReadsEnergy, kReadsBatch>>();
+  };
   if (options.baseline == Baseline::kCalibrated) {
     alone ? of_batch.template compute<Judge<CalibratedGroup>>()
           : of_batch.template compute<CalibratedLeaveOneOutJudge>();
   } else if (needs_energy(options.baseline)) {
-    alone ? of_batch.template compute<Judge<Group<true>>>()
-          : of_batch.template compute<WeighedLeaveOneOutJudge<true>>();
+    needs_batch(options.baseline) ? compare.template operator()<true, true>()
+                                  : compare.template operator()<true, false>();
   } else if (needs_batch(options.baseline)) {
-    alone ? of_batch.template compute<Judge<Group<false>>>()
-          : of_batch.template compute<WeighedLeaveOneOutJudge<false>>();
+    compare.template operator()<false, true>();
   } else {
-    alone ? of_batch.template compute<Judge<Group<false>>>() : of_batch.template compute<LeaveOneOutJudge>();
+    alone ? of_batch.template compute<Judge<Group<false, false>>>() : of_batch.template compute<LeaveOneOutJudge>();
   }
   if (!all_finite && table) {
     for_rows(outcomes.rewards.size(), groups, [&](std::size_t row, std::size_t group) {

@@ -56,23 +56,29 @@ inline double mean_without_group(const Moments& means, const Moments& group) {
 }
 
 // A group and its baseline, of any method but calibrated fusion.
-template <bool kReadsEnergy>
+template <bool kReadsEnergy, bool kReadsBatch>
 struct Group {
   static constexpr bool kEnergy = kReadsEnergy;
+  static constexpr bool kBatch = kReadsBatch;
   Moments moments;
   Known known;
 
-  Group(const Evidence& evidence, const Options& /*options*/, bool /*wants_baseline*/)
+  Group(const Evidence& evidence, const Options& options, bool /*wants_baseline*/)
       : moments(evidence.moments),
         known{.count = moments.count,
               .mean = moments.mean,
               .energy_mean = evidence.weighted.mean(),
-              .prior = evidence.prior,
-              .batch_count = evidence.batch.rewards.count,
-              .batch_mean = evidence.batch.rewards.mean,
-              .batch_energy_mean = evidence.batch.weighted.mean(),
-              .other_groups = mean_without_group(evidence.batch.means, evidence.moments),
-              .batch = &evidence.batch} {}
+              .prior = evidence.prior} {
+    if constexpr (kReadsBatch) {
+      known.batch_count = evidence.batch.rewards.count;
+      known.batch_mean = evidence.batch.rewards.mean;
+      known.batch_energy_mean = evidence.batch.weighted.mean();
+      known.batch = &evidence.batch;
+      if (needs_groups(options.baseline)) {
+        known.other_groups = mean_without_group(evidence.batch.groups.means, evidence.moments);
+      }
+    }
+  }
 
   [[nodiscard]] double baseline(const Options& options) const {
     return baseline_of(options.baseline, known, options.half_range());
@@ -92,6 +98,7 @@ inline double successes_of(const Moments& group, const Options& options) {
 // A group and what calibrated fusion makes of it.
 struct CalibratedGroup {
   static constexpr bool kEnergy = false;
+  static constexpr bool kBatch = false;
   Moments moments;
   double successes;         // sum of the rewards scaled to [0, 1]
   Belief belief;            // what the prior is taken for
@@ -120,25 +127,29 @@ class Judge {
   using Kind = GroupKind;
 
   Judge(const GroupKind& group, const Evidence& /*evidence*/, const Options& options, double divisor)
-      : baseline_(group.baseline(options)), divisor_(divisor), alone_(group.is_alone(options)) {}
-
-  double operator()(double reward, double /*energy*/, const Options& options) const {
-    if (alone_) {
-      return options.raw_singleton ? reward : 0.0;
+      : baseline_(group.baseline(options)), divisor_(divisor) {
+    if (options.raw_singleton && group.is_alone(options)) {  // else its baseline is its own reward
+      baseline_ = 0.0;
+      divisor_ = 1.0;
+    } else if (GroupKind::kBatch && std::isnan(baseline_)) {  // or, of a rule that reads the others alone, nothing
+      baseline_ = 0.0;
+      divisor_ = std::numeric_limits<double>::infinity();
     }
+  }
+
+  double operator()(double reward, double /*energy*/, const Options& /*options*/) const {
     return (reward - baseline_) / divisor_;
   }
 
  private:
   double baseline_;
   double divisor_;
-  bool alone_;
 };
 
 // Judges a reward by a baseline from the group's other rollouts.
 class LeaveOneOutJudge {
  public:
-  using Kind = Group<false>;
+  using Kind = Group<false, false>;
 
   LeaveOneOutJudge(const Kind& group, const Evidence& evidence, const Options& options, double divisor)
       : mean_(group.moments.mean),
@@ -166,10 +177,10 @@ class LeaveOneOutJudge {
 };
 
 // Judges a reward by a baseline from the others of its group, weighted by energy, or from all others of the batch.
-template <bool kReadsEnergy>
+template <bool kReadsEnergy, bool kReadsBatch>
 class WeighedLeaveOneOutJudge {
  public:
-  using Kind = Group<kReadsEnergy>;
+  using Kind = Group<kReadsEnergy, kReadsBatch>;
 
   WeighedLeaveOneOutJudge(const Kind& group, const Evidence& evidence, const Options& options, double divisor)
       : known_(group.known), weighted_(evidence.weighted), divisor_(divisor), alone_(group.is_alone(options)) {}
@@ -178,15 +189,20 @@ class WeighedLeaveOneOutJudge {
     if (alone_) {
       return options.raw_singleton ? reward : 0.0;
     }
-    Known others = known_;
-    others.left_out = true;
-    others.mean = mean_without(reward, known_.count, known_.mean);
-    others.count = known_.count - 1;
-    others.batch_mean = mean_without(reward, known_.batch_count, known_.batch_mean);
-    others.batch_count = known_.batch_count - 1;
-    if constexpr (kReadsEnergy) {
-      others.energy_mean = weighted_.mean_without(reward, energy);
-      others.batch_energy_mean = known_.batch->weighted.mean_without(reward, energy);
+    constexpr double kNone = std::numeric_limits<double>::quiet_NaN();
+    Known others{
+        .count = known_.count - 1,
+        .mean = mean_without(reward, known_.count, known_.mean),
+        .energy_mean = kReadsEnergy ? weighted_.mean_without(reward, energy) : kNone,
+        .prior = known_.prior,
+        .left_out = true,
+    };
+    if constexpr (kReadsBatch) {
+      others.batch_count = known_.batch_count - 1;
+      others.batch_mean = mean_without(reward, known_.batch_count, known_.batch_mean);
+      others.batch_energy_mean = kReadsEnergy ? known_.batch->weighted.mean_without(reward, energy) : kNone;
+      others.other_groups = known_.other_groups;
+      others.batch = known_.batch;
     }
     return (reward - baseline_of(options.baseline, others, options.half_range())) / divisor_;
   }

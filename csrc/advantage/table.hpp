@@ -15,8 +15,9 @@ void write_moments(const Table& table, std::size_t g, const GroupKind& group, co
   table.at(Statistic::kBaseline, g) = group.baseline(options);
 }
 
-template <bool kEnergy>
-void write_statistics(const Table& table, std::size_t g, const Group<kEnergy>& group, const Options& options) {
+template <bool kReadsEnergy, bool kReadsBatch>
+void write_statistics(const Table& table, std::size_t g, const Group<kReadsEnergy, kReadsBatch>& group,
+                      const Options& options) {
   const Moments& m = group.moments;
   write_moments(table, g, group, options);
   if (options.baseline == Baseline::kShrinkage) {

@@ -20,22 +20,25 @@ BATCH_MEAN = tl.constexpr(5)
 ENERGY_MEAN = tl.constexpr(6)
 JAMES_STEIN = tl.constexpr(7)
 
-# The baselines that read the batch.
-NEEDS_BATCH = (BATCH_MEAN.value, JAMES_STEIN.value)
+# The baselines that read the batch's groups, and those that read the batch.
+NEEDS_GROUPS = (JAMES_STEIN.value,)
+NEEDS_BATCH = (BATCH_MEAN.value, *NEEDS_GROUPS)
 
-# What is known of a batch, in the order of its (10,) float64. The first three are for BATCH_SCALE, too; the others are NaN there.
+# What is known of a batch, in the order of its (5,) float64.
 BATCH_DIVISOR = tl.constexpr(0)
 BATCH_COUNT = tl.constexpr(1)
 BATCH_REWARD = tl.constexpr(2)  # the mean of all rewards
 BATCH_WEIGHT = tl.constexpr(3)  # the sum of the energies
 BATCH_WEIGHTED = tl.constexpr(4)  # the sum of energy * (reward - BATCH_REWARD)
-BATCH_GROUPS = tl.constexpr(5)  # that have rollouts
-BATCH_MEAN_OF_MEANS = tl.constexpr(6)
-BATCH_VAR_OF_MEANS = tl.constexpr(7)
+
+# What is known of its groups, in the order of their (5,) float64.
+GROUPS_COUNT = tl.constexpr(0)  # that have rollouts
+GROUPS_MEAN = tl.constexpr(1)  # of their means
+GROUPS_VAR = tl.constexpr(2)  # of their means
 # Over the groups of two rollouts or more, how far chance alone moves their means: the mean of var / k, with a rollout left out
 # of var / (k - 1).
-BATCH_NOISE = tl.constexpr(8)
-BATCH_NOISE_OF_OTHERS = tl.constexpr(9)
+GROUPS_NOISE = tl.constexpr(3)
+GROUPS_NOISE_OF_OTHERS = tl.constexpr(4)
 
 
 @triton.jit
@@ -66,13 +69,13 @@ def shrinkage(count, mean, prior, half_range):
 
 
 @triton.jit
-def james_stein(count, mean, prior, other_groups, p_batch, LEFT_OUT: tl.constexpr):
+def james_stein(count, mean, prior, other_groups, p_groups, LEFT_OUT: tl.constexpr):
     """The mean shrunk towards the mean of the other groups' means (James-Stein, arXiv 2511.03710), as far as chance alone
     explains how the groups' means differ. A group of one rollout has the others' mean, also where that one is left out.
     Without other groups the mean stands, without a rollout either the prior.
     """
-    noise = tl.load(p_batch + (BATCH_NOISE_OF_OTHERS if LEFT_OUT else BATCH_NOISE))
-    excess = tl.load(p_batch + BATCH_VAR_OF_MEANS) - tl.load(p_batch + BATCH_NOISE)
+    noise = tl.load(p_groups + (GROUPS_NOISE_OF_OTHERS if LEFT_OUT else GROUPS_NOISE))
+    excess = tl.load(p_groups + GROUPS_VAR) - tl.load(p_groups + GROUPS_NOISE)
     noisy = noise > 0.0
     total = noise + tl.where(excess > 0.0, excess, 0.0)
     weight = tl.where(noisy, noise / tl.where(noisy, total, 1.0), 0.0)
@@ -92,14 +95,14 @@ def baseline_of(
     batch_mean,
     batch_energy_mean,
     other_groups,
-    p_batch,
+    p_groups,
     half_range,
 ):
     """The baseline of any method but calibrated fusion, in the shape of `mean`. Without a prior the group mean stands in,
     without a rollout the prior, without an energy (energy_mean is NaN) the plain mean.
 
     All of it is of the group and the batch or, where LEFT_OUT says so, of a rollout's others; `other_groups` is the mean of the
-    means of the batch's other groups. What else NEEDS_BATCH gives a rule is at p_batch.
+    means of the batch's other groups. What else NEEDS_GROUPS gives a rule is at p_groups.
     """
     if RULE == SHRINKAGE:
         return shrinkage(count, mean, prior, half_range)[0]
@@ -110,7 +113,7 @@ def baseline_of(
     elif RULE == BATCH_MEAN:
         return batch_mean
     elif RULE == JAMES_STEIN:
-        return james_stein(count, mean, prior, other_groups, p_batch, LEFT_OUT)
+        return james_stein(count, mean, prior, other_groups, p_groups, LEFT_OUT)
     elif RULE == ENERGY_MEAN:
         plain = tl.where(count == 0, prior, mean)
         return tl.where(is_nan(energy_mean), plain, energy_mean)

@@ -15,12 +15,12 @@ import triton.language as tl
 from v05.kernels.advantage.fusion import (
     BATCH_COUNT,
     BATCH_DIVISOR,
-    BATCH_GROUPS,
-    BATCH_MEAN_OF_MEANS,
     BATCH_REWARD,
     BATCH_WEIGHT,
     BATCH_WEIGHTED,
     CALIBRATED,
+    GROUPS_COUNT,
+    GROUPS_MEAN,
     SHRINKAGE,
     baseline_of,
     believe,
@@ -69,6 +69,7 @@ def advantage_of(
     batch_mean,
     other_groups,
     p_batch,
+    p_groups,
     successes,
     believed_a,
     believed_b,
@@ -106,11 +107,13 @@ def advantage_of(
             b_batch_mean,
             b_batch_energy_mean,
             other_groups,
-            p_batch,
+            p_groups,
             (high - low) / 2,
         )
     else:
-        b_baseline = group_baseline(BASELINE, count, mean, weight, weighted, prior, batch_mean, other_groups, p_batch, low, high)
+        b_baseline = group_baseline(
+            BASELINE, count, mean, weight, weighted, prior, batch_mean, other_groups, p_batch, p_groups, low, high
+        )
     b_advantage = (b_reward - b_baseline) / divisor
     if BASELINE != CALIBRATED:
         alone = is_alone(BASELINE, count, prior, batch_count, other_groups)
@@ -119,7 +122,9 @@ def advantage_of(
 
 
 @triton.jit
-def group_baseline(BASELINE: tl.constexpr, count, mean, weight, weighted, prior, batch_mean, other_groups, p_batch, low, high):
+def group_baseline(
+    BASELINE: tl.constexpr, count, mean, weight, weighted, prior, batch_mean, other_groups, p_batch, p_groups, low, high
+):
     """The baseline of a whole group, of any method but calibrated fusion."""
     energy_mean = energy_mean_of(mean, weight, weighted)
     batch_energy_mean = batch_mean
@@ -135,7 +140,7 @@ def group_baseline(BASELINE: tl.constexpr, count, mean, weight, weighted, prior,
         batch_mean,
         batch_energy_mean,
         other_groups,
-        p_batch,
+        p_groups,
         (high - low) / 2,
     )
 
@@ -195,7 +200,8 @@ def fused_advantage_kernel(
     p_valid,  # (N,) bool, or None: all
     p_counted,  # (N,) bool, or None: as valid
     p_energy,  # (N,) float64, or None: the baseline reads none
-    p_batch,  # (10,) float64, as fusion.py says, with BATCH_SCALE or a baseline that NEEDS_BATCH; else None
+    p_batch,  # (5,) float64, as fusion.py says, with BATCH_SCALE or a baseline that NEEDS_BATCH; else None
+    p_groups,  # (5,) float64, as fusion.py says, with a baseline that NEEDS_GROUPS; else None
     p_out,  # (N, T), (total_tokens,) or (N,)
     p_table,  # (v05.ops.advantage.stats.STATISTICS, G) float64, or None
     G,
@@ -247,8 +253,9 @@ def fused_advantage_kernel(
     other_groups = batch_mean
     if p_batch is not None:
         batch_count, batch_mean = tl.load(p_batch + BATCH_COUNT), tl.load(p_batch + BATCH_REWARD)
-        mean_of_means = tl.load(p_batch + BATCH_MEAN_OF_MEANS)
-        without_own = mean_without(mean, tl.load(p_batch + BATCH_GROUPS), mean_of_means)
+    if p_groups is not None:
+        mean_of_means = tl.load(p_groups + GROUPS_MEAN)
+        without_own = mean_without(mean, tl.load(p_groups + GROUPS_COUNT), mean_of_means)
         other_groups = tl.where(count > 0, without_own, mean_of_means)
 
     divisor = tl.full((), 1.0, tl.float64)
@@ -279,7 +286,7 @@ def fused_advantage_kernel(
                 tl.store(p_table + TAKE_MORE * column + group, more.to(tl.float64))
             else:
                 baseline = group_baseline(
-                    BASELINE, count, mean, weight, weighted, prior, batch_mean, other_groups, p_batch, low, high
+                    BASELINE, count, mean, weight, weighted, prior, batch_mean, other_groups, p_batch, p_groups, low, high
                 )
                 tl.store(p_table + BASELINE_COLUMN * column + group, baseline)
             if BASELINE == SHRINKAGE:
@@ -312,6 +319,7 @@ def fused_advantage_kernel(
             batch_mean,
             other_groups,
             p_batch,
+            p_groups,
             successes,
             believed_a,
             believed_b,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 
-from v05.kernels.advantage.fusion import NEEDS_BATCH
+from v05.kernels.advantage.fusion import NEEDS_BATCH, NEEDS_GROUPS
 from v05.kernels.advantage.kernel import (
     BATCH_SCALE,
     GROUP_SCALE,
@@ -82,15 +82,15 @@ def launch(
         row_length = None if mask is None and cu_seqlens is None else triton.cdiv(out.numel(), max(N, 1))
         each_its_own = options.leave_one_out and options.baseline == Baseline.CALIBRATED
         block_rows, splits, chunks = launch_shape(N, G, row_length, CALIBRATED_BLOCK_ROWS if each_its_own else MAX_BLOCK_ROWS)
-        batch = None
+        batch, of_groups = None, None
         if options.scale == BATCH_SCALE.value or options.baseline in NEEDS_BATCH:
             batch = _batch_moments(rewards, valid if counted is None else counted, energy, low, high, options.eps)
-        if batch is not None and options.baseline in NEEDS_BATCH:
+        if options.baseline in NEEDS_GROUPS:
             groups = torch.empty(3, G, dtype=torch.float64, device=rewards.device)
             group_moments_kernel[(G,)](
                 rewards, offsets, order, valid, counted, groups, low, high, BLOCK_ROWS=block_rows, **_OPTIONS
             )
-            batch = torch.cat((batch, _moments_of_groups(*groups)))
+            of_groups = _moments_of_groups(*groups)
         fused_advantage_kernel[(G, splits, chunks)](
             rewards,
             offsets,
@@ -102,6 +102,7 @@ def launch(
             counted,
             energy,
             batch,
+            of_groups,
             out,
             table,
             G,
@@ -171,7 +172,7 @@ def _batch_moments(
 
 
 def _moments_of_groups(count: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-    """(5,) float64 of the groups, BATCH_GROUPS to BATCH_NOISE_OF_OTHERS of `fusion.py`; (G,) each of what is given."""
+    """(5,) float64 of the groups, GROUPS_COUNT to GROUPS_NOISE_OF_OTHERS of `fusion.py`; (G,) each of what is given."""
 
     def mean_over(groups: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return torch.where(groups, values, 0.0).sum() / groups.sum()  # NaN without any
@@ -203,6 +204,7 @@ def variants() -> Iterator[Variant]:
         for baseline in Baseline:
             name = f"{layout}-{baseline.name.lower().replace('_', '-')}"
             batch = {"p_batch": "fp64"} if baseline in NEEDS_BATCH else {}
+            batch |= {"p_groups": "fp64"} if baseline in NEEDS_GROUPS else {}
             energy = {"p_energy": "fp64"} if baseline in weighed else {}
             made[name] = Variant(
                 name,

@@ -32,7 +32,8 @@ inline bool needs_prior(Baseline rule) {
   return rule == Baseline::kPrior || rule == Baseline::kShrinkage || rule == Baseline::kCalibrated;
 }
 inline bool needs_energy(Baseline rule) { return rule == Baseline::kEnergyMean; }
-inline bool needs_batch(Baseline rule) { return rule == Baseline::kBatchMean || rule == Baseline::kJamesStein; }
+inline bool needs_groups(Baseline rule) { return rule == Baseline::kJamesStein; }  // of the batch
+inline bool needs_batch(Baseline rule) { return rule == Baseline::kBatchMean || needs_groups(rule); }
 
 // What a bound of the rewards may be exceeded by: 0.3 in float32 is above 0.3, and sums of rewards round.
 inline double rounding_slack(double low, double high) {
@@ -93,18 +94,18 @@ struct Known {
 // The mean shrunk towards the mean of the other groups' means (James-Stein, arXiv 2511.03710), as far as chance alone
 // explains how the groups' means differ. A group of one rollout has the others' mean, also where that one is left out.
 // Without other groups the mean stands, without a rollout either the prior.
-inline double james_stein(const Known& known) {
-  if (std::isnan(known.other_groups)) {
-    return known.count == 0 ? known.prior : known.mean;
+inline double james_stein(std::int64_t count, double mean, double prior, double other_groups, bool left_out,
+                          const GroupsOfBatch& groups) {
+  if (std::isnan(other_groups)) {
+    return count == 0 ? prior : mean;
   }
-  if (known.count < (known.left_out ? 1 : 2)) {
-    return known.other_groups;
+  if (count < (left_out ? 1 : 2)) {
+    return other_groups;
   }
-  const BatchMoments& batch = *known.batch;
-  const double noise = known.left_out ? batch.noise_of_others.mean : batch.noise.mean;
-  const double spread = std::max(0.0, batch.means.variance() - batch.noise.mean);
+  const double noise = left_out ? groups.noise_of_others.mean : groups.noise.mean;
+  const double spread = std::max(0.0, groups.means.variance() - groups.noise.mean);
   const double weight = noise > 0.0 ? noise / (noise + spread) : 0.0;
-  return known.mean + weight * (known.other_groups - known.mean);
+  return mean + weight * (other_groups - mean);
 }
 
 // The baseline of any method but calibrated fusion. Where there is no prior the group mean stands in, where there is no
@@ -120,7 +121,7 @@ inline double baseline_of(Baseline rule, const Known& known, double half_range) 
     case Baseline::kBatchMean:
       return known.batch_mean;
     case Baseline::kJamesStein:
-      return james_stein(known);
+      return james_stein(known.count, known.mean, known.prior, known.other_groups, known.left_out, known.batch->groups);
     case Baseline::kEnergyMean:
       if (!std::isnan(known.energy_mean)) {
         return known.energy_mean;

@@ -117,34 +117,35 @@ inline WeightedSums merge(const WeightedSums& a, const WeightedSums& b) {
   };
 }
 
-// What a baseline or a scale may ask of the whole batch.
-struct BatchMoments {
-  Moments rewards;        // of all rollouts that count
-  WeightedSums weighted;  // of them by energy; empty without energies
-  Moments means;          // of the means of the groups that have rollouts
+// What a baseline may ask of a batch's groups.
+struct GroupsOfBatch {
+  Moments means;  // of the groups that have rollouts
   // Over the groups of two rollouts or more, how far chance alone moves their means: the mean of var / k, with a
   // rollout left out of var / (k - 1).
   Moments noise;
   Moments noise_of_others;
 };
 
-// Of a batch of one group.
-inline BatchMoments batch_of(const Moments& group, const WeightedSums& weighted) {
+// What a baseline or a scale may ask of the whole batch.
+struct BatchMoments {
+  Moments rewards;        // of all rollouts that count
+  WeightedSums weighted;  // of them by energy; empty without energies
+  GroupsOfBatch groups;   // empty unless a baseline asks for them
+};
+
+// Of one group.
+inline GroupsOfBatch groups_of(const Moments& group) {
   const auto one_if = [](bool known, double value) { return known ? Moments{.count = 1, .mean = value} : Moments{}; };
   const auto count = static_cast<double>(group.count);
   return {
-      .rewards = group,
-      .weighted = weighted,
       .means = one_if(group.count > 0, group.mean),
       .noise = one_if(group.count > 1, group.variance() / count),
       .noise_of_others = one_if(group.count > 1, group.variance() / (count - 1.0)),
   };
 }
 
-inline BatchMoments merge(const BatchMoments& a, const BatchMoments& b) {
+inline GroupsOfBatch merge(const GroupsOfBatch& a, const GroupsOfBatch& b) {
   return {
-      .rewards = merge(a.rewards, b.rewards),
-      .weighted = merge(a.weighted, b.weighted),
       .means = merge(a.means, b.means),
       .noise = merge(a.noise, b.noise),
       .noise_of_others = merge(a.noise_of_others, b.noise_of_others),
