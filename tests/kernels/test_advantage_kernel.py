@@ -322,7 +322,7 @@ def problems(draw):
             "leave_one_out": draw(st.booleans()),
             "singleton": draw(st.sampled_from(["zero", "raw"])),
             "valid": torch.tensor(draw(st.lists(st.booleans(), **each))),
-            "energy": draw(st.lists(st.sampled_from([0.0, 1.0]) | st.floats(0, 9, width=32), **each)),
+            "energy": draw(st.lists(st.sampled_from([0.0, 1.0]) | st.floats(0.0625, 9, width=32), **each)),
             "reward_range": draw(st.sampled_from([(0.0, 1.0), (-0.5, 3.0)])),
             "calibration": draw(st.none() | st.builds(Calibration, st.floats(-1, 1), st.floats(0, 2), st.floats(0.1, 50), UNIT)),
             "max_rollouts": draw(st.integers(1, 16)),

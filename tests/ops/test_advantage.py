@@ -69,7 +69,7 @@ def batches(draw):
         "group_ids": draw(hnp.arrays(np.int64, n, elements=st.integers(0, groups - 1))),
         "prior": np.clip(prior, low, high),
         "valid": draw(hnp.arrays(np.bool_, n)),
-        "energy": draw(hnp.arrays(np.float64, n, elements=st.sampled_from([0.0, 1.0]) | st.floats(0, 100, width=32))),
+        "energy": draw(hnp.arrays(np.float64, n, elements=st.sampled_from([0.0, 1.0]) | st.floats(0.0625, 100, width=32))),
         "num_groups": groups,
         "method": draw(st.sampled_from(sorted(METHODS))),
         "scale": draw(st.sampled_from([None, "none", "group", "batch"])),
