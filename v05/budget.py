@@ -126,7 +126,7 @@ class RolloutAllocator:
             chunk=integer("chunk", chunk),
             seed=integer("seed", seed),
             reward_range=finite_range("reward_range", reward_range),
-            calibration=None if known is None else astuple(known),
+            calibration=None if known is None else astuple(known)[:4],  # energies say nothing of the success rate
             max_attempts=integer("max_attempts", max_attempts),
         )
 

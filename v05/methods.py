@@ -28,18 +28,24 @@ class Baseline(IntEnum):
     BATCH_MEAN = 5
     ENERGY_MEAN = 6
     JAMES_STEIN = 7
+    LEAST_VARIANCE = 8
+    BATCH_ENERGY_MEAN = 9
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What past groups say of the prior: the four numbers of calibrated fusion (`v05/reference.py`, `calibrated`).
+    """What past groups say of the prior: the four numbers of calibrated fusion (`v05/reference.py`, `calibrated`), and the two of
+    the shift by which the baseline of least variance differs from the success rate (`v05/reference.py`, `least_variance`).
 
     Attributes:
         alpha, beta: a prior v, rewards scaled to [0, 1], predicts the success rate sigmoid(alpha + beta logit v); -100 to 100.
         kappa: as sure of it as after that many rollouts; 1e-6 to 1e12.
         eps: how often the prior says nothing (hallucinates); above 0, below 1.
+        delta0, delta1: where the success rate is p, the log-ratio of the mean energies of successes and of failures is
+            delta0 + delta1 log(1 - p); -8 to 8.
 
-    The defaults are for before anything is known: a prior taken at its word, worth 4.5 rollouts, wrong about one time in eight.
+    The defaults are for before anything is known: a prior taken at its word, worth 4.5 rollouts, wrong about one time in eight, and
+    energies that know nothing of success.
     `v05.prior.calibration` fits the numbers, and is drawn to these where the data are silent.
 
     Raises:
@@ -50,9 +56,11 @@ class Calibration:
     beta: float = 1.0
     kappa: float = 4.5
     eps: float = 0.12
+    delta0: float = 0.0
+    delta1: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "kappa", "eps"):
+        for name in ("alpha", "beta", "kappa", "eps", "delta0", "delta1"):
             object.__setattr__(self, name, real(name, getattr(self, name)))
         # The bounds are those of Calibration::within_bounds in fusion.hpp.
         for name, value, within, bounds in (
@@ -60,6 +68,8 @@ class Calibration:
             ("beta", self.beta, -100 <= self.beta <= 100, "between -100 and 100"),
             ("kappa", self.kappa, 1e-6 <= self.kappa <= 1e12, "between 1e-6 and 1e12"),
             ("eps", self.eps, 0 < self.eps < 1, "above 0 and below 1"),
+            ("delta0", self.delta0, -8 <= self.delta0 <= 8, "between -8 and 8"),
+            ("delta1", self.delta1, -8 <= self.delta1 <= 8, "between -8 and 8"),
         ):
             if not within:
                 raise ValueError(f"{name}={value} of a Calibration is not {bounds}; fit it on groups with a prior")
@@ -71,6 +81,7 @@ BUDGET_RULES: dict[Baseline, BudgetRule] = {
     Baseline.PRIOR: "osla",
     Baseline.SHRINKAGE: "osla",
     Baseline.CALIBRATED: "calibrated",
+    Baseline.LEAST_VARIANCE: "calibrated",
 }
 ONE_ROLLOUT: Mapping[str, Any] = {"budget": {"initial": 1, "maximum": 1}}
 FIXED_AT_4: Mapping[str, Any] = {"budget": {"initial": 4, "maximum": 4}}
@@ -116,7 +127,17 @@ class Method:
     @property
     def is_calibrated(self) -> bool:
         """How far the prior is to be trusted is fitted to past groups."""
-        return self.baseline is Baseline.CALIBRATED
+        return self.baseline in (Baseline.CALIBRATED, Baseline.LEAST_VARIANCE)
+
+    @property
+    def learns_energies(self) -> bool:
+        """What successes and failures have for energies is fitted to past groups."""
+        return self.baseline is Baseline.LEAST_VARIANCE
+
+    @property
+    def reads_energies(self) -> bool:
+        """It weighs rollouts by their energies, or learns from them."""
+        return self.weight == "energy" or self.learns_energies
 
     @property
     def estimator(self) -> str:
@@ -126,7 +147,7 @@ class Method:
     @property
     def counts_paths(self) -> bool:
         """Its advantages under its own test can be made unbiased (`v05.path_counting`)."""
-        return self.baseline in (Baseline.SHRINKAGE, Baseline.CALIBRATED)
+        return self.baseline in (Baseline.SHRINKAGE, Baseline.CALIBRATED, Baseline.LEAST_VARIANCE)
 
 
 METHODS = {
@@ -177,6 +198,14 @@ METHODS = {
                 "loss": {"clip_high": 0.28},
             },
         ),
+        Method(
+            "optimal",
+            Baseline.LEAST_VARIANCE,
+            "ours; least-variance baselines, Weaver & Tao 2001, Greensmith et al. 2004",
+            colour=("#dc2626", "#f87171"),
+            leave_one_out=True,
+            recipe=ONE_ROLLOUT,
+        ),
         Method("none", Baseline.ZERO, "REINFORCE, Williams 1992", colour=("#111827", "#e5e7eb"), recipe=ONE_ROLLOUT),
         Method(
             "batch",
@@ -186,13 +215,22 @@ METHODS = {
             leave_one_out=True,
             recipe=ONE_ROLLOUT,
         ),
+        Method(
+            "batch_energy",
+            Baseline.BATCH_ENERGY_MEAN,
+            "ours; the least-variance baseline that is one number for all prompts",
+            colour=("#86198f", "#e879f9"),
+            leave_one_out=True,
+            recipe=ONE_ROLLOUT,
+            weight="energy",
+        ),
         Method("opo", Baseline.ENERGY_MEAN, "OPO, arXiv 2505.23585", colour=("#b45309", "#fcd34d"), weight="length"),
         Method("otb", Baseline.ENERGY_MEAN, "OTB, arXiv 2602.07078", colour=("#0369a1", "#38bdf8"), weight="energy"),
         Method(
             "js",
             Baseline.JAMES_STEIN,
             "James-Stein, arXiv 2511.03710",
-            colour=("#dc2626", "#f87171"),
+            colour=("#57534e", "#a8a29e"),
             leave_one_out=True,
             recipe={"budget": {"initial": 2, "maximum": 2}},
         ),

@@ -143,6 +143,19 @@ def james_stein(mean: float, others: float, noise: float, spread: float) -> floa
     return (1 - weight) * mean + weight * others
 
 
+def least_variance(success: float, calibration: Calibration) -> float:
+    """The baseline b for which E[(r - b)^2 E] is least, rewards scaled to [0, 1] and E a rollout's energy, |grad log pi|^2.
+
+        b = E[r E] / E[E] = p w1 / (p w1 + (1 - p) w0),    log(w1 / w0) = delta0 + delta1 log(1 - p), within [-8, 8]
+
+    p = `success` is what is believed of the success rate; w1, w0 are the mean energies of successes and of failures (Weaver & Tao
+    2001; Greensmith, Bartlett & Baxter 2004).
+    """
+    shift = calibration.delta0 + calibration.delta1 * math.log(1 - success)
+    ratio = math.exp(min(max(shift, -8.0), 8.0))
+    return success * ratio / (success * ratio + 1 - success)
+
+
 def betaln(a: float, b: float) -> float:
     return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
 
@@ -230,9 +243,12 @@ def advantages(
     def baseline_of(count: int, mean: float, successes: float, value: float) -> float:
         if rule.baseline is Baseline.CALIBRATED:
             return lo + (hi - lo) * calibrated(count, successes, scaled(value), calibration).baseline
+        if rule.baseline is Baseline.LEAST_VARIANCE:
+            success = calibrated(count, successes, scaled(value), calibration).baseline
+            return lo + (hi - lo) * least_variance(success, calibration)
         if rule.baseline in (Baseline.GROUP_MEAN, Baseline.ENERGY_MEAN):
             return mean
-        if rule.baseline in (Baseline.ZERO, Baseline.BATCH_MEAN):
+        if rule.baseline in (Baseline.ZERO, Baseline.BATCH_MEAN, Baseline.BATCH_ENERGY_MEAN):
             return 0.0  # known before any group is looked at
         if rule.baseline is Baseline.PRIOR:
             return mean if math.isnan(value) else value
@@ -246,7 +262,8 @@ def advantages(
             first.setdefault(trajectories[i], int(i))
         counted.append(list(first.values()))
 
-    everything = np.concatenate([r[c] for c in counted]) if counted else r
+    everyone = [i for c in counted for i in c]
+    everything = r[everyone] if counted else r
     batch_mean = float(np.mean(everything)) if len(everything) else math.nan
     means = {g: float(np.mean(r[c])) for g, c in enumerate(counted) if c}
     several = [r[c] for c in counted if len(c) > 1]
@@ -270,6 +287,9 @@ def advantages(
             baseline = v[g]
         elif rule.baseline is Baseline.BATCH_MEAN:
             baseline = batch_mean
+        elif rule.baseline is Baseline.BATCH_ENERGY_MEAN:
+            weighted = weighted_mean(everyone)
+            baseline = batch_mean if math.isnan(weighted) else weighted
         elif rule.baseline is Baseline.ZERO:
             baseline = 0.0
         elif rule.baseline is Baseline.JAMES_STEIN:
@@ -286,7 +306,7 @@ def advantages(
                 "mse": fused.mse * half**2,
                 "take_more": osla_take_more(k, fused.squared_bias, max_rollouts, cost),
             }
-        if rule.baseline is Baseline.CALIBRATED:
+        if rule.is_calibrated:
             belief = calibrated(k, successes, scaled(v[g]), calibration)
             extra = {
                 "hallucination": belief.hallucination,
@@ -307,14 +327,17 @@ def advantages(
                 b = baseline_of(0, math.nan, 0.0, v[g])
             else:
                 b = baseline
-            alone = k == 1 and (not rule.needs_prior or (math.isnan(v[g]) and rule.baseline is not Baseline.CALIBRATED))
+            alone = k == 1 and (not rule.needs_prior or (math.isnan(v[g]) and not rule.is_calibrated))
             if leave_one_out and rule.baseline is Baseline.ENERGY_MEAN:
                 if not math.isnan(weighted := weighted_mean(counted[g], without=int(i))):
                     b = weighted
-            elif rule.baseline is Baseline.BATCH_MEAN:
+            elif rule.baseline in (Baseline.BATCH_MEAN, Baseline.BATCH_ENERGY_MEAN):
                 n = len(everything)
                 alone = n == 1
                 b = batch_mean + (batch_mean - r[i]) / (n - 1) if leave_one_out and n > 1 else batch_mean
+                if rule.baseline is Baseline.BATCH_ENERGY_MEAN:
+                    weighted = weighted_mean(everyone, without=int(i) if leave_one_out else None)
+                    b = b if math.isnan(weighted) else weighted
             elif rule.baseline is Baseline.ZERO:
                 alone, b = False, 0.0
             elif rule.baseline is Baseline.JAMES_STEIN:

@@ -214,7 +214,7 @@ void judge_outcomes(const Outcomes<Real>& outcomes, const Groups& groups, std::s
     alone ? of_batch.template compute<Judge<Group<kReadsEnergy, kReadsBatch>>>()
           : of_batch.template compute<WeighedLeaveOneOutJudge<kReadsEnergy, kReadsBatch>>();
   };
-  if (options.baseline == Baseline::kCalibrated) {
+  if (is_calibrated(options.baseline)) {
     alone ? of_batch.template compute<Judge<CalibratedGroup>>()
           : of_batch.template compute<CalibratedLeaveOneOutJudge>();
   } else if (needs_energy(options.baseline)) {

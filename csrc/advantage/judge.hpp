@@ -95,6 +95,12 @@ inline double successes_of(const Moments& group, const Options& options) {
   return std::abs(sum - whole) <= count * options.scaled_rounding() ? whole : sum;
 }
 
+// The baseline that a belief of the success rate makes, in reward units.
+inline double baseline_of(const CalibratedFusion& fusion, const Options& options) {
+  const bool shifted = options.baseline == Baseline::kLeastVariance;
+  return options.unscaled(shifted ? least_variance(fusion, options.calibration) : fusion.baseline);
+}
+
 // A group and what calibrated fusion makes of it.
 struct CalibratedGroup {
   static constexpr bool kEnergy = false;
@@ -110,7 +116,7 @@ struct CalibratedGroup {
         belief(believe(options.scaled(evidence.prior), options.calibration)),
         fusion(wants_baseline ? calibrated(moments.count, successes, belief) : CalibratedFusion{}) {}
 
-  [[nodiscard]] double baseline(const Options& options) const { return options.unscaled(fusion.baseline); }
+  [[nodiscard]] double baseline(const Options& options) const { return baseline_of(fusion, options); }
   [[nodiscard]] static bool is_alone(const Options& /*options*/) { return false; }  // there is always the vague prior
 };
 
@@ -254,7 +260,8 @@ class CalibratedLeaveOneOutJudge {
     const auto others = static_cast<double>(others_);
     const double successes = std::clamp(successes_ - options.scaled(reward), 0.0, others);
     const double ratio = ratio_ ? (*ratio_)(successes) : likelihood_ratio(belief_.rate, successes, others - successes);
-    return (reward - options.unscaled(calibrated(others_, successes, belief_, ratio).baseline)) / divisor_;
+    const CalibratedFusion fusion = calibrated(others_, successes, belief_, ratio);
+    return (reward - baseline_of(fusion, options)) / divisor_;
   }
 
   Belief belief_;

@@ -86,7 +86,7 @@ void compute_advantages(const RolloutFields& given, const GroupFields& of_groups
 
 v05::Options make_options(int baseline, int scale, bool leave_one_out, bool raw_singleton, bool exclude_nonfinite,
                           double low, double high, double eps, std::int64_t max_rollouts, double cost,
-                          const std::array<double, 4>& calibration) {
+                          const std::array<double, 6>& calibration) {
   return {
       .baseline = static_cast<v05::Baseline>(baseline),
       .scale = static_cast<v05::Scale>(scale),
@@ -98,7 +98,12 @@ v05::Options make_options(int baseline, int scale, bool leave_one_out, bool raw_
       .eps = eps,
       .max_rollouts = max_rollouts,
       .cost = cost,
-      .calibration = {.alpha = calibration[0], .beta = calibration[1], .kappa = calibration[2], .eps = calibration[3]}};
+      .calibration = {.alpha = calibration[0],
+                      .beta = calibration[1],
+                      .kappa = calibration[2],
+                      .eps = calibration[3],
+                      .delta0 = calibration[4],
+                      .delta1 = calibration[5]}};
 }
 
 }  // namespace

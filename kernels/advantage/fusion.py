@@ -19,10 +19,12 @@ ZERO = tl.constexpr(4)
 BATCH_MEAN = tl.constexpr(5)
 ENERGY_MEAN = tl.constexpr(6)
 JAMES_STEIN = tl.constexpr(7)
+LEAST_VARIANCE = tl.constexpr(8)
+BATCH_ENERGY_MEAN = tl.constexpr(9)
 
 # The baselines that read the batch's groups, and those that read the batch.
 NEEDS_GROUPS = (JAMES_STEIN.value,)
-NEEDS_BATCH = (BATCH_MEAN.value, *NEEDS_GROUPS)
+NEEDS_BATCH = (BATCH_MEAN.value, BATCH_ENERGY_MEAN.value, *NEEDS_GROUPS)
 
 # What is known of a batch, in the order of its (5,) float64.
 BATCH_DIVISOR = tl.constexpr(0)
@@ -114,6 +116,8 @@ def baseline_of(
         return batch_mean
     elif RULE == JAMES_STEIN:
         return james_stein(count, mean, prior, other_groups, p_groups, LEFT_OUT)
+    elif RULE == BATCH_ENERGY_MEAN:
+        return tl.where(is_nan(batch_energy_mean), batch_mean, batch_energy_mean)
     elif RULE == ENERGY_MEAN:
         plain = tl.where(count == 0, prior, mean)
         return tl.where(is_nan(energy_mean), plain, energy_mean)
@@ -131,6 +135,8 @@ def is_alone(RULE: tl.constexpr, count, prior, batch_count, other_groups):
         alone = batch_count == 1
     if RULE == JAMES_STEIN:
         alone &= is_nan(other_groups)
+    if RULE == BATCH_ENERGY_MEAN:
+        alone = batch_count == 1
     if RULE == PRIOR:
         alone &= is_nan(prior)
     if RULE == SHRINKAGE:
@@ -193,6 +199,14 @@ def believe(prior, alpha, beta, kappa, log_odds):
     success = tl.exp(alpha + beta * tl.log(v / (1.0 - v)))  # its odds
     log_odds = tl.where(no_prior, float("-inf"), log_odds + v * 0.0)  # a bare number would count as float32
     return kappa * (success / (1.0 + success)), kappa / (1.0 + success), log_odds
+
+
+@triton.jit
+def least_variance(rate, complement, delta0, delta1):
+    """The baseline for which E[(reward - baseline)^2 energy] is least, rewards scaled to [0, 1]."""
+    shift = delta0 + delta1 * tl.log(complement)
+    success = rate * tl.exp(tl.where(shift < -8.0, -8.0, tl.where(shift > 8.0, 8.0, shift)))
+    return success / (success + complement)
 
 
 @triton.jit

@@ -21,12 +21,14 @@ from v05.kernels.advantage.fusion import (
     CALIBRATED,
     GROUPS_COUNT,
     GROUPS_MEAN,
+    LEAST_VARIANCE,
     SHRINKAGE,
     baseline_of,
     believe,
     calibrated,
     calibrated_take_more,
     is_alone,
+    least_variance,
     mean_without,
     osla_take_more,
     p_value,
@@ -74,6 +76,8 @@ def advantage_of(
     believed_a,
     believed_b,
     log_odds,
+    delta0,
+    delta1,
     divisor,
     low,
     high,
@@ -82,12 +86,16 @@ def advantage_of(
     RAW_SINGLETON: tl.constexpr,
 ):
     """Advantages of a group's rollouts, scalars or blocks; 0 where not usable."""
-    if BASELINE == CALIBRATED:
+    IS_CALIBRATED: tl.constexpr = (BASELINE == CALIBRATED) | (BASELINE == LEAST_VARIANCE)
+    if IS_CALIBRATED:
         if LEAVE_ONE_OUT:
             count = tl.maximum(count - 1, 0)
             b_scaled = (b_reward - low) / (high - low)
             successes = tl.minimum(tl.maximum(successes - b_scaled, 0.0), count.to(tl.float64))
-        b_baseline = low + (high - low) * calibrated(count, successes, believed_a, believed_b, log_odds)[0]
+        b_rate, b_complement, _, _ = calibrated(count, successes, believed_a, believed_b, log_odds)
+        if BASELINE == LEAST_VARIANCE:
+            b_rate = least_variance(b_rate, b_complement, delta0, delta1)
+        b_baseline = low + (high - low) * b_rate
     elif LEAVE_ONE_OUT:
         b_others = mean + (mean - b_reward) / tl.maximum(count - 1, 1).to(tl.float64)
         b_moved = weighted - b_energy * (b_reward - mean)
@@ -115,7 +123,7 @@ def advantage_of(
             BASELINE, count, mean, weight, weighted, prior, batch_mean, other_groups, p_batch, p_groups, low, high
         )
     b_advantage = (b_reward - b_baseline) / divisor
-    if BASELINE != CALIBRATED:
+    if not IS_CALIBRATED:
         alone = is_alone(BASELINE, count, prior, batch_count, other_groups)
         b_advantage = tl.where(alone, b_reward if RAW_SINGLETON else 0.0, b_advantage)
     return tl.where(b_usable, b_advantage, 0.0)
@@ -215,6 +223,8 @@ def fused_advantage_kernel(
     beta: tl.float64,
     kappa: tl.float64,
     log_odds: tl.float64,  # that a prior is not hallucinated
+    delta0: tl.float64,  # of the log-ratio of energies, as is delta1
+    delta1: tl.float64,
     BASELINE: tl.constexpr,
     SCALE: tl.constexpr,
     LEAVE_ONE_OUT: tl.constexpr,
@@ -241,7 +251,8 @@ def fused_advantage_kernel(
 
     successes = tl.full((), 0.0, tl.float64)
     believed_a, believed_b, believed_log_odds = successes, successes, successes
-    if BASELINE == CALIBRATED:
+    IS_CALIBRATED: tl.constexpr = (BASELINE == CALIBRATED) | (BASELINE == LEAST_VARIANCE)
+    if IS_CALIBRATED:
         successes = successes_of(count, mean, low, high)
         scaled_prior = (prior - low) / (high - low)
         believed_a, believed_b, believed_log_odds = believe(scaled_prior, alpha, beta, kappa, log_odds)
@@ -275,11 +286,14 @@ def fused_advantage_kernel(
             tl.store(p_table + CLIPPED * column + group, clipped.to(tl.float64))
             tl.store(p_table + MEAN * column + group, mean)
             tl.store(p_table + VAR * column + group, variance)
-            if BASELINE == CALIBRATED:
+            if IS_CALIBRATED:
                 rate, complement, rate_variance, hallucination = calibrated(
                     count, successes, believed_a, believed_b, believed_log_odds
                 )
-                tl.store(p_table + BASELINE_COLUMN * column + group, low + (high - low) * rate)
+                baseline = rate
+                if BASELINE == LEAST_VARIANCE:
+                    baseline = least_variance(rate, complement, delta0, delta1)
+                tl.store(p_table + BASELINE_COLUMN * column + group, low + (high - low) * baseline)
                 tl.store(p_table + MSE * column + group, rate_variance * (high - low) * (high - low))
                 tl.store(p_table + HALLUCINATION * column + group, hallucination)
                 more = calibrated_take_more(count, rate, complement, rate_variance, max_rollouts, cost)
@@ -324,6 +338,8 @@ def fused_advantage_kernel(
             believed_a,
             believed_b,
             believed_log_odds,
+            delta0,
+            delta1,
             divisor,
             low,
             high,

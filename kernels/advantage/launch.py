@@ -72,7 +72,7 @@ def launch(
         out.zero_()
         return
     T = 0 if mask is None else mask.shape[1]
-    alpha, beta, kappa, calibration_eps = options.calibration
+    alpha, beta, kappa, calibration_eps, delta0, delta1 = options.calibration
     bounded = options.baseline in BUDGET_RULES  # the others take any finite reward
     low, high = (options.low, options.high) if bounded else (-math.inf, math.inf)
     with torch.cuda.device_of(rewards):  # type: ignore[no-untyped-call]
@@ -80,7 +80,7 @@ def launch(
             assert mask is not None
             rewards = _sum_token_rewards(rewards, mask)
         row_length = None if mask is None and cu_seqlens is None else triton.cdiv(out.numel(), max(N, 1))
-        each_its_own = options.leave_one_out and options.baseline == Baseline.CALIBRATED
+        each_its_own = options.leave_one_out and options.baseline in (Baseline.CALIBRATED, Baseline.LEAST_VARIANCE)
         block_rows, splits, chunks = launch_shape(N, G, row_length, CALIBRATED_BLOCK_ROWS if each_its_own else MAX_BLOCK_ROWS)
         batch, of_groups = None, None
         if options.scale == BATCH_SCALE.value or options.baseline in NEEDS_BATCH:
@@ -116,6 +116,8 @@ def launch(
             beta,
             kappa,
             math.log1p(-calibration_eps) - math.log(calibration_eps),
+            delta0,
+            delta1,
             BASELINE=options.baseline,
             SCALE=options.scale,
             LEAVE_ONE_OUT=options.leave_one_out,

@@ -1,6 +1,7 @@
 """fused_advantage under torch.compile, torch.export and fake tensors: the graph is whole, and says what the eager call says."""
 
 import math
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def operands(layout, grouping="offsets", *, stats=True, baseline=2):
     )
     scale, leave_one_out, raw_singleton, exclude_nonfinite = 0, False, False, False
     switches = (stats, baseline, scale, leave_one_out, raw_singleton, exclude_nonfinite)
-    low, high, eps, max_rollouts, cost, calibration = 0.0, 1.0, 1e-6, 16, 0.01, [0.0, 1.0, 4.5, 0.12]
+    low, high, eps, max_rollouts, cost, calibration = 0.0, 1.0, 1e-6, 16, 0.01, list(astuple(Calibration()))
     return (*tensors, *switches, low, high, eps, max_rollouts, cost, calibration)
 
 

@@ -199,3 +199,64 @@ def test_bad_groups_are_refused_whole(groups, message):
 def test_bad_settings(arguments, message):
     with pytest.raises(ValueError, match=message):
         Calibrator(**arguments)
+
+
+def energies_of(rng, successes, counts, priors, delta0, delta1):
+    """(2, G) sums, of energies whose mean is exp(delta0 + delta1 log(1 - v)) times as large for a success as for a failure."""
+    ratio = np.exp(delta0 + delta1 * np.log(1 - priors))
+    drawn = [[rng.gamma(0.5, 2.0, int(n)).sum() for n in kind] for kind in (successes, counts - successes)]
+    return np.array([ratio * drawn[0], drawn[1]]) * 37.0  # whatever the unit
+
+
+@pytest.mark.parametrize(("delta0", "delta1"), [(0.0, 0.0), (-1.0, 0.0), (0.2, 1.5)])
+def test_recovers_the_shift_of_energies(delta0, delta1):
+    rng = np.random.default_rng(3)
+    successes, counts, priors = draw(rng, 8000, Calibration(0.0, 1.0, 1e5, 1e-6))  # priors are right
+    calibrator = Calibrator(window=8000, half_life=None)
+    calibrator.observe(successes, counts, priors, energies_of(rng, successes, counts, priors, delta0, delta1))
+    found = calibrator.fit()
+    assert found.delta0 == pytest.approx(delta0, abs=0.2)
+    assert found.delta1 == pytest.approx(delta1, abs=0.2)
+
+
+def test_the_shift_is_small_where_little_is_known_of_energies():
+    rng = np.random.default_rng(4)
+    groups = draw(rng, 400, Calibration())
+    calibrator = Calibrator(half_life=None)
+    calibrator.observe(*groups)
+    without = calibrator.fit()
+    assert (without.delta0, without.delta1) == (0.0, 0.0)
+    few = np.zeros((2, 400))
+    few[:, :4] = energies_of(rng, *(column[:4] for column in groups), -3.0, 0.0)
+    again = Calibrator(half_life=None)
+    again.observe(*groups, few)
+    found = again.fit()
+    assert (found.alpha, found.beta, found.kappa, found.eps) == (without.alpha, without.beta, without.kappa, without.eps)
+    assert -1.5 < found.delta0 + found.delta1 * math.log(0.5) < 0.0
+
+
+def test_the_shift_follows_the_stream_and_is_kept(tmp_path):
+    rng = np.random.default_rng(5)
+    calibrator = Calibrator(window=4096, half_life=256.0)
+    for shift in (0.0, -2.0):
+        groups = draw(rng, 2000, Calibration())
+        calibrator.observe(*groups, energies_of(rng, *groups, shift, 0.0))
+        calibrator.fit()
+        assert calibrator.calibration.delta0 == pytest.approx(shift, abs=0.5)
+    again = Calibrator(window=4096, half_life=256.0)
+    again.load_state_dict(calibrator.state_dict())
+    assert again.calibration == calibrator.calibration
+    assert again.fit() == calibrator.fit()
+
+
+@pytest.mark.parametrize(
+    ("energies", "message"),
+    [
+        ([[1.0], [1.0]], r"energies has shape \(2, 1\); give two numbers for each of 2 groups"),
+        ([[1.0, -1.0], [0.0, 0.0]], r"energies\[:, 1\]=\[-1.0, 0.0\] are no finite numbers of at least 0"),
+        ([[1.0, np.inf], [0.0, 0.0]], r"energies\[:, 1\]=\[inf, 0.0\]"),
+    ],
+)
+def test_energies_that_cannot_be_are_refused(energies, message):
+    with pytest.raises(ValueError, match=message):
+        Calibrator().observe([1.0, 1.0], [2.0, 2.0], [0.5, 0.5], energies)

@@ -25,15 +25,24 @@ enum class Baseline : std::uint8_t {
   kBatchMean = 5,
   kEnergyMean = 6,
   kJamesStein = 7,
+  kLeastVariance = 8,
+  kBatchEnergyMean = 9,
 };
+
+// Whether the baseline is made of a success rate that is believed, by the numbers of a Calibration.
+inline bool is_calibrated(Baseline rule) { return rule == Baseline::kCalibrated || rule == Baseline::kLeastVariance; }
 
 // Whether the baseline reads a prior, and therefore a range that holds prior and rewards.
 inline bool needs_prior(Baseline rule) {
-  return rule == Baseline::kPrior || rule == Baseline::kShrinkage || rule == Baseline::kCalibrated;
+  return rule == Baseline::kPrior || rule == Baseline::kShrinkage || is_calibrated(rule);
 }
-inline bool needs_energy(Baseline rule) { return rule == Baseline::kEnergyMean; }
+inline bool needs_energy(Baseline rule) {
+  return rule == Baseline::kEnergyMean || rule == Baseline::kBatchEnergyMean;
+}
 inline bool needs_groups(Baseline rule) { return rule == Baseline::kJamesStein; }  // of the batch
-inline bool needs_batch(Baseline rule) { return rule == Baseline::kBatchMean || needs_groups(rule); }
+inline bool needs_batch(Baseline rule) {
+  return rule == Baseline::kBatchMean || rule == Baseline::kBatchEnergyMean || needs_groups(rule);
+}
 
 // What a bound of the rewards may be exceeded by: 0.3 in float32 is above 0.3, and sums of rewards round.
 inline double rounding_slack(double low, double high) {
@@ -122,6 +131,8 @@ inline double baseline_of(Baseline rule, const Known& known, double half_range) 
       return known.batch_mean;
     case Baseline::kJamesStein:
       return james_stein(known.count, known.mean, known.prior, known.other_groups, known.left_out, known.batch->groups);
+    case Baseline::kBatchEnergyMean:
+      return std::isnan(known.batch_energy_mean) ? known.batch_mean : known.batch_energy_mean;
     case Baseline::kEnergyMean:
       if (!std::isnan(known.energy_mean)) {
         return known.energy_mean;
@@ -137,8 +148,10 @@ inline bool is_alone(Baseline rule, const Known& known) {
   switch (rule) {
     case Baseline::kZero:
     case Baseline::kCalibrated:  // there is always the vague prior
+    case Baseline::kLeastVariance:
       return false;
     case Baseline::kBatchMean:
+    case Baseline::kBatchEnergyMean:
       return known.batch_count == 1;
     case Baseline::kJamesStein:
       return known.count == 1 && std::isnan(known.other_groups);
@@ -151,17 +164,20 @@ inline bool is_alone(Baseline rule, const Known& known) {
 }
 
 // The four numbers of calibrated fusion. A prior v is read as Beta(kappa q, kappa (1 - q)) with q = sigmoid(alpha +
-// beta logit v), and with probability eps as hallucinated: then it says nothing.
+// beta logit v), and with probability eps as hallucinated: then it says nothing. And the two of the log-ratio of the
+// energies of successes and of failures, delta0 + delta1 log(1 - p) at the success rate p.
 struct Calibration {
   double alpha = 0.0;
   double beta = 1.0;
   double kappa = 4.5;
   double eps = 0.12;
+  double delta0 = 0.0;
+  double delta1 = 0.0;
 
   // Within these bounds (those of v05.methods.Calibration) nothing below overflows or divides by zero.
   [[nodiscard]] bool within_bounds() const {
     return std::abs(alpha) <= 100.0 && std::abs(beta) <= 100.0 && kappa >= 1e-6 && kappa <= 1e12 && eps > 0.0 &&
-           eps < 1.0;
+           eps < 1.0 && std::abs(delta0) <= 8.0 && std::abs(delta1) <= 8.0;
   }
 };
 
@@ -371,6 +387,14 @@ inline CalibratedFusion calibrated(std::int64_t count, double successes, const B
       .variance = w1 * informed.variance() + w0 * vague.variance() + w0 * w1 * difference * difference,
       .hallucination = w0,
   };
+}
+
+// The baseline for which E[(reward - baseline)^2 energy] is least, rewards scaled to [0, 1]: E[reward energy] / E[energy].
+inline double least_variance(const CalibratedFusion& fusion, const Calibration& calibration) {
+  constexpr double kMost = 8.0;
+  const double shift = calibration.delta0 + calibration.delta1 * std::log(fusion.complement);
+  const double success = fusion.baseline * std::exp(std::clamp(shift, -kMost, kMost));
+  return success / (success + fusion.complement);
 }
 
 inline CalibratedFusion calibrated(std::int64_t count, double successes, const Belief& belief) {

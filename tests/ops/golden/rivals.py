@@ -1,8 +1,8 @@
 """Makes rivals.json: `python tests/ops/golden/rivals.py > tests/ops/golden/rivals.json`. Exact fractions, and nothing of v05.
 
-Cases of the baselines none, batch, opo, otb and js, worked out from their definitions: the energy-weighted mean of a group is
-sum(e r) / sum(e), of its others with both sums short of the rollout's own; the batch's is the mean of all other rollouts; that of
-js is the mean of the group's others, shrunk towards the mean of the other groups' means by v / (v + s).
+Cases of the baselines none, batch, batch_energy, opo, otb and js, worked out from their definitions: the energy-weighted mean of a
+group is sum(e r) / sum(e), of its others with both sums short of the rollout's own; the batch's is the mean of all other rollouts,
+plain or weighted; that of js is the mean of the group's others, shrunk towards the mean of the other groups' means by v / (v + s).
 """
 
 from __future__ import annotations
@@ -51,19 +51,20 @@ def case(name: str, method: str, rewards: list[Fraction], ids: list[int], energy
         rows = [i for i in everything if ids[i] == g]
         m = mean([rewards[i] for i in rows])
         var = variance([rewards[i] for i in rows]) if len(rows) > 1 else Fraction(0)
-        full = {"none": Fraction(0), "batch": mean(rewards)}.get(method, weighted(rows, rewards, energy))
+        of_batch = {"batch": mean(rewards), "batch_energy": weighted(everything, rewards, energy)}
+        full = {"none": Fraction(0), **of_batch}.get(method, weighted(rows, rewards, energy))
         if method == "js":
             full = shrunk(g, None, rewards, ids)
         stats.append({"count": len(rows), "mean": float(m), "var": float(var), "baseline": float(full)})
         for i in rows:
-            others = [row for row in (everything if method == "batch" else rows) if row != i]
+            others = [row for row in (everything if method in of_batch else rows) if row != i]
             baseline = full
             if method == "batch":
                 baseline = mean([rewards[row] for row in others]) if others else rewards[i]
             elif method == "js":
                 left = shrunk(g, i, rewards, ids)
                 baseline = rewards[i] if left is None else left
-            elif method in ("opo", "otb") and leave_one_out:
+            elif method == "batch_energy" or (method in ("opo", "otb") and leave_one_out):
                 baseline = weighted(others, rewards, energy) if others else rewards[i]
             advantages[i] = rewards[i] - baseline
     return {
@@ -84,7 +85,7 @@ def case(name: str, method: str, rewards: list[Fraction], ids: list[int], energy
 def main() -> None:
     rewards, energy = [Fraction(r) for r in REWARDS], [Fraction(e) for e in ENERGY]
     cases = []
-    for method in ("none", "batch", "opo", "otb"):
+    for method in ("none", "batch", "batch_energy", "opo", "otb"):
         for leave_one_out in (False, True):
             loo = ", leave-one-out" if leave_one_out else ""
             cases.append(case(f"uneven groups{loo}", method, rewards, IDS, energy, leave_one_out))

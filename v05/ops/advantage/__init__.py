@@ -97,8 +97,9 @@ def fused_advantage(
         valid: (N,) bool, or integers 0 and 1; False marks an aborted or rejected rollout: left out of the statistics, advantage 0.
         trajectory_ids: (N,) ids as `group_ids` are; rows of a group that share one are one trajectory and count once in the
             statistics.
-        energy: (N,) weights of at least 0, squared score norms; read by the methods that weigh rollouts by them ("otb", and "opo",
-            whose weights are the lengths of the responses where none are given).
+        energy: (N,) weights of at least 0, squared score norms (`v05.energy`); read by the methods that weigh rollouts by them
+            ("otb", "batch_energy", and "opo", whose weights are the lengths of the responses where none are given). "optimal" does
+            not read them: its calibration has learnt from those of past rollouts.
         num_groups: G. With integer `group_ids` the ids are then 0 .. G-1 themselves; required with them on CUDA, where
             finding G would synchronise, and under torch.compile.
         method: a name of `v05.methods.METHODS`.
@@ -107,7 +108,8 @@ def fused_advantage(
         leave_one_out: the baseline of a rollout is computed from the group's other rollouts.
         reward_range: (lo, hi) that holds rewards and priors; read by the methods with a prior.
         eps: added to the standard deviation, reward units. With 0 every reward is 0 or at least 1e-130 in size.
-        calibration: how far priors are to be trusted, read by "calibrated"; `v05.prior.calibration` fits it to past groups. None is
+        calibration: how far priors are to be trusted, and for "optimal" what energies successes and failures have; read by
+            "calibrated" and "optimal"; `v05.prior.calibration` fits it to past groups. None is
             `Calibration()`, for before there are any.
         singleton: advantage of a group's only rollout when nothing but itself could be its baseline: "zero" or its "raw" reward.
         max_rollouts, cost: of the budget rule behind `stats.take_more`; cost None is 1 / max_rollouts^2 (centred units).

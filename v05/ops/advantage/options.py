@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ class Options:
         leave_one_out, raw_singleton, exclude_nonfinite: as in `fused_advantage`.
         low, high: the reward range.
         eps, max_rollouts, cost: as in `fused_advantage`.
-        calibration: alpha, beta, kappa and eps.
+        calibration: the numbers of a `Calibration`, in its order.
     """
 
     baseline: int
@@ -83,7 +83,7 @@ def read_options(
         eps=nonnegative("eps", eps),
         max_rollouts=most,
         cost=1.0 / most**2 if cost is None else nonnegative("cost", cost, ", or None for 1 / max_rollouts^2"),
-        calibration=(trusted.alpha, trusted.beta, trusted.kappa, trusted.eps),
+        calibration=astuple(trusted),
     )
     return rule, options, flag("stats", stats)
 

@@ -30,6 +30,7 @@ SOME_DEFINE = STATISTICS[6:]
 DEFINED: dict[int, tuple[str, ...]] = {
     Baseline.SHRINKAGE: ("mse", "weight", "statistic", "p_value", "take_more"),
     Baseline.CALIBRATED: ("mse", "hallucination", "take_more"),
+    Baseline.LEAST_VARIANCE: ("mse", "hallucination", "take_more"),
 }
 
 
