@@ -153,3 +153,18 @@ def test_paths_that_cannot_be_counted_are_refused():
             Estimator(**given, unbiased=True)
     with pytest.raises(ValueError, match="method='gpro' is unknown"):
         Estimator("gpro")
+
+
+def test_energies_of_successes_and_failures_are_learnt():
+    """A rollout that is left out has no say; a fractional reward is a share of a success."""
+    prior, calibrator = Remembering(), Calibrator()
+    estimator = Estimator("optimal", prior, calibrator, reward_range=(-1.0, 1.0))
+    rewards, energy = [1.0, -1.0, 0.0, np.nan, 1.0], [2.0, 3.0, 4.0, 50.0, 5.0]
+    given = dict(group_ids=["b", "b", "a", "a", "b"], valid=np.array([1, 1, 1, 1, 0]), energy=energy)
+    rates = estimator.open(["x", "y"])
+    estimate = estimator.advantages(rewards, rates, **given)
+    assert estimate.energies.tolist() == [[2.0, 2.0], [3.0, 2.0]]
+    estimator.close(["x", "y"], rates, *estimator.outcomes(estimate.stats), estimate.energies)
+    assert calibrator.state_dict()["energies"].tolist() == estimate.energies.tolist()
+    assert replace(estimator, method="calibrated").advantages(rewards, rates, **given).energies is None
+    assert estimator.advantages(rewards, rates, **given | {"energy": None}).energies is None

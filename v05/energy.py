@@ -11,17 +11,17 @@ all that the sampled token leaves is then with one other.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 
-def completion_energy(logprobs: NDArray[np.float32], sum_pi_squared: NDArray[np.float64] | None = None) -> float:
+def completion_energy(logprobs: ArrayLike, sum_pi_squared: NDArray[np.float64] | None = None) -> float:
     """The energy of a completion of L tokens, at least 0.
 
     Args:
         logprobs: (L,) of its tokens under the policy that sampled it, nats.
         sum_pi_squared: (L,) sums over the vocabulary of squared probabilities at its tokens; None where they are not known.
     """
-    others = -np.expm1(logprobs.astype(np.float64))  # 1 - pi, exact where pi is near 1
+    others = -np.expm1(np.asarray(logprobs, dtype=np.float64))  # 1 - pi, exact where pi is near 1
     squares = np.square(others)
     if sum_pi_squared is None:
         return float(np.sum(2.0 * squares))

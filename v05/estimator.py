@@ -4,7 +4,7 @@ advantages of its rewards, and what prior and calibration learn from the outcome
     rates = estimator.open(prompts)
     ...  # sample and verify; estimator.allocator() says how many rollouts each prompt needs
     estimate = estimator.advantages(rewards, rates, group_offsets=offsets)
-    estimator.close(prompts, rates, *estimator.outcomes(estimate.stats))
+    estimator.close(prompts, rates, *estimator.outcomes(estimate.stats), estimate.energies)
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ class Estimate:
         advantages: (N,), or in the layout that was asked for; reward units, unless a scale divides them.
         stats: of each group.
         counted: (G,) the group's advantages come from counted paths (v05.path_counting), so its early stop does not bias them.
+        energies: (2, G) of the group's successes and of its failures, for a method that learns from them; else None.
     """
 
     advantages: torch.Tensor
     stats: AdvantageStats
     counted: NDArray[np.bool_]
+    energies: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class Estimator:
         group_ids: Sequence[str] | None = None,
         valid: ArrayLike | torch.Tensor | None = None,
         response_mask: torch.Tensor | None = None,
+        energy: ArrayLike | None = None,
         whole: NDArray[np.bool_] | None = None,
         calibrations: Sequence[Calibration | None] | None = None,
         **options: Any,
@@ -151,11 +154,11 @@ class Estimator:
         Args:
             rewards: (N,) reward units; NaN, or `valid` False, for a rollout that is left out.
             rates: (G,) as `open` gave them.
-            group_offsets, group_ids, valid, response_mask: as in `v05.ops.fused_advantage`, one of the first two.
+            group_offsets, group_ids, valid, response_mask, energy: as in `v05.ops.fused_advantage`, one of the first two.
             whole: (G,) the group is all that its allocator saw. Groups that are not, or that hold a rollout that is left out, have
                 the advantages of the op. None is True for all.
             calibrations: (G,) what each group's rule trusted the prior by when it was opened; None is the last fit.
-            options: `energy`, `trajectory_ids` and `dtype` of the op.
+            options: `trajectory_ids` and `dtype` of the op.
 
         Raises ValueError as the op does.
         """
@@ -166,6 +169,7 @@ class Estimator:
             group_ids=group_ids,
             valid=valid,
             response_mask=response_mask,
+            energy=energy,
             method=self.method,
             scale=self.scale,
             leave_one_out=self.leave_one_out,
@@ -179,11 +183,19 @@ class Estimator:
         )
         assert out.stats is not None
         advantages, counted = out.advantages, np.zeros(len(rates), dtype=bool)
-        if self.unbiased or self.group_weighting == "prompt":
+        energies: Floats | None = None
+        learns_energies = self.of.learns_energies and energy is not None
+        if self.unbiased or learns_energies or self.group_weighting == "prompt":
             group_of = _groups_of(group_offsets, group_ids)
-        if self.unbiased:
             given = torch.as_tensor(rewards).detach().cpu().double().numpy()
             left_out = ~np.isfinite(given) if valid is None else ~np.isfinite(given) | (torch.as_tensor(valid).cpu().numpy() == 0)
+        if learns_energies:
+            low, high = self.reward_range
+            shares = np.clip((given[~left_out] - low) / (high - low), 0.0, 1.0)  # of a success
+            spent = np.asarray(energy, dtype=np.float64)[~left_out]
+            both = [np.bincount(group_of[~left_out], spent * part, len(rates)) for part in (shares, 1.0 - shares)]
+            energies = np.stack(both)
+        if self.unbiased:
             intact = np.bincount(group_of[left_out], minlength=len(rates)) == 0
             of_success, of_failure = self._of_outcomes(
                 given[~left_out], rates, out.stats, intact if whole is None else intact & whole, calibrations
@@ -197,7 +209,7 @@ class Estimator:
         if self.group_weighting == "prompt":
             share = self.initial / out.stats.count.cpu().double().clamp(min=1)
             advantages = advantages * _beside(share[torch.from_numpy(group_of)], advantages).to(advantages.dtype)
-        return Estimate(advantages, out.stats, counted)
+        return Estimate(advantages, out.stats, counted, energies)
 
     def _of_outcomes(
         self,
@@ -255,8 +267,17 @@ class Estimator:
         learners = {"prior": self.prior, "calibrator": self.calibrator}
         return {name: part for name, part in learners.items() if part is not None}
 
-    def close(self, prompts: Sequence[str], rates: Floats, successes: Floats, trials: Floats, fit: bool = True) -> None:
-        """Learn what (G,) trials of each prompt, opened at these rates, came to; nothing for a method without a prior.
+    def close(
+        self,
+        prompts: Sequence[str],
+        rates: Floats,
+        successes: Floats,
+        trials: Floats,
+        energies: Floats | None = None,
+        fit: bool = True,
+    ) -> None:
+        """Learn what (G,) trials of each prompt, opened at these rates, came to, and what energies (2, G) they had; nothing for a
+        method without a prior.
 
         With `fit` False the calibration is left for another process to fit.
         """
@@ -264,7 +285,7 @@ class Estimator:
             return
         self.prior.observe(prompts, successes, trials)
         if self.calibrator is not None and self.of.is_calibrated:
-            self.calibrator.observe(successes, trials, rates)
+            self.calibrator.observe(successes, trials, rates, energies)
             if fit:
                 self.calibrator.fit()
 

@@ -13,6 +13,7 @@ import torch
 from helpers.host_situations import TOLERANCE, FixedPrior, situations
 from v05.integrations import slime
 from v05.integrations.groups import PromptPriors
+from v05.integrations.settings import Settings
 
 LOSES_ROWS = ("padding",)  # slime has no padding rows
 
@@ -31,6 +32,7 @@ class Sample:
     remove_sample: bool = False
     status: Status = Status.COMPLETED
     loss_mask: list[int] | None = None
+    rollout_log_probs: list[float] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def get_reward_value(self, args):
@@ -119,3 +121,14 @@ def test_what_is_missing_is_named(prior):
         slime.custom_reward_post_process(arguments(metod="v05"), [Sample(0, 1.0)])
     with pytest.raises(ValueError, match="reward_range"):
         slime.custom_reward_post_process(arguments(), [Sample(0, -1.0), Sample(0, math.nan)])
+
+
+def test_log_probabilities_of_the_engine_tell_energies(prior):
+    """Those of tokens that are trained on; with one sample that has none nothing is learnt of energies."""
+    samples = [Sample(0, 1.0, rollout_log_probs=[-0.1, -5.0], loss_mask=[1, 0]), Sample(0, 0.0, rollout_log_probs=[-2.0])]
+    slime.custom_reward_post_process(arguments(method="optimal"), samples)
+    energies = slime.PRIORS.settle(Settings("optimal")).calibrator.state_dict()["energies"]
+    assert energies[:, 0] == pytest.approx([2 * (1 - np.exp(-0.1)) ** 2, 2 * (1 - np.exp(-2.0)) ** 2])
+    samples = [Sample(1, 1.0, rollout_log_probs=[-0.1]), Sample(1, 0.0)]
+    slime.custom_reward_post_process(arguments(method="optimal"), samples)
+    assert slime.PRIORS.settle(Settings("optimal")).calibrator.state_dict()["energies"][:, 1].tolist() == [0.0, 0.0]

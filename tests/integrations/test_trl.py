@@ -17,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from helpers.tiny_policy import tiny_model, tiny_tokenizer
 from v05 import reference
+from v05.energy import completion_energy
 from v05.integrations.trl import EPS, V05Config, V05Trainer
 from v05.methods import Calibration
 
@@ -160,6 +161,22 @@ def test_rounds_may_be_unbiased(tokenizer, tmp_path, method):
     trains = batch["tool_mask"].mul(batch["completion_mask"]).sum(1) > 0
     assert sorted(batch["advantages"][trains].tolist()) == pytest.approx(sorted(map(float, wanted)), abs=1e-6)
     assert trainer._metrics["train"]["v05/counted"] == [1.0]
+
+
+@pytest.mark.parametrize("method", ["optimal", "otb", "opo"])
+def test_energies_come_from_the_log_probabilities_that_trl_has(tokenizer, tmp_path, method):
+    """It has some where a batch is used for two updates."""
+    adaptive = 2 if method == "optimal" else None
+    settings = {"method": method, "initial_generations": adaptive, "num_iterations": 2, "leave_one_out": True}
+    trainer = make(V05Trainer, V05Config, tokenizer, tmp_path, settings=settings)
+    batch = adaptive_batch(trainer)
+    if method == "optimal":
+        energies = trainer.calibrator.state_dict()["energies"]
+        mask = (batch["completion_mask"] * batch["tool_mask"]).bool()
+        each = [completion_energy(row[tokens]) for row, tokens in zip(batch["old_per_token_logps"], mask, strict=True)]
+        assert energies.sum() == pytest.approx(sum(each), rel=1e-6)
+        assert (energies > 0).any(axis=0).all()
+    assert (batch["advantages"] != 0).any()
 
 
 def test_unbiased_advantages_want_rounds_and_prompts_that_weigh_alike(tokenizer, tmp_path):

@@ -157,6 +157,15 @@ def test_rounds_may_be_unbiased(loop, method):
     assert len(samples[0]) > 2
 
 
+def test_energies_come_from_the_tokens_that_are_trained_on(loop):
+    made = loop([("sure", "yes"), ("hopeless", "no")], FixedPrior(), Settings("optimal", initial=2))
+    samples = collect(made, 2)
+    change_version(made)
+    energies = made._estimator.calibrator.state_dict()["energies"]
+    of_one = 2 * 2 * (1 - np.exp(-0.5)) ** 2  # both tokens of each
+    assert energies.sum(axis=0)[:2] == pytest.approx([of_one * len(samples[0]), of_one * len(samples[1])])
+
+
 def test_a_method_without_a_test_is_refused(loop):
     with pytest.raises(ValueError, match="settings: method='grpo' has no test of its own; choose a method with a prior"):
         loop([("fair", "yes")], settings=Settings("grpo"))

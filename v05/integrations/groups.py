@@ -151,6 +151,7 @@ class PromptPriors:
         group_ids: Sequence[str],
         successes: NDArray[np.float64],
         trials: NDArray[np.float64],
+        energies: NDArray[np.float64] | None = None,
     ) -> None:
         """Have the estimator learn what (G,) trials of each group came to, and forget the groups; those that are not open teach
         nothing."""
@@ -158,7 +159,8 @@ class PromptPriors:
         if not learnt:
             return
         closed = [self._open.pop(group_ids[g]) for g in learnt]
-        estimator.close([g.prompt for g in closed], np.array([g.rate for g in closed]), successes[learnt], trials[learnt])
+        rates, spent = np.array([g.rate for g in closed]), None if energies is None else energies[:, learnt]
+        estimator.close([g.prompt for g in closed], rates, successes[learnt], trials[learnt], spent)
         if self._learnt is not None:
             self._learnt.keep()
 

@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from v05.energy import completion_energy
 from v05.integrations.groups import PromptPriors
 from v05.integrations.settings import Settings
 
@@ -61,9 +63,10 @@ def custom_reward_post_process(args: Any, samples: list[Any]) -> tuple[list[Any]
         rates,
         group_ids=[str(group) for group in groups],
         valid=np.array([_has_a_say(sample) for sample in samples], dtype=bool),
+        energy=_energies(samples),
         trajectory_ids=np.array([named.get(rollout, len(rollouts) + i) for i, rollout in enumerate(rollouts)], dtype=np.int64),
     )
-    PRIORS.close(estimator, names, *estimator.outcomes(estimate.stats))
+    PRIORS.close(estimator, names, *estimator.outcomes(estimate.stats), estimate.energies)
     return raw, estimate.advantages.tolist()
 
 
@@ -71,6 +74,17 @@ def _has_a_say(sample: Any) -> bool:
     """Whether a sample is trained on: slime trains on all tokens of one without a loss mask."""
     mask = getattr(sample, "loss_mask", None)
     return not sample.remove_sample and sample.status.value != "aborted" and (mask is None or any(mask))
+
+
+def _energies(samples: list[Any]) -> NDArray[np.float64] | None:
+    """(N,) by the log-probabilities that the engine gave of the tokens that are trained on; None unless it gave all."""
+    found = []
+    for sample in samples:
+        logprobs, mask = getattr(sample, "rollout_log_probs", None), getattr(sample, "loss_mask", None)
+        if logprobs is None or (mask is not None and len(mask) != len(logprobs)):
+            return None
+        found.append(completion_energy([p for i, p in enumerate(logprobs) if mask is None or mask[i]]))
+    return np.array(found)
 
 
 def custom_advantage(args: Any, rollout_data: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 
+from v05.energy import completion_energy
 from v05.estimator import Estimator, GroupWeighting
 from v05.integrations.groups import prompt_text
 from v05.integrations.learnt import keep_learnt, restore_learnt
@@ -134,8 +135,9 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
             self._rates,
             group_offsets=np.searchsorted(sampled.numpy(), np.arange(0, len(trained) + 1, size)),
             valid=trained[sampled],
+            energy=self._weights(output, mask, sampled),
         )
-        estimator.close(prompts, self._rates, *estimator.outcomes(estimate.stats))
+        estimator.close(prompts, self._rates, *estimator.outcomes(estimate.stats), estimate.energies)
         advantages = torch.zeros(len(trained), device="cpu").index_put((sampled,), estimate.advantages)
         self._logs["advantages"].extend(advantages.tolist())
         self._metrics["train"]["v05/group_size"].append(estimate.stats.count.double().mean().item())
@@ -146,6 +148,21 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
         first = self.accelerator.process_index * len(inputs)
         output["advantages"] = advantages[first : first + len(inputs)].to(self.accelerator.device)
         return output if self._padding is None else self._without_padding(output, self._padding)
+
+    def _weights(self, output: dict[str, Any], mask: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor | None:
+        """What the method weighs the sampled rows of all processes by, or learns of them; None where it asks for neither, or TRL
+        has no log-probabilities of them: it has from vLLM, and where a batch is used for several updates."""
+        of = self.estimator.of
+        logprobs = output.get("sampling_per_token_logps", output.get("old_per_token_logps"))
+        if of.weight == "length":
+            mine = (mask != 0).sum(1).double()
+        elif of.reads_energies and logprobs is not None:
+            energies = [completion_energy(row[tokens].cpu()) for row, tokens in zip(logprobs, mask != 0, strict=True)]
+            mine = torch.tensor(energies, dtype=torch.float64, device=self.accelerator.device)
+        else:
+            return None
+        weights: torch.Tensor = self.accelerator.gather(mine).cpu()
+        return weights[sampled]
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
         """(N, functions) of all processes' rows; remembered, since TRL hands on only what it made of them."""

@@ -23,6 +23,7 @@ from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker,
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from v05.budget import RolloutAllocator
+from v05.energy import completion_energy
 from v05.integrations.groups import prompt_text
 from v05.integrations.learnt import LearntFile
 from v05.integrations.settings import Settings, prior_of
@@ -50,6 +51,7 @@ class _Outcome(NamedTuple):
     rate: NDArray[np.float64]
     successes: NDArray[np.float64]
     trials: NDArray[np.float64]
+    energies: NDArray[np.float64]  # (2, 1)
 
 
 @dataclass
@@ -139,8 +141,9 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
             return
         self._learnt_version = self.model_version
         if self._scored:
-            texts, rates, successes, trials = zip(*self._scored, strict=True)
-            self._estimator.close(texts, np.concatenate(rates), np.concatenate(successes), np.concatenate(trials))
+            texts, *columns = zip(*self._scored, strict=True)
+            rates, successes, trials, energies = (np.concatenate(column, axis=-1) for column in columns)
+            self._estimator.close(texts, rates, successes, trials, energies)
             self._scored.clear()
             if self._learnt is not None:
                 self._learnt.keep()
@@ -189,9 +192,11 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
             state.rate,
             group_offsets=[0, len(held)],
             valid=np.array([_trains(sequences) for sequences in group.completions_sequences], dtype=bool),
+            energy=np.array([_energy(sequences) for sequences in group.completions_sequences]),
             calibrations=[state.calibration],
         )
-        self._scored.append(_Outcome(state.text, state.rate, *estimator.outcomes(estimate.stats)))
+        energies = np.zeros((2, 1)) if estimate.energies is None else estimate.energies
+        self._scored.append(_Outcome(state.text, state.rate, *estimator.outcomes(estimate.stats), energies))
         rows = [len(sequences) for sequences in group.completions_sequences]
         for sample, advantage in zip(samples, np.repeat(estimate.advantages.numpy(), rows).tolist(), strict=True):
             sample.advantage = advantage
@@ -201,6 +206,12 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
 def _trains(sequences: list[Any]) -> bool:
     """Whether any token of a conversation's sequences is trained on."""
     return any(any(sequence.completion_mask) for sequence in sequences)
+
+
+def _energy(sequences: list[Any]) -> float:
+    """Of a conversation, by the log-probabilities of the tokens that are trained on."""
+    trained = [p for s in sequences for p, trains in zip(s.old_log_probs, s.completion_mask, strict=True) if trains]
+    return completion_energy(trained)
 
 
 class V05RolloutWorker(AsyncRolloutWorker):  # type: ignore[misc]

@@ -64,16 +64,16 @@ def estimate_batch(estimator: Estimator, batch: RolloutBatch, rewards: NDArray[n
 
 
 def weights_of(method: Method, completions: Sequence[Completion]) -> NDArray[np.float64] | None:
-    """(N,) what the method weighs rollouts by; None where it does not."""
+    """(N,) what the method weighs rollouts by, or learns of them; None where it asks for neither."""
     if method.weight == "length":
         return np.array([len(c.tokens) for c in completions], dtype=np.float64)
-    return np.array([c.energy for c in completions]) if method.weight == "energy" else None
+    return np.array([c.energy for c in completions]) if method.reads_energies else None
 
 
-def close_batch(estimator: Estimator, batch: RolloutBatch, world: World) -> None:
+def close_batch(estimator: Estimator, batch: RolloutBatch, estimate: Estimate, world: World) -> None:
     """Learn from a step's outcomes. Every rank must call it: all go on with one rank's fit of the calibration."""
     sizes = np.diff(batch.offsets)
     successes = np.add.reduceat(batch.rewards, batch.offsets[:-1]) if len(sizes) else np.zeros(0)
-    estimator.close([prompt.text for prompt in batch.prompts], batch.priors, successes, sizes, fit=world.writes)
+    estimator.close([prompt.text for prompt in batch.prompts], batch.priors, successes, sizes, estimate.energies, fit=world.writes)
     if estimator.calibrator is not None:
         estimator.calibrator.calibration = world.broadcast(estimator.calibrator.calibration)

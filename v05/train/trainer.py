@@ -181,7 +181,7 @@ class Trainer:
         watch.lap("update")
         sync_difference = self.sync() if self.own_weights else float("nan")
         watch.lap("sync")
-        close_batch(self.estimator, batch, self.world)
+        close_batch(self.estimator, batch, estimate, self.world)
         watch.lap("observe")
         seconds = watch.seconds
         state.seconds += sum(seconds.values()) - seconds["probe"]
