@@ -1,122 +1,168 @@
-"""The noise of the policy gradient under every method, at equal rollouts: `python bench/gradient_variance.py symbols hard RUN ...`
-writes bench/results/gradient_variance.csv.
+"""The noise of the policy gradient under every method, at equal rollouts:
+
+    python bench/gradient_variance.py --preset symbols --preset hard --run runs/one --csv bench/results/gradient_variance.csv
 
 A policy is the warm start of a preset, or what a run in a directory ended with; rollouts and their exact energies E come from
-bench/gradients.py. Advantages A are those of `fused_advantage` on a batch of all prompts with k rollouts each, leave-one-out unless
-the method scales. The figure is E[A^2 E] / c^2 over that of the exact success rate as the baseline, and its 95 % interval by
-bootstrap over prompts. E[A^2 E] / n is the mean squared norm of the gradient estimated from n rollouts, but for two things: the
-squared mean gradient, far smaller, and products of different rollouts, whose mean with leave-one-out is of that size. c is by how
-much a method stretches the mean gradient: 1 with leave-one-out and without a scale, else estimated as the slope of A on r - p. A
-scale by group also turns the gradient, towards prompts whose groups vary little, of which the figure knows nothing.
+bench/gradients.py. Advantages A are those of `fused_advantage` on a batch of all prompts with k rollouts each, leave-one-out
+unless the method scales. The figure, `second_moment_ratio`, is E[A^2 E] / c^2 over that of the exact success rate as the
+baseline, with its 95 % interval by bootstrap over prompts. E[A^2 E] / n is the mean squared norm of the gradient estimated from n
+rollouts, but for two things: the squared mean gradient, far smaller, and products of different rollouts, whose mean with
+leave-one-out is of that size. c is by how much a method stretches the mean gradient: 1 with leave-one-out and without a scale,
+else estimated as the slope of A on r - p. A scale by group also turns the gradient, towards prompts whose groups vary little, of
+which the figure knows nothing. `snr` is the squared norm of the true gradient over the variance of one rollout's.
 
-Methods with a prior are given the exact rate ("oracle") and what a prior and its calibration have learnt from the rollouts of the
-other half of the prompts ("learnt"). Energies are those that the engine returns. "optimal" is the lower bound that an exact rate
-gives: its log-odds shifted (bench/gradients.py).
+Methods with a prior are given the exact rate ("oracle"), what a prior and its calibration have learnt from the rollouts of the
+other half of the prompts ("history"), and a rate that says nothing ("noise"), to which the calibration is fitted too. Energies
+are those that the engine returns. "bound" is the exact rate with its log-odds shifted by a fit to exact energies
+(bench/gradients.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gradients import Array, Sample, default_cache, halves, optimal_baselines, ratio, sampled
 from machine import commit, processor, versions
 
-from v05.methods import METHODS, Baseline, Calibration, Method
-from v05.ops import fused_advantage
+from v05.estimator import Estimator
+from v05.methods import METHODS, Baseline, Method
+from v05.prior import NoisePrior, ValuePrior
 from v05.prior.calibration import Calibrator
 from v05.prior.history import HistoryPrior
 
-RESULTS = Path(__file__).parent / "results" / "gradient_variance.csv"
-FIELDS = ("policy", "prompts", "success", "group_size", "method", "prior", "second_moment", "low", "high", "stretch")
-SIZES = (1, 4, 8, 16)
-STEP = 16  # prompts that a learnt prior observes at once
-
-Belief = tuple[Array, Calibration]  # (P,) priors and how far to trust them
+SIZES = (1, 2, 4, 8, 16)
+STEP = 16  # prompts that a prior observes at once
 
 
-def oracle(sample: Sample, rows: Array) -> Belief:
-    calibrator = Calibrator()
-    calibrator.observe(sample.rewards[rows].sum(axis=1), np.full(rows.sum(), sample.rewards.shape[1]), sample.rates[rows])
-    return sample.rates, calibrator.fit()
+class Oracle:
+    """The exact success rates."""
+
+    def __init__(self, sample: Sample) -> None:
+        self._rates = dict(zip(sample.texts.tolist(), sample.rates, strict=True))
+
+    def predict(self, prompts: list[str]) -> Array:
+        return np.array([self._rates[prompt] for prompt in prompts])
+
+    def observe(self, prompts: list[str], successes: Array, trials: Array) -> None:
+        pass
 
 
-def learnt(sample: Sample, rows: Array) -> Belief:
-    prior, calibrator = HistoryPrior(), Calibrator()
+def taught(method: Method, prior: ValuePrior, sample: Sample, rows: Array) -> Estimator:
+    """An estimator that has seen one rollout of each of the prompts `rows`, STEP prompts at a time."""
+    estimator = Estimator(method.name, prior, Calibrator(window=4096, half_life=None), leave_one_out=True)
     for step in np.array_split(np.flatnonzero(rows), rows.sum() // STEP):
-        texts, successes = sample.texts[step].tolist(), sample.rewards[step].sum(axis=1)
-        trials = np.full(len(step), sample.rewards.shape[1])
-        calibrator.observe(successes, trials, prior.predict(texts))
-        prior.observe(texts, successes, trials.astype(np.float64))
-    return prior.predict(sample.texts.tolist()), calibrator.fit()
+        texts, rewards = sample.texts[step].tolist(), sample.rewards[step]
+        rates = estimator.open(texts)
+        offsets = np.arange(0, rewards.size + 1, rewards.shape[1])
+        estimate = estimator.advantages(rewards.ravel(), rates, group_offsets=offsets, energy=sample.full[step].ravel())
+        estimator.close(
+            texts, rates, rewards.sum(axis=1), np.full(len(step), float(rewards.shape[1])), estimate.energies, fit=False
+        )
+    assert estimator.calibrator is not None
+    estimator.calibrator.fit()
+    return estimator
 
 
-def advantages(method: Method, belief: Belief | None, sample: Sample, rows: Array, k: int, pooled: bool = False) -> Array:
-    """(P', K) of the prompts `rows`, batch by batch of k rollouts a prompt; `pooled`, as if all were of one prompt."""
+def advantages(estimator: Estimator, sample: Sample, rows: Array, k: int) -> Array:
+    """(P', K) of the prompts `rows`, batch by batch of k rollouts a prompt."""
+    rates, energy = estimator.open(sample.texts[rows].tolist()), sample.full
+    if estimator.of.weight == "length":
+        energy = sample.lengths
     parts = []
     for columns in np.split(np.arange(sample.rewards.shape[1]), sample.rewards.shape[1] // k):
-        output = fused_advantage(
+        estimate = estimator.advantages(
             sample.rewards[rows][:, columns].ravel(),
-            None if belief is None else belief[0][rows],
-            group_offsets=[0, rows.sum() * k] if pooled else np.arange(rows.sum() + 1) * k,
-            method=method.name,
-            leave_one_out=method.scale == "none",
-            energy=sample.lengths[rows][:, columns].ravel() if method.weight == "length" else sample.full[rows][:, columns].ravel(),
-            calibration=None if belief is None else belief[1],
+            rates,
+            group_offsets=np.arange(rows.sum() + 1) * k,
+            energy=energy[rows][:, columns].ravel(),
             singleton="raw",  # without others the reward itself is what is left
         )
-        parts.append(output.advantages.double().numpy().reshape(-1, k))
+        parts.append(estimate.advantages.double().numpy().reshape(-1, k))
     return np.concatenate(parts, axis=1)
 
 
-def cases(sample: Sample, k: int) -> Iterator[tuple[str, str, Array, bool]]:
+def cases(sample: Sample, k: int) -> Iterator[tuple[str, str | None, Array, bool]]:
     """Method, prior, (P, K) advantages, and whether they are unbiased."""
     everyone = np.ones(len(sample.rates), dtype=bool)
     for method in METHODS.values():
-        if k == 1 and method.scale != "none":
-            continue  # no group to scale by
         if not method.needs_prior:
-            yield method.name, "", advantages(method, None, sample, everyone, k), method.scale == "none"
+            if k > 1 or method.scale == "none":  # else there is no group to scale by
+                estimator = Estimator(method.name, leave_one_out=method.scale == "none")
+                yield method.name, None, advantages(estimator, sample, everyone, k), method.scale == "none"
             continue
-        for name, learn in (("oracle", oracle), ("learnt", learnt)):
+        for name, prior in (("oracle", Oracle), ("history", lambda sample: HistoryPrior()), ("noise", lambda sample: NoisePrior())):
             if method.baseline is Baseline.PRIOR and name == "oracle":
                 continue  # what the others are measured by
             found = np.zeros_like(sample.rewards)
             for mine, others in halves(len(sample.rates)):
-                found[mine] = advantages(method, learn(sample, others), sample, mine, k)
+                found[mine] = advantages(taught(method, prior(sample), sample, others), sample, mine, k)
             yield method.name, name, found, True
-    yield "batch, energy-weighted", "", advantages(METHODS["otb"], None, sample, everyone, k, pooled=True), True
-    yield "optimal", "oracle", sample.rewards - optimal_baselines(sample, sample.full), True
+    yield "bound", "oracle", sample.rewards - optimal_baselines(sample, sample.exact), True
+
+
+def records(policy: str, prompts: int, cache: Path) -> Iterator[dict[str, Any]]:
+    """One for each method, prior and number of rollouts a prompt."""
+    sample = sampled(policy, prompts, max(SIZES), cache)
+    centred = sample.rewards - sample.rates[:, None]
+    reference = (centred**2 * sample.exact).mean(axis=1)
+    signal = float(sample.signal)
+    for k in SIZES:
+        for method, prior, found, unbiased in cases(sample, k):
+            stretch = 1.0 if unbiased else float((found * centred).sum() / (centred**2).sum())
+            terms = ((found / stretch) ** 2 * sample.exact).mean(axis=1)
+            value, low, high = ratio(terms, reference, np.random.default_rng(0))
+            yield {
+                "policy": Path(policy).name,
+                "prompts": len(sample.rates),
+                "success": float(sample.rates.mean()),
+                "method": method,
+                "rollouts": k,
+                "prior": prior,
+                "second_moment_ratio": value,
+                "low": low,
+                "high": high,
+                "snr": signal / (float(terms.mean()) - signal),
+                "stretch": stretch,
+            }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("policies", nargs="+", help="presets, for their warm starts, and directories of finished runs")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", action="append", default=[], help="the warm start of this preset; may be given again")
+    parser.add_argument(
+        "--run", action="append", default=[], help="the last policy of the run in this directory; may be given again"
+    )
     parser.add_argument("--prompts", type=int, default=512, help="each with 16 rollouts")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder that keeps rollouts with their energies")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to this file")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write them as a table with the commit and the machine")
     arguments = parser.parse_args()
-    about = (processor(), commit(), versions("torch", "transformers", "numpy"))
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow((*FIELDS, "device", "commit", "versions"))
-        for policy in arguments.policies:
-            sample = sampled(policy, arguments.prompts, max(SIZES), arguments.cache)
-            name, success = Path(policy).name, sample.rates.mean()
-            centred = sample.rewards - sample.rates[:, None]
-            reference = (centred**2 * sample.exact).mean(axis=1)
-            print(f"{name}: {len(sample.rates)} prompts, success {success:.3f}; the exact success rate is 1")
-            for k in SIZES:
-                for method, prior, found, unbiased in cases(sample, k):
-                    stretch = 1.0 if unbiased else float((found * centred).sum() / (centred**2).sum())
-                    terms = ((found / stretch) ** 2 * sample.exact).mean(axis=1)
-                    value, low, high = ratio(terms, reference, np.random.default_rng(0))
-                    row = (name, len(sample.rates), f"{success:.4f}", k, method, prior)
-                    writer.writerow((*row, *(f"{x:.4f}" for x in (value, low, high, stretch)), *about))
-                    print(f"  k = {k:<2}  {method:<22} {prior:<7} {value:.3f} [{low:.3f}, {high:.3f}]", flush=True)
+    if not arguments.preset + arguments.run:
+        parser.error("nothing to measure; give --preset NAME or --run DIRECTORY")
+    found: list[dict[str, Any]] = []
+    for policy in (*arguments.preset, *arguments.run):
+        for record in records(policy, arguments.prompts, arguments.cache):
+            if not found or found[-1]["policy"] != record["policy"]:
+                print(f"{record['policy']}: success {record['success']:.3f}; second moments over that of the exact success rate")
+            found.append(record)
+            value = "{second_moment_ratio:.3f} [{low:.3f}, {high:.3f}]  snr {snr:.2e}".format(**record)
+            print(f"  k = {record['rollouts']:<2}  {record['method']:<14} {record['prior'] or '':<8} {value}", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+    if arguments.csv:
+        about = {"device": processor(), "commit": commit(), "versions": versions("torch", "transformers", "numpy")}
+        with arguments.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*found[0], *about], lineterminator="\n")
+            writer.writeheader()
+            for record in found:
+                rounded = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in record.items()}
+                writer.writerow(rounded | about)
 
 
 if __name__ == "__main__":

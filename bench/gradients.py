@@ -49,6 +49,8 @@ class Sample:
         rates: (P,) success rates, exact: the probability of the one right answer.
         rewards, lengths: (P, k), of 0 and 1, and tokens.
         exact, full, proxy: (P, k) energies: by backward passes, from the whole distributions, and from sampled tokens alone.
+        signal: (), the squared norm of the policy's gradient, as the product of two independent estimates, of the even prompts and
+            of the odd ones.
     """
 
     texts: NDArray[np.str_]
@@ -58,6 +60,7 @@ class Sample:
     exact: Array
     full: Array
     proxy: Array
+    signal: Array
 
 
 def sampled(policy: str, prompts: int, rollouts: int, cache: Path) -> Sample:
@@ -68,7 +71,7 @@ def sampled(policy: str, prompts: int, rollouts: int, cache: Path) -> Sample:
     else:
         config, folder = read_config(Path(policy) / "config.json"), Path(policy) / "policy"
     weights = hashlib.blake2b((folder / "model.safetensors").read_bytes(), digest_size=8).hexdigest()
-    path = cache / f"energies-{weights}-{prompts}x{rollouts}.npz"
+    path = cache / f"gradients-{weights}-{prompts}x{rollouts}.npz"
     if not path.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(".partial.npz")
@@ -97,18 +100,28 @@ def _sample(config: RunConfig, folder: Path, prompts: int, rollouts: int) -> Sam
         "proxy": [completion_energy(c.logprobs) for c in completions],
     }
     rates = answer_probabilities(model, tokenizer, drawn, asked)
-    columns["exact"] = squared_gradients(model, [request.prompt for request in requests], completions)
+    surprise = np.array(columns["rewards"]) - np.repeat(rates, rollouts)
+    half_of = np.repeat(np.arange(prompts) % 2, rollouts)
+    columns["exact"], sums = squared_gradients(model, [r.prompt for r in requests], completions, surprise, half_of)
+    signal = np.array(sums[0] @ sums[1] * (2 / len(requests)) ** 2)
     matrices = {name: np.array(values, dtype=np.float64).reshape(-1, rollouts) for name, values in columns.items()}
     error = np.sqrt((rates * (1 - rates)).sum() / rollouts) / prompts
     off = matrices["rewards"].mean() - rates.mean()
     if abs(off) > 4 * error:
         raise RuntimeError(f"{folder}: rewards are {off:+.4f} off the probability of the answers; some prompt has several")
-    return Sample(texts=np.array([p.text for p in drawn]), rates=rates, **matrices)
+    return Sample(texts=np.array([p.text for p in drawn]), rates=rates, signal=signal, **matrices)
 
 
-def squared_gradients(model: Any, prompts: Sequence[tuple[int, ...]], completions: Sequence[Completion]) -> Array:
-    """(N,) of the log-probability of each whole completion, in all parameters. Leaves the model with eager attention, since the
-    fused kernels have no gradient for each of a batch."""
+def squared_gradients(
+    model: Any,
+    prompts: Sequence[tuple[int, ...]],
+    completions: Sequence[Completion],
+    factors: Array,
+    half_of: NDArray[np.int64],
+) -> tuple[Array, Array]:
+    """(N,) squared norms of the gradient of each whole completion's log-probability, in all parameters; and (2, parameters) sums of
+    the gradients times (N,) factors, over the rows of each half. Leaves the model with eager attention, since the fused kernels
+    have no gradient for each of a batch."""
     model.set_attn_implementation("eager")
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
@@ -118,6 +131,7 @@ def squared_gradients(model: Any, prompts: Sequence[tuple[int, ...]], completion
 
     gradients = vmap(grad(logprob), in_dims=(None, 0, 0))
     found = []
+    sums = torch.zeros(2, sum(p.numel() for p in parameters.values()), dtype=torch.float64)
     for first in track(range(0, len(prompts), GRADIENTS), "exact energies"):
         rows = [(*p, *c.tokens.tolist()) for p, c in zip(prompts[first:][:GRADIENTS], completions[first:], strict=False)]
         width = max(map(len, rows))  # what follows a completion is never seen by it: attention is causal
@@ -125,9 +139,12 @@ def squared_gradients(model: Any, prompts: Sequence[tuple[int, ...]], completion
         mask = torch.zeros(len(rows), width - 1, device=model.device)
         for row, (prompt, whole) in enumerate(zip(prompts[first:], rows, strict=False)):
             mask[row, len(prompt) - 1 : len(whole) - 1] = 1
-        norms = [g.flatten(1).double().square().sum(1) for g in gradients(parameters, tokens, mask).values()]
-        found.append(torch.stack(norms).sum(0).cpu().numpy())
-    return np.concatenate(found)
+        flat = torch.cat([g.flatten(1).double() for g in gradients(parameters, tokens, mask).values()], dim=1).cpu()
+        found.append(flat.square().sum(1).numpy())
+        here = slice(first, first + len(rows))
+        for half in (0, 1):
+            sums[half] += torch.from_numpy(factors[here] * (half_of[here] == half)) @ flat
+    return np.concatenate(found), sums.numpy()
 
 
 @torch.no_grad()
