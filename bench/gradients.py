@@ -25,7 +25,8 @@ from torch.func import functional_call, grad, vmap
 from v05.energy import completion_energy
 from v05.machine import cache_root
 from v05.rollout import Completion, Request, generate
-from v05.rollout.transformers_engine import TransformersEngine, completion_logprobs
+from v05.rollout.scoring import completion_logprobs
+from v05.rollout.transformers_engine import TransformersEngine
 from v05.tasks import Prompt, make_task
 from v05.train.config import PRESETS, RunConfig, read_config, run_config
 from v05.train.policy import load_policy, policy_folder

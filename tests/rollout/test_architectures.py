@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 from helpers.tiny_policy import tiny_model, tiny_tokenizer
 from v05.rollout import Request, generate
 from v05.rollout import transformers_engine as engine_module
-from v05.rollout.transformers_engine import JOIN_EVERY, TransformersEngine, completion_logprobs
+from v05.rollout.scoring import completion_logprobs
+from v05.rollout.transformers_engine import JOIN_EVERY, TransformersEngine
 
 VOCABULARY = 32
 PROMPTS = [(3, 4, 5), (6, 7, 8, 9, 10, 11, 12, 13, 14), (2,), (8, 8, 3, 4, 20, 21, 22, 23, 24, 25, 26, 27, 28), (6, 5, 4)]

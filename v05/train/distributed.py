@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from v05.rollout import Completion
-from v05.rollout.transformers_engine import completion_logprobs
+from v05.rollout.scoring import completion_logprobs
 from v05.train.config import Distributed
 
 PATIENCE = timedelta(hours=2)  # that ranks wait for each other: for a warm start, or the longest completion

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from v05.rollout import NotFiniteError, Request, RolloutEngine, generate
 from v05.rollout.rows import read_prompts
-from v05.rollout.transformers_engine import TransformersEngine, completion_logprobs
+from v05.rollout.scoring import completion_logprobs
+from v05.rollout.transformers_engine import TransformersEngine
 from v05.rollout.verifier import InlineVerifier, Verifier, VerifierPool
 from v05.tasks import Task, make_scorer
 from v05.train.config import EngineConfig, OptimizerConfig, RunConfig

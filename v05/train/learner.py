@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from v05.rollout import Completion, NotFiniteError
 from v05.rollout.scheduler import RolloutBatch
-from v05.rollout.transformers_engine import completion_logprobs
+from v05.rollout.scoring import completion_logprobs
 from v05.train.config import RunConfig
 from v05.train.distributed import (
     World,

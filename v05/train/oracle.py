@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from v05.rollout import Completion
 from v05.rollout.limits import stop_tokens
-from v05.rollout.transformers_engine import completion_logprobs
+from v05.rollout.scoring import completion_logprobs
 
 BLOCK = 512  # answers a forward pass
 
