@@ -87,23 +87,22 @@ void compute_advantages(const RolloutFields& given, const GroupFields& of_groups
 v05::Options make_options(int baseline, int scale, bool leave_one_out, bool raw_singleton, bool exclude_nonfinite,
                           double low, double high, double eps, std::int64_t max_rollouts, double cost,
                           const std::array<double, 6>& calibration) {
-  return {
-      .baseline = static_cast<v05::Baseline>(baseline),
-      .scale = static_cast<v05::Scale>(scale),
-      .leave_one_out = leave_one_out,
-      .raw_singleton = raw_singleton,
-      .exclude_nonfinite = exclude_nonfinite,
-      .low = low,
-      .high = high,
-      .eps = eps,
-      .max_rollouts = max_rollouts,
-      .cost = cost,
-      .calibration = {.alpha = calibration[0],
-                      .beta = calibration[1],
-                      .kappa = calibration[2],
-                      .eps = calibration[3],
-                      .delta0 = calibration[4],
-                      .delta1 = calibration[5]}};
+  return {.baseline = static_cast<v05::Baseline>(baseline),
+          .scale = static_cast<v05::Scale>(scale),
+          .leave_one_out = leave_one_out,
+          .raw_singleton = raw_singleton,
+          .exclude_nonfinite = exclude_nonfinite,
+          .low = low,
+          .high = high,
+          .eps = eps,
+          .max_rollouts = max_rollouts,
+          .cost = cost,
+          .calibration = {.alpha = calibration[0],
+                          .beta = calibration[1],
+                          .kappa = calibration[2],
+                          .eps = calibration[3],
+                          .delta0 = calibration[4],
+                          .delta1 = calibration[5]}};
 }
 
 }  // namespace
