@@ -144,7 +144,7 @@ def james_stein(mean: float, others: float, noise: float, spread: float) -> floa
 
 
 def least_variance(success: float, calibration: Calibration) -> float:
-    """The baseline b for which E[(r - b)^2 E] is least, rewards scaled to [0, 1] and E a rollout's energy, |grad log pi|^2.
+    """The baseline b for which E[(r - b)^2 E] is least, rewards scaled to [0, 1] and E a rollout's energy.
 
         b = E[r E] / E[E] = p w1 / (p w1 + (1 - p) w0),    log(w1 / w0) = delta0 + delta1 log(1 - p), within [-8, 8]
 
