@@ -116,5 +116,5 @@ class SequentialAgentLoopManager(AgentLoopManagerTQ):  # type: ignore[misc]
             rates = PRIORS.open(list(prompts["uid"]), list(prompts["raw_prompt"]))
             prompts[PRIOR_FIELD] = torch.from_numpy(self._estimator.in_reward_units(rates))
             if (fitted := self._estimator.calibration) is not None:
-                prompts[CALIBRATION_FIELD] = torch.tensor(astuple(fitted), dtype=torch.float64).expand(len(rates), -1)
+                prompts[CALIBRATION_FIELD] = torch.tensor(astuple(fitted), dtype=torch.float64, device="cpu").expand(len(rates), -1)
         super().generate_sequences(prompts)
