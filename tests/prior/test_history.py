@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from v05.prior import ConstantPrior
+from v05.prior import ConstantPrior, MeanPrior
 from v05.prior.history import HistoryPrior
 
 
@@ -104,3 +104,20 @@ def test_constant_prior_knows_nothing():
     prior = ConstantPrior(0.3)
     prior.observe(["a"], np.ones(1), np.ones(1))
     assert prior.predict(["a", "b"]).tolist() == [0.3, 0.3]
+
+
+def test_the_mean_prior_is_the_discounted_mean_of_all_outcomes():
+    prior = MeanPrior(forgetting=0.5)
+    assert np.isnan(prior.predict(["a", "b"])).all()
+    prior.observe(["a"], np.zeros(1), np.zeros(1))
+    assert np.isnan(prior.predict(["a"])).all()  # a group without a trial has no outcome
+    prior.observe(["a", "b"], np.array([3.0, 0.0]), np.array([4.0, 2.0]))
+    assert prior.predict(["a", "never seen"]) == pytest.approx([0.5, 0.5])
+    prior.observe(["a"], np.array([5.0]), np.array([5.0]))
+    assert prior.predict(["b"]) == pytest.approx([(0.5 * 3 + 5) / (0.5 * 6 + 5)])
+    assert prior.predict([]).shape == (0,)
+    again = MeanPrior(forgetting=0.5)
+    again.load_state_dict(prior.state_dict())
+    for one in (prior, again):
+        one.observe(["c"], np.array([1.0]), np.array([3.0]))
+    assert np.array_equal(prior.predict(["a"]), again.predict(["a"]))

@@ -6,6 +6,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from v05.integrations.learnt import keep_learnt, restore_learnt
+from v05.prior import MeanPrior
 from v05.prior.calibration import Calibrator
 from v05.prior.history import HistoryPrior
 from v05.prior.v0.context import History
@@ -17,6 +18,12 @@ def history_prior():
     prior = HistoryPrior()
     for step in range(4):
         prior.observe(["1+1=", f"{step}+1="], np.array([3.0, 1.0]), np.full(2, 4.0))
+    return prior
+
+
+def mean_prior():
+    prior = MeanPrior()
+    prior.observe(["1+1=", "2+1="], np.array([3.0, 1.0]), np.full(2, 4.0))
     return prior
 
 
@@ -35,8 +42,8 @@ def calibrator():
     return kept
 
 
-LEARNERS = {"prior": history_prior, "history": history, "calibrator": calibrator}
-FRESH = {"prior": HistoryPrior, "history": History, "calibrator": Calibrator}
+LEARNERS = {"prior": history_prior, "mean": mean_prior, "history": history, "calibrator": calibrator}
+FRESH = {"prior": HistoryPrior, "mean": MeanPrior, "history": History, "calibrator": Calibrator}
 
 
 def first(value):
@@ -63,6 +70,10 @@ DAMAGES = {
     ("prior", "past_prompts", "an object"): lambda array: np.frombuffer(b'{"a": 1}', dtype=np.uint8),
     ("prior", "past_prompts", "no text"): lambda array: np.frombuffer(b"\xff", dtype=np.uint8),
     ("prior", "step", "a list"): lambda array: np.array([4]),
+    ("mean", "successes", "more than trials"): first(9.0),
+    ("mean", "successes", "negative"): first(-1.0),
+    ("mean", "trials", "negative"): first(-1.0),
+    ("mean", "trials", "NaN"): first(np.nan),
     ("history", "levels", "NaN"): first(np.nan),
     ("history", "versions", "of a version to come"): first(99),
     ("history", "counts", "more"): first(5),

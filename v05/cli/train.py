@@ -58,8 +58,8 @@ def train(
     prior: Annotated[
         str,
         typer.Option(
-            help="Learnt in the run: history; the generalist value model, inferring in context: v0. For comparison: constant; "
-            "noise; oracle, the policy's own chance of the reference answer."
+            help="Learnt in the run: history; the mean of all outcomes, one for all prompts: mean; the generalist value model, "
+            "inferring in context: v0. For comparison: constant; noise; oracle, the policy's own chance of the reference answer."
         ),
     ] = "history",
     config: Annotated[

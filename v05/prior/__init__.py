@@ -92,3 +92,33 @@ class NoisePrior(_UnteachablePrior):
     def predict(self, prompts: Sequence[str]) -> NDArray[np.float64]:
         digests = (hashlib.blake2b(prompt.encode(), digest_size=8, key=self._key).digest() for prompt in prompts)
         return np.array([int.from_bytes(digest, "little") / 2**64 for digest in digests])
+
+
+class MeanPrior:
+    """The same success rate for every prompt: the mean of all outcomes so far, recent ones counting more. NaN before the first.
+
+    Args:
+        forgetting: factor a step on past outcomes; 0.98 is a memory of some 50 steps, 1 weighs all outcomes alike.
+    """
+
+    def __init__(self, forgetting: float = 0.98) -> None:
+        self._forgetting = forgetting
+        self._successes = self._trials = 0.0
+
+    def predict(self, prompts: Sequence[str]) -> NDArray[np.float64]:
+        return np.full(len(prompts), self._successes / self._trials if self._trials else np.nan)
+
+    def observe(self, prompts: Sequence[str], successes: NDArray[np.float64], trials: NDArray[np.float64]) -> None:
+        """Learn one step's outcomes; a step without a trial teaches nothing."""
+        if np.sum(trials) > 0:
+            self._successes = self._forgetting * self._successes + float(np.sum(successes))
+            self._trials = self._forgetting * self._trials + float(np.sum(trials))
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        return {"successes": np.array(self._successes), "trials": np.array(self._trials)}
+
+    def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
+        successes, trials = (float(kept_array(state, name, ())) for name in ("successes", "trials"))
+        refuse_values("trials", trials < 0)
+        refuse_values("successes", not 0 <= successes <= trials)
+        self._successes, self._trials = successes, trials

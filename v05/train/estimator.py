@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from v05.estimator import Estimate, Estimator
 from v05.methods import Method, find_method
-from v05.prior import ConstantPrior, NoisePrior, ValuePrior
+from v05.prior import ConstantPrior, MeanPrior, NoisePrior, ValuePrior
 from v05.prior.calibration import Calibrator
 from v05.prior.history import HistoryPrior
 from v05.rollout import Completion
@@ -42,6 +42,8 @@ def make_prior(config: RunConfig, policy: Path) -> ValuePrior:
     """The prior of the run's configuration; `policy` is the folder of its warm start."""
     if config.prior == "history":
         return HistoryPrior()
+    if config.prior == "mean":
+        return MeanPrior()
     if config.prior == "noise":
         return NoisePrior(config.seed)
     if config.prior in ("constant", "oracle"):  # the trainer is the oracle
