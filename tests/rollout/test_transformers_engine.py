@@ -235,3 +235,17 @@ def test_temperature_0_takes_the_likeliest_token(policy):
         assert completion.tokens.tolist() == likeliest.tolist()
         assert (completion.logprobs == 0).all()
         assert completion.energy == 0
+
+
+def test_greedy_requests_take_the_likeliest_token_beside_sampled_ones(policy):
+    model, tokenizer = policy
+    sampled = requests(tokenizer)
+    greedy = [Request(r.prompt, r.seed, greedy=True) for r in sampled]
+    both = generate(engine(policy), [r for pair in zip(sampled, greedy, strict=True) for r in pair])
+    alone = generate(engine(policy), sampled)
+    assert [c.tokens.tolist() for c in both[::2]] == [c.tokens.tolist() for c in alone]
+    for request, completion in zip(greedy, both[1::2], strict=True):
+        ids = torch.tensor([[*request.prompt, *completion.tokens]])
+        log_p = torch.log_softmax(model(input_ids=ids).logits[0, len(request.prompt) - 1 : -1], -1)
+        assert completion.tokens.tolist() == log_p.argmax(-1).tolist()
+        torch.testing.assert_close(torch.tensor(completion.logprobs), log_p.amax(-1), rtol=0, atol=1e-4)

@@ -56,6 +56,11 @@ def test_a_completion_and_what_is_asked_for_it(tmp_path):
     asked = server.calls[-1][1]
     assert {"model": "policy", "prompt": [5, 6], "seed": 3, "temperature": 1.0, "max_tokens": 8}.items() <= asked.items()
     assert asked["stop_token_ids"] == [END]
+    with FakeServer() as server:
+        engine = engine_of(server, tmp_path)
+        engine.submit([7], [Request((5, 6), seed=3, greedy=True)])
+        engine.poll()
+        assert server.calls[-1][1]["temperature"] == 0
 
 
 def test_completions_end_at_every_id_of_the_generation_config(tmp_path):

@@ -135,7 +135,8 @@ def train(
         interrupted(out)
     except (ValueError, OSError, RuntimeError) as error:
         fail(error)
-    say(f"held-out accuracy {state.accuracy:.3f} after {state.rollouts} rollouts; written to {out}")
+    greedy = f", {trainer.state.final['greedy']:.3f} greedily," if trainer.state.final else ""
+    say(f"held-out accuracy {state.accuracy:.3f}{greedy} after {state.rollouts} rollouts; written to {out}")
 
 
 def _demand(result: Path) -> None:

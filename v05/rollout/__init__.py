@@ -28,10 +28,12 @@ class Request:
     Attributes:
         prompt: token ids.
         seed: non-negative int64; the same request under the same weights gives the same completion, but for rounding.
+        greedy: every token is the likeliest; its log-probability is still what sampling would give it.
     """
 
     prompt: tuple[int, ...]
     seed: int
+    greedy: bool = False
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ class TransformersEngine:
         self._waiting: deque[tuple[int, Request]] = deque()
         self._rollouts: _Rollouts | None = None
         self._since_join = 0  # tokens
+        self._some_greedy = False  # of the rollouts under way
         self._bounded_mixers = bounded_mixers(model)
         with self._reading():
             check_sampling(model, self._pad)
@@ -138,10 +139,12 @@ class TransformersEngine:
         self._since_join = 0
         keys, requests = zip(*(self._waiting.popleft() for _ in range(joining)), strict=True)
         read = read_prompts(self._model, [r.prompt for r in requests], self._pad)
+        self._some_greedy = any(r.greedy for r in requests) or (self._some_greedy and self._rollouts is not None)
         uniforms = _uniforms(np.array([r.seed for r in requests], dtype=np.uint64), self._max_new_tokens)
         device = read.mask.device
         rollouts = _Rollouts(
             keys=torch.tensor(keys, device=device),
+            greedy=torch.tensor([r.greedy for r in requests], device=device),
             uniforms=torch.from_numpy(uniforms).to(device),
             tokens=torch.zeros(uniforms.shape, dtype=torch.int64, device=device),
             logprobs=torch.zeros(uniforms.shape, device=device),
@@ -167,7 +170,10 @@ class TransformersEngine:
         log_p = torch.log_softmax(logits, dim=-1)
         at = rollouts.lengths[:, None]
         pi = log_p.double().exp()
-        token = _inverse_cdf(pi, rollouts.uniforms.gather(1, at).squeeze(1))[:, None]
+        token = _inverse_cdf(pi, rollouts.uniforms.gather(1, at).squeeze(1))
+        if self._some_greedy:
+            token = torch.where(rollouts.greedy, log_p.argmax(-1), token)
+        token = token[:, None]
         logprob = log_p.gather(1, token)
         rollouts.tokens.scatter_(1, at, token)
         rollouts.logprobs.scatter_(1, at, logprob)
@@ -198,12 +204,14 @@ class _Rollouts:
 
     Attributes:
         keys: (B,) int64.
+        greedy: (B,) bool.
         uniforms: (B, T) float64, what the tokens are drawn with.
         tokens, logprobs, sum_pi_squared: (B, T); lengths (B,): how many of them are drawn.
         read: prompts and drawn tokens as the model has read them.
     """
 
     keys: torch.Tensor
+    greedy: torch.Tensor
     uniforms: torch.Tensor
     tokens: torch.Tensor
     logprobs: torch.Tensor

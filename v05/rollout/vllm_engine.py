@@ -34,6 +34,7 @@ WEIGHTS = "model.safetensors"  # in the folder that a server reads
 BYTES_A_TOKEN, BYTES_A_PROMPT_TOKEN = 4096, 16  # of an answer at most: its id, its text three times, its log-probabilities
 MODELS_BYTES = 1 << 20  # of the list of models at most
 LARGEST_VOCABULARY = 1 << 24  # where a tokenizer does not say how many tokens it knows
+GREEDY = {"temperature": 0.0}  # the sampling parameter that takes the likeliest token
 ROUNDING = 1e-4  # by which a log-probability may be above 0, nats
 
 
@@ -126,8 +127,9 @@ class VllmEngine:
                 disable_log_stats=True,
             )
         )
-        self._parameters: Callable[[int], Any] = lambda seed: SamplingParams(
-            **_sampling(stops, max_new_tokens, seed) | {"temperature": temperature, "top_p": top_p},
+        warped = {"temperature": temperature, "top_p": top_p}
+        self._parameters: Callable[[Request], Any] = lambda request: SamplingParams(
+            **_sampling(stops, max_new_tokens, request.seed) | (GREEDY if request.greedy else warped),
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -139,7 +141,7 @@ class VllmEngine:
     def submit(self, keys: Sequence[int], requests: Sequence[Request]) -> None:
         for key, request in zip(keys, requests, strict=True):
             try:
-                self._engine.add_request(str(key), {"prompt_token_ids": list(request.prompt)}, self._parameters(request.seed))
+                self._engine.add_request(str(key), {"prompt_token_ids": list(request.prompt)}, self._parameters(request))
             except Exception as error:  # a prompt too long for the model, for one
                 self._refused.append((key, Failure(f"vLLM refused the request: {error}")))
 
@@ -163,7 +165,7 @@ class VllmEngine:
         logprobs = [of_token[token].logprob for token, of_token in zip(output.token_ids, output.logprobs, strict=True)]
         if not np.isfinite(logprobs).all():
             raise NotFiniteError("the policy is not finite: vLLM gives a token no log-probability")
-        asked = self._parameters(0)
+        asked = self._parameters(Request((), 0))
         return _completion(output.token_ids, logprobs, output.finish_reason, asked.stop_token_ids, asked.max_tokens)
 
 
@@ -278,6 +280,7 @@ class VllmServerEngine:
     def _complete(self, request: Request) -> Completion | Failure:
         asked = {
             **_sampling(self._stops, self._max_new_tokens, request.seed),
+            **(GREEDY if request.greedy else {}),
             "model": self._model,
             "prompt": list(request.prompt),
             "return_token_ids": True,

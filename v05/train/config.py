@@ -154,6 +154,9 @@ class EvaluationConfig(Section):
     prompts: int = Field(default=1024, ge=1)
     skip: int = Field(default=0, ge=0, description="held-out prompts to leave for others before the first")
     samples: int = Field(default=4, ge=1, description="rollouts a held-out prompt")
+    final_samples: int = Field(
+        default=8, ge=0, description="more of them at the end, for mean@k and pass@k, beside a greedy one; 0 leaves all three out"
+    )
     probe_prompts: int = Field(default=32, ge=0, description="prompts of the step whose true success rate is measured")
     probe_samples: int = Field(default=128, ge=2)
 
@@ -191,8 +194,10 @@ class RunConfig(Section):
         if self.budget.maximum < self.budget.initial:
             raise ValueError(f"budget.maximum={self.budget.maximum} is below budget.initial={self.budget.initial}; raise it")
         budget, method = self.budget, find_method(self.method)
-        if budget.rule != "uniform" and not method.needs_prior:
-            raise ValueError(f"budget.rule={budget.rule!r} tests a prior, which method={self.method!r} has not; use rule='uniform'")
+        if budget.rule != "uniform" and method.budget_rule is None:
+            raise ValueError(
+                f"budget.rule={budget.rule!r} tests a prior, which method={self.method!r} does not; use rule='uniform'"
+            )
         if budget.rule == "calibrated" and not method.is_calibrated:
             raise ValueError(f"budget.rule='calibrated' needs the fit of method='calibrated', not {self.method!r}; use rule='osla'")
         if budget.unbiased and not (method.counts_paths and budget.rule == method.budget_rule):
@@ -299,6 +304,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rollouts_per_step": 256,
         "total_rollouts": 50_000,
     },
+    # `symbols`, as far as a comparison of methods needs it to tell them apart within minutes.
+    "demo": {
+        "task": ReasoningGymConfig(surface="terse", mix=(*(_programs(n) for n in (8, 10, 12)), _words(4, 10))),
+        "policy": PolicyConfig(
+            hidden_size=160,
+            layers=3,
+            intermediate_size=480,
+            max_new_tokens=13,
+            warm_start=WarmStartConfig(**EARLY),
+        ),
+        "evaluation": EvaluationConfig(evaluations=6, prompts=512, samples=2, final_samples=4, probe_prompts=16, probe_samples=64),
+        "rollouts_per_step": 256,
+        "total_rollouts": 8_192,
+    },
     # A few seconds, for tests of the pipeline: learns nothing.
     "smoke": {
         "task": ReasoningGymConfig(surface="terse", operand_width=1, mix=(_sums(1, 1, 1),)),
@@ -380,7 +399,8 @@ def label_of(config: RunConfig) -> str:
     budget = config.budget
     maximum = "" if budget.rule == "uniform" else f"..{budget.maximum}"
     mean = "" if budget.mean is None else f"~{budget.mean:g}"
-    prior = "" if config.prior == "history" else f"+{config.prior}"
+    of_recipe = find_method(config.method).recipe.get("prior", RunConfig.model_fields["prior"].default)
+    prior = "" if config.prior == of_recipe else f"+{config.prior}"
     cost = "" if budget.cost is None else f"+cost={budget.cost:g}"
     weighting, clip = config.loss.group_weighting, config.optimizer.max_grad_norm
     weighting_part = "" if weighting == LossConfig().group_weighting else f"+weighting={weighting}"

@@ -19,6 +19,7 @@ from v05.train.distributed import World
 from v05.train.metrics import OUTCOMES
 
 EVALUATION_SEED = 1 << 40  # apart from the seeds of training rollouts, and the same for every method
+FINAL_SEED = 1 << 41  # of what is sampled at the end alone
 
 
 def true_rewards(
@@ -29,16 +30,18 @@ def true_rewards(
     prompt_tokens: Sequence[tuple[int, ...]],
     samples: int,
     seed: int,
+    greedy: bool = False,
 ) -> tuple[NDArray[np.float64], list[Completion]]:
     """(P, samples) verified rewards of fresh rollouts, and the rollouts. Ranks share them out by prompt.
 
     Args:
         prompts, prompt_tokens: P prompts and their token ids.
         seed: of the first rollout; those that follow count on from it.
+        greedy: the likeliest tokens in place of sampled ones.
     """
     mine = world.block(len(prompts))
     slots = [(i, j) for i in range(mine.start, mine.stop) for j in range(samples)]
-    completions = generate(engine, [Request(prompt_tokens[i], seed + i * samples + j) for i, j in slots])
+    completions = generate(engine, [Request(prompt_tokens[i], seed + i * samples + j, greedy) for i, j in slots])
     rewards = verify_all(verifier, [prompts[i] for i, _ in slots], [engine.decode(c) for c in completions])
     parts = world.gather((rewards, completions))
     matrix = np.array([reward for part, _ in parts for reward in part]).reshape(len(prompts), samples)

@@ -1,7 +1,8 @@
 """A run directory's records: metrics.jsonl, one JSON object a line, written as they happen and readable at any time.
 
 Kinds: "step" (one optimiser step), "probe" (the baseline against a large-sample truth), "evaluation" (held-out accuracy, and how
-well the prior predicted held-out prompts), "group" (completions to read: a few groups of each step that follows an evaluation).
+well the prior predicted held-out prompts), "final" (greedy accuracy, mean@k and pass@k at the end), "group" (completions to read: a
+few groups of each step that follows an evaluation).
 Beside them outcomes/ holds what each held-out prompt came to, a file an evaluation.
 """
 

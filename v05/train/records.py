@@ -39,6 +39,14 @@ class Probe(Record):
     baseline_mse: float | None
 
 
+class Final(Record):
+    rollouts: Count
+    greedy: float
+    mean_at_k: float
+    pass_at_k: float
+    k: Count
+
+
 class Step(Record):
     rollouts: Count
     seconds: Count
@@ -91,9 +99,13 @@ class Result(Fields):
     seconds: Count
     heldout_samples: Annotated[int, Field(ge=1)] | None = None
     heldout_successes: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    greedy: float | None = None
+    mean_at_k: float | None = None
+    pass_at_k: float | None = None
+    k: Count | None = None
 
 
-KINDS: dict[str, type[Record]] = {"evaluation": Evaluation, "probe": Probe, "step": Step, "group": Group}
+KINDS: dict[str, type[Record]] = {"evaluation": Evaluation, "probe": Probe, "final": Final, "step": Step, "group": Group}
 
 
 def check_record(record: dict[str, Any], where: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ class TrainerState:
     accuracy_before: float | None = None
     accuracy: float | None = None
     successes: list[int] | None = None
+    final: dict[str, float] = field(default_factory=dict)
 
     def progress(self, total: int, prior_rejected: float) -> Progress:
         """The part of it that is shown; the run must have been evaluated once."""
@@ -90,6 +91,7 @@ def result_of(config: RunConfig, state: TrainerState) -> dict[str, Any]:
         "seconds": state.seconds,
         "heldout_samples": config.evaluation.samples,
         "heldout_successes": state.successes,
+        **state.final,
     }
 
 

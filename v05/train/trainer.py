@@ -55,7 +55,7 @@ from v05.train.dapo import has_signal, shaped_rewards
 from v05.train.distributed import join_world
 from v05.train.engine import explaining_divergence, make_engine, make_verifier, require_finite, sync_weights
 from v05.train.estimator import close_batch, estimate_batch, make_estimator
-from v05.train.evaluation import EVALUATION_SEED, baseline_error, entropy_of, prior_scores, true_rewards, write_outcomes
+from v05.train.evaluation import EVALUATION_SEED, FINAL_SEED, baseline_error, entropy_of, prior_scores, true_rewards, write_outcomes
 from v05.train.identity import identity_digest, inputs_of, paths_of
 from v05.train.learner import Learner
 from v05.train.loss import mismatch
@@ -159,6 +159,7 @@ class Trainer:
                 if self.world.broadcast(self.schedule.due()):
                     self.save()
                 yield state.progress(config.total_rollouts, self.prior_rejected)
+            self.evaluate_policy()
         self.finish()
 
     def step(self, probe: bool) -> None:
@@ -315,6 +316,22 @@ class Trainer:
             write_outcomes(self.directory, self.config, state.steps, [p.text for p in self.heldout], rates, samples)
         return accuracy, rewards.sum(-1).astype(int).tolist()
 
+    def evaluate_policy(self) -> None:
+        """Held-out greedy accuracy, mean@k and pass@k, which tell a better policy from one that is only surer of itself."""
+        k = self.config.evaluation.final_samples
+        if k == 0:
+            return
+        greedy, _ = self.true_rewards(self.heldout, 1, FINAL_SEED, greedy=True)
+        sampled, _ = self.true_rewards(self.heldout, k, FINAL_SEED)
+        solved = sampled.max(-1) > 0
+        self.state.final = {
+            "greedy": float(greedy.mean()),
+            "mean_at_k": float(sampled.mean()),
+            "pass_at_k": float(solved.mean()),
+            "k": k,
+        }
+        self.record("final", rollouts=self.state.rollouts, **self.state.final)
+
     def probe_baselines(self, batch: RolloutBatch, rewards: NDArray[np.float64]) -> None:
         """Log the squared error of the baselines of the step's first groups against many fresh rollouts of the same policy.
 
@@ -333,10 +350,12 @@ class Trainer:
         error = baseline_error(by_group, truth.reshape(fresh.shape))
         self.record("probe", rollouts=self.state.rollouts, prompts=len(probed), baseline_mse=error)
 
-    def true_rewards(self, prompts: Sequence[Prompt], samples: int, seed: int) -> tuple[NDArray[np.float64], list[Completion]]:
+    def true_rewards(
+        self, prompts: Sequence[Prompt], samples: int, seed: int, greedy: bool = False
+    ) -> tuple[NDArray[np.float64], list[Completion]]:
         """(P, samples) verified rewards of fresh rollouts of the run's policy, and the rollouts."""
         tokens = [self.tokens_of(prompt) for prompt in prompts]
-        return true_rewards(self.engine, self.verifier, self.world, prompts, tokens, samples, seed)
+        return true_rewards(self.engine, self.verifier, self.world, prompts, tokens, samples, seed, greedy)
 
     def sync(self) -> float:
         """Bring an engine with weights of its own up to date, and check that it is; the largest difference found, nats."""
