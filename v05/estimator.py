@@ -99,7 +99,7 @@ class Estimator:
     @property
     def calibration(self) -> Calibration | None:
         """What the prior is trusted by now; None for methods that do not ask."""
-        if not self.of.is_calibrated:
+        if not self.of.reads_calibration:
             return None
         return Calibration() if self.calibrator is None else self.calibrator.calibration
 
@@ -284,7 +284,7 @@ class Estimator:
         if self.prior is None or not self.of.needs_prior:
             return
         self.prior.observe(prompts, successes, trials)
-        if self.calibrator is not None and self.of.is_calibrated:
+        if self.calibrator is not None and self.of.reads_calibration:
             self.calibrator.observe(successes, trials, rates, energies)
             if fit:
                 self.calibrator.fit()

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from v05.arguments import choice, real, shown
 
-Scale = Literal["none", "group", "batch"]
+Scale = Literal["none", "group", "batch", "mean"]
 
 
 class Baseline(IntEnum):
@@ -30,6 +30,7 @@ class Baseline(IntEnum):
     JAMES_STEIN = 7
     LEAST_VARIANCE = 8
     BATCH_ENERGY_MEAN = 9
+    CONJUGATE = 10
 
 
 @dataclass(frozen=True)
@@ -117,17 +118,22 @@ class Method:
     @property
     def needs_prior(self) -> bool:
         """The method reads a value prior, and therefore a `reward_range` that holds prior and rewards."""
-        return self.baseline in BUDGET_RULES
+        return self.baseline in (*BUDGET_RULES, Baseline.CONJUGATE)
 
     @property
     def budget_rule(self) -> BudgetRule | None:
-        """The sequential test that decides on another rollout; None for a method without a prior to test."""
+        """The sequential test that decides on another rollout; None for a method that has none."""
         return BUDGET_RULES.get(self.baseline)
 
     @property
     def is_calibrated(self) -> bool:
         """How far the prior is to be trusted is fitted to past groups."""
         return self.baseline in (Baseline.CALIBRATED, Baseline.LEAST_VARIANCE)
+
+    @property
+    def reads_calibration(self) -> bool:
+        """It reads numbers of a calibration, which are fitted to past groups."""
+        return self.is_calibrated or self.baseline is Baseline.CONJUGATE
 
     @property
     def learns_energies(self) -> bool:
@@ -233,6 +239,21 @@ METHODS = {
             colour=("#57534e", "#a8a29e"),
             leave_one_out=True,
             recipe={"budget": {"initial": 2, "maximum": 2}},
+        ),
+        Method(
+            "ebpo",
+            Baseline.CONJUGATE,
+            "EBPO, arXiv 2602.05165",
+            colour=("#047857", "#34d399"),
+            recipe={**FIXED_AT_4, "prior": "mean"},
+        ),
+        Method(
+            "maxrl",
+            Baseline.GROUP_MEAN,
+            "MaxRL, arXiv 2602.02710",
+            colour=("#9f1239", "#fda4af"),
+            scale="mean",
+            recipe={"budget": {"initial": 16, "maximum": 16}},
         ),
     )
 }

@@ -156,6 +156,19 @@ def least_variance(success: float, calibration: Calibration) -> float:
     return success * ratio / (success * ratio + 1 - success)
 
 
+def conjugate(count: int, mean: float, prior: float, kappa: float) -> float:
+    """The mean of `count` rollouts fused with a prior that is worth `kappa` of them: (1 - S) mean + S prior, S = kappa / (count +
+    kappa).
+
+    EBPO (arXiv 2602.05165) has S = (s2 / k) / (s2 / k + tau2), which this is with kappa = s2 / tau2: the variance of rewards
+    within a prompt over that of success rates among prompts. Without a rollout the prior stands, without a prior (NaN) the mean.
+    """
+    if count == 0 or math.isnan(prior):
+        return mean if math.isnan(prior) else prior
+    share = kappa / (count + kappa)
+    return (1 - share) * mean + share * prior
+
+
 def betaln(a: float, b: float) -> float:
     return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
 
@@ -250,6 +263,8 @@ def advantages(
             return mean
         if rule.baseline in (Baseline.ZERO, Baseline.BATCH_MEAN, Baseline.BATCH_ENERGY_MEAN):
             return 0.0  # known before any group is looked at
+        if rule.baseline is Baseline.CONJUGATE:
+            return conjugate(count, mean, value, calibration.kappa)
         if rule.baseline is Baseline.PRIOR:
             return mean if math.isnan(value) else value
         return uncentred(shrinkage(count, centred(mean), centred(value)).baseline)
@@ -317,7 +332,9 @@ def advantages(
 
         population = x if scale == "group" else everything
         divisor = 1.0
-        if scale != "none" and len(population) > 1 and np.any(population != population[0]):
+        if scale == "mean":
+            divisor = mean if mean > 0 else 1.0
+        elif scale != "none" and len(population) > 1 and np.any(population != population[0]):
             divisor = float(np.std(population, ddof=1)) + eps
         for i in rows[(ids == g) & is_valid]:
             if leave_one_out and k > 1:

@@ -38,7 +38,7 @@ V05_MULTIVERSION bool all_within(const Real* rewards, std::size_t rows, double l
 template <class Real>
 void check_smallest(const Outcomes<Real>& outcomes, const Options& options) {
   constexpr double kSmallest = 1e-130;  // the difference of neighbouring doubles of this size is 2e-146
-  if (options.scale == Scale::kNone || options.eps >= kSmallest) {
+  if (options.scale == Scale::kNone || options.scale == Scale::kMean || options.eps >= kSmallest) {
     return;
   }
   Offenders small;

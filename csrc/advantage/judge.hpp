@@ -68,7 +68,8 @@ struct Group {
         known{.count = moments.count,
               .mean = moments.mean,
               .energy_mean = evidence.weighted.mean(),
-              .prior = evidence.prior} {
+              .prior = evidence.prior,
+              .kappa = options.calibration.kappa} {
     if constexpr (kReadsBatch) {
       known.batch_count = evidence.batch.rewards.count;
       known.batch_mean = evidence.batch.rewards.mean;
@@ -120,8 +121,11 @@ struct CalibratedGroup {
   [[nodiscard]] static bool is_alone(const Options& /*options*/) { return false; }  // there is always the vague prior
 };
 
-// Rewards that are all equal are left as they are: nothing may explode through eps.
+// Rewards that are all equal are left as they are: nothing may explode through eps. A mean of 0 divides nothing.
 inline double divisor_of(const Moments& population, const Options& options) {
+  if (options.scale == Scale::kMean) {
+    return population.mean > 0.0 ? population.mean : 1.0;
+  }
   const bool unscaled = options.scale == Scale::kNone || population.all_equal;
   return unscaled ? 1.0 : std::sqrt(population.variance()) + options.eps;
 }
@@ -170,6 +174,7 @@ class LeaveOneOutJudge {
     const Known others{.count = others_,
                        .mean = mean_ + (mean_ - reward) / static_cast<double>(others_),
                        .prior = prior_,
+                       .kappa = options.calibration.kappa,
                        .left_out = true};
     return (reward - baseline_of(options.baseline, others, options.half_range())) / divisor_;
   }

@@ -21,6 +21,7 @@ ENERGY_MEAN = tl.constexpr(6)
 JAMES_STEIN = tl.constexpr(7)
 LEAST_VARIANCE = tl.constexpr(8)
 BATCH_ENERGY_MEAN = tl.constexpr(9)
+CONJUGATE = tl.constexpr(10)
 
 # The baselines that read the batch's groups, and those that read the batch.
 NEEDS_GROUPS = (JAMES_STEIN.value,)
@@ -87,6 +88,16 @@ def james_stein(count, mean, prior, other_groups, p_groups, LEFT_OUT: tl.constex
 
 
 @triton.jit
+def conjugate(count, mean, prior, kappa):
+    """The mean fused with a prior that is worth kappa rollouts: a Beta prior's posterior mean (EBPO, arXiv 2602.05165). A NaN
+    prior is no prior: the mean stands. Without a rollout the prior stands.
+    """
+    k = count.to(tl.float64)
+    fused = prior + k / (k + kappa) * (mean - prior)
+    return tl.where(is_nan(prior), mean, tl.where(count == 0, prior, fused))
+
+
+@triton.jit
 def baseline_of(
     RULE: tl.constexpr,
     LEFT_OUT: tl.constexpr,
@@ -94,6 +105,7 @@ def baseline_of(
     mean,
     energy_mean,
     prior,
+    kappa,
     batch_mean,
     batch_energy_mean,
     other_groups,
@@ -110,6 +122,8 @@ def baseline_of(
         return shrinkage(count, mean, prior, half_range)[0]
     elif RULE == PRIOR:
         return tl.where(is_nan(prior), mean, prior)
+    elif RULE == CONJUGATE:
+        return conjugate(count, mean, prior, kappa)
     elif RULE == ZERO:
         return tl.where(is_nan(mean), 0.0, mean * 0.0)
     elif RULE == BATCH_MEAN:
@@ -139,7 +153,7 @@ def is_alone(RULE: tl.constexpr, count, prior, batch_count, other_groups):
         alone = batch_count == 1
     if RULE == PRIOR:
         alone &= is_nan(prior)
-    if RULE == SHRINKAGE:
+    if (RULE == SHRINKAGE) | (RULE == CONJUGATE):
         alone &= is_nan(prior)
     return alone
 

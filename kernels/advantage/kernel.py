@@ -41,6 +41,7 @@ from v05.kernels.advantage.moments import load_energy, load_rewards, moments, we
 UNSCALED = tl.constexpr(0)
 GROUP_SCALE = tl.constexpr(1)
 BATCH_SCALE = tl.constexpr(2)
+MEAN_SCALE = tl.constexpr(3)
 
 # The columns of the table, in the order of v05.ops.advantage.stats.STATISTICS and advantage.hpp.
 COUNT = tl.constexpr(0)
@@ -67,6 +68,7 @@ def advantage_of(
     weight,
     weighted,
     prior,
+    kappa,
     batch_count,
     batch_mean,
     other_groups,
@@ -112,6 +114,7 @@ def advantage_of(
             b_others,
             b_energy_mean,
             prior,
+            kappa,
             b_batch_mean,
             b_batch_energy_mean,
             other_groups,
@@ -120,7 +123,7 @@ def advantage_of(
         )
     else:
         b_baseline = group_baseline(
-            BASELINE, count, mean, weight, weighted, prior, batch_mean, other_groups, p_batch, p_groups, low, high
+            BASELINE, count, mean, weight, weighted, prior, kappa, batch_mean, other_groups, p_batch, p_groups, low, high
         )
     b_advantage = (b_reward - b_baseline) / divisor
     if not IS_CALIBRATED:
@@ -131,7 +134,7 @@ def advantage_of(
 
 @triton.jit
 def group_baseline(
-    BASELINE: tl.constexpr, count, mean, weight, weighted, prior, batch_mean, other_groups, p_batch, p_groups, low, high
+    BASELINE: tl.constexpr, count, mean, weight, weighted, prior, kappa, batch_mean, other_groups, p_batch, p_groups, low, high
 ):
     """The baseline of a whole group, of any method but calibrated fusion."""
     energy_mean = energy_mean_of(mean, weight, weighted)
@@ -145,6 +148,7 @@ def group_baseline(
         mean,
         energy_mean,
         prior,
+        kappa,
         batch_mean,
         batch_energy_mean,
         other_groups,
@@ -273,6 +277,8 @@ def fused_advantage_kernel(
     if SCALE == GROUP_SCALE:
         divisor = tl.sqrt(variance) + eps
         divisor = tl.where(all_equal | (divisor == 0.0), 1.0, divisor)  # 0: with eps 0, squares that underflow
+    if SCALE == MEAN_SCALE:
+        divisor = tl.where(mean > 0.0, mean, 1.0)
     if SCALE == BATCH_SCALE:
         divisor = tl.load(p_batch + BATCH_DIVISOR)
 
@@ -300,7 +306,7 @@ def fused_advantage_kernel(
                 tl.store(p_table + TAKE_MORE * column + group, more.to(tl.float64))
             else:
                 baseline = group_baseline(
-                    BASELINE, count, mean, weight, weighted, prior, batch_mean, other_groups, p_batch, p_groups, low, high
+                    BASELINE, count, mean, weight, weighted, prior, kappa, batch_mean, other_groups, p_batch, p_groups, low, high
                 )
                 tl.store(p_table + BASELINE_COLUMN * column + group, baseline)
             if BASELINE == SHRINKAGE:
@@ -329,6 +335,7 @@ def fused_advantage_kernel(
             weight,
             weighted,
             prior,
+            kappa,
             batch_count,
             batch_mean,
             other_groups,

@@ -342,8 +342,8 @@ def test_against_the_reference(problem):
 
 
 def test_numbers_of_the_scales():
-    numbers = (kernel.UNSCALED, kernel.GROUP_SCALE, kernel.BATCH_SCALE)
-    assert [SCALES[number.value] for number in numbers] == ["none", "group", "batch"]
+    numbers = (kernel.UNSCALED, kernel.GROUP_SCALE, kernel.BATCH_SCALE, kernel.MEAN_SCALE)
+    assert [SCALES[number.value] for number in numbers] == list(SCALES)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float16, torch.float32, torch.float64], ids=str)

@@ -20,7 +20,7 @@ BIASED = ("js",)
 UNBIASED = [name for name, method in METHODS.items() if (method.leave_one_out or name in ("none", "prior")) and name not in BIASED]
 
 
-@pytest.mark.parametrize("name", [*UNBIASED, "otb", "opo", "dr_grpo", "v05"])
+@pytest.mark.parametrize("name", [*UNBIASED, "otb", "opo", "dr_grpo", "v05", "ebpo"])
 def test_leave_one_out_is_unbiased(name):
     prompts = np.repeat([0, 1], SIZES)
     given = dict(method=name, leave_one_out=name != "prior", calibration=CALIBRATION, dtype=torch.float64)

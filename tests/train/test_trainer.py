@@ -16,7 +16,7 @@ from v05.path_counting import path_counting_advantages
 from v05.prior import NoisePrior
 from v05.prior.v0.logs import read_logs
 from v05.rollout import Completion
-from v05.tasks import make_task
+from v05.tasks import heldout_set, make_task
 from v05.train import step_records
 from v05.train.config import (
     BudgetConfig,
@@ -32,7 +32,7 @@ from v05.train.dapo import has_signal, shaped_rewards
 from v05.train.engine import engine_of_folder
 from v05.train.estimator import estimate_batch
 from v05.train.metrics import read_metrics
-from v05.train.policy import load_tokenizer, policy_folder
+from v05.train.policy import load_policy, load_tokenizer, policy_folder
 from v05.train.step_records import SAMPLED_COMPLETIONS, SAMPLED_GROUPS, histogram, prior_outcomes, shortened
 from v05.train.trainer import Trainer
 
@@ -60,6 +60,9 @@ def test_every_method_runs_to_its_budget(method, tmp_path):
     assert result["rollouts"] == steps[-1]["rollouts"] == sum(s["spent"] for s in steps)
     assert result["steps"] == len(steps)
     assert sum(result["heldout_successes"]) / (16 * 2) == result["accuracy_after"]
+    (final,) = read_metrics(tmp_path, "final")
+    assert {name: result[name] for name in ("greedy", "mean_at_k", "pass_at_k", "k")}.items() <= final.items()
+    assert 0 <= result["mean_at_k"] <= result["pass_at_k"] <= 1
     assert next(e["rollouts"] for e in read_metrics(tmp_path, "evaluation")) == 0
     assert bool(read_metrics(tmp_path, "probe")) != config.budget.unbiased
     assert read_metrics(tmp_path, "evaluation")[-1]["rollouts"] == result["rollouts"]
@@ -67,6 +70,21 @@ def test_every_method_runs_to_its_budget(method, tmp_path):
     assert RunConfig.model_validate_json((tmp_path / "config.json").read_text()) == run_config("smoke", method)
     assert all(math.isfinite(e["entropy"]) for e in read_metrics(tmp_path, "evaluation"))
     assert any(s["grad_norm"] for s in steps)
+
+
+def test_what_is_said_of_the_policy_at_the_end_is_what_its_folder_does(tmp_path):
+    config = run_config("smoke", "none")
+    result = train(config, tmp_path)
+    model, tokenizer = load_policy(tmp_path / "policy")
+    task = make_task(config.task)
+    answers = []
+    for prompt in heldout_set(task, config.evaluation.prompts):
+        ids = tokenizer(prompt.text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=config.policy.max_new_tokens)
+        answers.append(task.verify(prompt, tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)))
+    assert result["greedy"] == np.mean(answers)
+    without = run_config("smoke", "none", ["evaluation.final_samples=0"])
+    assert "greedy" not in train(without, tmp_path / "without")
 
 
 def test_prompts_go_into_the_chat_template(tmp_path):
@@ -394,6 +412,8 @@ def test_an_error_closes_engine_and_verifier(tmp_path):
 
 def test_specs_and_presets():
     assert label_of(run_config("tiny", "v05")) == "v05@4..16"
+    assert label_of(run_config("tiny", "ebpo")) == "ebpo@4"  # whose prior is its own
+    assert label_of(run_config("tiny", "ebpo", prior="history")) == "ebpo@4+history"
     assert run_config("tiny", "v05@4").budget == BudgetConfig(rule="uniform", initial=4, maximum=4)
     assert run_config("tiny", "v05@2..8").budget == BudgetConfig(rule="osla", initial=2, maximum=8)
     assert label_of(run_config("tiny", "grpo")) == "grpo@16"
@@ -413,8 +433,8 @@ def test_specs_and_presets():
     for spec, message in {
         "ppo": "method='ppo' is unknown; choose one of v05, grpo",
         "v05@": "method='v05@' is malformed",
-        "grpo@4..16": "budget.rule='osla' tests a prior, which method='grpo' has not",
-        "dr_grpo@4..16~6": "budget.rule='total' tests a prior, which method='dr_grpo' has not",
+        "grpo@4..16": "budget.rule='osla' tests a prior, which method='grpo' does not",
+        "dr_grpo@4..16~6": "budget.rule='total' tests a prior, which method='dr_grpo' does not",
         "calibrated@4..16~3": "budget.mean=3.0 is not between budget.initial=4 and budget.maximum=16",
         "v05@8..4": "budget.maximum=4 is below budget.initial=8",
         "v05@1000": "rollouts_per_step=512 does not hold one prompt",

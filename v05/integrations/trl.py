@@ -26,7 +26,7 @@ from v05.integrations.groups import prompt_text
 from v05.integrations.learnt import keep_learnt, restore_learnt
 from v05.methods import find_method
 from v05.prior import ValuePrior
-from v05.prior.calibration import Calibrator
+from v05.prior.calibration import Calibrator, calibrator_of
 from v05.prior.history import HistoryPrior
 
 EPS = 1e-4  # what GRPOTrainer adds to a deviation
@@ -110,7 +110,7 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
         if self.args.adaptive and (self.environment_factories is not None or self.rollout_func is not None):
             raise ValueError("initial_generations: environments and rollout functions sample by themselves; give None")
         self.prior: ValuePrior = HistoryPrior() if prior is None else prior
-        self.calibrator = Calibrator()  # read by calibrated methods
+        self.calibrator = calibrator_of(find_method(self.args.method))  # read by methods that have a calibration
         self._batch: list[dict[str, Any]] = []  # the rows that are being sampled
         self._rates = np.zeros(0)  # of their prompts
         self._scored: torch.Tensor | None = None  # (N, functions), of rows that were scored while they were sampled

@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize
 from scipy.special import betaln, expit, gammaln, logit, psi
 
-from v05.methods import Calibration
+from v05.methods import Baseline, Calibration, Method
 from v05.prior import kept_array, refuse_values
 
 FEWEST_GROUPS = 64  # below these the default stands
@@ -54,6 +54,7 @@ class Calibrator:
     Args:
         window: groups that are kept; the oldest go first.
         half_life: groups after which one counts half, so that a policy on the move is followed; None weighs all alike.
+        by_variances: fit kappa alone, as EBPO does (`kappa_of_variances`).
 
     Attributes:
         calibration: the last good fit; `Calibration()`, the default, until 64 groups were seen.
@@ -63,7 +64,7 @@ class Calibrator:
         ValueError: an argument is out of bounds.
     """
 
-    def __init__(self, window: int = 4096, half_life: float | None = 2048.0) -> None:
+    def __init__(self, window: int = 4096, half_life: float | None = 2048.0, by_variances: bool = False) -> None:
         if window < FEWEST_GROUPS:
             raise ValueError(f"window={window} holds fewer than the {FEWEST_GROUPS} groups that a fit needs; give more")
         if half_life is not None and not half_life > 0:
@@ -72,6 +73,7 @@ class Calibrator:
         self.failed_fits = 0
         self._window = window
         self._half_life = half_life
+        self._by_variances = by_variances
         self._groups = np.zeros((3, 0))  # successes, counts, priors; oldest first
         self._energies = np.zeros((2, 0))  # of their successes and of their failures
 
@@ -121,6 +123,9 @@ class Calibrator:
         successes, counts, priors = self._groups
         ages = np.arange(len(counts))[::-1]
         recency = np.ones(len(ages)) if self._half_life is None else np.exp2(-ages / self._half_life)
+        if self._by_variances:
+            self.calibration = Calibration(kappa=kappa_of_variances(successes, counts, recency))
+            return self.calibration
         clipped = _clipped(priors)
         found = minimize(
             negative_log_likelihood(successes, counts, priors, recency * clipped * (1 - clipped)),
@@ -158,6 +163,30 @@ class Calibrator:
         refuse_values("groups", (counts <= 0) | (successes < 0) | (successes > counts) | (priors < 0) | (priors > 1))
         self.calibration = Calibration(*map(float, numbers))  # which refuses numbers out of bounds
         self._groups, self._energies, self.failed_fits = groups.copy(), energies.copy(), failed_fits
+
+
+def calibrator_of(method: Method) -> Calibrator:
+    """What fits the numbers that a method reads."""
+    return Calibrator(by_variances=method.baseline is Baseline.CONJUGATE)
+
+
+def kappa_of_variances(successes: NDArray[np.float64], counts: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
+    """How many rollouts the mean of all prompts is worth for one of them: s2 / tau2, the variance of rewards within a prompt over
+    that of success rates among prompts (EBPO, arXiv 2602.05165).
+
+    Both are estimated by moments from groups of two rollouts or more, (G,) weighed; without such groups the default stands. EBPO
+    weighs all past groups alike, and so does nothing here where the policy stands still.
+    """
+    several = counts > 1
+    if not several.any():
+        return Calibration().kappa
+    x, k, w = successes[several], counts[several], weights[several]
+    means = x / k
+    within = float(w @ (x * (1 - means)) / (w @ (k - 1)))
+    spread = float(w @ np.square(means - np.average(means, weights=w)) / w.sum())
+    among = spread - within * float(np.average(1 / k, weights=w))  # less what chance adds
+    least, most = (math.exp(bound) for bound in BOUNDS[2])
+    return min(max(within / among, least), most) if among > 0 else most
 
 
 def negative_log_likelihood(

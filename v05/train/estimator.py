@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from v05.estimator import Estimate, Estimator
 from v05.methods import Method, find_method
 from v05.prior import ConstantPrior, MeanPrior, NoisePrior, ValuePrior
-from v05.prior.calibration import Calibrator
+from v05.prior.calibration import calibrator_of
 from v05.prior.history import HistoryPrior
 from v05.rollout import Completion
 from v05.rollout.scheduler import RolloutBatch
@@ -22,11 +22,11 @@ from v05.train.distributed import World
 
 def make_estimator(config: RunConfig, policy: Path) -> Estimator:
     """By the run's configuration; `policy` is the folder of its warm start."""
-    budget = config.budget
+    budget, method = config.budget, find_method(config.method)
     return Estimator(
         config.method,
         make_prior(config, policy),
-        Calibrator() if find_method(config.method).is_calibrated else None,
+        calibrator_of(method) if method.reads_calibration else None,
         scale=config.scale,
         leave_one_out=config.leave_one_out,
         rule=budget.rule,

@@ -19,7 +19,7 @@
 namespace v05 {
 
 // Shared by number with v05.ops.
-enum class Scale : std::uint8_t { kNone = 0, kGroup = 1, kBatch = 2 };
+enum class Scale : std::uint8_t { kNone = 0, kGroup = 1, kBatch = 2, kMean = 3 };
 
 // How rewards become advantages. The defaults are those of v05.ops.
 struct Options {

@@ -25,6 +25,7 @@ enum class Baseline : std::uint8_t {
   kJamesStein = 7,
   kLeastVariance = 8,
   kBatchEnergyMean = 9,
+  kConjugate = 10,
 };
 
 // Whether the baseline is made of a success rate that is believed, by the numbers of a Calibration.
@@ -32,7 +33,8 @@ inline bool is_calibrated(Baseline rule) { return rule == Baseline::kCalibrated 
 
 // Whether the baseline reads a prior, and therefore a range that holds prior and rewards.
 inline bool needs_prior(Baseline rule) {
-  return rule == Baseline::kPrior || rule == Baseline::kShrinkage || is_calibrated(rule);
+  return rule == Baseline::kPrior || rule == Baseline::kShrinkage || rule == Baseline::kConjugate ||
+         is_calibrated(rule);
 }
 inline bool needs_energy(Baseline rule) { return rule == Baseline::kEnergyMean || rule == Baseline::kBatchEnergyMean; }
 inline bool needs_groups(Baseline rule) { return rule == Baseline::kJamesStein; }  // of the batch
@@ -88,6 +90,7 @@ struct Known {
   double mean = std::numeric_limits<double>::quiet_NaN();
   double energy_mean = std::numeric_limits<double>::quiet_NaN();  // NaN: no energies, or all 0
   double prior = std::numeric_limits<double>::quiet_NaN();        // NaN: none
+  double kappa = 0.0;                                             // rollouts that the prior is worth
   std::int64_t batch_count = 0;                                   // as are the next two, of the batch or its others
   double batch_mean = std::numeric_limits<double>::quiet_NaN();
   double batch_energy_mean = std::numeric_limits<double>::quiet_NaN();  // NaN: no energies, or all 0
@@ -113,6 +116,16 @@ inline double james_stein(std::int64_t count, double mean, double prior, double 
   return mean + weight * (other_groups - mean);
 }
 
+// The mean fused with a prior that is worth kappa rollouts: a Beta prior's posterior mean (EBPO, arXiv 2602.05165).
+// A NaN prior is no prior: the mean stands. Without a rollout the prior stands.
+inline double conjugate(std::int64_t count, double mean, double prior, double kappa) {
+  if (std::isnan(prior)) {
+    return mean;
+  }
+  return count == 0 ? prior
+                    : prior + static_cast<double>(count) / (static_cast<double>(count) + kappa) * (mean - prior);
+}
+
 // The baseline of any method but calibrated fusion. Where there is no prior the group mean stands in, where there is no
 // rollout the prior, where no rollout has an energy the plain mean.
 inline double baseline_of(Baseline rule, const Known& known, double half_range) {
@@ -121,6 +134,8 @@ inline double baseline_of(Baseline rule, const Known& known, double half_range) 
       return shrinkage(known.count, known.mean, known.prior, half_range).baseline;
     case Baseline::kPrior:
       return std::isnan(known.prior) ? known.mean : known.prior;
+    case Baseline::kConjugate:
+      return conjugate(known.count, known.mean, known.prior, known.kappa);
     case Baseline::kZero:
       return 0.0;
     case Baseline::kBatchMean:
@@ -153,6 +168,7 @@ inline bool is_alone(Baseline rule, const Known& known) {
       return known.count == 1 && std::isnan(known.other_groups);
     case Baseline::kPrior:
     case Baseline::kShrinkage:
+    case Baseline::kConjugate:
       return known.count == 1 && std::isnan(known.prior);
     default:
       return known.count == 1;

@@ -1,13 +1,15 @@
 """Makes rivals.json: `python tests/ops/golden/rivals.py > tests/ops/golden/rivals.json`. Exact fractions, and nothing of v05.
 
-Cases of the baselines none, batch, batch_energy, opo, otb and js, worked out from their definitions: the energy-weighted mean of a
+Cases of none, batch, batch_energy, opo, otb, js, ebpo and maxrl, worked out from their definitions: the energy-weighted mean of a
 group is sum(e r) / sum(e), of its others with both sums short of the rollout's own; the batch's is the mean of all other rollouts,
 plain or weighted; that of js is the mean of the group's others, shrunk towards the mean of the other groups' means by v / (v + s).
+That of ebpo is (1 - S) mean + S prior with S = (s2 / k) / (s2 / k + tau2), and maxrl divides what is above the mean by it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from fractions import Fraction
 
 REWARDS = [1, 0, 1, 1, 0, 0, 1, Fraction(1, 4), 1, 0]
@@ -67,13 +69,55 @@ def case(name: str, method: str, rewards: list[Fraction], ids: list[int], energy
             elif method == "batch_energy" or (method in ("opo", "otb") and leave_one_out):
                 baseline = weighted(others, rewards, energy) if others else rewards[i]
             advantages[i] = rewards[i] - baseline
+    return of(method, name, rewards, ids, advantages, stats, leave_one_out) | {"energy": [float(e) for e in energy]}
+
+
+def fused(own: list[Fraction], prior: Fraction | None, within: Fraction, among: Fraction) -> Fraction | None:
+    """ebpo: the baseline of rollouts with these rewards; None where there is nothing to compare with."""
+    if not own:
+        return prior
+    share = (within / len(own)) / (within / len(own) + among)
+    return mean(own) if prior is None else (1 - share) * mean(own) + share * prior
+
+
+def ebpo(name: str, rewards: list[Fraction], ids: list[int], priors: list[Fraction | None], leave_one_out: bool) -> dict:
+    within, among = Fraction(3, 16), Fraction(1, 16)
+    stats, advantages = [], [Fraction(0)] * len(rewards)
+    for g in range(max(ids) + 1):
+        rows = [i for i in range(len(rewards)) if ids[i] == g]
+        own = [rewards[i] for i in rows]
+        full = fused(own, priors[g], within, among)
+        var = variance(own) if len(own) > 1 else Fraction(0)
+        stats.append({"count": len(rows), "mean": float(mean(own)), "var": float(var), "baseline": float(full)})
+        for i in rows:
+            left = fused([rewards[row] for row in rows if row != i], priors[g], within, among) if leave_one_out else full
+            alone = len(rows) == 1 and priors[g] is None
+            advantages[i] = Fraction(0) if alone else rewards[i] - left
+    return of("ebpo", name, rewards, ids, advantages, stats, leave_one_out) | {
+        "prior": [math.nan if prior is None else float(prior) for prior in priors],
+        "calibration": {"kappa": float(within / among)},
+    }
+
+
+def maxrl(name: str, rewards: list[Fraction], ids: list[int]) -> dict:
+    stats, advantages = [], [Fraction(0)] * len(rewards)
+    for g in range(max(ids) + 1):
+        rows = [i for i in range(len(rewards)) if ids[i] == g]
+        m = mean([rewards[i] for i in rows])
+        var = variance([rewards[i] for i in rows]) if len(rows) > 1 else Fraction(0)
+        stats.append({"count": len(rows), "mean": float(m), "var": float(var), "baseline": float(m)})
+        for i in rows:
+            advantages[i] = (rewards[i] - m) / m if m else Fraction(0)
+    return of("maxrl", name, rewards, ids, advantages, stats, False)
+
+
+def of(method: str, name: str, rewards: list[Fraction], ids: list[int], advantages: list, stats: list, leave_one_out: bool) -> dict:
     return {
         "id": name,
         "method": method,
         "rewards": [float(r) for r in rewards],
         "group_ids": ids,
         "prior": None,
-        "energy": [float(e) for e in energy],
         "reward_range": [0.0, 1.0],
         "leave_one_out": leave_one_out,
         "scale": None,
@@ -105,6 +149,14 @@ def main() -> None:
     }
     for name, (values, ids) in js.items():
         cases.append(case(name, "js", values, ids, [Fraction(0)] * len(values), False))
+    priors = [Fraction(1, 8), None, Fraction(3, 4), Fraction(1, 2), None]
+    for leave_one_out in (False, True):
+        loo = ", leave-one-out" if leave_one_out else ""
+        cases.append(ebpo(f"uneven groups{loo}", rewards, IDS, priors[:4], leave_one_out))
+        cases.append(ebpo(f"one rollout a prompt{loo}", rewards[:5], [0, 1, 2, 3, 4], priors, leave_one_out))
+    cases.append(maxrl("uneven groups", rewards, IDS))
+    cases.append(maxrl("all failed, all succeeded", [Fraction(r) for r in (0, 0, 0, 1, 1)], [0, 0, 0, 1, 1]))
+    cases.append(maxrl("one rollout a prompt", rewards[:5], [0, 1, 2, 3, 4]))
     print(json.dumps(cases, indent=1))
 
 

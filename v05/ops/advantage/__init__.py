@@ -104,12 +104,13 @@ def fused_advantage(
             finding G would synchronise, and under torch.compile.
         method: a name of `v05.methods.METHODS`.
         scale: divide by nothing ("none"), by the group's standard deviation + eps ("group") or that of all valid rewards
-            ("batch"), ddof = 1; rewards that are all equal are not scaled. None takes the method's own.
+            ("batch"), ddof = 1; rewards that are all equal are not scaled; or by the group's mean ("mean", for rewards of at least
+            0; a mean of 0 divides nothing). None takes the method's own.
         leave_one_out: the baseline of a rollout is computed from the group's other rollouts.
         reward_range: (lo, hi) that holds rewards and priors; read by the methods with a prior.
         eps: added to the standard deviation, reward units. With 0 every reward is 0 or at least 1e-130 in size.
         calibration: how far priors are to be trusted, and for "optimal" what energies successes and failures have; read by
-            "calibrated" and "optimal"; `v05.prior.calibration` fits it to past groups. None is
+            "calibrated", "optimal" and "ebpo" (its kappa alone); `v05.prior.calibration` fits it to past groups. None is
             `Calibration()`, for before there are any.
         singleton: advantage of a group's only rollout when nothing but itself could be its baseline: "zero" or its "raw" reward.
         max_rollouts, cost: of the budget rule behind `stats.take_more`; cost None is 1 / max_rollouts^2 (centred units).

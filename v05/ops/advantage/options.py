@@ -13,7 +13,7 @@ from v05 import _core
 from v05.arguments import choice, finite_range, flag, integer, nonnegative
 from v05.methods import Calibration, Method, Scale, find_method, known_calibration
 
-SCALES: tuple[Scale, ...] = ("none", "group", "batch")  # positions are shared with advantage.hpp and kernels/advantage
+SCALES: tuple[Scale, ...] = ("none", "group", "batch", "mean")  # positions are shared with advantage.hpp and kernels/advantage
 DEFAULT_CALIBRATION = Calibration()
 
 
