@@ -33,8 +33,8 @@ $(VENV)/.ready: $(VENV)/.torch pyproject.toml CMakeLists.txt $(CPP_ALL)
 	$(BIN)/pip install --quiet --editable '.[train,value,dev,docs]'
 	touch $@
 
-demo: setup  ## compare V0.5 with GRPO, Dr. GRPO and DAPO on a policy trained here; table and plots in runs/demo
-	$(BIN)/v05 compare --preset tiny --methods grpo,dr_grpo,dapo,v05 --out runs/demo --json runs/demo/records.json
+demo: setup  ## compare GRPO, Dr. GRPO, V_0.5, REINFORCE and the baseline of least variance on a policy trained here; see runs/demo
+	$(BIN)/v05 compare --preset demo --methods grpo,dr_grpo,v05,batch,optimal --out runs/demo --json runs/demo/records.json
 
 test: setup  ## the whole test suite
 	$(BIN)/python -m pytest -q --durations=10

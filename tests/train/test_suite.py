@@ -39,6 +39,10 @@ def made_up_row(
         grad_norm=0.5,
         entropy_before=0.5,
         entropy_after=0.4,
+        greedy=0.7,
+        mean_at_k=0.6,
+        pass_at_k=0.9,
+        k=8,
         prior_auc=float("nan"),
         thrown_away=0,
         seconds=10.0,
@@ -96,6 +100,17 @@ def test_tuning_takes_the_rate_whose_end_is_highest():
     rows = [made_up_row("grpo@4", seed, ends[rate], "tune", rate=rate, total=total) for rate in ends]
     rows.append(made_up_row("grpo@4", 0, (0.4, 0.9, 0.9), rate=1e-3, total=total))  # counts, and must not tune
     assert tuned_rates(suite, rows) == {("arithmetic", "grpo@4"): 1e-4}
+
+
+def test_a_part_of_a_suite_is_tuned_as_the_whole():
+    part = HEADLINE.only(["optimal@2", "rloo@4", "none@1"])
+    assert part.tuned == {"dr_grpo@4": (), "optimal@1": ("optimal@2",), "none@1": ("none@1",)}
+    assert part.ablations == {"dr_grpo@4": ("rloo@4",)}
+    whole, rates = {run.key for run in tuning_runs(HEADLINE)}, {(mix, spec): 1e-4 for mix in part.mixes for spec in part.tuned}
+    assert {run.key for run in tuning_runs(part)} < whole
+    assert {run.label for run in counted_runs(part, rates, 1)} == {"optimal@2", "rloo@4", "none@1"}
+    with pytest.raises(ValueError, match=r"--methods grpo@3 is not of this suite; choose from "):
+        HEADLINE.only(["grpo@3"])
 
 
 def test_rows_come_back_as_they_went(tmp_path):

@@ -48,8 +48,8 @@ def compare(
     suite: Annotated[
         str | None,
         typer.Option(
-            help="In place of --preset and --methods: headline (every method at its group sizes on three task mixes, "
-            "learning rates tuned, hours; policies are not kept) or smoke (a test)."
+            help="In place of --preset: headline (every method at its group sizes on three task mixes, learning rates tuned, "
+            "hours; policies are not kept) or smoke (a test). --methods then runs a part of it."
         ),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="Seeds a method; 3, or what the suite has.", min=1)] = None,
@@ -77,12 +77,13 @@ def compare(
             raise ValueError("v05 compare has a process for each run already; call it without torchrun")
         out.mkdir(parents=True, exist_ok=True)
         if suite is not None:
-            if (preset, methods, learning_rate) != ("tiny", DEFAULT_METHODS, None):
-                raise ValueError(f"--suite {suite} is complete, so --preset, --methods and --learning-rate cannot be set beside it")
+            if (preset, learning_rate) != ("tiny", None):
+                raise ValueError(f"--suite {suite} is complete, so --preset and --learning-rate cannot be set beside it")
             if settings:
                 raise ValueError(f"--suite {suite} is complete, so --set {settings[0]} cannot be set beside it; leave --set out")
             with no_exit():
-                _run_suite(suite, seeds, rollouts, out, jobs or usable_cores(), json)
+                specs = None if methods == DEFAULT_METHODS else [spec.strip() for spec in methods.split(",")]
+                _run_suite(suite, specs, seeds, rollouts, out, jobs or usable_cores(), json)
             return
         for setting in settings or ():
             if setting.partition("=")[0] in ("method", "seed"):
@@ -166,7 +167,9 @@ def _run_watched(
         return failed
 
 
-def _run_suite(name: str, seeds: int | None, rollouts: int | None, out: Path, jobs: int, json_file: Path | None) -> None:
+def _run_suite(
+    name: str, specs: list[str] | None, seeds: int | None, rollouts: int | None, out: Path, jobs: int, json_file: Path | None
+) -> None:
     from dataclasses import replace
 
     from v05.tasks import make_task
@@ -181,13 +184,14 @@ def _run_suite(name: str, seeds: int | None, rollouts: int | None, out: Path, jo
     if name not in SUITES:
         raise ValueError(f"--suite {name} is unknown; choose one of {', '.join(SUITES)}")
     suite = SUITES[name] if rollouts is None else replace(SUITES[name], rollouts=rollouts)
+    whole, suite = suite, suite if specs is None else suite.only(specs)
     set_threads(1)
     for mix in suite.mixes:
         first = run_config(mix, "grpo")
         with console.status(f"warm start of the policy for {mix} (kept for later runs)"):
             policy_folder(first.policy, first.task, make_task(first.task), console.out)
 
-    in_order(suite, read_rows(out))  # a file of another suite is refused before anything runs
+    in_order(whole, read_rows(out))  # a file of another suite is refused before anything runs
 
     def run(runs: list[Planned]) -> None:
         known = {row.key for row in read_rows(out)}
@@ -206,7 +210,7 @@ def _run_suite(name: str, seeds: int | None, rollouts: int | None, out: Path, jo
     run(tuning_runs(suite))
     rates = tuned_rates(suite, read_rows(out))
     run(counted_runs(suite, rates, seeds or suite.seeds))
-    rows = in_order(suite, read_rows(out))
+    rows = in_order(whole, read_rows(out))
     records = summarise(rows)
     for file in filter(None, (out / "compare.json", json_file)):
         write_json(file, records)
@@ -232,6 +236,8 @@ def _suite_tables(records: list[dict[str, Any]]) -> Iterator[Table]:
             "method",
             "rate",
             "accuracy",
+            "greedy",
+            "pass@k",
             *versus,
             f"rollouts to {TARGET}'s",
             "a prompt",
@@ -245,6 +251,8 @@ def _suite_tables(records: list[dict[str, Any]]) -> Iterator[Table]:
                 r["label"],
                 f"{r['learning_rate']:g}",
                 f"{r['accuracy_after']:.3f} [{r['accuracy_low']:.3f}, {r['accuracy_high']:.3f}]",
+                _known(r["greedy"], ".3f"),
+                _known(r["pass_at_k"], ".3f"),
                 *(difference(r, f"over_{rival}") for rival in RIVALS),
                 _rollouts(r["rollouts_to_grpo"]) if "rollouts_to_grpo" in r else "",
                 f"{r['group_size']:.1f}",
@@ -285,7 +293,8 @@ def _table(methods: list[dict[str, Any]]) -> Table:
     )
     reference = next((m["label"] for m in methods if m["method"] == REFERENCE.name), None)
     versus = [] if reference is None else [f"gain over {reference}", f"rollouts to {reference}'s final"]
-    columns = ["method", "accuracy", *versus, "rollouts", "baseline MSE", "gradient norm", "entropy", "a prompt", "seconds"]
+    columns = ["method", "accuracy", *versus, "greedy", "pass@k", "rollouts", "baseline MSE", "gradient norm"]
+    columns += ["entropy", "a prompt", "seconds"]
     for column in columns:
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for m in methods:
@@ -295,6 +304,8 @@ def _table(methods: list[dict[str, Any]]) -> Table:
             m["label"],
             f"{m['accuracy_after']:.3f} [{m['accuracy_low']:.3f}, {m['accuracy_high']:.3f}]",
             *([gain, f"{reached} [{low}, {high}]"] if versus else []),
+            _known(m["greedy"], ".3f"),
+            _known(m["pass_at_k"], ".3f"),
             f"{m['rollouts']:,.0f}",
             _known(m["baseline_mse"], ".4f"),
             f"{m['grad_norm']:.3f} ± {m['grad_norm_std']:.3f}",

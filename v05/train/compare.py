@@ -209,6 +209,7 @@ def _means(run: Run) -> dict[str, float]:
         "grad_norm_std": float(np.std(grad_norms, ddof=1)) if len(grad_norms) > 1 else float("nan"),
         "entropy_before": mean_of(run.evaluations[:1], "entropy"),
         "entropy_after": mean_of(run.evaluations[-1:], "entropy"),
+        **{name: mean_of([run.result], name) for name in ("greedy", "mean_at_k", "pass_at_k", "k")},
         "group_size": mean_of(run.steps, "group_size"),
         "thrown_away": float(sum(r.get("thrown_away") or 0 for r in run.steps)),
     }

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from v05.methods import METHODS
+from v05.methods import METHODS, REFERENCE
 from v05.train.compare import Run
 from v05.train.curves import mean_curve
 
@@ -55,8 +55,21 @@ def _learning_curves(
         points, mean, spread = mean_curve([run.curve(x, y) for run in group])
         axes.plot(points, mean, **style)
         axes.fill_between(points, mean - spread, mean + spread, alpha=0.15, color=style["color"])
-    axes.set(xlabel=x_label, ylabel=y_label, title="mean over seeds, band: one standard deviation")
+    takeaway = f"{_takeaway(runs)}\n" if y == "accuracy" else ""
+    axes.set(xlabel=x_label, ylabel=y_label, title=f"{takeaway}mean over seeds, band: one standard deviation")
     return _save(figure, axes, file)
+
+
+def _takeaway(runs: Mapping[str, Sequence[Run]]) -> str:
+    """What the method that gained most gained, and beside it the method that all are measured against."""
+
+    def gain(label: str) -> float:
+        return float(np.mean([run.result["accuracy_after"] - run.result["accuracy_before"] for run in runs[label]]))
+
+    best = max(runs, key=gain)
+    reference = next((label for label, group in runs.items() if group[0].result["method"] == REFERENCE.name), best)
+    beside = "" if reference == best else f", {reference} {gain(reference):+.3f}"
+    return f"{best} gained {gain(best):+.3f}{beside}"
 
 
 def _baseline_error(runs: Mapping[str, Sequence[Run]], file: Path) -> Path:

@@ -10,8 +10,8 @@ other processes or on another day.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 from v05.methods import METHODS
 from v05.train.config import EvaluationConfig, RunConfig, run_config
@@ -44,6 +44,24 @@ class Suite:
     seeds: int
     evaluation: EvaluationConfig
 
+    @property
+    def specs(self) -> tuple[str, ...]:
+        """All that runs."""
+        return tuple(spec for specs in (*self.tuned.values(), *self.ablations.values()) for spec in specs)
+
+    def only(self, specs: Collection[str]) -> Suite:
+        """The part of it that runs `specs`, at learning rates tuned as in the whole. ValueError names one that it has not."""
+        for spec in specs:
+            if spec not in self.specs:
+                raise ValueError(f"--methods {spec} is not of this suite; choose from {', '.join(self.specs)}")
+
+        def chosen(parts: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+            return {tuned: tuple(spec for spec in of if spec in specs) for tuned, of in parts.items()}
+
+        ablations = {tuned: of for tuned, of in chosen(self.ablations).items() if of}
+        tuned = {name: of for name, of in chosen(self.tuned).items() if of or name in ablations}
+        return replace(self, tuned=tuned, ablations=ablations)
+
 
 SUITES = {
     "headline": Suite(
@@ -55,6 +73,13 @@ SUITES = {
             "calibrated@2": ("calibrated@1", "calibrated@2", "calibrated@4"),
             "calibrated@2..16": ("calibrated@1..16", "calibrated@2..16"),
             "prior@1": ("prior@1",),
+            "optimal@1": ("optimal@1", "optimal@2"),
+            "batch_energy@1": ("batch_energy@1",),
+            "none@1": ("none@1",),
+            "batch@1": ("batch@1",),
+            "js@2": ("js@2",),
+            "otb@4": ("otb@4", "opo@4"),
+            "ebpo@4": ("ebpo@4",),
         },
         ablations={
             "v05@4": ("v05@1", "v05@8", "v05@4+noise"),

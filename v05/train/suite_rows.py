@@ -36,6 +36,7 @@ class Row:
         baseline_mse: squared error of the baseline against fresh rollouts, without the first probe.
         grad_norm: before clipping.
         entropy_before, entropy_after: nats a token.
+        greedy, mean_at_k, pass_at_k, k: at the end, on the held-out prompts, as in result.json.
         prior_auc: of the prior on the held-out prompts, at the end.
         thrown_away: rollouts without signal (DAPO).
         seconds: of training, and its stages.
@@ -61,6 +62,10 @@ class Row:
     grad_norm: float
     entropy_before: float
     entropy_after: float
+    greedy: float
+    mean_at_k: float
+    pass_at_k: float
+    k: int
     prior_auc: float
     thrown_away: int
     seconds: float
@@ -95,7 +100,7 @@ class Row:
 def in_order(suite: Suite, rows: Iterable[Row]) -> list[Row]:
     """The rows as the suite lists its mixes and methods, whichever ended first; ValueError for one that is not of the suite."""
     rows = list(rows)
-    labels = [spec for specs in (*suite.tuned.values(), *suite.ablations.values()) for spec in specs]
+    labels = list(suite.specs)
     for row in rows:
         if row.mix not in suite.mixes or row.label not in (*labels, *suite.tuned):
             raise ValueError(f"{ROWS} has a run of {row.label} on {row.mix}, which this suite has not; give another --out")
@@ -169,6 +174,8 @@ def row_of(planned: Planned, directory: Path) -> Row:
         grad_norm=mean_of(run.steps, "grad_norm"),
         entropy_before=mean_of(run.evaluations[:1], "entropy"),
         entropy_after=mean_of(run.evaluations[-1:], "entropy"),
+        **{name: run.result.get(name, float("nan")) for name in ("greedy", "mean_at_k", "pass_at_k")},
+        k=int(run.result.get("k", 0)),
         prior_auc=aucs[-1] if aucs else float("nan"),
         thrown_away=sum(step.get("thrown_away") or 0 for step in run.steps),
         seconds=run.result["seconds"],
