@@ -3,7 +3,7 @@
 #
 #     examples/headline.sh [DIRECTORY]
 #
-# Hours: 132 runs to tune and 405 that count, most of 15 to 160 s of a core that had other work too. It goes on where it stopped when
+# Hours: over five hundred runs, most of 15 to 160 s of a core that had other work too. It goes on where it stopped when
 # called again. Tables, figures and README's numbers are made of DIRECTORY/runs.csv; bench/results/headline.csv is the copy that README
 # shows:
 #
