@@ -121,6 +121,11 @@ class Method:
         return self.baseline in (*BUDGET_RULES, Baseline.CONJUGATE)
 
     @property
+    def prior(self) -> str:
+        """The kind of prior that it has unless the user says otherwise."""
+        return str(self.recipe.get("prior", "history"))
+
+    @property
     def budget_rule(self) -> BudgetRule | None:
         """The sequential test that decides on another rollout; None for a method that has none."""
         return BUDGET_RULES.get(self.baseline)

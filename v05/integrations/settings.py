@@ -35,7 +35,7 @@ class Settings:
         group_weighting: "prompt" has prompts weigh alike in a loss that averages over rollouts, however many each got: the
             advantages of a group of k are multiplied by initial / k. "rollout" leaves them.
         prior: "history", learnt in the run from texts and outcomes, "mean", the mean of the run's outcomes, or "v0", the generalist
-            value model (v05.prior.v0).
+            value model (v05.prior.v0); where it is left out, what the method's paper has.
         backbone: of v0, the model folder that reads prompts; None is the sentence model of the extra `value`.
         adapter: of v0, a file that `v05 fit-prior` trained on that backbone.
         outcomes: JSON lines of what the policy came to before training (`v05 eval` writes them), which the prior learns first.
@@ -71,6 +71,9 @@ class Settings:
             except (TypeError, ValueError):
                 raise ValueError(f"v05.reward_range={given['reward_range']!r} is not two numbers; give [lowest, highest]") from None
             given["reward_range"] = (low, high)
+        name = given.get("method")
+        if isinstance(name, str) and name in METHODS:
+            given.setdefault("prior", METHODS[name].prior)
         settings = cls(**given)
         for name, choices in (("method", METHODS), ("prior", PRIOR_KINDS), ("group_weighting", GROUP_WEIGHTINGS)):
             choice(f"v05.{name}", getattr(settings, name), choices)

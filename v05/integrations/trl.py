@@ -24,10 +24,10 @@ from v05.energy import completion_energy
 from v05.estimator import Estimator, GroupWeighting
 from v05.integrations.groups import prompt_text
 from v05.integrations.learnt import keep_learnt, restore_learnt
+from v05.integrations.settings import Settings, prior_of
 from v05.methods import find_method
 from v05.prior import ValuePrior
 from v05.prior.calibration import Calibrator, calibrator_of
-from v05.prior.history import HistoryPrior
 
 EPS = 1e-4  # what GRPOTrainer adds to a deviation
 LOSSES_BY_TOKEN = ("dapo", "cispo", "vespo")  # divided by `num_items_in_batch`; the others count rows, and padding rows with them
@@ -95,7 +95,7 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
     """GRPOTrainer with V_0.5's advantages and, where `args` asks for it, its sequential budget.
 
     Args:
-        prior: predicts success rates from prompt texts and learns from the rewards; a `HistoryPrior` if None. Checkpoints hold
+        prior: predicts success rates from prompt texts and learns from the rewards; None is the method's own. Checkpoints hold
             what it learnt, and what the method "calibrated" did.
         args: a V05Config. All other arguments are GRPOTrainer's.
 
@@ -109,8 +109,9 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
             raise ValueError(f"args: {type(self.args).__name__}; give V05Trainer a V05Config")
         if self.args.adaptive and (self.environment_factories is not None or self.rollout_func is not None):
             raise ValueError("initial_generations: environments and rollout functions sample by themselves; give None")
-        self.prior: ValuePrior = HistoryPrior() if prior is None else prior
-        self.calibrator = calibrator_of(find_method(self.args.method))  # read by methods that have a calibration
+        method = find_method(self.args.method)
+        self.prior = prior_of(Settings(method=method.name, prior=method.prior)) if prior is None else prior
+        self.calibrator = calibrator_of(method)  # read by methods that have a calibration
         self._batch: list[dict[str, Any]] = []  # the rows that are being sampled
         self._rates = np.zeros(0)  # of their prompts
         self._scored: torch.Tensor | None = None  # (N, functions), of rows that were scored while they were sampled

@@ -399,8 +399,7 @@ def label_of(config: RunConfig) -> str:
     budget = config.budget
     maximum = "" if budget.rule == "uniform" else f"..{budget.maximum}"
     mean = "" if budget.mean is None else f"~{budget.mean:g}"
-    of_recipe = find_method(config.method).recipe.get("prior", RunConfig.model_fields["prior"].default)
-    prior = "" if config.prior == of_recipe else f"+{config.prior}"
+    prior = "" if config.prior == find_method(config.method).prior else f"+{config.prior}"
     cost = "" if budget.cost is None else f"+cost={budget.cost:g}"
     weighting, clip = config.loss.group_weighting, config.optimizer.max_grad_norm
     weighting_part = "" if weighting == LossConfig().group_weighting else f"+weighting={weighting}"
