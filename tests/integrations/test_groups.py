@@ -271,7 +271,7 @@ def test_settings_and_texts():
 
 
 def test_settings_of_the_prior():
-    with pytest.raises(ValueError, match=r"v05\.prior='v1' is unknown; choose one of history, mean, v0"):
+    with pytest.raises(ValueError, match=r"v05\.prior='v1' is unknown; choose one of history, mean, spo, v0"):
         Settings.read({"prior": "v1"})
     with pytest.raises(ValueError, match=r"v05\.adapter='a' is of prior 'v0', not of 'history'; leave it out"):
         Settings.read({"adapter": "a"})

@@ -9,6 +9,7 @@ from v05.integrations.learnt import keep_learnt, restore_learnt
 from v05.prior import MeanPrior
 from v05.prior.calibration import Calibrator
 from v05.prior.history import HistoryPrior
+from v05.prior.spo import SpoPrior
 from v05.prior.v0.context import History
 
 ROUNDS = 80  # groups, more than a fit needs
@@ -23,6 +24,12 @@ def history_prior():
 
 def mean_prior():
     prior = MeanPrior()
+    prior.observe(["1+1=", "2+1="], np.array([3.0, 1.0]), np.full(2, 4.0))
+    return prior
+
+
+def spo_prior():
+    prior = SpoPrior()
     prior.observe(["1+1=", "2+1="], np.array([3.0, 1.0]), np.full(2, 4.0))
     return prior
 
@@ -42,8 +49,8 @@ def calibrator():
     return kept
 
 
-LEARNERS = {"prior": history_prior, "mean": mean_prior, "history": history, "calibrator": calibrator}
-FRESH = {"prior": HistoryPrior, "mean": MeanPrior, "history": History, "calibrator": Calibrator}
+LEARNERS = {"prior": history_prior, "mean": mean_prior, "spo": spo_prior, "history": history, "calibrator": calibrator}
+FRESH = {"prior": HistoryPrior, "mean": MeanPrior, "spo": SpoPrior, "history": History, "calibrator": Calibrator}
 
 
 def first(value):
@@ -74,6 +81,11 @@ DAMAGES = {
     ("mean", "successes", "negative"): first(-1.0),
     ("mean", "trials", "negative"): first(-1.0),
     ("mean", "trials", "NaN"): first(np.nan),
+    ("spo", "counts", "negative"): first(-1.0),
+    ("spo", "counts", "NaN"): first(np.nan),
+    ("spo", "counts", "none"): np.zeros_like,
+    ("spo", "counts", "fewer"): lambda array: array[:1],
+    ("spo", "prompts", "twice"): lambda array: np.frombuffer(b'["a", "a"]', dtype=np.uint8),
     ("history", "levels", "NaN"): first(np.nan),
     ("history", "versions", "of a version to come"): first(99),
     ("history", "counts", "more"): first(5),

@@ -58,7 +58,7 @@ def train(
     prior: Annotated[
         str,
         typer.Option(
-            help="Learnt in the run: history; the mean of all outcomes, one for all prompts: mean; the generalist value model, "
+            help="Learnt in the run: history; mean, of all outcomes; spo, each prompt's own past; the generalist value model, "
             "inferring in context: v0. For comparison: constant; noise; oracle, the policy's own chance of the reference answer."
         ),
     ] = "history",

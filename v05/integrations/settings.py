@@ -13,11 +13,12 @@ from v05.arguments import choice
 from v05.estimator import GROUP_WEIGHTINGS, Estimator, GroupWeighting
 from v05.methods import METHODS, Scale
 from v05.prior import MeanPrior, ValuePrior
+from v05.prior.spo import SpoPrior
 
 if TYPE_CHECKING:
     from v05.prior.calibration import Calibrator
 
-PRIOR_KINDS = ("history", "mean", "v0")
+PRIOR_KINDS = ("history", "mean", "spo", "v0")
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class Settings:
             not bias the gradient. Where the host samples in rounds, with group_weighting "prompt".
         group_weighting: "prompt" has prompts weigh alike in a loss that averages over rollouts, however many each got: the
             advantages of a group of k are multiplied by initial / k. "rollout" leaves them.
-        prior: "history", learnt in the run from texts and outcomes, "mean", the mean of the run's outcomes, or "v0", the generalist
-            value model (v05.prior.v0); where it is left out, what the method's paper has.
+        prior: "history", learnt in the run from texts and outcomes, "mean", the mean of the run's outcomes, "spo", each prompt's
+            own past alone (v05.prior.spo), or "v0", the generalist value model (v05.prior.v0); where it is left out, what the
+            method's paper has.
         backbone: of v0, the model folder that reads prompts; None is the sentence model of the extra `value`.
         adapter: of v0, a file that `v05 fit-prior` trained on that backbone.
         outcomes: JSON lines of what the policy came to before training (`v05 eval` writes them), which the prior learns first.
@@ -140,6 +142,8 @@ def prior_of(settings: Settings) -> ValuePrior:
         prior = load_v0(_path(settings.backbone), _path(settings.adapter))
     elif settings.prior == "mean":
         prior = MeanPrior()
+    elif settings.prior == "spo":
+        prior = SpoPrior()
     else:
         from v05.prior.history import HistoryPrior
 

@@ -23,7 +23,7 @@ Aggregation = Literal["token", "sequence"]
 GroupWeighting = Literal["prompt", "rollout"]
 Distributed = Literal["ddp", "fsdp2"]
 Engine = Literal["transformers", "vllm", "vllm_server", "ray"]
-Prior = Literal["history", "mean", "v0", "constant", "oracle", "noise"]
+Prior = Literal["history", "mean", "spo", "v0", "constant", "oracle", "noise"]
 
 
 class Section(BaseModel):

@@ -14,6 +14,7 @@ from v05.methods import Method, find_method
 from v05.prior import ConstantPrior, MeanPrior, NoisePrior, ValuePrior
 from v05.prior.calibration import calibrator_of
 from v05.prior.history import HistoryPrior
+from v05.prior.spo import SpoPrior
 from v05.rollout import Completion
 from v05.rollout.scheduler import RolloutBatch
 from v05.train.config import RunConfig
@@ -44,6 +45,8 @@ def make_prior(config: RunConfig, policy: Path) -> ValuePrior:
         return HistoryPrior()
     if config.prior == "mean":
         return MeanPrior()
+    if config.prior == "spo":
+        return SpoPrior()
     if config.prior == "noise":
         return NoisePrior(config.seed)
     if config.prior in ("constant", "oracle"):  # the trainer is the oracle
