@@ -279,13 +279,13 @@ def test_settings_of_the_prior():
         prior_of(Settings.read({"prior": "v0", "backbone": "absent"}))
 
 
-@pytest.fixture(params=["history", "v0"])
+@pytest.fixture(params=["history", "spo", "v0"])
 def prior_settings(request, tmp_path, monkeypatch):
     """Settings that make a prior of either kind."""
     from helpers.tiny_policy import tiny_model, tiny_tokenizer
 
-    if request.param == "history":
-        return {"prior": "history"}
+    if request.param != "v0":
+        return {"prior": request.param}
     monkeypatch.setenv("V05_CACHE", str(tmp_path / "cache"))
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")

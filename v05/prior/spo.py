@@ -6,8 +6,8 @@ predicts. With one rollout a visit, rho is a memory of 1 / (1 - rho) visits.
 Departures from the paper, as far as its authors' code (volcengine/verl, recipe/spo) shows them:
 - rho is fixed. There it is 2^(-D / 0.06), kept within [0.875, 0.96]. D is by how much the log-probability of the prompt's last
   completion has changed since that visit, the mean of absolute values over its tokens. To know it, a trainer has to keep the last
-  completion of every prompt and to score it again at the next visit. Here the
-  default is the lower bound, which predicts at least as well on the prompts of docs/training.md.
+  completion of every prompt and to score it again at the next visit. The default is the lower bound, which predicted as well on
+  the prompts of docs/training.md.
 - There alpha + beta starts from 1 / (1 - 0.875) = 8, filled by rollouts of each prompt before training. Here it starts from
   alpha = beta = 1/2, as in that code without such rollouts. Outcomes observed before training count as one visit.
 - Only the tracker is here: not the advantages that are divided by the batch's deviation, and not the sampling of prompts by
