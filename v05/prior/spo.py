@@ -4,6 +4,7 @@ A visit turns the prompt's alpha into rho alpha + successes and its beta into rh
 predicts. With one rollout a visit, rho is a memory of 1 / (1 - rho) visits.
 
 Departures from the paper, as far as its authors' code (volcengine/verl, recipe/spo) shows them:
+
 - rho is fixed. There it is 2^(-D / 0.06), kept within [0.875, 0.96]. D is by how much the log-probability of the prompt's last
   completion has changed since that visit, the mean of absolute values over its tokens. To know it, a trainer has to keep the last
   completion of every prompt and to score it again at the next visit. The default is the lower bound, which predicted as well on
