@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from rich.progress import track
 from scipy.optimize import minimize
 from scipy.special import expit, logit
-from torch.func import functional_call, grad, vmap
 
 from v05.energy import completion_energy
 from v05.machine import cache_root
@@ -121,18 +120,22 @@ def squared_gradients(
     half_of: NDArray[np.int64],
 ) -> tuple[Array, Array]:
     """(N,) squared norms of the gradient of each whole completion's log-probability, in all parameters; and (2, parameters) sums of
-    the gradients times (N,) factors, over the rows of each half. Leaves the model with eager attention, since the fused kernels
-    have no gradient for each of a batch."""
-    model.set_attn_implementation("eager")
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    the gradients times (N,) factors, over the rows of each half.
 
-    def logprob(parameters: dict[str, torch.Tensor], tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        logits = functional_call(model, parameters, (), {"input_ids": tokens[None, :-1], "use_cache": False}).logits[0]
-        return (torch.log_softmax(logits, dim=-1).gather(1, tokens[1:, None]).squeeze(1) * mask).sum()
+    The gradient of a weight is a sum of outer products, one a position, of what came into its layer and the gradient of what left
+    it. One backward pass has both for a whole batch, and the squared norm of such a sum needs only their inner products."""
+    layers = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    kept: list[tuple[torch.nn.Module, torch.Tensor, torch.Tensor]] = []
 
-    gradients = vmap(grad(logprob), in_dims=(None, 0, 0))
+    def keep(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        output.requires_grad_()
+        output.retain_grad()
+        kept.append((layer, inputs[0], output))
+
+    model.requires_grad_(False)
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
     found = []
-    sums = torch.zeros(2, sum(p.numel() for p in parameters.values()), dtype=torch.float64)
+    sums = [torch.zeros(2, parameter.numel(), dtype=torch.float64) for parameter in model.parameters()]
     for first in track(range(0, len(prompts), GRADIENTS), "exact energies"):
         rows = [(*p, *c.tokens.tolist()) for p, c in zip(prompts[first:][:GRADIENTS], completions[first:], strict=False)]
         width = max(map(len, rows))  # what follows a completion is never seen by it: attention is causal
@@ -140,12 +143,38 @@ def squared_gradients(
         mask = torch.zeros(len(rows), width - 1, device=model.device)
         for row, (prompt, whole) in enumerate(zip(prompts[first:], rows, strict=False)):
             mask[row, len(prompt) - 1 : len(whole) - 1] = 1
-        flat = torch.cat([g.flatten(1).double() for g in gradients(parameters, tokens, mask).values()], dim=1).cpu()
-        found.append(flat.square().sum(1).numpy())
+        kept.clear()
+        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+        (torch.log_softmax(logits, dim=-1).gather(2, tokens[:, 1:, None]).squeeze(2) * mask).sum().backward()
         here = slice(first, first + len(rows))
-        for half in (0, 1):
-            sums[half] += torch.from_numpy(factors[here] * (half_of[here] == half)) @ flat
-    return np.concatenate(found), sums.numpy()
+        scaled = torch.from_numpy(factors[here]).to(logits)[:, None, None]
+        halves_here = [torch.from_numpy(half_of[here] == half).to(model.device) for half in (0, 1)]
+        energies = torch.zeros(len(rows), dtype=torch.float64)
+        for parameter, total in zip(model.parameters(), sums, strict=True):
+            pairs = [_outer_products(*layer) for layer in kept if layer[0].weight is parameter]  # two of a tied embedding
+            left, right = (torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True))
+            energies += ((left @ left.mT) * (right @ right.mT)).sum((1, 2)).double().cpu()
+            left = left * scaled
+            for half, chosen in zip(total, halves_here, strict=True):
+                half += (left[chosen].flatten(0, 1).T @ right[chosen].flatten(0, 1)).flatten().double().cpu()
+        found.append(energies.clamp(min=0).numpy())  # rounding may leave less
+    for hook in hooks:
+        hook.remove()
+    return np.concatenate(found), torch.cat(sums, dim=1).numpy()
+
+
+def _outer_products(layer: torch.nn.Module, came: torch.Tensor, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, S, O) and (B, S, I), whose outer products, summed over S, are each row's gradient of the (O, I) weight of a layer."""
+    if getattr(layer, "bias", None) is not None:
+        raise NotImplementedError(f"{layer} has a bias, whose gradient is not counted")
+    gradient = left.grad
+    assert gradient is not None
+    if isinstance(layer, torch.nn.Embedding):
+        return torch.nn.functional.one_hot(came, layer.num_embeddings).to(gradient.dtype), gradient
+    if isinstance(layer, torch.nn.Linear):
+        return gradient, came.detach()
+    scaled = (gradient * left.detach() / layer.weight).flatten(1, -2).sum(1)  # a norm, which multiplies by its weight
+    return scaled[:, None], torch.ones_like(scaled[:, None, :1])
 
 
 @torch.no_grad()
