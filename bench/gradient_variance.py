@@ -3,7 +3,7 @@
     python bench/gradient_variance.py --preset symbols --preset hard --run runs/one --csv bench/results/gradient_variance.csv
 
 A policy is the warm start of a preset, or what a run in a directory ended with; rollouts and their exact energies E come from
-bench/gradients.py. Advantages A are those of `fused_advantage` on a batch of all prompts with k rollouts each, leave-one-out
+bench/gradients.py. Advantages A are those of `fused_advantage` on batches of 256 rollouts, k a prompt, leave-one-out
 unless the method scales. The figure, `second_moment_ratio`, is E[A^2 E] / c^2 over that of the exact success rate as the
 baseline, with its 95 % interval by bootstrap over prompts. E[A^2 E] / n is the mean squared norm of the gradient estimated from n
 rollouts, but for two things: the squared mean gradient, far smaller, and products of different rollouts, whose mean with
@@ -11,23 +11,24 @@ leave-one-out is of that size. c is by how much a method stretches the mean grad
 else estimated as the slope of A on r - p. A scale by group also turns the gradient, towards prompts whose groups vary little, of
 which the figure knows nothing. `snr` is the squared norm of the true gradient over the variance of one rollout's.
 
-Methods with a prior are given the exact rate ("oracle"), what a prior and its calibration have learnt from the rollouts of the
-other half of the prompts ("history"), and a rate that says nothing ("noise"), to which the calibration is fitted too. Energies
-are those that the engine returns. "bound" is the exact rate with its log-odds shifted by a fit to exact energies
-(bench/gradients.py).
+Methods with a prior are given the exact rate ("oracle"), what a prior has learnt from 4096 rollouts of other prompts ("history"),
+and a rate that says nothing ("noise"). The calibration is fitted to the same 4096 rollouts, which were k a prompt, as in training
+with k rollouts a prompt. Energies are those that the engine returns. "bound" is the exact rate with its log-odds shifted by a fit
+to exact energies (bench/gradients.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gradients import Array, Sample, default_cache, halves, optimal_baselines, ratio, sampled
+from gradients import PAST, Array, Past, Sample, default_cache, optimal_baselines, ratio, rollouts_before, sampled
 from machine import commit, processor, versions
 
 from v05.estimator import Estimator
@@ -37,14 +38,14 @@ from v05.prior.calibration import Calibrator
 from v05.prior.history import HistoryPrior
 
 SIZES = (1, 2, 4, 8, 16)
-STEP = 16  # prompts that a prior observes at once
+STEP = 256  # rollouts of a batch, as in the presets
 
 
 class Oracle:
     """The exact success rates."""
 
-    def __init__(self, sample: Sample) -> None:
-        self._rates = dict(zip(sample.texts.tolist(), sample.rates, strict=True))
+    def __init__(self, *known: Sample | Past) -> None:
+        self._rates = {text: rate for of in known for text, rate in zip(of.texts.tolist(), of.rates, strict=True)}
 
     def predict(self, prompts: list[str]) -> Array:
         return np.array([self._rates[prompt] for prompt in prompts])
@@ -53,67 +54,62 @@ class Oracle:
         pass
 
 
-def taught(method: Method, prior: ValuePrior, sample: Sample, rows: Array) -> Estimator:
-    """An estimator that has seen one rollout of each of the prompts `rows`, STEP prompts at a time."""
-    estimator = Estimator(method.name, prior, Calibrator(window=4096, half_life=None), leave_one_out=True)
-    for step in np.array_split(np.flatnonzero(rows), rows.sum() // STEP):
-        texts, rewards = sample.texts[step].tolist(), sample.rewards[step]
+def taught(method: Method, prior: ValuePrior, past: Past, k: int) -> Estimator:
+    """An estimator that has seen PAST rollouts, k a prompt, STEP rollouts at a time."""
+    estimator = Estimator(method.name, prior, Calibrator(window=PAST, half_life=None), leave_one_out=True)
+    for first in range(0, PAST // k, STEP // k):
+        step = slice(first, first + STEP // k)
+        texts, rewards, energies = past.texts[step].tolist(), past.rewards[step, :k], past.energies[step, :k]
         rates = estimator.open(texts)
-        offsets = np.arange(0, rewards.size + 1, rewards.shape[1])
-        estimate = estimator.advantages(rewards.ravel(), rates, group_offsets=offsets, energy=sample.full[step].ravel())
-        estimator.close(
-            texts, rates, rewards.sum(axis=1), np.full(len(step), float(rewards.shape[1])), estimate.energies, fit=False
-        )
+        offsets = np.arange(0, rewards.size + 1, k)
+        estimate = estimator.advantages(rewards.ravel(), rates, group_offsets=offsets, energy=energies.ravel())
+        estimator.close(texts, rates, *estimator.outcomes(estimate.stats), estimate.energies, fit=False)
     assert estimator.calibrator is not None
     estimator.calibrator.fit()
     return estimator
 
 
-def advantages(estimator: Estimator, sample: Sample, rows: Array, k: int) -> Array:
-    """(P', K) of the prompts `rows`, batch by batch of k rollouts a prompt."""
-    rates, energy = estimator.open(sample.texts[rows].tolist()), sample.full
-    if estimator.of.weight == "length":
-        energy = sample.lengths
-    parts = []
-    for columns in np.split(np.arange(sample.rewards.shape[1]), sample.rewards.shape[1] // k):
+def advantages(estimator: Estimator, sample: Sample, k: int) -> Array:
+    """(P, K), from batches of STEP rollouts, k a prompt."""
+    rates = estimator.open(sample.texts.tolist())
+    energy = sample.lengths if estimator.of.weight == "length" else sample.full
+    found = np.empty_like(sample.rewards)
+    for first, column in itertools.product(range(0, len(rates), STEP // k), range(0, found.shape[1], k)):
+        batch = slice(first, first + STEP // k), slice(column, column + k)
         estimate = estimator.advantages(
-            sample.rewards[rows][:, columns].ravel(),
-            rates,
-            group_offsets=np.arange(rows.sum() + 1) * k,
-            energy=energy[rows][:, columns].ravel(),
+            sample.rewards[batch].ravel(),
+            rates[batch[0]],
+            group_offsets=np.arange(len(rates[batch[0]]) + 1) * k,
+            energy=energy[batch].ravel(),
             singleton="raw",  # without others the reward itself is what is left
         )
-        parts.append(estimate.advantages.double().numpy().reshape(-1, k))
-    return np.concatenate(parts, axis=1)
+        found[batch] = estimate.advantages.double().numpy().reshape(-1, k)
+    return found
 
 
-def cases(sample: Sample, k: int) -> Iterator[tuple[str, str | None, Array, bool]]:
+def cases(sample: Sample, past: Past, k: int) -> Iterator[tuple[str, str | None, Array, bool]]:
     """Method, prior, (P, K) advantages, and whether they are unbiased."""
-    everyone = np.ones(len(sample.rates), dtype=bool)
     for method in METHODS.values():
         if not method.needs_prior:
             if k > 1 or method.scale == "none":  # else there is no group to scale by
                 estimator = Estimator(method.name, leave_one_out=method.scale == "none")
-                yield method.name, None, advantages(estimator, sample, everyone, k), method.scale == "none"
+                yield method.name, None, advantages(estimator, sample, k), method.scale == "none"
             continue
-        for name, prior in (("oracle", Oracle), ("history", lambda sample: HistoryPrior()), ("noise", lambda sample: NoisePrior())):
+        for name, prior in (("oracle", Oracle(sample, past)), ("history", HistoryPrior()), ("noise", NoisePrior())):
             if method.baseline is Baseline.PRIOR and name == "oracle":
                 continue  # what the others are measured by
-            found = np.zeros_like(sample.rewards)
-            for mine, others in halves(len(sample.rates)):
-                found[mine] = advantages(taught(method, prior(sample), sample, others), sample, mine, k)
-            yield method.name, name, found, True
+            yield method.name, name, advantages(taught(method, prior, past, k), sample, k), True
     yield "bound", "oracle", sample.rewards - optimal_baselines(sample, sample.exact), True
 
 
 def records(policy: str, prompts: int, cache: Path) -> Iterator[dict[str, Any]]:
     """One for each method, prior and number of rollouts a prompt."""
-    sample = sampled(policy, prompts, max(SIZES), cache)
+    sample, past = sampled(policy, prompts, max(SIZES), cache), rollouts_before(policy, SIZES, cache)
     centred = sample.rewards - sample.rates[:, None]
     reference = (centred**2 * sample.exact).mean(axis=1)
     signal = float(sample.signal)
     for k in SIZES:
-        for method, prior, found, unbiased in cases(sample, k):
+        for method, prior, found, unbiased in cases(sample, past, k):
             stretch = 1.0 if unbiased else float((found * centred).sum() / (centred**2).sum())
             terms = ((found / stretch) ** 2 * sample.exact).mean(axis=1)
             value, low, high = ratio(terms, reference, np.random.default_rng(0))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from v05.tasks import Prompt, make_task
 from v05.train.config import PRESETS, RunConfig, read_config, run_config
 from v05.train.policy import load_policy, policy_folder
 
-FIRST_PROMPT = 1_500_000_000  # training prompts that no run with a small seed has read
+FIRST_PROMPT, FIRST_PAST = 1_500_000_000, 1_600_000_000  # training prompts that no run with a small seed has read
+PAST = 4096  # rollouts that priors and calibrations have learnt from
 BLOCK, GRADIENTS = 256, 32  # prompts a forward pass, rollouts a backward pass
 RESAMPLES = 2000
 LEAST_RATE = 0.005
@@ -38,6 +40,7 @@ RESTRAINT = 1e-4  # what the pull to no shift weighs, where all rollouts weigh 1
 
 Array = NDArray[np.float64]
 Shift = Callable[[Array], Array]  # of log-odds, by success rate
+Layer = tuple[Any, torch.Tensor, torch.Tensor]  # a module with a weight, its input and its output
 
 
 @dataclass(frozen=True)
@@ -63,26 +66,113 @@ class Sample:
     signal: Array
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """k rollouts of each of P prompts, token by token; T is the longest length.
+
+    Attributes:
+        rates, rewards, lengths: as of a Sample.
+        products: (P, k, T, T) inner products of the gradients of two tokens' log-probabilities; 0 past the end.
+        full: (P, k, T) energies of tokens from their whole distributions.
+    """
+
+    rates: Array
+    rewards: Array
+    lengths: Array
+    products: Array
+    full: Array
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a policy's training has seen before: rollouts of other prompts, for priors and calibrations to learn from.
+
+    Attributes:
+        texts: (P,) of the prompts.
+        rates: (P,) success rates, exact.
+        rewards, energies: (P, K), of 0 and 1, and from the whole distributions. Of prompt i the first k are there if i < PAST / k,
+            for each size k; the others are NaN.
+    """
+
+    texts: NDArray[np.str_]
+    rates: Array
+    rewards: Array
+    energies: Array
+
+
 def sampled(policy: str, prompts: int, rollouts: int, cache: Path) -> Sample:
     """Of the warm start of a preset, or of a run's last policy, by its directory; read from `cache` where it is there."""
+    return Sample(**_cached(policy, f"gradients-{{}}-{prompts}x{rollouts}", cache, lambda *of: _sample(*of, prompts, rollouts)))
+
+
+def rollouts_before(policy: str, sizes: tuple[int, ...], cache: Path) -> Past:
+    """PAST rollouts in groups of each of the sizes, of the same prompts as far as they go; as `sampled`."""
+    return Past(**_cached(policy, f"past-{{}}-{'-'.join(map(str, sizes))}", cache, lambda *of: _past(*of, sizes)))
+
+
+def sampled_tokens(policy: str, prompts: int, rollouts: int, cache: Path) -> Tokens:
+    """As `sampled`."""
+    return Tokens(**_cached(policy, f"tokens-{{}}-{prompts}x{rollouts}", cache, lambda *of: _tokens(*of, prompts, rollouts)))
+
+
+def default_cache() -> Path:
+    return cache_root() / "energies"
+
+
+def _cached(policy: str, name: str, cache: Path, found: Callable[[RunConfig, Path], Sample | Tokens | Past]) -> dict[str, Any]:
+    """The fields of what was `found` of a policy; `name` has a place for the hash of its weights."""
     if policy in PRESETS:
         config = run_config(policy, "none")
         folder = policy_folder(config.policy, config.task, make_task(config.task), print)
     else:
         config, folder = read_config(Path(policy) / "config.json"), Path(policy) / "policy"
     weights = hashlib.blake2b((folder / "model.safetensors").read_bytes(), digest_size=8).hexdigest()
-    path = cache / f"gradients-{weights}-{prompts}x{rollouts}.npz"
+    path = cache / f"{name.format(weights)}.npz"
     if not path.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(".partial.npz")
-        np.savez(scratch, **asdict(_sample(config, folder, prompts, rollouts)))
+        np.savez(scratch, **asdict(found(config, folder)))
         scratch.replace(path)
     with np.load(path) as columns:
-        return Sample(**columns)
+        return dict(columns)
 
 
-def default_cache() -> Path:
-    return cache_root() / "energies"
+def _tokens(config: RunConfig, folder: Path, prompts: int, rollouts: int) -> Tokens:
+    task = make_task(config.task)
+    model, tokenizer = load_policy(folder)
+    drawn = [prompt for _, prompt in itertools.islice(task.prompts("train", start=FIRST_PROMPT), prompts)]
+    asked = [tuple(tokenizer(p.text, add_special_tokens=False)["input_ids"]) for p in drawn]
+    engine = TransformersEngine(model, tokenizer, max_new_tokens=config.policy.max_new_tokens)
+    requests = [Request(tokens, i * rollouts + j) for i, tokens in enumerate(asked) for j in range(rollouts)]
+    completions = generate(engine, requests)
+    rewards = np.array([task.verify(drawn[i // rollouts], engine.decode(c)) for i, c in enumerate(completions)], dtype=np.float64)
+    lengths = np.array([len(c.tokens) for c in completions])
+    width = int(lengths.max())
+    full, products = np.zeros((len(completions), width)), np.zeros((len(completions), width, width))
+    for row, completion in enumerate(completions):
+        assert completion.sum_pi_squared is not None
+        of_tokens = zip(completion.logprobs, completion.sum_pi_squared, strict=True)
+        full[row, : lengths[row]] = [completion_energy([logprob], np.array([squares])) for logprob, squares in of_tokens]
+    for row, found in enumerate(token_products(model, [r.prompt for r in requests], completions)):
+        products[row, : lengths[row], : lengths[row]] = found
+    by_prompt = (values.reshape(prompts, rollouts, *values.shape[1:]) for values in (rewards, lengths, products, full))
+    return Tokens(answer_probabilities(model, tokenizer, drawn, asked), *by_prompt)
+
+
+def _past(config: RunConfig, folder: Path, sizes: tuple[int, ...]) -> Past:
+    task = make_task(config.task)
+    model, tokenizer = load_policy(folder)
+    drawn = [prompt for _, prompt in itertools.islice(task.prompts("train", start=FIRST_PAST), PAST // min(sizes))]
+    asked = [tuple(tokenizer(p.text, add_special_tokens=False)["input_ids"]) for p in drawn]
+    engine = TransformersEngine(model, tokenizer, max_new_tokens=config.policy.max_new_tokens)
+    places = [(i, j) for i in range(len(drawn)) for j in range(max(k for k in sizes if i < PAST // k))]
+    completions = generate(engine, [Request(asked[i], i * max(sizes) + j) for i, j in places])
+    rewards, energies = np.full((2, len(drawn), max(sizes)), np.nan)
+    for (i, j), completion in zip(places, completions, strict=True):
+        rewards[i, j] = task.verify(drawn[i], engine.decode(completion))
+        energies[i, j] = completion.energy
+    rates = answer_probabilities(model, tokenizer, drawn, asked)
+    return Past(np.array([p.text for p in drawn]), rates, rewards, energies)
 
 
 def _sample(config: RunConfig, folder: Path, prompts: int, rollouts: int) -> Sample:
@@ -124,57 +214,92 @@ def squared_gradients(
 
     The gradient of a weight is a sum of outer products, one a position, of what came into its layer and the gradient of what left
     it. One backward pass has both for a whole batch, and the squared norm of such a sum needs only their inner products."""
-    layers = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
-    kept: list[tuple[torch.nn.Module, torch.Tensor, torch.Tensor]] = []
+    found = []
+    sums = [torch.zeros(2, parameter.numel(), dtype=torch.float64) for parameter in model.parameters()]
+    with _kept_layers(model) as kept:
+        for first in track(range(0, len(prompts), GRADIENTS), "exact energies"):
+            rows = [(*p, *c.tokens.tolist()) for p, c in zip(prompts[first:][:GRADIENTS], completions[first:], strict=False)]
+            width = max(map(len, rows))  # what follows a completion is never seen by it: attention is causal
+            tokens = torch.tensor([(*row, *[0] * (width - len(row))) for row in rows], device=model.device)
+            mask = torch.zeros(len(rows), width - 1, device=model.device)
+            for row, (prompt, whole) in enumerate(zip(prompts[first:], rows, strict=False)):
+                mask[row, len(prompt) - 1 : len(whole) - 1] = 1
+            logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+            (torch.log_softmax(logits, dim=-1).gather(2, tokens[:, 1:, None]).squeeze(2) * mask).sum().backward()
+            here = slice(first, first + len(rows))
+            scaled = torch.from_numpy(factors[here]).to(logits)[:, None, None]
+            halves_here = [torch.from_numpy(half_of[here] == half).to(model.device) for half in (0, 1)]
+            energies = torch.zeros(len(rows), dtype=torch.float64)
+            for parameter, total in zip(model.parameters(), sums, strict=True):
+                left, right = _outer_products(parameter, kept)
+                energies += ((left @ left.mT) * (right @ right.mT)).sum((1, 2)).double().cpu()
+                left = left * scaled
+                for half, chosen in zip(total, halves_here, strict=True):
+                    half += (left[chosen].flatten(0, 1).T @ right[chosen].flatten(0, 1)).flatten().double().cpu()
+            found.append(energies.clamp(min=0).numpy())  # rounding may leave less
+    return np.concatenate(found), torch.cat(sums, dim=1).numpy()
 
-    def keep(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+
+def token_products(model: Any, prompts: Sequence[tuple[int, ...]], completions: Sequence[Completion]) -> Iterator[Array]:
+    """(L, L) of each completion: inner products of the gradients of its tokens' log-probabilities, in all parameters."""
+    with _kept_layers(model) as kept:
+        for prompt, completion in track(list(zip(prompts, completions, strict=True)), "products of tokens' gradients"):
+            length = len(completion.tokens)
+            tokens = torch.tensor([(*prompt, *completion.tokens.tolist())] * length, device=model.device)
+            places = torch.arange(length, device=model.device)
+            logits = model(input_ids=tokens[:, :-1], use_cache=False).logits[:, len(prompt) - 1 :]
+            logprobs = torch.log_softmax(logits, dim=-1).gather(2, tokens[:, len(prompt) :, None]).squeeze(2)
+            logprobs[places, places].sum().backward()  # of one token in each row
+            products = torch.zeros(length, length, dtype=torch.float64)
+            for parameter in model.parameters():
+                left, right = (side.flatten(0, 1) for side in _outer_products(parameter, kept))
+                both = (left @ left.T) * (right @ right.T)
+                products += both.reshape(length, len(both) // length, length, -1).sum((1, 3)).double().cpu()
+            yield products.numpy()
+
+
+@contextmanager
+def _kept_layers(model: Any) -> Iterator[list[Layer]]:
+    """Fills a list, anew with each forward pass, with the layers that have weights, what came into each and what left it; a
+    backward pass then has the gradients of what left them, and of no weight."""
+    kept: list[Layer] = []
+
+    def keep(layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         output.requires_grad_()
         output.retain_grad()
         kept.append((layer, inputs[0], output))
 
-    model.requires_grad_(False)
+    layers = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
     hooks = [layer.register_forward_hook(keep) for layer in layers]
-    found = []
-    sums = [torch.zeros(2, parameter.numel(), dtype=torch.float64) for parameter in model.parameters()]
-    for first in track(range(0, len(prompts), GRADIENTS), "exact energies"):
-        rows = [(*p, *c.tokens.tolist()) for p, c in zip(prompts[first:][:GRADIENTS], completions[first:], strict=False)]
-        width = max(map(len, rows))  # what follows a completion is never seen by it: attention is causal
-        tokens = torch.tensor([(*row, *[0] * (width - len(row))) for row in rows], device=model.device)
-        mask = torch.zeros(len(rows), width - 1, device=model.device)
-        for row, (prompt, whole) in enumerate(zip(prompts[first:], rows, strict=False)):
-            mask[row, len(prompt) - 1 : len(whole) - 1] = 1
-        kept.clear()
-        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-        (torch.log_softmax(logits, dim=-1).gather(2, tokens[:, 1:, None]).squeeze(2) * mask).sum().backward()
-        here = slice(first, first + len(rows))
-        scaled = torch.from_numpy(factors[here]).to(logits)[:, None, None]
-        halves_here = [torch.from_numpy(half_of[here] == half).to(model.device) for half in (0, 1)]
-        energies = torch.zeros(len(rows), dtype=torch.float64)
-        for parameter, total in zip(model.parameters(), sums, strict=True):
-            pairs = [_outer_products(*layer) for layer in kept if layer[0].weight is parameter]  # two of a tied embedding
-            left, right = (torch.cat(parts, dim=1) for parts in zip(*pairs, strict=True))
-            energies += ((left @ left.mT) * (right @ right.mT)).sum((1, 2)).double().cpu()
-            left = left * scaled
-            for half, chosen in zip(total, halves_here, strict=True):
-                half += (left[chosen].flatten(0, 1).T @ right[chosen].flatten(0, 1)).flatten().double().cpu()
-        found.append(energies.clamp(min=0).numpy())  # rounding may leave less
-    for hook in hooks:
-        hook.remove()
-    return np.concatenate(found), torch.cat(sums, dim=1).numpy()
+    hooks.append(model.register_forward_pre_hook(lambda *_: kept.clear()))
+    model.requires_grad_(False)
+    try:
+        yield kept
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def _outer_products(layer: torch.nn.Module, came: torch.Tensor, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, S, O) and (B, S, I), whose outer products, summed over S, are each row's gradient of the (O, I) weight of a layer."""
-    if getattr(layer, "bias", None) is not None:
-        raise NotImplementedError(f"{layer} has a bias, whose gradient is not counted")
-    gradient = left.grad
-    assert gradient is not None
-    if isinstance(layer, torch.nn.Embedding):
-        return torch.nn.functional.one_hot(came, layer.num_embeddings).to(gradient.dtype), gradient
-    if isinstance(layer, torch.nn.Linear):
-        return gradient, came.detach()
-    scaled = (gradient * left.detach() / layer.weight).flatten(1, -2).sum(1)  # a norm, which multiplies by its weight
-    return scaled[:, None], torch.ones_like(scaled[:, None, :1])
+def _outer_products(parameter: torch.Tensor, kept: list[Layer]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, S, O) and (B, S, I), whose outer products, summed over S, are each row's gradient of an (O, I) weight."""
+    lefts, rights = [], []
+    for layer, came, left in kept:
+        if layer.weight is not parameter:
+            continue
+        if getattr(layer, "bias", None) is not None:
+            raise NotImplementedError(f"{layer} has a bias, whose gradient is not counted")
+        gradient = left.grad
+        assert gradient is not None
+        if isinstance(layer, torch.nn.Embedding):
+            lefts.append(torch.nn.functional.one_hot(came, layer.num_embeddings).to(gradient.dtype))
+            rights.append(gradient)
+        elif isinstance(layer, torch.nn.Linear):
+            lefts.append(gradient)
+            rights.append(came.detach())
+        else:  # a norm, which multiplies by its weight
+            lefts.append((gradient * left.detach() / parameter).flatten(1, -2).sum(1, keepdim=True))
+            rights.append(torch.ones_like(lefts[-1][..., :1]))
+    return torch.cat(lefts, dim=1), torch.cat(rights, dim=1)  # two of an embedding that is the last layer, too
 
 
 @torch.no_grad()
