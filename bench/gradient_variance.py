@@ -12,9 +12,9 @@ else estimated as the slope of A on r - p. A scale by group also turns the gradi
 which the figure knows nothing. `snr` is the squared norm of the true gradient over the variance of one rollout's.
 
 Methods with a prior are given the exact rate ("oracle"), what a prior has learnt from 4096 rollouts of other prompts ("history"),
-and a rate that says nothing ("noise"). The calibration is fitted to the same 4096 rollouts, which were k a prompt, as in training
-with k rollouts a prompt. Energies are those that the engine returns. "bound" is the exact rate with its log-odds shifted by a fit
-to exact energies (bench/gradients.py).
+and a rate that says nothing ("noise"); `ebpo` has the mean of all past rollouts, as in its paper. The calibration is fitted to the
+same 4096 rollouts, which were k a prompt, as in training with k rollouts a prompt. Energies are those that the engine returns.
+"bound" is the exact rate with its log-odds shifted by a fit to exact energies (bench/gradients.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import argparse
 import csv
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ from machine import commit, processor, versions
 
 from v05.estimator import Estimator
 from v05.methods import METHODS, Baseline, Method
-from v05.prior import NoisePrior, ValuePrior
-from v05.prior.calibration import Calibrator
+from v05.prior import MeanPrior, NoisePrior, ValuePrior
+from v05.prior.calibration import calibrator_of
 from v05.prior.history import HistoryPrior
 
 SIZES = (1, 2, 4, 8, 16)
@@ -47,16 +47,16 @@ class Oracle:
     def __init__(self, *known: Sample | Past) -> None:
         self._rates = {text: rate for of in known for text, rate in zip(of.texts.tolist(), of.rates, strict=True)}
 
-    def predict(self, prompts: list[str]) -> Array:
+    def predict(self, prompts: Sequence[str]) -> Array:
         return np.array([self._rates[prompt] for prompt in prompts])
 
-    def observe(self, prompts: list[str], successes: Array, trials: Array) -> None:
+    def observe(self, prompts: Sequence[str], successes: Array, trials: Array) -> None:
         pass
 
 
 def taught(method: Method, prior: ValuePrior, past: Past, k: int) -> Estimator:
     """An estimator that has seen PAST rollouts, k a prompt, STEP rollouts at a time."""
-    estimator = Estimator(method.name, prior, Calibrator(window=PAST, half_life=None), leave_one_out=True)
+    estimator = Estimator(method.name, prior, calibrator_of(method), leave_one_out=True)
     for first in range(0, PAST // k, STEP // k):
         step = slice(first, first + STEP // k)
         texts, rewards, energies = past.texts[step].tolist(), past.rewards[step, :k], past.energies[step, :k]
@@ -95,7 +95,10 @@ def cases(sample: Sample, past: Past, k: int) -> Iterator[tuple[str, str | None,
                 estimator = Estimator(method.name, leave_one_out=method.scale == "none")
                 yield method.name, None, advantages(estimator, sample, k), method.scale == "none"
             continue
-        for name, prior in (("oracle", Oracle(sample, past)), ("history", HistoryPrior()), ("noise", NoisePrior())):
+        priors: dict[str, ValuePrior] = {"oracle": Oracle(sample, past), "history": HistoryPrior(), "noise": NoisePrior()}
+        if method.prior == "mean":
+            priors = {"mean": MeanPrior()}
+        for name, prior in priors.items():
             if method.baseline is Baseline.PRIOR and name == "oracle":
                 continue  # what the others are measured by
             yield method.name, name, advantages(taught(method, prior, past, k), sample, k), True
