@@ -282,3 +282,13 @@ def test_variances_that_cannot_be_told():
     assert alone.fit() == Calibration()  # one rollout a prompt says nothing of the variance within
     alike.observe(np.full(100, 2.0), np.full(100, 4.0), np.full(100, 0.5))
     assert alike.fit().kappa > 1e5  # prompts differ less than by chance: the mean of all is worth any number of rollouts
+
+
+def test_the_pull_of_the_shift_to_0_weighs_rollouts_and_not_groups():
+    rng = np.random.default_rng(6)
+    priors, counts = rng.uniform(0.05, 0.6, 100), np.full(100, 16.0)
+    successes = rng.binomial(16, priors).astype(float)
+    calibrator = Calibrator(half_life=None)
+    calibrator.observe(successes, counts, priors, energies_of(rng, successes, counts, priors, 0.0, 3.0))
+    found = calibrator.fit()
+    assert found.delta0 + found.delta1 * math.log(0.5) == pytest.approx(3.0 * math.log(0.5), abs=0.4)

@@ -9,6 +9,7 @@ those of p and log(w1 / w0), w1 and w0 the mean energies of successes and of fai
 logistic regression of the rewards in which every rollout weighs as much as its energy, beside p as the four numbers and the group's
 other rollouts have it. It is convex, and what it minimises is least where E[(reward - baseline)^2 energy] is. The energies differ
 where a policy is sure of its successes, hence log(1 - p) and not logit p, which would have them differ where it is sure to fail.
+The shift goes with groups of the sizes that it was fitted to: beside a belief that more rollouts made surer it is another.
 """
 
 from __future__ import annotations
@@ -251,8 +252,8 @@ def fitted_shift(
     known = total > 0
     if not known.any():
         return 0.0, 0.0
-    weights = energies[:, known] / total[known].mean()
     successes, counts, priors = groups[:, known]
+    weights = energies[:, known] * (counts.sum() / total[known].sum())  # a rollout of average energy weighs 1
     others = np.stack([np.maximum(successes - 1, 0.0), np.minimum(successes, counts - 1)])  # of a success, and of a failure
     believed = posterior_means(others, counts - 1, priors, rates)
     features = np.stack([np.ones_like(believed), np.log1p(-believed)])
