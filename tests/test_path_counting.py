@@ -10,13 +10,13 @@ from v05.methods import Calibration
 from v05.ops import fused_advantage
 from v05.path_counting import path_counting_advantages
 
-CALIBRATION = Calibration(0.2, 0.9, 3.0, 0.2)
+CALIBRATION = Calibration(0.2, 0.9, 3.0, 0.2, -0.2, 1.3)
 
 
 def stopped(rule, prior, initial, maximum, cost, chunk, high=1.0):
     """All sequences of `maximum` rewards, and where the allocator stopped each."""
     rewards = np.array(list(itertools.product((0.0, high), repeat=maximum)))
-    calibration = CALIBRATION if rule == "calibrated" else None
+    calibration = None if rule == "osla" else CALIBRATION
     allocator = RolloutAllocator(
         rule=rule,
         initial=initial,
@@ -46,12 +46,12 @@ def expected_gradient(advantages, offsets, rewards, p):
     ("initial", "maximum", "chunk", "prior"),
     [(1, 6, 1, 0.3), (1, 6, 1, 0.9), (2, 9, 1, 0.3), (2, 9, 1, np.nan), (3, 9, 2, 0.9), (2, 9, 4, 0.3), (4, 4, 1, 0.9)],
 )
-@pytest.mark.parametrize("rule", ["osla", "calibrated"])
+@pytest.mark.parametrize("rule", ["osla", "calibrated", "variance"])
 def test_the_gradient_is_unbiased(rule, initial, maximum, chunk, prior, p):
-    method = {"osla": "v05", "calibrated": "calibrated"}[rule]
+    method = {"osla": "v05", "calibrated": "calibrated", "variance": "optimal"}[rule]
     rewards, closed = stopped(rule, prior, initial, maximum, 0.02, chunk)
     settings = {"initial": initial, "maximum": maximum, "cost": 0.02, "chunk": chunk}
-    settings["calibration"] = CALIBRATION if rule == "calibrated" else None
+    settings["calibration"] = None if rule == "osla" else CALIBRATION
     advantages = path_counting_advantages(closed.rewards, closed.priors, closed.offsets, method=method, **settings).numpy()
     assert expected_gradient(advantages, closed.offsets, rewards, p) == pytest.approx(p * (1 - p), rel=1e-9)
 

@@ -25,7 +25,7 @@ from v05 import _core
 from v05.arguments import any_array, array, choice, finite_range, integer, real
 from v05.methods import Calibration, known_calibration
 
-RULES = ("osla", "uniform", "calibrated", "total")
+RULES = ("osla", "uniform", "calibrated", "variance", "total")
 GroupIds = NDArray[np.int64] | NDArray[np.object_]
 Scalar = TypeVar("Scalar", np.int64, np.float64)
 
@@ -86,16 +86,20 @@ class RolloutAllocator:
     Args:
         rule: "osla" asks for more while the estimated squared error of the baseline falls by more than `cost` per
             rollout; "calibrated" while the expected variance of the success rate does, with the prior as calibrated
-            on past groups; "uniform" never asks for more than `initial`; "total" shares out a fixed number.
+            on past groups; "variance" while the variance of the group's gradient does, under the baseline of method "optimal";
+            "uniform" never asks for more than `initial`; "total" shares out a fixed number.
         initial: rollouts of a group before its first test.
         maximum: most rollouts of a group, invalid ones included.
-        cost: of one rollout, centred units squared (rewards scaled to [-1, 1]); None is 1 / maximum**2. Rules "osla", "calibrated".
+        cost: of one rollout, centred units squared (rewards scaled to [-1, 1]), for rule "variance" with the mean energy of a
+            failure as the unit of energies. None is 1 / maximum**2 or, of rule "variance", what a rollout of a fresh prompt
+            brings. Rules "osla", "calibrated", "variance".
         total: rollouts, retries not counted, of all groups that are open together; groups opened when none is open
             share a new total. Rule "total".
         chunk: rollouts added at a time. 1 is the paper's rule; more of them trade rollouts for fewer serial rounds.
         seed: int64 that all rollout seeds derive from.
         reward_range: (lowest, highest) of rewards and priors, reward units; what float32 rounding took past a bound is the bound.
-        calibration: for rule "calibrated"; rule "total" with it shares out by that rule's gain, without it by osla's.
+        calibration: for rules "calibrated" and "variance". Rule "total" shares out by the gain of "variance" with one that has
+            learnt energies, by that of "calibrated" with another, by osla's without one.
         max_attempts: failures and expiries after which a rollout is closed as invalid.
 
     Raises:
@@ -126,7 +130,7 @@ class RolloutAllocator:
             chunk=integer("chunk", chunk),
             seed=integer("seed", seed),
             reward_range=finite_range("reward_range", reward_range),
-            calibration=None if known is None else astuple(known)[:4],  # energies say nothing of the success rate
+            calibration=None if known is None else astuple(known),
             max_attempts=integer("max_attempts", max_attempts),
         )
 

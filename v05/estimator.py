@@ -122,7 +122,7 @@ class Estimator:
             total, seed: of the allocator.
         """
         rule = self.rule or self.of.budget_rule or "uniform"
-        reads_calibration = rule in ("calibrated", "total")
+        reads_calibration = rule in ("calibrated", "variance", "total")
         return RolloutAllocator(
             rule=rule,
             initial=min(self.initial, self.maximum),

@@ -76,13 +76,13 @@ class Calibration:
                 raise ValueError(f"{name}={value} of a Calibration is not {bounds}; fit it on groups with a prior")
 
 
-BudgetRule = Literal["osla", "calibrated"]
+BudgetRule = Literal["osla", "calibrated", "variance"]
 # Of the baselines with a prior, the sequential test of the prior.
 BUDGET_RULES: dict[Baseline, BudgetRule] = {
     Baseline.PRIOR: "osla",
     Baseline.SHRINKAGE: "osla",
     Baseline.CALIBRATED: "calibrated",
-    Baseline.LEAST_VARIANCE: "calibrated",
+    Baseline.LEAST_VARIANCE: "variance",
 }
 ONE_ROLLOUT: Mapping[str, Any] = {"budget": {"initial": 1, "maximum": 1}}
 FIXED_AT_4: Mapping[str, Any] = {"budget": {"initial": 4, "maximum": 4}}

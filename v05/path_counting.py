@@ -39,7 +39,8 @@ def path_counting_advantages(
         rewards: (N,) each the lowest or the highest of `reward_range`; rollouts of a group are contiguous.
         prior: (G,) reward units; NaN is no prior.
         group_offsets: (G + 1,) ints.
-        method: "v05" for groups of budget rule "osla", "calibrated" for those of rule "calibrated"; it makes the baselines too.
+        method: "v05" for groups of budget rule "osla", "calibrated" for those of rule "calibrated", "optimal" for those of rule
+            "variance"; it makes the baselines too.
         initial, maximum, cost, chunk, calibration: what the groups were sampled with.
         reward_range: (lowest, highest).
 

@@ -151,9 +151,14 @@ def least_variance(success: float, calibration: Calibration) -> float:
     p = `success` is what is believed of the success rate; w1, w0 are the mean energies of successes and of failures (Weaver & Tao
     2001; Greensmith, Bartlett & Baxter 2004).
     """
-    shift = calibration.delta0 + calibration.delta1 * math.log(1 - success)
-    ratio = math.exp(min(max(shift, -8.0), 8.0))
+    ratio = energy_ratio(success, calibration)
     return success * ratio / (success * ratio + 1 - success)
+
+
+def energy_ratio(success: float, calibration: Calibration) -> float:
+    """w1 / w0 at this success rate."""
+    shift = calibration.delta0 + calibration.delta1 * math.log(1 - success)
+    return math.exp(min(max(shift, -8.0), 8.0))
 
 
 def conjugate(count: int, mean: float, prior: float, kappa: float) -> float:
@@ -187,6 +192,40 @@ def calibrated_take_more(
     """Whether the calibrated budget rule takes one more rollout. `cost` None is 1 / max_rollouts^2."""
     cost = 1 / max_rollouts**2 if cost is None else cost
     return count < max_rollouts and calibrated_gain(count, successes, prior, calibration) > cost
+
+
+def gradient_variance(belief: Calibrated, calibration: Calibration) -> float:
+    """Variance of one rollout's gradient under the baseline of `least_variance`, as it is expected to be; centred units, w0 = 1.
+
+        V(p) = p (1 - p) w1 w0 / (p w1 + (1 - p) w0)
+
+    E[p (1 - p)] is exact. Of the other factor only the value at one rate is taken: at the mean of p under the weights p (1 - p),
+    which is (a + 1) / (a + b + 2) for Beta(a, b). Here a and b are those of a Beta with the mean and the variance of p.
+    """
+    mean = belief.baseline
+    total = mean * (1 - mean) / belief.variance - 1  # a + b
+    rate = (mean * total + 1) / (total + 2)
+    ratio = energy_ratio(rate, calibration)
+    return 4 * (mean * (1 - mean) - belief.variance) * ratio / (rate * ratio + 1 - rate)
+
+
+def variance_gain(count: int, successes: float, prior: float, calibration: Calibration) -> float:
+    """Fall of the variance of the mean of a group's gradients, V / k, if one more rollout is taken."""
+    variance = gradient_variance(calibrated(count, successes, prior, calibration), calibration)
+    return variance / (count * (count + 1)) if count else math.inf
+
+
+def fresh_prompt_gain(calibration: Calibration) -> float:
+    """V of a prompt of whose success rate nothing is known: what its first rollout brings."""
+    return gradient_variance(calibrated(0, 0.0, math.nan, calibration), calibration)
+
+
+def variance_take_more(
+    count: int, successes: float, prior: float, calibration: Calibration, max_rollouts: int = 16, cost: float | None = None
+) -> bool:
+    """Whether the budget rule of the gradient's variance takes one more rollout. `cost` None is that of a fresh prompt."""
+    cost = fresh_prompt_gain(calibration) if cost is None else cost
+    return count < max_rollouts and variance_gain(count, successes, prior, calibration) > cost
 
 
 def advantages(
@@ -323,10 +362,11 @@ def advantages(
             }
         if rule.is_calibrated:
             belief = calibrated(k, successes, scaled(v[g]), calibration)
+            take_more = variance_take_more if rule.budget_rule == "variance" else calibrated_take_more
             extra = {
                 "hallucination": belief.hallucination,
                 "mse": belief.variance * (hi - lo) ** 2,
-                "take_more": calibrated_take_more(k, successes, scaled(v[g]), calibration, max_rollouts, cost),
+                "take_more": take_more(k, successes, scaled(v[g]), calibration, max_rollouts, cost),
             }
         statistics.append(GroupStatistics(k, mean, var, None if prior is None else v[g], baseline, **extra))  # type: ignore[arg-type]
 

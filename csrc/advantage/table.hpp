@@ -1,6 +1,9 @@
 // The statistics of a group, into its place in the table.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+
 #include "judge.hpp"
 
 namespace v05 {
@@ -35,8 +38,12 @@ inline void write_statistics(const Table& table, std::size_t g, const Calibrated
   write_moments(table, g, group, options);
   table.at(Statistic::kMse, g) = group.fusion.variance * (options.high - options.low) * (options.high - options.low);
   table.at(Statistic::kHallucination, g) = group.fusion.hallucination;
-  table.at(Statistic::kTakeMore, g) =
-      calibrated_take_more(group.moments.count, group.fusion, options.max_rollouts, options.cost) ? 1.0 : 0.0;
+  const std::int64_t count = group.moments.count;
+  const bool more =
+      options.baseline == Baseline::kLeastVariance
+          ? variance_take_more(count, group.fusion, options.calibration, options.max_rollouts, options.cost)
+          : calibrated_take_more(count, group.fusion, options.max_rollouts, options.cost);
+  table.at(Statistic::kTakeMore, g) = more ? 1.0 : 0.0;
 }
 
 }  // namespace v05

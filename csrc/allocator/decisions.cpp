@@ -17,11 +17,11 @@ namespace v05 {
 // Room for the decisions on the groups of rollouts that are about to settle, and for those that are queued again.
 void RolloutAllocator::prepare_decisions(std::size_t settled, std::size_t retried) {
   const std::size_t groups = std::min(settled, static_cast<std::size_t>(counts_.open_groups));  // each is decided once
-  const bool asks = options_.rule == BudgetRule::kOsla || options_.rule == BudgetRule::kCalibrated;
   make_room(closed_, groups);
   make_room(candidates_, options_.rule == BudgetRule::kTotal ? groups : 0);
-  make_room(extra_,
-            retried + (asks ? groups * static_cast<std::size_t>(std::min(options_.chunk, options_.maximum)) : 0));
+  make_room(extra_, retried + (is_sequential(options_.rule)
+                                   ? groups * static_cast<std::size_t>(std::min(options_.chunk, options_.maximum))
+                                   : 0));
 }
 
 // All rollouts of the group that were asked for have settled.
@@ -43,7 +43,8 @@ void RolloutAllocator::decide(std::int64_t serial, Group& group) {
   }
 }
 
-// By how much one more rollout would shrink the error of the group's baseline, centred units.
+// By how much one more rollout would shrink the error of the group's baseline or, where energies are known, the
+// variance of its gradient; centred units.
 double RolloutAllocator::gain_of(const Group& group) const {
   const double width = options_.highest_reward - options_.lowest_reward;
   const auto scaled = [&](double reward) { return (reward - options_.lowest_reward) / width; };
@@ -61,7 +62,10 @@ double RolloutAllocator::gain_of(const Group& group) const {
       ++count;
       successes += scaled(reward);
     });
-    return calibrated_gain(calibrated(count, successes, believe(scaled(group.prior), *options_.calibration)));
+    const CalibratedFusion fusion = calibrated(count, successes, believe(scaled(group.prior), *options_.calibration));
+    const bool of_gradient = options_.rule == BudgetRule::kVariance ||
+                             (options_.rule == BudgetRule::kTotal && options_.calibration->knows_energies());
+    return of_gradient ? variance_gain(count, fusion, *options_.calibration) : calibrated_gain(fusion);
   }
   MomentsAccumulator valid;
   for_valid([&](double reward) { valid.add(reward); });

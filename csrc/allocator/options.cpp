@@ -10,6 +10,7 @@
 
 #include "checks.hpp"
 #include "v05/allocator.hpp"
+#include "v05/stopping.hpp"
 
 namespace v05 {
 namespace {
@@ -18,6 +19,7 @@ constexpr auto kRules = std::to_array<std::pair<std::string_view, BudgetRule>>({
     {"osla", BudgetRule::kOsla},
     {"uniform", BudgetRule::kUniform},
     {"calibrated", BudgetRule::kCalibrated},
+    {"variance", BudgetRule::kVariance},
     {"total", BudgetRule::kTotal},
 });
 
@@ -40,9 +42,8 @@ void require_counts(const AllocatorOptions& options) {
 
 // An input that the rule does not read is a mistake of the caller's.
 void require_rule_inputs(const AllocatorOptions& options) {
-  const bool reads_cost = options.rule == BudgetRule::kOsla || options.rule == BudgetRule::kCalibrated;
-  const bool reads_calibration = options.rule == BudgetRule::kCalibrated || options.rule == BudgetRule::kTotal;
-  if (options.cost && !reads_cost) {
+  const bool needs_calibration = options.rule == BudgetRule::kCalibrated || options.rule == BudgetRule::kVariance;
+  if (options.cost && !is_sequential(options.rule)) {
     refuse("cost=", *options.cost, " has no meaning for rules 'uniform' and 'total'; leave it out");
   }
   if (options.total.has_value() != (options.rule == BudgetRule::kTotal)) {
@@ -52,11 +53,11 @@ void require_rule_inputs(const AllocatorOptions& options) {
   if (options.total && *options.total < options.initial) {
     refuse("total=", *options.total, " does not hold the initial=", options.initial, " rollouts of a group; raise it");
   }
-  if (options.rule == BudgetRule::kCalibrated && !options.calibration) {
-    refuse("calibration=None; rule='calibrated' needs a Calibration fitted on past groups");
+  if (needs_calibration && !options.calibration) {
+    refuse("calibration=None; rules 'calibrated' and 'variance' need a Calibration fitted on past groups");
   }
-  if (options.calibration && !reads_calibration) {
-    refuse("calibration is given; only rules 'calibrated' and 'total' read it, leave it out");
+  if (options.calibration && !needs_calibration && options.rule != BudgetRule::kTotal) {
+    refuse("calibration is given; only rules 'calibrated', 'variance' and 'total' read it, leave it out");
   }
   if (options.calibration && !options.calibration->within_bounds()) {
     refuse("calibration is out of bounds; see v05.methods.Calibration");
@@ -64,6 +65,13 @@ void require_rule_inputs(const AllocatorOptions& options) {
 }
 
 }  // namespace
+
+double AllocatorOptions::default_cost() const {
+  if (rule == BudgetRule::kVariance && calibration) {
+    return fresh_prompt_gain(*calibration);
+  }
+  return 1.0 / (static_cast<double>(maximum) * static_cast<double>(maximum));
+}
 
 BudgetRule find_budget_rule(std::string_view name) {
   std::string known;
@@ -78,12 +86,12 @@ BudgetRule find_budget_rule(std::string_view name) {
 
 RolloutAllocator::RolloutAllocator(const AllocatorOptions& options)
     : options_(options),
-      cost_(options.cost.value_or(1.0 / (static_cast<double>(options.maximum) * static_cast<double>(options.maximum)))),
+      cost_(options.cost.value_or(options.default_cost())),
       ids_(std::make_unique<GroupIds<std::int64_t>>()) {
   require_counts(options);
   require_rule_inputs(options);
   if (!(cost_ >= 0.0) || std::isinf(cost_)) {
-    refuse("cost=", cost_, " is not a finite number >= 0; use None for 1 / maximum^2");
+    refuse("cost=", cost_, " is not a finite number >= 0; use None for the default");
   }
   const double width = options.highest_reward - options.lowest_reward;
   if (!(width > 0.0) || std::isinf(width)) {

@@ -43,11 +43,11 @@ py::object to_python(const v05::GroupIdList& ids) {
   return py::cast(std::get<std::vector<std::string>>(ids));
 }
 
-using FourNumbers = std::tuple<double, double, double, double>;
+using CalibrationNumbers = std::tuple<double, double, double, double, double, double>;
 
-v05::Calibration to_calibration(const FourNumbers& numbers) {
-  const auto [alpha, beta, kappa, eps] = numbers;
-  return {.alpha = alpha, .beta = beta, .kappa = kappa, .eps = eps};
+v05::Calibration to_calibration(const CalibrationNumbers& numbers) {
+  const auto [alpha, beta, kappa, eps, delta0, delta1] = numbers;
+  return {.alpha = alpha, .beta = beta, .kappa = kappa, .eps = eps, .delta0 = delta0, .delta1 = delta1};
 }
 
 // Runs C++ work without the interpreter lock: the allocator's mutex is never waited for while holding it. So the work
@@ -65,7 +65,7 @@ void register_allocator(py::module_& m) {
   py::class_<RolloutAllocator>(m, "RolloutAllocator")
       .def(py::init([](const std::string& rule, std::int64_t initial, std::int64_t maximum, std::optional<double> cost,
                        std::optional<std::int64_t> total, std::int64_t chunk, std::int64_t seed,
-                       std::pair<double, double> reward_range, const std::optional<FourNumbers>& calibration,
+                       std::pair<double, double> reward_range, const std::optional<CalibrationNumbers>& calibration,
                        std::int64_t max_attempts) {
              return std::make_unique<RolloutAllocator>(v05::AllocatorOptions{
                  .rule = v05::find_budget_rule(rule),
@@ -175,9 +175,16 @@ void register_allocator(py::module_& m) {
 
   m.def(
       "calibrated",
-      [](std::int64_t count, double successes, double prior, const FourNumbers& calibration) {
-        const auto fusion = v05::calibrated(count, successes, v05::believe(prior, to_calibration(calibration)));
-        return py::make_tuple(fusion.baseline, fusion.variance, fusion.hallucination, v05::calibrated_gain(fusion));
+      [](std::int64_t count, double successes, double prior, const CalibrationNumbers& calibration) {
+        const v05::Calibration known = to_calibration(calibration);
+        const auto fusion = v05::calibrated(count, successes, v05::believe(prior, known));
+        return py::make_tuple(fusion.baseline, fusion.variance, fusion.hallucination, v05::calibrated_gain(fusion),
+                              v05::variance_gain(count, fusion, known));
       },
       py::arg("count"), py::arg("successes"), py::arg("prior"), py::arg("calibration"));
+
+  m.def(
+      "fresh_prompt_gain",
+      [](const CalibrationNumbers& calibration) { return v05::fresh_prompt_gain(to_calibration(calibration)); },
+      py::arg("calibration"));
 }

@@ -216,10 +216,16 @@ def believe(prior, alpha, beta, kappa, log_odds):
 
 
 @triton.jit
+def energy_ratio(complement, delta0, delta1):
+    """The mean energy of successes over that of failures, where `complement` is the failure rate."""
+    shift = delta0 + delta1 * tl.log(complement)
+    return tl.exp(tl.where(shift < -8.0, -8.0, tl.where(shift > 8.0, 8.0, shift)))
+
+
+@triton.jit
 def least_variance(rate, complement, delta0, delta1):
     """The baseline for which E[(reward - baseline)^2 energy] is least, rewards scaled to [0, 1]."""
-    shift = delta0 + delta1 * tl.log(complement)
-    success = rate * tl.exp(tl.where(shift < -8.0, -8.0, tl.where(shift > 8.0, 8.0, shift)))
+    success = rate * energy_ratio(complement, delta0, delta1)
     return success / (success + complement)
 
 
@@ -314,3 +320,16 @@ def calibrated_take_more(count, baseline, complement, variance, max_rollouts, co
     """Another rollout while the variance of the success rate would fall by more than its cost, as in stopping.hpp."""
     gain = 4.0 * variance * (variance / (baseline * complement))
     return (count < max_rollouts) & (gain > cost)
+
+
+@triton.jit
+def variance_take_more(k, baseline, complement, variance, delta0, delta1, max_rollouts, cost):
+    """Another rollout while the variance of the group's gradient would fall by more than its cost, as in stopping.hpp; `k` is the
+    count as float64. A group without rollouts asks at any cost.
+    """
+    product = baseline * complement
+    spread = product - variance
+    failure = (complement * spread + variance) / (product + variance)
+    ratio = energy_ratio(failure, delta0, delta1)
+    gradient_variance = 4.0 * spread * ratio / (ratio + failure * (1.0 - ratio))
+    return (k < max_rollouts) & (gradient_variance > cost * k * (k + 1.0))

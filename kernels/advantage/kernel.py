@@ -34,6 +34,7 @@ from v05.kernels.advantage.fusion import (
     p_value,
     shrinkage,
     successes_of,
+    variance_take_more,
 )
 from v05.kernels.advantage.moments import load_energy, load_rewards, moments, weighted_sums
 
@@ -302,7 +303,13 @@ def fused_advantage_kernel(
                 tl.store(p_table + BASELINE_COLUMN * column + group, low + (high - low) * baseline)
                 tl.store(p_table + MSE * column + group, rate_variance * (high - low) * (high - low))
                 tl.store(p_table + HALLUCINATION * column + group, hallucination)
-                more = calibrated_take_more(count, rate, complement, rate_variance, max_rollouts, cost)
+                if BASELINE == LEAST_VARIANCE:
+                    # The count is read back: kept across the calibrated fusion it costs 2 to 4 registers.
+                    tl.debug_barrier()
+                    k = tl.load(p_table + COUNT * column + group)
+                    more = variance_take_more(k, rate, complement, rate_variance, delta0, delta1, max_rollouts, cost)
+                else:
+                    more = calibrated_take_more(count, rate, complement, rate_variance, max_rollouts, cost)
                 tl.store(p_table + TAKE_MORE * column + group, more.to(tl.float64))
             else:
                 baseline = group_baseline(

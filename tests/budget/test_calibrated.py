@@ -1,12 +1,15 @@
-"""Calibrated fusion and its gain: the core against `v05.reference`, and both against arithmetic of 60 digits."""
+"""Calibrated fusion and its gains: the core against `v05.reference`, and both against arithmetic of 60 digits."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import astuple
 
 import mpmath
+import numpy as np
 import pytest
+from scipy.stats import beta
 
 from v05 import _core, reference
 from v05.methods import Calibration
@@ -18,7 +21,7 @@ SAMPLES = [*FEW, (65535, 30000.0)]
 
 
 def exact(count: int, successes: float, prior: float, calibration: Calibration) -> tuple[mpmath.mpf, ...]:
-    """baseline, variance, hallucination and gain from the formula as printed."""
+    """baseline, variance, hallucination and both gains from the formulas as printed."""
 
     def posterior(k: int, x: float) -> tuple[mpmath.mpf, mpmath.mpf, mpmath.mpf]:
         def component(a: mpmath.mpf, b: mpmath.mpf) -> tuple[mpmath.mpf, mpmath.mpf, mpmath.mpf]:
@@ -39,7 +42,11 @@ def exact(count: int, successes: float, prior: float, calibration: Calibration) 
 
     mean, variance, w0 = posterior(count, successes)
     after = mean * posterior(count + 1, successes + 1)[1] + (1 - mean) * posterior(count + 1, successes)[1]
-    return mean, variance, w0, 4 * (variance - after)
+    total = mean * (1 - mean) / variance - 1
+    rate = (mean * total + 1) / (total + 2)
+    ratio = mpmath.exp(min(max(calibration.delta0 + calibration.delta1 * mpmath.log(1 - rate), -8), 8))
+    of_gradient = 4 * (mean * (1 - mean) - variance) * ratio / (rate * ratio + 1 - rate)
+    return mean, variance, w0, 4 * (variance - after), of_gradient / (count * (count + 1)) if count else mpmath.inf
 
 
 @pytest.mark.parametrize(
@@ -52,6 +59,8 @@ def exact(count: int, successes: float, prior: float, calibration: Calibration) 
         Calibration(0.0, 1.0, 1e12, 1e-9),
         Calibration(100.0, 0.0, 1.0, 0.3),
         Calibration(-100.0, -100.0, 1e-6, 0.999),
+        Calibration(0.0, 1.0, 4.5, 0.12, -0.5, 1.5),
+        Calibration(0.5, 0.7, 1e4, 0.01, 8.0, -8.0),
     ],
     ids=str,
 )
@@ -59,28 +68,65 @@ def exact(count: int, successes: float, prior: float, calibration: Calibration) 
 def test_core_is_exact(prior: float, calibration: Calibration) -> None:
     with mpmath.workdps(400):  # rates next to 0 and 1 cancel hundreds of digits
         for count, successes in SAMPLES:
-            found = _core.calibrated(count, successes, prior, astuple(calibration)[:4])
+            found = _core.calibrated(count, successes, prior, astuple(calibration))
             expected = [float(number) for number in exact(count, successes, prior, calibration)]
             # Log evidence is a sum of terms near count * log(count * kappa), each right to its last digit.
             tolerance = 1e-13 + 1e-16 * (count + 1) * (40 + abs(math.log(calibration.kappa)))
-            assert found == pytest.approx(expected, rel=20 * tolerance, abs=1e-290), (count, successes)
+            assert found[:4] == pytest.approx(expected[:4], rel=20 * tolerance, abs=1e-290), (count, successes)
+            # E[p (1 - p)] is a difference, which cancels where the rate is 0 or 1 but unknown which.
+            mean, variance = expected[:2]
+            kept = 1 - variance / (mean * (1 - mean)) if 0 < mean < 1 else 1.0
+            assert found[4] == pytest.approx(expected[4], rel=20 * tolerance + 1e-13 / max(kept, 1e-9), abs=1e-290)
 
 
-@pytest.mark.parametrize("calibration", [Calibration(0.0, 1.0, 4.5, 0.12), Calibration(-1.0, 0.3, 300.0, 0.5)], ids=str)
+@pytest.mark.parametrize("calibration", [Calibration(0.0, 1.0, 4.5, 0.12), Calibration(-1.0, 0.3, 300.0, 0.5, -0.5, 2.0)], ids=str)
 @pytest.mark.parametrize("prior", PRIORS)
 def test_core_equals_reference(prior: float, calibration: Calibration) -> None:
     for count, successes in FEW:
         fused = reference.calibrated(count, successes, prior, calibration)
-        gain = reference.calibrated_gain(count, successes, prior, calibration)
-        found = _core.calibrated(count, successes, prior, astuple(calibration)[:4])
-        assert found == pytest.approx((*astuple(fused), gain), rel=1e-9, abs=1e-13)
+        gains = [of(count, successes, prior, calibration) for of in (reference.calibrated_gain, reference.variance_gain)]
+        found = _core.calibrated(count, successes, prior, astuple(calibration))
+        assert found == pytest.approx((*astuple(fused), *gains), rel=1e-9, abs=1e-13)
 
 
 def test_a_vague_prior_is_the_sample_with_half_a_success_and_failure() -> None:
-    baseline, variance, hallucination, gain = _core.calibrated(3, 1.0, NAN, (0.0, 1.0, 5.0, 0.1))
+    baseline, variance, hallucination, gain, of_gradient = _core.calibrated(3, 1.0, NAN, (0.0, 1.0, 5.0, 0.1, 0.0, 0.0))
     assert (baseline, hallucination) == (1.5 / 4, 1.0)
     assert variance == pytest.approx(1.5 * 2.5 / (16 * 5))
     assert gain == pytest.approx(4 * (1.5 * 2.5 / 16) / 5**2)  # 4 m (1 - m) / (k + 2)^2
+    assert of_gradient == pytest.approx(4 * 1.5 * 2.5 / (4 * 5) / (3 * 4))  # energies that are alike: 4 E[p (1 - p)] / (k (k + 1))
+
+
+@pytest.mark.parametrize(("delta0", "delta1", "within"), [(0.0, 0.0, 1e-9), (0.0, 1.0, 0.2), (-1.0, 1.0, 0.1), (0.0, 2.0, 0.6)])
+def test_the_variance_of_the_gradient_is_its_mean_over_the_success_rate(delta0: float, delta1: float, within: float) -> None:
+    """Against integration by quadrature; V at the mean success rate is further off than that wherever rates are uncertain."""
+    angle = (np.arange(20_000) + 0.5) / 20_000 * np.pi / 2
+    p, q, step = np.sin(angle) ** 2, np.cos(angle) ** 2, np.pi / 20_000 * np.sin(angle) * np.cos(angle)
+    ratio = np.exp(np.clip(delta0 + delta1 * np.log(q), -8, 8))
+    of_rate = 4 * p * q * ratio / (p * ratio + q)
+    calibration = Calibration(0.0, 1.0, 4.5, 0.12, delta0, delta1)
+    errors, at_mean = [], []
+    for count, prior in itertools.product((1, 2, 4, 8), (0.05, 0.3, 0.5, 0.8, 0.95)):
+        for successes in range(count + 1):
+            belief = reference.calibrated(count, successes, prior, calibration)
+            density = np.zeros_like(p)
+            for weight, a in ((belief.hallucination, (0.5, 0.5)), (1 - belief.hallucination, (4.5 * prior, 4.5 * (1 - prior)))):
+                density += weight * beta.pdf(p, a[0] + successes, a[1] + count - successes)
+            expected = float((density * of_rate * step).sum())
+            errors.append(abs(math.log(reference.gradient_variance(belief, calibration) / expected)))
+            at_mean.append(abs(math.log(np.interp(belief.baseline, p, of_rate) / expected)))
+    assert max(errors) < within
+    assert np.mean(errors) < 0.25 * np.mean(at_mean)
+
+
+@pytest.mark.parametrize("delta1", [0.0, 1.0])
+@pytest.mark.parametrize("prior", PRIORS)
+def test_by_itself_the_rule_asks_for_no_third_rollout(prior: float, delta1: float) -> None:
+    """Nor for a second, but of a prompt that is surely near the rate where a rollout's gradient varies most."""
+    calibration = Calibration(0.0, 1.0, 4.5, 0.12, 0.0, delta1)
+    for count in (1, 2, 5):
+        for successes in range(count + 1):
+            assert not reference.variance_take_more(count, successes, prior, calibration)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from helpers.allocator_model import bernoulli, gain, run_to_end
+from helpers.allocator_model import bernoulli, cost_of, gain, run_to_end
 from v05.budget import RolloutAllocator
 from v05.methods import Calibration
 
 NAN = math.nan
 CALIBRATION = Calibration(alpha=0.3, beta=0.8, kappa=6.0, eps=0.15)
+ENERGIES = Calibration(alpha=0.3, beta=0.8, kappa=6.0, eps=0.15, delta0=-0.3, delta1=1.4)
 
 
 def sequential_size(
@@ -23,12 +24,13 @@ def sequential_size(
     maximum: int = 16,
     chunk: int = 1,
     cost: float | None = None,
+    rule: str = "osla",
     calibration: Calibration | None = None,
 ) -> int:
     """How many of `rewards` the rule takes, one group by itself."""
-    cost = 1 / maximum**2 if cost is None else cost
+    cost = cost_of(rule, maximum, calibration) if cost is None else cost
     asked = initial
-    while asked < maximum and gain(rewards[:asked], prior, calibration) > cost:
+    while asked < maximum and gain(rewards[:asked], prior, calibration, rule) > cost:
         asked = min(asked + chunk, maximum)
     return asked
 
@@ -47,26 +49,37 @@ def sequential_size(
     ],
     ids=lambda options: ",".join(f"{name}={value}" for name, value in options.items()) or "default",
 )
-@pytest.mark.parametrize("calibration", [None, CALIBRATION], ids=["osla", "calibrated"])
-def test_a_group_takes_what_the_reference_takes(options: dict[str, float], invalid: float, calibration: Calibration | None) -> None:
+@pytest.mark.parametrize(
+    ("rule", "calibration"), [("osla", None), ("calibrated", CALIBRATION), ("variance", ENERGIES), ("variance", CALIBRATION)]
+)
+def test_a_group_takes_what_the_reference_takes(
+    options: dict[str, float], invalid: float, rule: str, calibration: Calibration | None
+) -> None:
     rewards, priors = bernoulli(400, invalid=invalid)
-    rule = "osla" if calibration is None else "calibrated"
+    if rule == "variance" and options.get("initial") != 1:  # by itself it asks for nothing there
+        options = {"cost": 0.0123} | options
     allocator = RolloutAllocator(rule=rule, calibration=calibration, **options)
     allocator.open(np.arange(400), priors)
     closed = run_to_end(allocator, lambda group, index: rewards[group, index])
-    options = options | {"calibration": calibration}
+    options = options | {"calibration": calibration, "rule": rule}
     expected = [sequential_size(row, prior, **options) for row, prior in zip(rewards, priors, strict=True)]
     assert np.diff(closed.offsets).tolist() == expected
     np.testing.assert_array_equal(closed.rewards, np.concatenate([row[:k] for row, k in zip(rewards, expected, strict=True)]))
     np.testing.assert_array_equal(closed.priors, priors)
-    if len(options) == 1:  # the draw exercises the rule
+    if options.keys() <= {"calibration", "rule"}:  # the draw exercises the rule
         assert {4, 7, 8, 16} <= set(expected)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"rule": "calibrated", "calibration": CALIBRATION}, {"rule": "total", "total": 1000, "calibration": CALIBRATION}],
-    ids=["osla", "calibrated", "total"],
+    [
+        {},
+        {"rule": "calibrated", "calibration": CALIBRATION},
+        {"rule": "variance", "calibration": ENERGIES, "cost": 0.01},
+        {"rule": "total", "total": 1000, "calibration": CALIBRATION},
+        {"rule": "total", "total": 1000, "calibration": ENERGIES},
+    ],
+    ids=["osla", "calibrated", "variance", "total", "total-of-variance"],
 )
 def test_reward_range_scales_the_test(options: dict[str, object]) -> None:
     rewards, priors = bernoulli(200)
@@ -80,12 +93,13 @@ def test_reward_range_scales_the_test(options: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
-@pytest.mark.parametrize("rule", ["osla", "calibrated", "uniform"])
+@pytest.mark.parametrize("rule", ["osla", "calibrated", "variance", "uniform"])
 def test_any_arrival_order_gives_the_same_allocation(rule: str, chunk: int) -> None:
     rewards, priors = bernoulli(100, invalid=0.1)
     results = []
     for order in [None, *(np.random.default_rng(seed) for seed in range(4))]:
-        allocator = RolloutAllocator(rule=rule, chunk=chunk, calibration=CALIBRATION if rule == "calibrated" else None)
+        options = {"calibrated": {"calibration": CALIBRATION}, "variance": {"calibration": ENERGIES, "cost": 0.01}}.get(rule, {})
+        allocator = RolloutAllocator(rule=rule, chunk=chunk, **options)
         allocator.open(np.arange(100), priors)
         results.append(run_to_end(allocator, lambda group, index: rewards[group, index], order))
     for result in results[1:]:
@@ -107,7 +121,7 @@ def greedy(rewards: np.ndarray, priors: np.ndarray, total: int, calibration: Cal
     sizes = [4] * len(priors)
     for _ in range(total - sum(sizes)):
         gains = [
-            -1.0 if k == 16 else round(gain(row[:k], prior, calibration), 12)
+            -1.0 if k == 16 else round(gain(row[:k], prior, calibration, "total"), 12)
             for row, prior, k in zip(rewards, priors, sizes, strict=True)
         ]
         sizes[int(np.argmax(gains))] += 1
@@ -115,7 +129,7 @@ def greedy(rewards: np.ndarray, priors: np.ndarray, total: int, calibration: Cal
 
 
 @pytest.mark.parametrize("invalid", [0.0, 0.2], ids=["all-valid", "some-invalid"])
-@pytest.mark.parametrize("calibration", [None, CALIBRATION], ids=["osla", "calibrated"])
+@pytest.mark.parametrize("calibration", [None, CALIBRATION, ENERGIES], ids=["osla", "calibrated", "variance"])
 def test_total_goes_to_the_largest_gain(calibration: Calibration | None, invalid: float) -> None:
     rewards, priors = bernoulli(30, seed=1, invalid=invalid)
     allocator = RolloutAllocator(rule="total", total=200, calibration=calibration)
@@ -175,7 +189,7 @@ def test_total_refuses_groups_that_it_does_not_hold() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rule": "best"}, "rule='best' is unknown; choose one of osla, uniform, calibrated, total"),
+        ({"rule": "best"}, "rule='best' is unknown; choose one of osla, uniform, calibrated, variance, total"),
         ({"initial": 0}, "initial=0 is not positive"),
         ({"initial": 8, "maximum": 4}, "maximum=4 is not between initial=8 and 65535"),
         ({"maximum": 65536}, "maximum=65536 is not between initial=4 and 65535"),
@@ -188,8 +202,9 @@ def test_total_refuses_groups_that_it_does_not_hold() -> None:
         ({"reward_range": (0.0, math.inf)}, "reward_range"),
         ({"max_attempts": 0}, "max_attempts=0 is not between 1 and"),
         ({"initial": 1, "maximum": -(2**63)}, "maximum=-9223372036854775808 is not between"),
-        ({"rule": "calibrated"}, "calibration=None; rule='calibrated' needs a Calibration"),
-        ({"calibration": CALIBRATION}, "calibration is given; only rules 'calibrated' and 'total' read it"),
+        ({"rule": "calibrated"}, "calibration=None; rules 'calibrated' and 'variance' need a Calibration"),
+        ({"rule": "variance"}, "calibration=None; rules 'calibrated' and 'variance' need a Calibration"),
+        ({"calibration": CALIBRATION}, "calibration is given; only rules 'calibrated', 'variance' and 'total' read it"),
         ({"rule": "total"}, "total=None; rule='total' needs the number of rollouts"),
         ({"total": 100}, "total is given; only rule='total' takes it"),
         ({"rule": "total", "total": 3}, "total=3 does not hold the initial=4 rollouts of a group"),

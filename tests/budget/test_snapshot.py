@@ -13,9 +13,11 @@ from v05.methods import Calibration
 
 NAN = math.nan
 CALIBRATION = Calibration(alpha=0.31, beta=0.83, kappa=6.0, eps=0.15)
+ENERGIES = Calibration(alpha=0.31, beta=0.83, kappa=6.0, eps=0.15, delta0=-0.37, delta1=1.43)
 OPTIONS: dict[str, dict[str, object]] = {
     "osla": {"seed": 5, "chunk": 2},
     "calibrated": {"rule": "calibrated", "calibration": CALIBRATION, "cost": 0.01},
+    "variance": {"rule": "variance", "calibration": ENERGIES, "cost": 0.01},
     "total": {"rule": "total", "total": 300, "calibration": CALIBRATION},
     "uniform": {"rule": "uniform", "initial": 3, "reward_range": (-1.0, 1.0), "max_attempts": 2},
 }
@@ -126,7 +128,7 @@ def test_restore_says_why_it_refuses() -> None:
     refuse(b"", "it does not start with v05alloc: it is something else, or empty")
     refuse(b"\x80\x04" + blob, "it does not start with v05alloc")
     refuse(blob[:15], "it ends too early")
-    refuse(blob[:8] + b"\x02\0\0\0" + blob[12:], "it has format 2 and this v05 reads format 1; use the v05 that wrote it")
+    refuse(blob[:8] + b"\x01\0\0\0" + blob[12:], "it has format 1 and this v05 reads format 2; use the v05 that wrote it")
     refuse(blob[:-1], rf"it holds {len(blob) - HEADER - 1} of {len(blob) - HEADER} bytes: it was cut off")
     refuse(blob + b"\0", rf"it holds {len(blob) - HEADER + 1} of {len(blob) - HEADER} bytes")
     refuse(blob[:-1] + bytes([blob[-1] ^ 1]), "its checksum is wrong: it was damaged")
@@ -209,14 +211,14 @@ def sealed(content: bytes) -> bytes:
         checksum = mix(checksum ^ word)
     for byte in content[whole:]:
         checksum = mix(checksum ^ byte)
-    return b"v05alloc" + (1).to_bytes(4, "little") + len(content).to_bytes(8, "little") + checksum.to_bytes(8, "little") + content
+    return b"v05alloc" + (2).to_bytes(4, "little") + len(content).to_bytes(8, "little") + checksum.to_bytes(8, "little") + content
 
 
 GOLDEN = (
-    "763035616c6c6f63010000001901000000000000e53c999ccb751f8400010000000000000002000000000000000000000000000000000000"
+    "763035616c6c6f630200000029010000000000006a65028f174146d000010000000000000002000000000000000000000000000000000000"
     "000000000000000100000000000000ffffffffffffffff0000000000000000000000000000f03f000000000000000000000000000000f03f"
-    "000000000000f03f000000000000e03f03000000000000000100000000000000000000000000000000000000000000000000000000000000"
-    "0000000000000000000000000000000000000000000000000200000000000000010000000000000000000000000000000002000000000000"
-    "000100f9ffffffffffffff000000000000d03f000000000000f03f01002c01000000000000000000000000f87fffffffffffffffff000000"
-    "0000000000000000000000000001000000000000000000000000000000"
+    "000000000000f03f000000000000e03f00000000000000000000000000000000030000000000000001000000000000000000000000000000"
+    "0000000000000000000000000000000000000000000000000000000000000000000000000000000002000000000000000100000000000000"
+    "00000000000000000002000000000000000100f9ffffffffffffff000000000000d03f000000000000f03f01002c01000000000000000000"
+    "000000f87fffffffffffffffff0000000000000000000000000000000001000000000000000000000000000000"
 )

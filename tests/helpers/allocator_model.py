@@ -20,11 +20,22 @@ from v05.methods import Calibration
 NAN = math.nan
 
 
-def gain(rewards: Sequence[float], prior: float, calibration: Calibration | None) -> float:
+def cost_of(rule: str, maximum: int, calibration: Calibration | None) -> float:
+    """What a rule holds the gain of one more rollout against, unless it is told."""
+    if rule == "variance":
+        assert calibration is not None
+        return reference.fresh_prompt_gain(calibration)
+    return 1 / maximum**2
+
+
+def gain(rewards: Sequence[float], prior: float, calibration: Calibration | None, rule: str) -> float:
     """What one more rollout is expected to be worth to a group; invalid rewards are NaN."""
     valid = [reward for reward in rewards if not math.isnan(reward)]
     if calibration is not None:
-        return reference.calibrated_gain(len(valid), math.fsum(valid), prior, calibration)
+        knows_energies = (calibration.delta0, calibration.delta1) != (0.0, 0.0)
+        of_gradient = rule == "variance" or (rule == "total" and knows_energies)
+        worth = reference.variance_gain if of_gradient else reference.calibrated_gain
+        return worth(len(valid), math.fsum(valid), prior, calibration)
     mean = math.fsum(valid) / len(valid) if valid else NAN
     return reference.osla_gain(len(valid), reference.shrinkage(len(valid), 2 * mean - 1, 2 * prior - 1).squared_bias)
 
@@ -56,7 +67,7 @@ class PlainAllocator:
         max_attempts: int = 3,
     ) -> None:
         self.rule, self.initial, self.maximum, self.total, self.chunk = rule, initial, maximum, total, chunk
-        self.cost = 1 / maximum**2 if cost is None else cost
+        self.cost = cost_of(rule, maximum, calibration) if cost is None else cost
         self.calibration = calibration
         self.max_attempts = max_attempts
         self.groups: dict[int | str, Group] = {}  # in open order, until drained
@@ -182,8 +193,10 @@ class PlainAllocator:
             self.close(group)
         elif self.rule == "total":
             # Rounded, so that what is equal on paper ties.
-            heapq.heappush(self.candidates, (-round(gain(group.rewards, group.prior, self.calibration), 12), group.serial))
-        elif gain(group.rewards, group.prior, self.calibration) > self.cost:
+            heapq.heappush(
+                self.candidates, (-round(gain(group.rewards, group.prior, self.calibration, self.rule), 12), group.serial)
+            )
+        elif gain(group.rewards, group.prior, self.calibration, self.rule) > self.cost:
             self.ask_more(name, min(self.chunk, room))
         else:
             self.close(group)

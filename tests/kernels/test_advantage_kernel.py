@@ -295,6 +295,22 @@ def test_budget_rule_arguments():
         assert run(**options).stats.take_more.tolist() == [group.take_more for group in expect(**options)[1]]
 
 
+def test_the_rule_of_optimal_wants_what_the_reference_and_the_core_want():
+    settings = {"method": "optimal", "calibration": Calibration(0.3, 0.8, 6.0, 0.2, -0.3, 1.4)}
+    rewards = torch.cat([REWARDS, torch.full((1,), math.nan)])  # a fifth group, without a rollout that counts
+    ids, prior = torch.cat([IDS, torch.tensor([4])]), torch.cat([PRIOR, torch.full((1,), 0.5)])
+    wanted = []
+    for options in ({}, {"cost": 0.002}, {"cost": 0.012}, {"cost": 0.03}, {"cost": 0.002, "max_rollouts": 4}):
+        more = run(rewards, prior, ids, **settings, **options).stats.take_more.tolist()
+        on_cpu = fused_advantage(rewards, prior, group_ids=ids, num_groups=5, nonfinite="exclude", **settings, **options)
+        valid = (~rewards.isnan()).numpy()
+        of_reference = expect(rewards.nan_to_num(), prior, ids, valid=valid, **settings, **options)[1]
+        assert more == on_cpu.stats.take_more.tolist() == [group.take_more for group in of_reference]
+        wanted.append(more)
+    assert wanted[0] == [False, False, False, False, True]
+    assert len({tuple(more) for more in wanted}) >= 4
+
+
 def test_cpu_tensors_need_the_interpreter(monkeypatch):
     compiled_type = type(kernel.fused_advantage_kernel)  # as if TRITON_INTERPRET had not been set
     monkeypatch.setattr(launch.triton, "JITFunction", compiled_type)

@@ -129,7 +129,7 @@ def test_calibrated_fusion(calibration):
     got = torch.empty(4, len(cases), dtype=torch.float64)
     numbers = (calibration.alpha, calibration.beta, calibration.kappa, math.log1p(-calibration.eps) - math.log(calibration.eps))
     calibrated_kernel[(1,)](count.long(), mean, prior, got, len(cases), *numbers, BLOCK=64)
-    core = np.array([_core.calibrated(*case, astuple(calibration)[:4])[:3] for case in cases]).T
+    core = np.array([_core.calibrated(*case, astuple(calibration))[:3] for case in cases]).T
     # A log-likelihood near count * log(count * kappa) is right to its last digits, and so is what follows from it.
     np.testing.assert_allclose(got[[0, 2, 3]].numpy(), core, rtol=2e-10, atol=1e-300)
     np.testing.assert_allclose((got[0] + got[1]).numpy(), 1.0, rtol=1e-14)

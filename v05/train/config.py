@@ -65,14 +65,15 @@ class PolicyConfig(Section):
 class BudgetConfig(Section):
     """How many rollouts a prompt gets: `initial`, then what `rule` asks for up to `maximum` (v05.budget.RolloutAllocator)."""
 
-    rule: Literal["uniform", "osla", "calibrated", "total"] = "uniform"
+    rule: Literal["uniform", "osla", "calibrated", "variance", "total"] = "uniform"
     initial: int = Field(default=16, ge=1)
     maximum: int = Field(default=16, ge=1)
     cost: float | None = Field(default=None, ge=0)
     mean: float | None = Field(default=None, gt=0, description="rollouts that rule 'total' has for a prompt, on average")
     chunk: int = Field(default=1, ge=1)
     unbiased: bool = Field(
-        default=False, description="of rules osla and calibrated: advantages that stopping early does not bias (v05.path_counting)"
+        default=False,
+        description="of a method's own sequential test: advantages that stopping early does not bias (v05.path_counting)",
     )
 
 
@@ -200,10 +201,14 @@ class RunConfig(Section):
             )
         if budget.rule == "calibrated" and not method.is_calibrated:
             raise ValueError(f"budget.rule='calibrated' needs the fit of method='calibrated', not {self.method!r}; use rule='osla'")
+        if budget.rule == "variance" and not method.learns_energies:
+            raise ValueError(
+                f"budget.rule='variance' needs the energies that method='optimal' learns, not {self.method!r}; leave it out"
+            )
         if budget.unbiased and not (method.counts_paths and budget.rule == method.budget_rule):
             raise ValueError(
-                f"budget.unbiased counts paths of method v05 under rule 'osla' and of 'calibrated' under its own, not of "
-                f"method={self.method!r} under rule={budget.rule!r}; leave it out"
+                "budget.unbiased counts paths of methods v05, calibrated and optimal under their own rules osla, calibrated and "
+                f"variance, not of method={self.method!r} under rule={budget.rule!r}; leave it out"
             )
         if budget.unbiased and (self.scale not in (None, "none") or self.loss.group_weighting != "prompt"):
             raise ValueError(
@@ -232,7 +237,7 @@ class RunConfig(Section):
             )
         if self.prior != "history" and not method.needs_prior:
             raise ValueError(f"prior={self.prior!r}: method={self.method!r} has none; leave it out")
-        if budget.cost is not None and budget.rule not in ("osla", "calibrated"):
+        if budget.cost is not None and budget.rule in ("uniform", "total"):
             raise ValueError(f"budget.cost={budget.cost} with budget.rule={budget.rule!r}, which has no cost; leave it out")
         if self.rollouts_per_step < self.budget.initial:
             raise ValueError(
@@ -373,7 +378,7 @@ def run_config(preset: str, spec: str, settings: Sequence[str] = (), **overrides
         test = rule.budget_rule or "osla"  # which a method without a prior is then refused
         budget_rule = "total" if parts["mean"] else test if parts["maximum"] else "uniform"
         fields["budget"] = {"rule": budget_rule, "initial": initial, "maximum": maximum, "mean": parts["mean"]}
-        fields["budget"]["unbiased"] = budget_rule == "calibrated"
+        fields["budget"]["unbiased"] = budget_rule in ("calibrated", "variance")  # osla's bias is small
     if parts["prior"]:
         if overrides.get("prior", parts["prior"]) != parts["prior"]:
             raise ValueError(f"prior={overrides['prior']!r} contradicts method={spec!r}; leave one of the two out")

@@ -32,7 +32,10 @@ namespace v05 {
 
 class ByteReader;
 
-enum class BudgetRule : std::uint8_t { kOsla, kUniform, kCalibrated, kTotal };
+enum class BudgetRule : std::uint8_t { kOsla, kUniform, kCalibrated, kVariance, kTotal };
+
+// Whether a group by itself, by its own rewards, decides when it has enough.
+inline bool is_sequential(BudgetRule rule) { return rule != BudgetRule::kUniform && rule != BudgetRule::kTotal; }
 
 // The rule called `name`; std::invalid_argument that lists the known names if there is none.
 BudgetRule find_budget_rule(std::string_view name);
@@ -41,7 +44,7 @@ struct AllocatorOptions {
   BudgetRule rule = BudgetRule::kOsla;
   std::int64_t initial = 4;           // rollouts of a group before its first test
   std::int64_t maximum = 16;          // rollouts of a group, invalid ones included
-  std::optional<double> cost;         // of a rollout, in units of the estimated error; none is 1 / maximum^2
+  std::optional<double> cost;         // of a rollout, in units of the rule's gain; none is default_cost()
   std::optional<std::int64_t> total;  // rollouts of all groups that are open together
   std::int64_t chunk = 1;             // rollouts added at a time
   std::int64_t seed = 0;
@@ -49,6 +52,9 @@ struct AllocatorOptions {
   double highest_reward = 1.0;
   std::optional<Calibration> calibration;
   std::int64_t max_attempts = 3;  // failures after which a rollout is closed as invalid
+
+  // 1 / maximum^2 or, of rule kVariance, what a rollout of a fresh prompt brings.
+  [[nodiscard]] double default_cost() const;
 
   // A reward or prior that rounding took past a bound is the bound.
   [[nodiscard]] double within(double value) const { return std::clamp(value, lowest_reward, highest_reward); }

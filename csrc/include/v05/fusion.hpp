@@ -186,6 +186,8 @@ struct Calibration {
   double delta0 = 0.0;
   double delta1 = 0.0;
 
+  [[nodiscard]] bool knows_energies() const { return delta0 != 0.0 || delta1 != 0.0; }
+
   // Within these bounds (those of v05.methods.Calibration) nothing below overflows or divides by zero.
   [[nodiscard]] bool within_bounds() const {
     return std::abs(alpha) <= 100.0 && std::abs(beta) <= 100.0 && kappa >= 1e-6 && kappa <= 1e12 && eps > 0.0 &&
@@ -239,12 +241,17 @@ inline CalibratedFusion calibrated(std::int64_t count, double successes, const B
   };
 }
 
+// The mean energy of successes over that of failures, where `complement` is the failure rate.
+inline double energy_ratio(double complement, const Calibration& calibration) {
+  constexpr double kMost = 8.0;
+  const double shift = calibration.delta0 + calibration.delta1 * std::log(complement);
+  return std::exp(std::clamp(shift, -kMost, kMost));
+}
+
 // The baseline for which E[(reward - baseline)^2 energy] is least, rewards scaled to [0, 1]: E[reward energy] /
 // E[energy].
 inline double least_variance(const CalibratedFusion& fusion, const Calibration& calibration) {
-  constexpr double kMost = 8.0;
-  const double shift = calibration.delta0 + calibration.delta1 * std::log(fusion.complement);
-  const double success = fusion.baseline * std::exp(std::clamp(shift, -kMost, kMost));
+  const double success = fusion.baseline * energy_ratio(fusion.complement, calibration);
   return success / (success + fusion.complement);
 }
 

@@ -36,6 +36,37 @@ inline bool calibrated_take_more(std::int64_t count, const CalibratedFusion& fus
   return count < max_rollouts && calibrated_gain(fusion) > cost;
 }
 
+// The variance of one rollout's gradient under the baseline of least variance, as it is expected to be: E[p (1 - p) w1
+// w0 / (p w1 + (1 - p) w0)] over the success rate p, with w1 and w0 the mean energies of successes and of failures.
+// Centred units (hence the 4), w0 = 1. E[p (1 - p)] is exact; p and w1 in the other factor are taken at the mean that
+// p has under the weights p (1 - p), as of a Beta with the mean and the variance of p.
+inline double gradient_variance(const CalibratedFusion& fusion, const Calibration& calibration) {
+  const double product = fusion.baseline * fusion.complement;
+  const double spread = product - fusion.variance;
+  const double success = (fusion.baseline * spread + fusion.variance) / (product + fusion.variance);
+  const double failure = (fusion.complement * spread + fusion.variance) / (product + fusion.variance);
+  const double ratio = energy_ratio(failure, calibration);
+  return 4.0 * spread * (ratio / (success * ratio + failure));
+}
+
+// By how much one more rollout lowers the variance of the mean of a group's gradients; infinite without a rollout.
+inline double variance_gain(std::int64_t count, const CalibratedFusion& fusion, const Calibration& calibration) {
+  const auto k = static_cast<double>(count);
+  return gradient_variance(fusion, calibration) / (k * (k + 1.0));
+}
+
+// The variance that one rollout of a fresh prompt brings down, where nothing is known of its success rate: what another
+// rollout of an old prompt has to compete with.
+inline double fresh_prompt_gain(const Calibration& calibration) {
+  return gradient_variance(calibrated(0, 0.0, {}), calibration);
+}
+
+// Take another rollout while that gain is more than its cost.
+inline bool variance_take_more(std::int64_t count, const CalibratedFusion& fusion, const Calibration& calibration,
+                               std::int64_t max_rollouts, double cost) {
+  return count < max_rollouts && variance_gain(count, fusion, calibration) > cost;
+}
+
 // What a group of `count` rollouts is worth before any of them is run (V0, arXiv 2602.03584): B (1 - p) (1 - (1 - p)^(B
 // - 1)).
 inline double predicted_utility(std::int64_t count, double rate) {

@@ -113,7 +113,8 @@ def fused_advantage(
             "calibrated", "optimal" and "ebpo" (its kappa alone); `v05.prior.calibration` fits it to past groups. None is
             `Calibration()`, for before there are any.
         singleton: advantage of a group's only rollout when nothing but itself could be its baseline: "zero" or its "raw" reward.
-        max_rollouts, cost: of the budget rule behind `stats.take_more`; cost None is 1 / max_rollouts^2 (centred units).
+        max_rollouts, cost: of the budget rule behind `stats.take_more`; cost None is 1 / max_rollouts^2 (centred units) and, of
+            "optimal", what a rollout of a fresh prompt brings (docs/budgets.md).
         nonfinite: what a NaN or infinite reward does: "raise", or "exclude" it like valid=False and count it. CUDA always
             excludes.
         stats: False skips the statistics.

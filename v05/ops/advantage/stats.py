@@ -53,7 +53,7 @@ class AdvantageStats:
         statistic: float64, T = k d^2 of the test "the prior is right"; it stands while T <= 1. NaN without a prior (v05).
         p_value: float64, of T under chi-square with one degree of freedom; a diagnostic (v05).
         hallucination: float64 in [0, 1], probability that the prior says nothing of this group (calibrated).
-        take_more: bool, the method's budget rule would buy another rollout: v05's one-step look-ahead, or calibrated's gain.
+        take_more: bool, the method's budget rule would buy another rollout (v05, calibrated, optimal).
         nonfinite: int64, NaN or infinite rewards of the group, left out.
         clipped: int64, rewards and priors of the group clipped to `reward_range` (CUDA only; on the CPU they are an error).
         table: float64, (12, G): the columns of `STATISTICS`. Those that the method does not define hold anything.
