@@ -420,6 +420,7 @@ def test_specs_and_presets():
     assert label_of(run_config("tiny", "calibrated")) == "calibrated@4..16"
     assert run_config("tiny", "calibrated@2..16").budget == BudgetConfig(rule="calibrated", initial=2, maximum=16, unbiased=True)
     assert label_of(run_config("tiny", "calibrated@2..16~3.5")) == "calibrated@2..16~3.5"
+    assert run_config("tiny", "optimal@1..16").budget == BudgetConfig(rule="variance", initial=1, maximum=16, unbiased=True)
     assert run_config("tiny", "v05@4..16+weighting=rollout").loss == LossConfig(clip_high=0.28, group_weighting="rollout")
     assert run_config("tiny", "grpo@16+clip=10").optimizer == OptimizerConfig(max_grad_norm=10)
     for spec in ("v05@4..16+weighting=rollout", "grpo@16+clip=10", "v05@4..16+noise+cost=0.01+weighting=rollout+clip=2"):
@@ -441,6 +442,8 @@ def test_specs_and_presets():
     }.items():
         with pytest.raises(ValueError, match=message):
             run_config("tiny", spec)
+    with pytest.raises(ValueError, match=r"rule='variance' needs the energies that method='optimal' learns, not 'calibrated'"):
+        run_config("tiny", "calibrated", budget=BudgetConfig(rule="variance", initial=1))
     with pytest.raises(ValueError, match=r"counts paths of .* not of method='v05' under rule='uniform'"):
         run_config("tiny", "v05", budget=BudgetConfig(unbiased=True))
     with pytest.raises(ValueError, match=r"budget.unbiased with scale='group'"):

@@ -319,7 +319,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             max_new_tokens=13,
             warm_start=WarmStartConfig(**EARLY),
         ),
-        "evaluation": EvaluationConfig(evaluations=6, prompts=512, samples=2, final_samples=4, probe_prompts=16, probe_samples=64),
+        "evaluation": EvaluationConfig(evaluations=4, prompts=512, samples=2, final_samples=4, probe_prompts=8, probe_samples=32),
         "optimizer": OptimizerConfig(learning_rate=1e-4),  # at 3e-4 GRPO with 16 rollouts a prompt loses ground
         "rollouts_per_step": 256,
         "total_rollouts": 8_192,
