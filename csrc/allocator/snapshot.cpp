@@ -62,8 +62,14 @@ void put_options(ByteWriter& out, const AllocatorOptions& options) {
   out.put(static_cast<std::uint8_t>(options.calibration.has_value()));
   // The numbers of no calibration, which nobody reads, are part of the format.
   const Calibration calibration = options.calibration.value_or(Calibration{.kappa = 1.0, .eps = 0.5});
-  for (const double number : {calibration.alpha, calibration.beta, calibration.kappa, calibration.eps,
-                              calibration.delta0, calibration.delta1}) {
+  for (const double number : {
+           calibration.alpha,
+           calibration.beta,
+           calibration.kappa,
+           calibration.eps,
+           calibration.delta0,
+           calibration.delta1,
+       }) {
     out.put(number);
   }
   out.put(options.max_attempts);
@@ -84,8 +90,14 @@ AllocatorOptions get_options(ByteReader& in) {
   options.highest_reward = in.get<double>();
   const bool calibrated = in.get<std::uint8_t>() != 0;
   Calibration calibration;
-  for (double* number : {&calibration.alpha, &calibration.beta, &calibration.kappa, &calibration.eps,
-                         &calibration.delta0, &calibration.delta1}) {
+  for (double* number : {
+           &calibration.alpha,
+           &calibration.beta,
+           &calibration.kappa,
+           &calibration.eps,
+           &calibration.delta0,
+           &calibration.delta1,
+       }) {
     *number = in.get<double>();
   }
   options.calibration = calibrated ? std::optional(calibration) : std::nullopt;
