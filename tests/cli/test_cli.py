@@ -44,12 +44,16 @@ def test_help_teaches(environment, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("train", "--preset", "huge"), "preset='huge' is unknown; choose one of tiny, arithmetic, symbols, hard, smoke"),
+        (("train", "--preset", "huge"), "preset='huge' is unknown; choose one of tiny, arithmetic, symbols, hard, demo, smoke"),
         (("train", "--method", "ppo"), "method='ppo' is unknown; choose one of v05, grpo"),
         (("compare", "--methods", "grpo,nothing"), "method='nothing' is unknown; choose one of v05, grpo"),
         (("compare", "--suite", "nothing"), "--suite nothing is unknown; choose one of headline, smoke"),
-        (("compare", "--suite", "smoke", "--preset", "symbols"), "--preset, --methods and --learning-rate cannot be set beside it"),
-        (("train", "--method", "v05@4+magic"), "'history', 'v0', 'constant', 'oracle' or 'noise'"),
+        (("compare", "--suite", "smoke", "--preset", "symbols"), "--preset and --learning-rate cannot be set beside it"),
+        (
+            ("compare", "--suite", "smoke", "--methods", "optimal@1"),
+            "--methods optimal@1 is not of this suite; choose from grpo@4, v05@4",
+        ),
+        (("train", "--method", "v05@4+magic"), "'history', 'mean', 'spo', 'v0', 'constant', 'oracle' or 'noise'"),
         (("train", "--method", "grpo+oracle"), "prior='oracle': method='grpo' has none"),
         (("train", "--method", "v05@4+cost=0.1"), "budget.cost=0.1 with budget.rule='uniform', which has no cost"),
         (("train", "--config", "absent.json"), "absent.json"),
