@@ -1,6 +1,8 @@
 """The headline experiment as README and docs/headline.md show it: `python bench/headline.py` after examples/headline.sh.
 
-Reads bench/results/headline.csv, puts the tables between their marks and draws the figures in docs/.
+Reads bench/results/headline.csv, puts the tables between their marks and draws the figures in docs/. The table of methods at one
+rollout a prompt is made of bench/results/headline_second.csv, rows of the same suite from other warm starts, which do not compare
+with the first ones.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from v05.train.suite_summary import TARGET, best_size, counted, difference, over
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "headline.csv"
+SECOND = ROOT / "bench" / "results" / "headline_second.csv"
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "headline.md"
 MIXES = SUITES["headline"].mixes
 PAIRS = (
@@ -112,6 +115,16 @@ def pairs_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def tuning_table(rows: Sequence[Row]) -> str:
+    """Where each tuning run ended, by method and learning rate; a column for each mix."""
+    ends = {(row.mix, row.label, row.learning_rate): row.accuracy_after for row in rows if row.stage == "tune"}
+    lines = _head(["method", "rate", *MIXES])
+    for label, rate in dict.fromkeys((label, rate) for _, label, rate in ends):
+        cells = [f"{ends[mix, label, rate]:.3f}" if (mix, label, rate) in ends else "" for mix in MIXES]
+        lines.append("| " + " | ".join([label, f"{rate:g}", *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _head(columns: Sequence[str], *under: Sequence[str]) -> list[str]:
     first, *others = ("| " + " | ".join(line) + " |" for line in (columns, *under))
     return [first, "|" + "---|" * len(columns), *others]
@@ -142,7 +155,9 @@ def replaced(page: str, name: str, content: str) -> str:
 def pages() -> dict[Path, str]:
     """README and docs/headline.md with the tables of the results."""
     rows = in_order(SUITES["headline"], read_csv(RESULTS))
+    second = in_order(SUITES["headline"], read_csv(SECOND))
     page = replaced(PAGE.read_text(), "headline pairs", pairs_table(rows))
+    page = replaced(page, "headline tuning", tuning_table(second))
     return {
         README: replaced(README.read_text(), "headline", short_table(rows)),
         PAGE: replaced(page, "headline tables", long_tables(rows)),

@@ -44,7 +44,7 @@ def test_tensorboard_shows_every_figure_once(tmp_path):
         assert [value for _, value in points] == pytest.approx([value for _, value in recorded])
         compared += len(points)
     assert compared >= 5 + 5 + 3 + 3
-    assert {name.partition("/")[0] for name in shown.Tags()["scalars"]} == {"step", "evaluation", "probe"}
+    assert {name.partition("/")[0] for name in shown.Tags()["scalars"]} == {"step", "evaluation", "probe", "final"}
     assert not any(name.endswith("/rollouts") for name in shown.Tags()["scalars"])
 
 

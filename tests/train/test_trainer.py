@@ -452,7 +452,7 @@ def test_specs_and_presets():
         run_config("tiny", "v05", budget=BudgetConfig(rule="calibrated"))
     with pytest.raises(ValueError, match=r"budget.mean=5.0 with budget.rule='uniform'"):
         run_config("tiny", "v05", budget=BudgetConfig(mean=5.0))
-    with pytest.raises(ValueError, match="preset='huge' is unknown; choose one of tiny, arithmetic, symbols, hard, smoke"):
+    with pytest.raises(ValueError, match="preset='huge' is unknown; choose one of tiny, arithmetic, symbols, hard, demo, smoke"):
         run_config("huge", "v05")
 
 
