@@ -7,6 +7,7 @@ in the fusion files: `csrc/include/v05/fusion.hpp`, `kernels/advantage/fusion.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -74,6 +75,13 @@ class Calibration:
         ):
             if not within:
                 raise ValueError(f"{name}={value} of a Calibration is not {bounds}; fit it on groups with a prior")
+
+    @property
+    def fresh_prompt_gain(self) -> float:
+        """What rule "variance" weighs another rollout against (`v05/reference.py`, `fresh_prompt_gain`): Beta(1/2, 1/2) makes its V
+        that of the success rate 1/2, halved."""
+        ratio = math.exp(min(max(self.delta0 - self.delta1 * math.log(2), -8.0), 8.0))
+        return ratio / (1.0 + ratio)
 
 
 BudgetRule = Literal["osla", "calibrated", "variance"]

@@ -182,9 +182,4 @@ void register_allocator(py::module_& m) {
                               v05::variance_gain(count, fusion, known));
       },
       py::arg("count"), py::arg("successes"), py::arg("prior"), py::arg("calibration"));
-
-  m.def(
-      "fresh_prompt_gain",
-      [](const CalibrationNumbers& calibration) { return v05::fresh_prompt_gain(to_calibration(calibration)); },
-      py::arg("calibration"));
 }

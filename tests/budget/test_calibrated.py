@@ -143,3 +143,9 @@ def test_by_itself_the_rule_asks_for_no_third_rollout(prior: float, delta1: floa
 def test_bad_calibration(numbers: tuple[float, float, float, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Calibration(*numbers)
+
+
+@pytest.mark.parametrize("shift", [(0.0, 0.0), (-0.4, 1.5), (1.0, -2.0), (8.0, -8.0), (-8.0, 8.0)])
+def test_what_a_fresh_prompt_brings_has_a_closed_form(shift):
+    calibration = Calibration(0.3, 0.8, 6.0, 0.15, *shift)
+    assert calibration.fresh_prompt_gain == pytest.approx(reference.fresh_prompt_gain(calibration), rel=1e-12)

@@ -42,7 +42,9 @@ def baseline_kernel(p_count, p_mean, p_prior, p_out, N, half_range: tl.float64, 
     i = tl.arange(0, BLOCK)
     count, mean = tl.load(p_count + i, i < N, other=1), tl.load(p_mean + i, i < N, other=0.0)
     prior = tl.load(p_prior + i, i < N, other=0.0)
-    tl.store(p_out + i, fusion.baseline_of(RULE, False, count, mean, mean, prior, mean, mean, mean, None, half_range), i < N)
+    tl.store(
+        p_out + i, fusion.baseline_of(RULE, False, count, mean, mean, prior, half_range, mean, mean, mean, None, half_range), i < N
+    )
 
 
 @triton.jit
@@ -101,7 +103,9 @@ def test_shrinkage_and_osla():
     assert take_more.tolist() == wants_more
 
 
-@pytest.mark.parametrize("rule", [Baseline.GROUP_MEAN, Baseline.PRIOR, Baseline.SHRINKAGE], ids=lambda rule: rule.name.lower())
+@pytest.mark.parametrize(
+    "rule", [Baseline.GROUP_MEAN, Baseline.PRIOR, Baseline.SHRINKAGE, Baseline.CONJUGATE], ids=lambda rule: rule.name.lower()
+)
 def test_baseline_of(rule):
     got = torch.empty(len(CASES), dtype=torch.float64)
     counts, means, priors = columns()
@@ -111,6 +115,9 @@ def test_baseline_of(rule):
         Baseline.GROUP_MEAN: torch.where(counts == 0, priors, means),
         Baseline.PRIOR: torch.where(priors.isnan(), means, priors),
         Baseline.SHRINKAGE: torch.tensor(fused, dtype=torch.float64),
+        Baseline.CONJUGATE: torch.tensor(
+            [reference.conjugate(*map(float, case), HALF_RANGE) for case in zip(counts, means, priors, strict=True)]
+        ),
     }
     torch.testing.assert_close(got, wanted[rule], rtol=1e-12, atol=1e-12, equal_nan=True)
 

@@ -46,7 +46,7 @@ REFUSED = {
     "eps a flag": (lambda: call(eps=True), "eps=True; give 0 or more"),
     "eps negative": (lambda: call(eps=-1e-9), "eps=-1e-09; give 0 or more"),
     "eps beyond floats": (lambda: call(eps=HUGE), "eps=a int of very many digits; give 0 or more"),
-    "cost": (lambda: call(cost=[1]), r"cost=\[1\]; give 0 or more, or None for 1 / max_rollouts\^2"),
+    "cost": (lambda: call(cost=[1]), r"cost=\[1\]; give 0 or more, or None for the budget rule's own"),
     "max_rollouts": (lambda: call(max_rollouts=2**70), "max_rollouts=1180591620717411303424; give an integer from 1 to 92233"),
     "max_rollouts a flag": (lambda: call(max_rollouts=True), "max_rollouts=True; give an integer"),
     "max_rollouts a float": (lambda: call(max_rollouts=8.0), "max_rollouts=8.0; give an integer"),
@@ -126,7 +126,7 @@ REFUSED = {
     "Calibration of a flag": (lambda: Calibration(kappa=True), "kappa=True; give a number"),
     "rule": (
         lambda: RolloutAllocator(rule=["osla"]),
-        r"rule=\['osla'\] is unknown; choose one of osla, uniform, calibrated, total",
+        r"rule=\['osla'\] is unknown; choose one of osla, uniform, calibrated, variance, total",
     ),
     "initial": (lambda: RolloutAllocator(initial=2.0), "initial=2.0; give an integer"),
     "maximum": (lambda: RolloutAllocator(maximum=2**70), "maximum=1180591620717411303424; give an integer"),

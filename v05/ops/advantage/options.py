@@ -71,11 +71,11 @@ def read_options(
     most = integer("max_rollouts", max_rollouts, 1)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} cannot hold advantages; choose a floating dtype, such as torch.float32")
-    trusted = astuple(known_calibration(calibration) or DEFAULT_CALIBRATION)
+    trusted = known_calibration(calibration) or DEFAULT_CALIBRATION
     if cost is not None:
         cost = nonnegative("cost", cost, ", or None for the budget rule's own")
     else:
-        cost = _core.fresh_prompt_gain(trusted) if rule.budget_rule == "variance" else 1.0 / most**2
+        cost = trusted.fresh_prompt_gain if rule.budget_rule == "variance" else 1.0 / most**2
     options = Options(
         baseline=int(rule.baseline),
         scale=SCALES.index(cast("Scale", choice("scale", rule.scale if scale is None else scale, SCALES))),
@@ -87,7 +87,7 @@ def read_options(
         eps=nonnegative("eps", eps),
         max_rollouts=most,
         cost=cost,
-        calibration=trusted,
+        calibration=astuple(trusted),
     )
     return rule, options, flag("stats", stats)
 
