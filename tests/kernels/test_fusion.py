@@ -116,7 +116,8 @@ def test_baseline_of(rule):
         Baseline.PRIOR: torch.where(priors.isnan(), means, priors),
         Baseline.SHRINKAGE: torch.tensor(fused, dtype=torch.float64),
         Baseline.CONJUGATE: torch.tensor(
-            [reference.conjugate(*map(float, case), HALF_RANGE) for case in zip(counts, means, priors, strict=True)]
+            [reference.conjugate(*map(float, case), HALF_RANGE) for case in zip(counts, means, priors, strict=True)],
+            dtype=torch.float64,
         ),
     }
     torch.testing.assert_close(got, wanted[rule], rtol=1e-12, atol=1e-12, equal_nan=True)
