@@ -265,6 +265,13 @@ def _words(low: int, high: int) -> Source:
 # Stops the warm start while the policy still learns fast, and all of a sudden.
 EARLY: dict[str, Any] = {"target_accuracy": 0.35, "decay_steps": 20, "validate_every": 20}
 
+SYMBOLS: dict[str, Any] = {
+    "task": ReasoningGymConfig(surface="terse", mix=(*(_programs(n) for n in (8, 10, 12)), _words(4, 10))),
+    "policy": PolicyConfig(
+        hidden_size=160, layers=3, intermediate_size=480, max_new_tokens=13, warm_start=WarmStartConfig(**EARLY)
+    ),
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     # 0.6 million parameters; minutes on one core.
     "tiny": {
@@ -283,14 +290,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # 1 million parameters, programs of the A::B system to run and words to spell backward.
     "symbols": {
-        "task": ReasoningGymConfig(surface="terse", mix=(*(_programs(n) for n in (8, 10, 12)), _words(4, 10))),
-        "policy": PolicyConfig(
-            hidden_size=160,
-            layers=3,
-            intermediate_size=480,
-            max_new_tokens=13,
-            warm_start=WarmStartConfig(**EARLY),
-        ),
+        **SYMBOLS,
         "rollouts_per_step": 256,
         "total_rollouts": 50_000,
     },
@@ -311,14 +311,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # `symbols`, as far as a comparison of methods needs it to tell them apart within minutes.
     "demo": {
-        "task": ReasoningGymConfig(surface="terse", mix=(*(_programs(n) for n in (8, 10, 12)), _words(4, 10))),
-        "policy": PolicyConfig(
-            hidden_size=160,
-            layers=3,
-            intermediate_size=480,
-            max_new_tokens=13,
-            warm_start=WarmStartConfig(**EARLY),
-        ),
+        **SYMBOLS,
         "evaluation": EvaluationConfig(evaluations=4, prompts=512, samples=2, final_samples=4, probe_prompts=8, probe_samples=32),
         "optimizer": OptimizerConfig(learning_rate=1e-4),  # at 3e-4 GRPO with 16 rollouts a prompt loses ground
         "rollouts_per_step": 256,
