@@ -287,7 +287,7 @@ def _outer_products(parameter: torch.Tensor, kept: list[Layer]) -> tuple[torch.T
         if layer.weight is not parameter:
             continue
         if getattr(layer, "bias", None) is not None:
-            raise NotImplementedError(f"{layer} has a bias, whose gradient is not counted")
+            raise ValueError(f"{layer} has a bias, whose gradient is not counted here; give a policy without biases")
         gradient = left.grad
         assert gradient is not None
         if isinstance(layer, torch.nn.Embedding):

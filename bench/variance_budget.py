@@ -61,7 +61,11 @@ def populations(rng: np.random.Generator) -> dict[str, tuple[Array, Array]]:
         "hard, Beta(0.15, 0.85)": lambda n: rng.beta(0.15, 0.85, n),
         "four in five hopeless": lambda n: np.where(rng.random(n) < 0.8, 0.001, rng.random(n)),
     }
-    return {name: tuple(np.clip(draw(n), 1e-3, 1 - 1e-3) for n in (PROMPTS, FIT)) for name, draw in draws.items()}  # type: ignore[misc]
+
+    def within(rates: Array) -> Array:
+        return np.clip(rates, 1e-3, 1 - 1e-3)
+
+    return {name: (within(draw(PROMPTS)), within(draw(FIT))) for name, draw in draws.items()}
 
 
 def tables(priors: Array, calibration: Calibration) -> dict[str, Array]:

@@ -249,11 +249,7 @@ class Trainer:
         prompts = [prompt for _, prompt in drawn]
         mine = self.world.block(count)
         priors = self.predict(prompts)
-        if self.config.budget.rule in (
-            "calibrated",
-            "variance",
-            "total",
-        ):  # no group is open: what was fitted since may take its place
+        if self.config.budget.rule not in ("uniform", "osla"):  # no group is open: what was fitted since may take its place
             self.allocator = self.new_allocator(len(prompts[mine]))
         part = collect(
             self.allocator,
