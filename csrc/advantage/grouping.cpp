@@ -4,6 +4,7 @@
 #include <bit>
 #include <limits>
 #include <string>
+#include <vector>
 
 #include "v05/group_ids.hpp"
 #include "v05/multiversion.hpp"
@@ -80,6 +81,26 @@ void check_ids(std::span<const std::int64_t> ids, std::int64_t num_groups) {
   }
   outside.raise("group_ids: outside [0, num_groups=" + std::to_string(num_groups) + ") in rows",
                 "With num_groups an id is its group's position; leave num_groups out for ids of any value.");
+}
+
+void order_rows(std::span<const std::int64_t> ids, std::span<std::int64_t> offsets, std::span<std::int64_t> order) {
+  if (ids.empty()) {
+    return;
+  }
+  const std::size_t last = offsets.size() - 2;
+  std::vector<std::int32_t> groups(ids.size());
+  for (std::size_t row = 0; row < ids.size(); ++row) {
+    const std::size_t group = within(static_cast<std::uint64_t>(ids[row]), last);
+    groups[row] = static_cast<std::int32_t>(group);
+    ++offsets[group + 1];
+  }
+  for (std::size_t group = 1; group < offsets.size(); ++group) {
+    offsets[group] += offsets[group - 1];
+  }
+  std::vector<std::int64_t> next(offsets.begin(), offsets.end() - 1);
+  for (std::size_t row = 0; row < ids.size(); ++row) {
+    order[static_cast<std::size_t>(next[static_cast<std::size_t>(groups[row])]++)] = static_cast<std::int64_t>(row);
+  }
 }
 
 std::int64_t number_ids(std::span<const std::int64_t> ids, std::span<std::int64_t> numbers) {

@@ -28,7 +28,6 @@ void write_statistics(const Table& table, std::size_t g, const Group<kReadsEnerg
     table.at(Statistic::kMse, g) = fusion.mse;
     table.at(Statistic::kWeight, g) = fusion.weight;
     table.at(Statistic::kStatistic, g) = fusion.statistic;
-    table.at(Statistic::kPValue, g) = fusion.p_value();
     table.at(Statistic::kTakeMore, g) =
         osla_take_more(m.count, fusion.squared_bias, options.max_rollouts, options.cost) ? 1.0 : 0.0;
   }

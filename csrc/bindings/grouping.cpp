@@ -32,8 +32,21 @@ std::pair<Ids, std::int64_t> number_ids(const Ids& ids) {
   return {std::move(numbers), found};
 }
 
-void check_ids(const Ids& ids, std::int64_t num_groups) {
-  v05::check_ids({ids.data(), static_cast<std::size_t>(ids.size())}, num_groups);
+// The offsets of the groups (num_groups + 1), and from `start` on the rows in the order of their groups.
+Ids order_rows(const Ids& ids, std::int64_t num_groups, std::int64_t start) {
+  const std::span<const std::int64_t> id_view(ids.data(), static_cast<std::size_t>(ids.size()));
+  v05::check_ids(id_view, num_groups);
+  if (num_groups < 0 || start <= num_groups) {
+    throw std::invalid_argument("start=" + std::to_string(start) + " leaves no room for " + std::to_string(num_groups) +
+                                " groups and their end");
+  }
+  Ids parts(start + ids.size());
+  const std::span<std::int64_t> all(parts.mutable_data(), static_cast<std::size_t>(parts.size()));
+  const auto begin = static_cast<std::size_t>(start);
+  std::fill_n(all.begin(), begin, std::int64_t{0});
+  const py::gil_scoped_release release;
+  v05::order_rows(id_view, all.first(static_cast<std::size_t>(num_groups) + 1), all.subspan(begin));
+  return parts;
 }
 
 using Keys = std::span<PyObject* const>;
@@ -129,7 +142,7 @@ std::pair<Ids, std::int64_t> factorize(const py::object& keys) {
 }  // namespace
 
 void register_grouping(py::module_& m) {
-  m.def("check_ids", &check_ids, py::arg("ids").noconvert(), py::arg("num_groups"));
+  m.def("order_rows", &order_rows, py::arg("ids").noconvert(), py::arg("num_groups"), py::arg("start"));
   m.def("number_ids", &number_ids, py::arg("ids").noconvert());
   m.def("are_strings", &are_strings, py::arg("name"), py::arg("keys"));
   m.def("factorize", &factorize, py::arg("keys"));

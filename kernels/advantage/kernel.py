@@ -31,7 +31,6 @@ from v05.kernels.advantage.fusion import (
     least_variance,
     mean_without,
     osla_take_more,
-    p_value,
     shrinkage,
     successes_of,
     variance_take_more,
@@ -54,9 +53,8 @@ BASELINE_COLUMN = tl.constexpr(5)
 MSE = tl.constexpr(6)
 WEIGHT = tl.constexpr(7)
 STATISTIC = tl.constexpr(8)
-P_VALUE = tl.constexpr(9)
-HALLUCINATION = tl.constexpr(10)
-TAKE_MORE = tl.constexpr(11)
+HALLUCINATION = tl.constexpr(9)
+TAKE_MORE = tl.constexpr(10)
 
 
 @triton.jit
@@ -76,6 +74,7 @@ def advantage_of(
     p_batch,
     p_groups,
     successes,
+    all_ends,
     believed_a,
     believed_b,
     log_odds,
@@ -95,7 +94,7 @@ def advantage_of(
             count = tl.maximum(count - 1, 0)
             b_scaled = (b_reward - low) / (high - low)
             successes = tl.minimum(tl.maximum(successes - b_scaled, 0.0), count.to(tl.float64))
-        b_rate, b_complement, _, _ = calibrated(count, successes, believed_a, believed_b, log_odds)
+        b_rate, b_complement, _, _ = calibrated(count, successes, all_ends, believed_a, believed_b, log_odds)
         if BASELINE == LEAST_VARIANCE:
             b_rate = least_variance(b_rate, b_complement, delta0, delta1)
         b_baseline = low + (high - low) * b_rate
@@ -173,33 +172,101 @@ def output_of(b_advantage, p_out):
 
 
 @triton.jit
-def store_tokens(p_out, p_mask, t, inside, value):
-    """value to the tokens t whose mask is 1, 0 to the others."""
-    if p_mask is not None:
-        b_mask = tl.load(p_mask + t, mask=inside, other=0) == 1
-        tl.store(p_out + t, tl.where(b_mask, value, 0.0), mask=inside)
+def load_block(p_mask, row, start, T, block, inside, BLOCK_T: tl.constexpr):
+    """1 for the tokens block .. block + BLOCK_T - 1 of the response of a row, whose tokens start at `start`."""
+    if p_mask.dtype.element_ty == tl.uint32:  # a bit a token
+        place = (block - start).to(tl.int32)
+        word = (place >> 5) + tl.arange(0, BLOCK_T // 32)
+        shift = (place & 31).to(tl.uint32)
+        words = words_of(T)
+        p_words = p_mask + row * words + word
+        b_word = tl.load(p_words, mask=word < words, other=0) >> shift
+        b_word |= (tl.load(p_words + 1, mask=word + 1 < words, other=0) << 1) << (31 - shift)
+        b_bits = (b_word[:, None] >> tl.arange(0, 32).to(tl.uint32)[None, :]) & 1
+        return tl.reshape(b_bits, (BLOCK_T,)).to(tl.int8)
     else:
-        tl.store(p_out + t, value, mask=inside)
+        return tl.load(p_mask + (block + tl.arange(0, BLOCK_T)), mask=inside, other=0)
 
 
 @triton.jit
-def fill_tokens(p_out, p_mask, start, stop, value, chunk, num_chunks, BLOCK_T: tl.constexpr):
-    """This chunk's share of the tokens start .. stop - 1.
+def words_of(T):
+    """How many words of 32 bits hold a row of T tokens."""
+    return (T + 31) // 32
+
+
+@triton.jit
+def tokens_of(p_order, p_mask, p_cu_seqlens, position, inside, T, chunk, BLOCK_T: tl.constexpr):
+    """(row, start, stop, mask) of the rollout at a position: where its tokens lie, and the mask of the chunk's first block of them.
+    Loaded before they are needed, so that memory works while the statistics are computed, and on the next rollout while one is
+    stored.
+    """
+    row = position
+    if p_order is not None:
+        row = tl.load(p_order + position, mask=inside, other=0)
+    if p_cu_seqlens is not None:
+        start = tl.load(p_cu_seqlens + row, mask=inside, other=0)
+        stop = tl.load(p_cu_seqlens + row + 1, mask=inside, other=0)
+    else:
+        start = row * T
+        stop = start + T
+    b_mask = chunk
+    if p_mask is not None and p_mask.dtype.element_ty != tl.uint32:
+        block, b_inside = first_block(start, stop, chunk, BLOCK_T)
+        b_mask = load_block(p_mask, row, start, T, block, b_inside & inside, BLOCK_T)
+    return row, start, stop, b_mask
+
+
+@triton.jit
+def first_block(start, stop, chunk, BLOCK_T: tl.constexpr):
+    """(block, inside): where the chunk's first block of the body of tokens start .. stop - 1 begins, and which are of the body.
 
     The bounds of the body are multiples of 16, which the compiler can see: it makes 128-bit accesses of them wherever
-    the row starts. The fewer than 16 tokens on either side are chunk 0's; an aligned row has none.
+    the row starts.
     """
-    body_start = (start + 15) // 16 * 16
-    body_stop = stop // 16 * 16
-    for block in range(body_start + chunk * BLOCK_T, body_stop, num_chunks * BLOCK_T):
-        t = block + tl.arange(0, BLOCK_T)
-        store_tokens(p_out, p_mask, t, t < body_stop, value)
+    block = (start + 15) // 16 * 16 + chunk * BLOCK_T
+    return block, block + tl.arange(0, BLOCK_T) < stop // 16 * 16
+
+
+@triton.jit
+def store_block(p_out, p_mask, b_mask, block, inside, value, BLOCK_T: tl.constexpr):
+    """value to the tokens block .. block + BLOCK_T - 1 whose mask is 1, 0 to the others."""
+    if p_mask is not None:
+        value = tl.where(b_mask == 1, value, 0.0)
+    tl.store(p_out + (block + tl.arange(0, BLOCK_T)), value, mask=inside)
+
+
+@triton.jit
+def fill_tokens(p_out, p_mask, row, start, stop, b_mask, T, value, chunk, num_chunks, BLOCK_T: tl.constexpr):
+    """This chunk's share of the tokens start .. stop - 1 of a row; b_mask is the mask of its first block. The fewer than 16 tokens
+    on either side of the body are chunk 0's; an aligned row has none.
+    """
+    first, b_inside = first_block(start, stop, chunk, BLOCK_T)
+    b_first = b_mask
+    if p_mask is not None and p_mask.dtype.element_ty == tl.uint32:
+        b_first = load_block(p_mask, row, start, T, first, b_inside, BLOCK_T)
+    store_block(p_out, p_mask, b_first, first, b_inside, value, BLOCK_T)
+    body_start, body_stop = (start + 15) // 16 * 16, stop // 16 * 16
+    for block in range(body_start + (chunk + num_chunks) * BLOCK_T, body_stop, num_chunks * BLOCK_T):
+        b_inside = block + tl.arange(0, BLOCK_T) < body_stop
+        b_other = chunk
+        if p_mask is not None:
+            b_other = load_block(p_mask, row, start, T, block, b_inside, BLOCK_T)
+        store_block(p_out, p_mask, b_other, block, b_inside, value, BLOCK_T)
     if (chunk == 0) & ((start < body_start) | (body_stop < stop)):
         lane = tl.arange(0, 32)
         tail_start = tl.maximum(body_start, body_stop)
         t = tl.where(lane < 16, start + lane, tail_start + lane - 16)
-        t_stop = tl.where(lane < 16, tl.minimum(body_start, stop), stop)
-        store_tokens(p_out, p_mask, t, t < t_stop, value)
+        edge = t < tl.where(lane < 16, tl.minimum(body_start, stop), stop)
+        b_value = value
+        if p_mask is not None:
+            if p_mask.dtype.element_ty == tl.uint32:
+                place = t - start
+                b_word = tl.load(p_mask + row * words_of(T) + (place >> 5), mask=edge, other=0)
+                b_edge = (b_word >> (place & 31).to(tl.uint32)) & 1
+            else:
+                b_edge = tl.load(p_mask + t, mask=edge, other=0)
+            b_value = tl.where(b_edge == 1, value, 0.0)
+        tl.store(p_out + t, b_value, mask=edge)
 
 
 @triton.jit(do_not_specialize=["G", "max_rollouts"])
@@ -208,7 +275,7 @@ def fused_advantage_kernel(
     p_offsets,  # (G + 1,) int64
     p_order,  # (N,) int64, or None: rows are contiguous
     p_prior,  # (G,) float64, or None
-    p_mask,  # (N, T), or None
+    p_mask,  # (N, T), or (N, words_of(T)) of uint32 with a bit a token; or None
     p_cu_seqlens,  # (N + 1,) int64, or None
     p_valid,  # (N,) bool, or None: all
     p_counted,  # (N,) bool, or None: as valid
@@ -237,20 +304,28 @@ def fused_advantage_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Grid (G, splits over a group's rows, chunks of a row's tokens); any number of splits and chunks is right."""
+    """Grid (G, splits of a group's rows, chunks of a row's tokens); any number of splits and chunks is right."""
     group = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
     chunk = tl.program_id(2)
     first = tl.load(p_offsets + group)
     size = (tl.load(p_offsets + group + 1) - first).to(tl.int32)
-    count, mean, m2, all_equal, nonfinite, clipped = moments(
+    prior = tl.full((), float("nan"), tl.float64)
+    if p_prior is not None:
+        prior = tl.load(p_prior + group)
+    rows_each = tl.cdiv(size, tl.num_programs(1))
+    split = tl.program_id(1)
+    begin = split * rows_each  # of this program's rollouts
+    end = tl.minimum(begin + rows_each, size)
+    PER_ROLLOUT: tl.constexpr = p_mask is None and p_cu_seqlens is None
+    if not PER_ROLLOUT:
+        row, t_start, t_stop, b_mask = tokens_of(p_order, p_mask, p_cu_seqlens, first + begin, begin < end, T, chunk, BLOCK_T)
+
+    count, mean, m2, all_equal, nonfinite, clipped, all_ends = moments(
         p_rewards, p_order, p_valid, p_counted, first, size, low, high, BLOCK_ROWS
     )
     variance = m2 / tl.maximum(count - 1, 1).to(tl.float64)
 
-    prior = tl.full((), float("nan"), tl.float64)
     if p_prior is not None:
-        prior = tl.load(p_prior + group)
         clipped += ((prior < low) | (prior > high)).to(tl.int64)
         prior = tl.where(prior < low, low, tl.where(prior > high, high, prior))
 
@@ -295,7 +370,7 @@ def fused_advantage_kernel(
             tl.store(p_table + VAR * column + group, variance)
             if IS_CALIBRATED:
                 rate, complement, rate_variance, hallucination = calibrated(
-                    count, successes, believed_a, believed_b, believed_log_odds
+                    count, successes, all_ends, believed_a, believed_b, believed_log_odds
                 )
                 baseline = rate
                 if BASELINE == LEAST_VARIANCE:
@@ -304,9 +379,7 @@ def fused_advantage_kernel(
                 tl.store(p_table + MSE * column + group, rate_variance * (high - low) * (high - low))
                 tl.store(p_table + HALLUCINATION * column + group, hallucination)
                 if BASELINE == LEAST_VARIANCE:
-                    # The count is read back: kept across the calibrated fusion it costs 2 to 4 registers.
-                    tl.debug_barrier()
-                    k = tl.load(p_table + COUNT * column + group)
+                    k = count.to(tl.float64)
                     more = variance_take_more(k, rate, complement, rate_variance, delta0, delta1, max_rollouts, cost)
                 else:
                     more = calibrated_take_more(count, rate, complement, rate_variance, max_rollouts, cost)
@@ -321,18 +394,14 @@ def fused_advantage_kernel(
                 tl.store(p_table + MSE * column + group, mse)
                 tl.store(p_table + WEIGHT * column + group, shrinkage_weight)
                 tl.store(p_table + STATISTIC * column + group, statistic)
-                tl.store(p_table + P_VALUE * column + group, p_value(statistic))
                 more = osla_take_more(count, squared_bias, max_rollouts, cost)
                 tl.store(p_table + TAKE_MORE * column + group, more.to(tl.float64))
 
-    # A block of rollouts at a time where each has one advantage, else one rollout, whose tokens fill the block.
-    PER_ROLLOUT: tl.constexpr = p_mask is None and p_cu_seqlens is None
-    STEP: tl.constexpr = BLOCK_ROWS if PER_ROLLOUT else 1
-    for start in range(split * STEP, size, tl.num_programs(1) * STEP):
-        member = start + tl.arange(0, BLOCK_ROWS) if PER_ROLLOUT else start
-        inside = member < size
-        b_row, b_reward, b_usable, _, _ = load_rewards(p_rewards, p_order, p_valid, first + member, inside, low, high)
-        b_energy = load_energy(p_energy, b_row, inside) if p_energy is not None else b_reward * 0.0
+    for start in range(begin, end, BLOCK_ROWS):
+        b_member = start + tl.arange(0, BLOCK_ROWS)
+        b_inside = b_member < end
+        b_row, b_reward, b_usable, _, _ = load_rewards(p_rewards, p_order, p_valid, first + b_member, b_inside, low, high)
+        b_energy = load_energy(p_energy, b_row, b_inside) if p_energy is not None else b_reward * 0.0
         b_advantage = advantage_of(
             b_reward,
             b_usable,
@@ -349,6 +418,7 @@ def fused_advantage_kernel(
             p_batch,
             p_groups,
             successes,
+            all_ends,
             believed_a,
             believed_b,
             believed_log_odds,
@@ -363,27 +433,39 @@ def fused_advantage_kernel(
         )
         b_advantage = output_of(b_advantage, p_out)
         if PER_ROLLOUT:
-            tl.store(p_out + b_row, b_advantage, mask=inside)
+            tl.store(p_out + b_row, b_advantage, mask=b_inside)
         else:
-            t_start = tl.load(p_cu_seqlens + b_row) if p_cu_seqlens is not None else b_row * T
-            t_stop = tl.load(p_cu_seqlens + b_row + 1) if p_cu_seqlens is not None else t_start + T
-            fill_tokens(p_out, p_mask, t_start, t_stop, b_advantage, chunk, tl.num_programs(2), BLOCK_T)
+            for member in range(start, tl.minimum(start + BLOCK_ROWS, end)):
+                next_row, next_start, next_stop, b_next_mask = tokens_of(
+                    p_order, p_mask, p_cu_seqlens, first + member + 1, member + 1 < end, T, chunk, BLOCK_T
+                )
+                advantage = tl.sum(tl.where(b_member == member, b_advantage, 0.0))
+                fill_tokens(p_out, p_mask, row, t_start, t_stop, b_mask, T, advantage, chunk, tl.num_programs(2), BLOCK_T)
+                row, t_start, t_stop, b_mask = next_row, next_start, next_stop, b_next_mask
 
 
 @triton.jit
 def sum_token_rewards_kernel(
     p_token_rewards,  # (N, T)
     p_mask,  # (N, T)
-    p_rewards,  # (N,) float64
+    p_rewards,  # (N,) float64, written
+    p_bits,  # (N, words_of(T)) uint32, written
     T,
     BLOCK_T: tl.constexpr,
 ):
-    """rewards[i] = sum of token_rewards[i, t] over the tokens where mask[i, t] is 1. Grid (N,)."""
+    """rewards[i] = sum of token_rewards[i, t] over the tokens where mask[i, t] is 1. Grid (N,). The mask is kept as a bit a token,
+    so that its 1 to 8 bytes need not be read again.
+    """
     row = tl.program_id(0).to(tl.int64)
+    words = words_of(T)
+    bit = tl.arange(0, 32).to(tl.uint32)
     b_sum = tl.zeros((BLOCK_T,), tl.float64)
     for block in range(0, T, BLOCK_T):
         t = block + tl.arange(0, BLOCK_T)
         b_mask = tl.load(p_mask + row * T + t, mask=t < T, other=0) == 1
         b_token_reward = tl.load(p_token_rewards + row * T + t, mask=t < T, other=0.0)
         b_sum += tl.where(b_mask, b_token_reward, 0.0).to(tl.float64)
+        b_words = tl.sum(tl.reshape(b_mask, (BLOCK_T // 32, 32)).to(tl.uint32) << bit[None, :], axis=1)
+        word = block // 32 + tl.arange(0, BLOCK_T // 32)
+        tl.store(p_bits + row * words + word, b_words, mask=word < words)
     tl.store(p_rewards + row, tl.sum(b_sum))

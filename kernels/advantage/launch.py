@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import triton
 
 from v05.kernels.advantage.fusion import NEEDS_BATCH, NEEDS_GROUPS
 from v05.kernels.advantage.kernel import (
@@ -19,6 +18,7 @@ from v05.kernels.advantage.kernel import (
     sum_token_rewards_kernel,
 )
 from v05.kernels.advantage.moments import group_moments_kernel
+from v05.kernels.launcher import Launcher, on
 from v05.kernels.variant import GROUPS, ROLLOUTS, TOKENS, Variant
 from v05.methods import BUDGET_RULES, METHODS, Baseline
 
@@ -30,21 +30,54 @@ STATISTIC_COLUMNS = TAKE_MORE.value + 1
 BLOCK_T = 2048  # 4 warps of 32 threads that each load 16 bytes of a uint8 mask
 MAX_BLOCK_ROWS = 512
 CALIBRATED_BLOCK_ROWS = 128  # under leave-one-out, where a thread's registers hold the fusion of one row
-ENOUGH_PROGRAMS = 8192  # a few waves on any GPU: beyond it, programs loop
+ENOUGH_PROGRAMS = 2048  # two or three waves on any GPU: beyond it, programs loop over rollouts
+MOST_ROLLOUTS = 2**31 - 1  # of a group
 
-# NVIDIA's assembler, left alone, spills a few values to fit 40 registers; given a bound above its need it does not.
-# AMD's has no such option.
-COMPILER_OPTIONS = {"cuda": {"num_warps": 4, "maxnreg": 128}, "hip": {"num_warps": 4}}
-_OPTIONS = COMPILER_OPTIONS["hip" if torch.version.hip else "cuda"]
+_advantage = Launcher(fused_advantage_kernel)
+_token_sums = Launcher(sum_token_rewards_kernel)
+_group_moments = Launcher(group_moments_kernel)
+
+
+class KernelOptions(NamedTuple):
+    """What of the options the launch reads, in the kernel's own order."""
+
+    numbers: tuple[float, ...]  # low to delta1
+    constants: tuple[int, ...]  # BASELINE to RAW_SINGLETON
+    low: float
+    high: float
+    eps: float
+    needs_batch: bool
+    needs_groups: bool
+    most_block_rows: int
+
+
+def kernel_options(options: Options) -> KernelOptions:
+    baseline = options.baseline
+    low, high = (options.low, options.high) if baseline in BUDGET_RULES else (-math.inf, math.inf)  # others take any finite reward
+    alpha, beta, kappa, eps, delta0, delta1 = options.calibration
+    log_odds = math.log1p(-eps) - math.log(eps)
+    trusted = (alpha, beta, kappa, log_odds, delta0, delta1)
+    each_its_own = options.leave_one_out and baseline in (Baseline.CALIBRATED, Baseline.LEAST_VARIANCE)
+    return KernelOptions(
+        numbers=(low, high, options.eps, min(options.max_rollouts, MOST_ROLLOUTS), options.cost, *trusted),
+        constants=(baseline, options.scale, options.leave_one_out, options.raw_singleton),
+        low=low,
+        high=high,
+        eps=options.eps,
+        needs_batch=options.scale == BATCH_SCALE.value or baseline in NEEDS_BATCH,
+        needs_groups=baseline in NEEDS_GROUPS,
+        most_block_rows=CALIBRATED_BLOCK_ROWS if each_its_own else MAX_BLOCK_ROWS,
+    )
 
 
 def launch(
     rollouts: Rollouts,
+    valid: torch.Tensor | None,
     counted: torch.Tensor | None,
     offsets: torch.Tensor,
     order: torch.Tensor | None,
     prior: torch.Tensor | None,
-    options: Options,
+    options: KernelOptions,
     out: torch.Tensor,
     table: torch.Tensor | None,
 ) -> None:
@@ -54,6 +87,7 @@ def launch(
     are left out, and for a baseline with a prior rewards and priors outside [low, high] clipped; both are counted.
 
     Args:
+        valid: (N,) bool, in place of that of the rollouts; None: all.
         counted: (N,) bool, the rows that count in the statistics; None: the valid ones.
         offsets, order: (G + 1,) and (N,) int64: group g has the rows order[offsets[g]] .. order[offsets[g + 1] - 1]; without an
             order the rows offsets[g] .. offsets[g + 1] - 1.
@@ -61,92 +95,57 @@ def launch(
     Raises:
         ValueError: CPU tensors without the interpreter.
     """
-    rewards, mask, cu_seqlens, valid, _, energy = rollouts
-    if not rewards.is_cuda and isinstance(fused_advantage_kernel, triton.JITFunction):
-        raise ValueError(
-            "backend='triton': CPU tensors need Triton's interpreter; set TRITON_INTERPRET=1 before triton is first "
-            "imported, or leave backend out to use the C++ core"
-        )
-    N, G = rewards.shape[0], offsets.numel() - 1
+    rewards, mask, cu_seqlens, _, _, energy = rollouts
+    device, N, G = rewards.device, rewards.shape[0], offsets.shape[0] - 1
     if G == 0:  # rows of no group have advantage 0
         out.zero_()
         return
     T = 0 if mask is None else mask.shape[1]
-    alpha, beta, kappa, calibration_eps, delta0, delta1 = options.calibration
-    bounded = options.baseline in BUDGET_RULES  # the others take any finite reward
-    low, high = (options.low, options.high) if bounded else (-math.inf, math.inf)
-    with torch.cuda.device_of(rewards):  # type: ignore[no-untyped-call]
+    with on(device):
         if rewards.ndim == 2:
             assert mask is not None
-            rewards = _sum_token_rewards(rewards, mask)
-        row_length = None if mask is None and cu_seqlens is None else triton.cdiv(out.numel(), max(N, 1))
-        each_its_own = options.leave_one_out and options.baseline in (Baseline.CALIBRATED, Baseline.LEAST_VARIANCE)
-        block_rows, splits, chunks = launch_shape(N, G, row_length, CALIBRATED_BLOCK_ROWS if each_its_own else MAX_BLOCK_ROWS)
+            rewards, mask = _sum_token_rewards(rewards, mask)
+        row_length = T if cu_seqlens is None else -(-out.shape[0] // max(N, 1))
+        per_rollout = mask is None and cu_seqlens is None
+        block_rows, splits, chunks = launch_shape(N, G, None if per_rollout else row_length, options.most_block_rows)
         batch, of_groups = None, None
-        if options.scale == BATCH_SCALE.value or options.baseline in NEEDS_BATCH:
-            batch = _batch_moments(rewards, valid if counted is None else counted, energy, low, high, options.eps)
-        if options.baseline in NEEDS_GROUPS:
-            groups = torch.empty(3, G, dtype=torch.float64, device=rewards.device)
-            group_moments_kernel[(G,)](
-                rewards, offsets, order, valid, counted, groups, low, high, BLOCK_ROWS=block_rows, **_OPTIONS
-            )
+        if options.needs_batch:
+            batch = _batch_moments(rewards, valid if counted is None else counted, energy, options.low, options.high, options.eps)
+        if options.needs_groups:
+            groups = torch.empty(3, G, dtype=torch.float64, device=device)
+            read = (rewards, offsets, order, valid, counted, groups)
+            _group_moments((G, 1, 1), device, read, (options.low, options.high), (block_rows,))
             of_groups = _moments_of_groups(*groups)
-        fused_advantage_kernel[(G, splits, chunks)](
-            rewards,
-            offsets,
-            order,
-            prior,
-            mask,
-            cu_seqlens,
-            valid,
-            counted,
-            energy,
-            batch,
-            of_groups,
-            out,
-            table,
-            G,
-            T,
-            low,
-            high,
-            options.eps,
-            options.max_rollouts,
-            options.cost,
-            alpha,
-            beta,
-            kappa,
-            math.log1p(-calibration_eps) - math.log(calibration_eps),
-            delta0,
-            delta1,
-            BASELINE=options.baseline,
-            SCALE=options.scale,
-            LEAVE_ONE_OUT=options.leave_one_out,
-            RAW_SINGLETON=options.raw_singleton,
-            BLOCK_ROWS=block_rows,
-            BLOCK_T=BLOCK_T,
-            **_OPTIONS,
+        _advantage(
+            (G, splits, chunks),
+            device,
+            (rewards, offsets, order, prior, mask, cu_seqlens, valid, counted, energy, batch, of_groups, out, table),
+            (G, T, *options.numbers),
+            (*options.constants, block_rows, BLOCK_T),
         )
 
 
 def launch_shape(N: int, G: int, row_length: int | None, max_block_rows: int) -> tuple[int, int, int]:
     """(BLOCK_ROWS, splits, chunks) for N rollouts in G groups with rows of `row_length` tokens, None for per-rollout output.
 
-    Chosen for groups and rows of average size; any size is handled.
+    Chosen for groups and rows of average size; any size is handled. In whole numbers throughout, as Triton's own helpers are slow.
     """
-    group_size = triton.cdiv(N, G)
-    block_rows = min(max(triton.next_power_of_2(group_size), 16), max_block_rows)
+    group_size = -(-N // G)
+    block_rows = min(max(1 << (group_size - 1).bit_length(), 16), max_block_rows)
     if row_length is None:
-        return block_rows, max(triton.cdiv(group_size, block_rows), 1), 1
-    chunks = min(max(triton.cdiv(row_length, BLOCK_T), 1), ENOUGH_PROGRAMS)
-    return block_rows, max(min(group_size, triton.cdiv(ENOUGH_PROGRAMS, G * chunks)), 1), chunks
+        return block_rows, max(-(-group_size // block_rows), 1), 1
+    chunks = min(max(-(-row_length // BLOCK_T), 1), ENOUGH_PROGRAMS)
+    return block_rows, max(min(group_size, ENOUGH_PROGRAMS // (G * chunks)), 1), chunks
 
 
-def _sum_token_rewards(token_rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _sum_token_rewards(token_rewards: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rewards of rollouts, and the mask as a bit a token."""
     N, T = token_rewards.shape
     rewards = torch.empty(N, dtype=torch.float64, device=token_rewards.device)
+    bits = torch.empty((N, -(-T // 32)), dtype=torch.uint32, device=token_rewards.device)
     if N > 0:
-        sum_token_rewards_kernel[(N,)](token_rewards, mask, rewards, T, BLOCK_T=BLOCK_T, **_OPTIONS)
-    return rewards
+        _token_sums((N, 1, 1), rewards.device, (token_rewards, mask, rewards, bits), (T,), (BLOCK_T,))
+    return rewards, bits
 
 
 def _batch_moments(
@@ -216,13 +215,14 @@ def variants() -> Iterator[Variant]:
             )
     yield from made.values()
     base = made["padded-shrinkage"]
-    yield base.but("padded-shrinkage-valid-counted", p_valid="u1", p_counted="u1")
+    yield base.but("padded-shrinkage-valid-counted", p_valid="u8", p_counted="u8")
     yield base.but("padded-shrinkage-leave-one-out", {"LEAVE_ONE_OUT": True})
     yield base.but("padded-shrinkage-group-scale", {"SCALE": GROUP_SCALE.value})
     yield base.but("padded-shrinkage-batch-scale", {"SCALE": BATCH_SCALE.value}, p_batch="fp64")
     yield base.but("padded-shrinkage-large-groups", {"BLOCK_ROWS": MAX_BLOCK_ROWS})
     yield base.but("padded-shrinkage-int64-mask", p_mask="i64")
     yield base.but("padded-shrinkage-float32-mask", p_mask="fp32")
+    yield base.but("padded-shrinkage-bits-mask", p_mask="u32", p_rewards="fp64")
     yield base.but("padded-shrinkage-bfloat16", p_out="bf16")
     yield base.but("padded-shrinkage-float64", p_rewards="fp64", p_out="fp64")
     yield made["padded-calibrated"].but("padded-calibrated-leave-one-out", {"LEAVE_ONE_OUT": True})
@@ -235,7 +235,7 @@ def variants() -> Iterator[Variant]:
         yield Variant(
             f"{mask}-mask",
             sum_token_rewards_kernel,
-            {"p_token_rewards": "fp32", "p_mask": element, "p_rewards": "fp64"},
+            {"p_token_rewards": "fp32", "p_mask": element, "p_rewards": "fp64", "p_bits": "u32"},
             {"BLOCK_T": BLOCK_T},
         )
 
@@ -245,7 +245,7 @@ def traffic(variant: Variant) -> tuple[int, int]:
     size = variant.element_bytes()
     tokens = ROLLOUTS * TOKENS
     if variant.kernel is sum_token_rewards_kernel:
-        once = tokens * (size["p_token_rewards"] + size["p_mask"]) + ROLLOUTS * size["p_rewards"]
+        once = tokens * (size["p_token_rewards"] + size["p_mask"]) + tokens // 8 + ROLLOUTS * size["p_rewards"]
         return once, once
     if variant.kernel is group_moments_kernel:
         once = ROLLOUTS * (size["p_rewards"] + size["p_order"]) + GROUPS * (2 * size["p_offsets"] + 3 * size["p_moments"])
@@ -254,7 +254,8 @@ def traffic(variant: Variant) -> tuple[int, int]:
     _, splits, chunks = launch_shape(ROLLOUTS, GROUPS, None if per_rollout else TOKENS, MAX_BLOCK_ROWS)
     row = sum(size.get(name, 0) for name in ("p_rewards", "p_order", "p_valid", "p_energy"))  # what a rollout is read as
     group = 2 * size["p_offsets"] + size.get("p_prior", 0)
-    outputs = (ROLLOUTS if per_rollout else tokens) * size["p_out"] + tokens * size.get("p_mask", 0)
+    mask_bytes = tokens // 8 if variant.pointers.get("p_mask") == "u32" else tokens * size.get("p_mask", 0)
+    outputs = (ROLLOUTS if per_rollout else tokens) * size["p_out"] + mask_bytes
     outputs += GROUPS * STATISTIC_COLUMNS * size["p_table"]
     lengths = ROLLOUTS * chunks * 2 * size.get("p_cu_seqlens", 0)
     statistics = 2 * ROLLOUTS // GROUPS * (row + size.get("p_counted", 0)) + group  # two passes over a group

@@ -20,35 +20,42 @@ def load_rewards(p_rewards, p_order, p_valid, position, inside, low, high):
 
 @triton.jit
 def load_statistics_rewards(p_rewards, p_order, p_valid, p_counted, position, inside, low, high):
-    """(reward, counted, nonfinite, clipped): counted are the usable rollouts that count in the statistics."""
+    """(reward, counted, nonfinite, clipped, between): counted are the usable rollouts that count in the statistics, between those
+    usable ones whose rewards are neither low nor high.
+    """
     b_row, b_reward, b_usable, b_nonfinite, b_clipped = load_rewards(p_rewards, p_order, p_valid, position, inside, low, high)
     b_counted = b_usable
     if p_counted is not None:
         b_counted = b_usable & (tl.load(p_counted + b_row, mask=inside, other=0) != 0)
-    return b_reward, b_counted, b_nonfinite, b_clipped
+    return b_reward, b_counted, b_nonfinite, b_clipped, b_usable & (b_reward != low) & (b_reward != high)
 
 
 @triton.jit
 def moments(p_rewards, p_order, p_valid, p_counted, first, size, low, high, BLOCK_ROWS: tl.constexpr):
-    """(count, mean, m2, all_equal, nonfinite, clipped) of the rollouts at positions first .. first + size - 1.
+    """(count, mean, m2, all_equal, nonfinite, clipped, all_ends) of the rollouts at positions first .. first + size - 1; all_ends:
+    every usable reward is low or high.
 
     Two passes: rewards near 1e4 with a spread of 1e-3 keep their digits. The mean of equal rewards is exactly that
-    reward.
+    reward. The first block of rewards, which is all of most groups, stays in registers for the second pass.
     """
-    b_count = tl.zeros((BLOCK_ROWS,), tl.int32)
-    b_nonfinite = tl.zeros((BLOCK_ROWS,), tl.int32)
-    b_clipped = tl.zeros((BLOCK_ROWS,), tl.int32)
-    b_sum = tl.zeros((BLOCK_ROWS,), tl.float64)
-    b_smallest = tl.full((BLOCK_ROWS,), float("inf"), tl.float64)
-    b_largest = tl.full((BLOCK_ROWS,), float("-inf"), tl.float64)
-    for start in range(0, size, BLOCK_ROWS):
+    b_member = tl.arange(0, BLOCK_ROWS)
+    b_first, b_first_counted, b_nonfinite, b_clipped, b_between = load_statistics_rewards(
+        p_rewards, p_order, p_valid, p_counted, first + b_member, b_member < size, low, high
+    )
+    b_count = b_first_counted.to(tl.int32)
+    b_nonfinite, b_clipped, b_between = b_nonfinite.to(tl.int32), b_clipped.to(tl.int32), b_between.to(tl.int32)
+    b_sum = tl.where(b_first_counted, b_first, 0.0)
+    b_smallest = tl.where(b_first_counted, b_first, float("inf"))
+    b_largest = tl.where(b_first_counted, b_first, float("-inf"))
+    for start in range(BLOCK_ROWS, size, BLOCK_ROWS):
         member = start + tl.arange(0, BLOCK_ROWS)
-        b_reward, b_counted, nonfinite, clipped = load_statistics_rewards(
+        b_reward, b_counted, nonfinite, clipped, between = load_statistics_rewards(
             p_rewards, p_order, p_valid, p_counted, first + member, member < size, low, high
         )
         b_count += b_counted.to(tl.int32)
         b_nonfinite += nonfinite.to(tl.int32)
         b_clipped += clipped.to(tl.int32)
+        b_between += between.to(tl.int32)
         b_sum += tl.where(b_counted, b_reward, 0.0)
         b_smallest = tl.where(b_counted & (b_reward < b_smallest), b_reward, b_smallest)
         b_largest = tl.where(b_counted & (b_reward > b_largest), b_reward, b_largest)
@@ -58,15 +65,17 @@ def moments(p_rewards, p_order, p_valid, p_counted, first, size, low, high, BLOC
     mean = tl.where(all_equal, smallest, tl.sum(b_sum) / tl.maximum(count, 1).to(tl.float64))
     mean = tl.where(count == 0, float("nan"), mean)
 
-    b_m2 = tl.zeros((BLOCK_ROWS,), tl.float64)
-    for start in range(0, size, BLOCK_ROWS):
+    b_deviation = tl.where(b_first_counted, b_first - mean, 0.0)
+    b_m2 = b_deviation * b_deviation
+    for start in range(BLOCK_ROWS, size, BLOCK_ROWS):
         member = start + tl.arange(0, BLOCK_ROWS)
-        b_reward, b_counted, _, _ = load_statistics_rewards(
+        b_reward, b_counted, _, _, _ = load_statistics_rewards(
             p_rewards, p_order, p_valid, p_counted, first + member, member < size, low, high
         )
         b_deviation = tl.where(b_counted, b_reward - mean, 0.0)
         b_m2 += b_deviation * b_deviation
-    return count, mean, tl.sum(b_m2), all_equal, tl.sum(b_nonfinite).to(tl.int64), tl.sum(b_clipped).to(tl.int64)
+    nonfinite, clipped = tl.sum(b_nonfinite).to(tl.int64), tl.sum(b_clipped).to(tl.int64)
+    return count, mean, tl.sum(b_m2), all_equal, nonfinite, clipped, tl.sum(b_between) == 0
 
 
 @triton.jit
@@ -79,7 +88,7 @@ def weighted_sums(p_rewards, p_order, p_valid, p_counted, p_energy, first, size,
     for start in range(0, size, BLOCK_ROWS):
         member = start + tl.arange(0, BLOCK_ROWS)
         inside = member < size
-        b_reward, b_counted, _, _ = load_statistics_rewards(
+        b_reward, b_counted, _, _, _ = load_statistics_rewards(
             p_rewards, p_order, p_valid, p_counted, first + member, inside, low, high
         )
         b_row = tl.load(p_order + first + member, mask=inside, other=0) if p_order is not None else first + member
@@ -112,7 +121,7 @@ def group_moments_kernel(
     groups = tl.num_programs(0).to(tl.int64)
     first = tl.load(p_offsets + group)
     size = (tl.load(p_offsets + group + 1) - first).to(tl.int32)
-    count, mean, m2, _, _, _ = moments(p_rewards, p_order, p_valid, p_counted, first, size, low, high, BLOCK_ROWS)
+    count, mean, m2, _, _, _, _ = moments(p_rewards, p_order, p_valid, p_counted, first, size, low, high, BLOCK_ROWS)
     tl.store(p_moments + group, count.to(tl.float64))
     tl.store(p_moments + groups + group, mean)
     tl.store(p_moments + 2 * groups + group, m2 / tl.maximum(count - 1, 1).to(tl.float64))

@@ -27,7 +27,7 @@ def test_every_variant_for_every_target(reports):
     compiled = {(report["kernel"], report["variant"], report["target"]) for report in reports}
     assert len(compiled) == len(reports)
     kernels = {kernel for kernel, _, _ in compiled}
-    assert kernels == {"fused_advantage_kernel", "group_moments_kernel", "sum_token_rewards_kernel"}
+    assert kernels == {"fused_advantage_kernel", "group_moments_kernel", "group_rows_kernel", "sum_token_rewards_kernel"}
     variants = {(kernel, variant) for kernel, variant, _ in compiled}
     targets = ("sm_80", "sm_90", "sm_100", "gfx942")
     assert compiled == {(*variant, target) for variant in variants for target in targets}
@@ -42,6 +42,7 @@ def test_tokens_move_128_bits_at_a_time(reports):
     for report in reports:
         loads_mask = report["variant"].startswith("padded")
         narrow_mask = report["target"] == "gfx942" and not report["variant"].endswith(("int64-mask", "float32-mask"))
+        narrow_mask |= report["variant"].endswith("bits-mask")  # 32 tokens a load
         if report["kernel"] == "sum_token_rewards_kernel" or (loads_mask and not narrow_mask):
             assert report["ld128"] > 0, report
         if loads_mask or report["variant"].startswith("packed"):
@@ -51,7 +52,8 @@ def test_tokens_move_128_bits_at_a_time(reports):
 def test_traffic_is_near_its_floor(reports):
     for report in reports:
         assert report["floor_bytes"] <= report["bytes"], report
-        by_token = report["kernel"] != "group_moments_kernel" and not report["variant"].startswith("per-rollout")
+        of_rollouts = report["kernel"] in ("group_moments_kernel", "group_rows_kernel")
+        by_token = not (of_rollouts or report["variant"].startswith("per-rollout"))
         if by_token:  # the few bytes of the others are mostly a group's rewards, read twice or thrice
             assert report["bytes"] < 1.1 * report["floor_bytes"], report
 
@@ -59,8 +61,9 @@ def test_traffic_is_near_its_floor(reports):
 def test_registers_leave_warps_resident(reports):
     for report in reports:
         if report["kernel"] == "fused_advantage_kernel":
-            # Calibrated fusion of every row anew computes more than it moves: fewer warps keep a multiprocessor busy.
-            assert report["occupancy"] >= (0.3125 if "calibrated-leave-one-out" in report["variant"] else 0.375), report
+            # The mask of the next rollout is on its way while one is stored, so that few warps keep memory busy.
+            posterior = "calibrated" in report["variant"] or "least-variance" in report["variant"]
+            assert report["occupancy"] >= (0.25 if posterior else 0.3125), report
 
 
 def test_says_that_the_interpreter_compiles_nothing(tmp_path):

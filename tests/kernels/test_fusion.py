@@ -1,4 +1,4 @@
-"""The device functions of `kernels/advantage/fusion.py`, each run by a tiny kernel, against `v05.reference` and `math.erfc`."""
+"""The device functions of `kernels/advantage/fusion.py`, each run by a tiny kernel, against `v05.reference`."""
 
 import math
 from dataclasses import astuple
@@ -58,23 +58,17 @@ def calibrated_kernel(
     beta: tl.float64,
     kappa: tl.float64,
     log_odds: tl.float64,
-    BLOCK: tl.constexpr,
+    ALL_ENDS: tl.constexpr,
 ):
-    i = tl.arange(0, BLOCK)
-    count, mean = tl.load(p_count + i, i < N, other=1), tl.load(p_mean + i, i < N, other=0.0)
-    prior = tl.load(p_prior + i, i < N, other=0.5)
+    i = tl.program_id(0)
+    count, mean, prior = tl.load(p_count + i), tl.load(p_mean + i), tl.load(p_prior + i)
     a, b, odds = fusion.believe(prior, alpha, beta, kappa, log_odds)
     successes = fusion.successes_of(count, mean, -3.0, 5.0)
-    baseline, complement, variance, hallucination = fusion.calibrated(count, successes, a, b, odds)
-    tl.store(p_out + i, baseline, i < N)
-    tl.store(p_out + N + i, complement, i < N)
-    tl.store(p_out + 2 * N + i, variance, i < N)
-    tl.store(p_out + 3 * N + i, hallucination, i < N)
-
-
-@triton.jit
-def p_value_kernel(p_statistic, p_out):
-    tl.store(p_out + tl.program_id(0), fusion.p_value(tl.load(p_statistic + tl.program_id(0))))
+    baseline, complement, variance, hallucination = fusion.calibrated(count, successes, ALL_ENDS, a, b, odds)
+    tl.store(p_out + i, baseline)
+    tl.store(p_out + N + i, complement)
+    tl.store(p_out + 2 * N + i, variance)
+    tl.store(p_out + 3 * N + i, hallucination)
 
 
 def columns() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -128,33 +122,19 @@ def test_baseline_of(rule):
     [Calibration(), Calibration(-1.0, 0.3, 30.0, 0.5), Calibration(2.0, -1.0, 1e-4, 1e-12), Calibration(0.1, 1.5, 1e8, 0.01)],
     ids=str,
 )
-def test_calibrated_fusion(calibration):
+@pytest.mark.parametrize("all_ends", [False, True], ids=["fractions", "whole"])
+def test_calibrated_fusion(calibration, all_ends):
     """Against the core, which tests/budget/test_calibrated.py holds to arithmetic of 400 digits."""
     samples = [(0, 0.0), (1, 0.0), (1, 1.0), (4, 0.0), (4, 2.5), (4, 4.0), (16, 1.0), (17, 17.0), (300, 7.0), (1024, 700.25)]
+    if all_ends:
+        samples = [(count, successes) for count, successes in samples if successes == int(successes)]
     cases = [(count, successes, prior) for count, successes in samples for prior in (0.0, 0.004, 0.3, 0.97, 1.0, math.nan)]
     count, successes, prior = (torch.tensor(column, dtype=torch.float64) for column in zip(*cases, strict=True))
     mean = LOW + (HIGH - LOW) * successes / count
     got = torch.empty(4, len(cases), dtype=torch.float64)
     numbers = (calibration.alpha, calibration.beta, calibration.kappa, math.log1p(-calibration.eps) - math.log(calibration.eps))
-    calibrated_kernel[(1,)](count.long(), mean, prior, got, len(cases), *numbers, BLOCK=64)
+    calibrated_kernel[(len(cases),)](count.long(), mean, prior, got, len(cases), *numbers, ALL_ENDS=all_ends)
     core = np.array([_core.calibrated(*case, astuple(calibration))[:3] for case in cases]).T
     # A log-likelihood near count * log(count * kappa) is right to its last digits, and so is what follows from it.
     np.testing.assert_allclose(got[[0, 2, 3]].numpy(), core, rtol=2e-10, atol=1e-300)
     np.testing.assert_allclose((got[0] + got[1]).numpy(), 1.0, rtol=1e-14)
-
-
-def test_p_value_keeps_its_digits_in_the_tail():
-    x = np.concatenate(([0.0, 1e-300, 1e-8], np.linspace(0.01, 8, 150), [2 * math.pi], np.linspace(9, 26.5, 40)))
-    statistic = torch.from_numpy(2 * x**2)
-    got = torch.empty_like(statistic)
-    p_value_kernel[(len(x),)](statistic, got)
-    wanted = [math.erfc(math.sqrt(t / 2)) for t in statistic.tolist()]
-    np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-12)
-
-
-def test_p_value_of_no_test_and_of_a_certain_one():
-    statistic = torch.tensor([math.nan, 1e6], dtype=torch.float64)
-    got = torch.empty_like(statistic)
-    p_value_kernel[(2,)](statistic, got)
-    assert math.isnan(got[0])
-    assert got[1] == 0

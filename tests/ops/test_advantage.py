@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from helpers.golden_cases import golden_options, golden_parameters
-from v05 import reference
+from v05 import _core, reference
+from v05.kernels.grouping.launch import by_sorting
 from v05.methods import METHODS, Calibration
 from v05.ops import factorize, fused_advantage
-from v05.ops.advantage.backends import first_of_trajectory, group_rows_on_device
+from v05.ops.advantage.backends import first_of_trajectory
 
 FLOAT32 = 1e-6
 
@@ -302,9 +303,12 @@ def test_device_grouping_equals_the_core(data):
     ids = torch.from_numpy(data.draw(hnp.arrays(np.int64, n, elements=st.integers(0, groups - 1))))
     trajectories = torch.from_numpy(data.draw(hnp.arrays(np.int64, n, elements=st.integers(0, 4))))
     valid = torch.from_numpy(data.draw(hnp.arrays(np.bool_, n)))
-    offsets, order = group_rows_on_device(ids, groups)
+    offsets, order, _ = by_sorting(ids, None, groups)
     assert offsets.tolist() == [0, *np.cumsum(np.bincount(ids.numpy(), minlength=groups))]
     assert order.tolist() == sorted(range(n), key=lambda i: ids[i])
+    host = _core.order_rows(ids.numpy(), groups, groups + 3)
+    assert host[: groups + 1].tolist() == offsets.tolist()
+    assert host[groups + 3 :].tolist() == order.tolist()
     first = {}
     for i in range(n):
         if valid[i]:

@@ -112,13 +112,12 @@ enum class Statistic : std::uint8_t {
   kMse,
   kWeight,
   kStatistic,
-  kPValue,
   kHallucination,
   kTakeMore,
 };
-inline constexpr std::array<const char*, 12> kStatistics{
-    "count", "nonfinite", "clipped",   "mean",    "var",           "baseline",
-    "mse",   "weight",    "statistic", "p_value", "hallucination", "take_more",
+inline constexpr std::array<const char*, 11> kStatistics{
+    "count", "nonfinite", "clipped",   "mean",          "var",       "baseline",
+    "mse",   "weight",    "statistic", "hallucination", "take_more",
 };
 
 // Where the statistics of each group go, whole numbers too. A column that the baseline does not define is not written.

@@ -53,9 +53,6 @@ struct Fusion {
   double statistic = std::numeric_limits<double>::quiet_NaN();    // T = k d^2, d in centred units
   double squared_bias = std::numeric_limits<double>::infinity();  // D2, centred units; infinite where there is no prior
   double mse = std::numeric_limits<double>::quiet_NaN();          // reward units squared
-
-  // chi-square with one degree of freedom; a diagnostic
-  [[nodiscard]] double p_value() const { return std::erfc(std::sqrt(statistic / 2.0)); }
 };
 
 // V_0.5's empirical shrinkage (arXiv 2603.10848). half_range = (hi - lo) / 2 carries reward units to centred ones.

@@ -9,6 +9,7 @@ device.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TypeAlias
 
 import torch
@@ -70,29 +71,25 @@ def run_triton(
     table: torch.Tensor | None,
 ) -> None:
     """On CUDA tensors, or any in Triton's interpreter. A kernel cannot raise: non-finite rewards are left out and counted."""
-    from v05.kernels.advantage.launch import launch
-
-    order, offsets, valid = None, groups.offsets, rollouts.valid
+    launch, group_rows = _kernels()
+    order, offsets, valid = groups.order, groups.offsets, rollouts.valid
     if groups.ids is not None:
-        placed = (groups.ids >= 0) & (groups.ids < groups.number)  # rows whose id names no group go to group 0, left out
-        offsets, order = group_rows_on_device(torch.where(placed, groups.ids, 0), groups.number)
-        valid = placed if valid is None else valid & placed
+        offsets, order, valid = group_rows(groups.ids, valid, groups.number)
     assert offsets is not None
-    mask = rollouts.mask
-    if mask is not None and mask.dtype == torch.bool:
-        mask = mask.view(torch.uint8)
     counted = valid
     if rollouts.trajectory_ids is not None:
-        finite = outcomes_of(rollouts.rewards, mask).isfinite()
+        finite = outcomes_of(rollouts.rewards, rollouts.mask).isfinite()
         counted = first_of_trajectory(rollouts.trajectory_ids, offsets, order, finite if valid is None else valid & finite)
-    launch(rollouts._replace(mask=mask, valid=valid), counted, offsets, order, prior, options, out, table)
+    launch(rollouts, valid, counted, offsets, order, prior, options.kernel, out, table)
 
 
-def group_rows_on_device(ids: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(offsets (G+1,), order (N,)) of integer ids in [0, num_groups), by one sort and without a host synchronisation."""
-    ordered, order = torch.sort(ids, stable=True)
-    offsets = torch.searchsorted(ordered, torch.arange(num_groups + 1, device=ids.device, dtype=ids.dtype))
-    return offsets, order
+@cache
+def _kernels() -> tuple[Callable[..., None], Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+    """The two launches, which import Triton: when they are first needed, and once."""
+    from v05.kernels.advantage.launch import launch
+    from v05.kernels.grouping.launch import group_rows
+
+    return launch, group_rows
 
 
 def first_of_trajectory(

@@ -47,12 +47,13 @@ class Rollouts(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Which rollouts belong together: contiguous groups by offsets (number + 1,), or any by ids (N,) in
-    [0, number); int64."""
+    """Which rollouts belong together, int64: contiguous groups by offsets (number + 1,); any by ids (N,) in [0, number); or, on a
+    GPU and of ids that were given on the host, by offsets into an order (N,) of the rows."""
 
     number: int
     offsets: torch.Tensor | None
     ids: torch.Tensor | None
+    order: torch.Tensor | None = None
 
 
 def tensor_of(name: str, value: Array, none_is_nan: bool = False) -> torch.Tensor:
@@ -175,9 +176,16 @@ def read_groups(
                 "num_groups: needed with integer group_ids on CUDA, where finding it would synchronise, and under torch.compile"
             )
         ids, num_groups = factorize(ids)
-    elif ids.is_cpu and device.type != "cpu" and not tracing:
-        _core.check_ids(ids.contiguous().numpy(), num_groups)
+    if ids.is_cpu and device.type != "cpu" and not tracing:
+        return _ordered(ids, num_groups, device)
     return Groups(num_groups, None, placed("group_ids", ids, torch.int64, device))
+
+
+def _ordered(ids: torch.Tensor, num_groups: int, device: torch.device) -> Groups:
+    """Groups of ids on the host for a device: ordered here, and sent in one copy."""
+    start = (num_groups + 2) // 2 * 2  # of the order: an even number of int64, so that both parts are aligned
+    parts = torch.from_numpy(_core.order_rows(ids.contiguous().numpy(), num_groups, start)).to(device)
+    return Groups(num_groups, parts[: num_groups + 1], None, parts[start:])
 
 
 def factorize(group_ids: Array | Sequence[str]) -> tuple[torch.Tensor, int]:
@@ -312,7 +320,7 @@ def _output(
         return torch.empty(shape, dtype=dtype, device=device)
     if not isinstance(out, torch.Tensor) or out.layout is not torch.strided:
         raise ValueError(f"out: {shown(out)}; give a contiguous {shape} tensor, {dtype}, on {device}")
-    if tuple(out.shape) != shape or out.dtype != dtype or out.device != device or not out.is_contiguous():
+    if out.shape != shape or out.dtype != dtype or out.device != device or not out.is_contiguous():
         seen = f"out: shape {tuple(out.shape)}, {out.dtype}, {out.device}{'' if out.is_contiguous() else ', not contiguous'}"
         raise ValueError(f"{seen}; give a contiguous {shape} tensor, {dtype}, on {device}")
     if out.requires_grad or (not tracing and out.is_neg()):
@@ -322,21 +330,14 @@ def _output(
 
 def refuse_shared_memory(out: torch.Tensor, rollouts: Rollouts, groups: Groups, prior: torch.Tensor | None) -> None:
     """What is read must not change while `out` is written. All are contiguous."""
-    read = {**rollouts._asdict(), "group_offsets": groups.offsets, "group_ids": groups.ids, "prior": prior}
-    begin, end = _extent(out)
-    for name, tensor in read.items():
-        if tensor is not None:
-            first, last = _extent(tensor)
-            if max(first, begin) < min(last, end):
-                raise ValueError(f"out: shares memory with {_ARGUMENTS.get(name, name)}; give a buffer of its own")
+    begin = out.data_ptr()
+    end = begin + out.nbytes
+    for name, tensor in zip(_READ, (*rollouts, groups.offsets, groups.ids, prior), strict=True):
+        if tensor is not None and max(first := tensor.data_ptr(), begin) < min(first + tensor.nbytes, end):
+            raise ValueError(f"out: shares memory with {name}; give a buffer of its own")
 
 
-_ARGUMENTS = {"mask": "response_mask"}
-
-
-def _extent(contiguous: torch.Tensor) -> tuple[int, int]:
-    begin = contiguous.data_ptr()
-    return begin, begin + contiguous.nbytes
+_READ = ("rewards", "response_mask", *Rollouts._fields[2:], "group_offsets", "group_ids", "prior")  # in the order of their reading
 
 
 def _mask(response_mask: Array, device: torch.device) -> torch.Tensor:

@@ -28,7 +28,8 @@ _LIBRARY.define(
     "int max_rollouts, float cost, float[] calibration) -> Tensor table",
     tags=_TAGS,
 )
-_ROLLOUTS, _GROUPS = len(Rollouts._fields), len(Groups._fields)
+# Of Groups all but the order, which is made of ids on the host, and no tracer sees.
+_ROLLOUTS, _GROUPS = len(Rollouts._fields), len(Groups._fields) - 1
 
 
 def call_operator(
@@ -40,7 +41,7 @@ def call_operator(
     stats: bool,
 ) -> torch.Tensor:
     """As `compute`, through torch's dispatcher, which a tracer sees."""
-    table: torch.Tensor = torch.ops.v05.fused_advantage(*rollouts, *groups, prior, out, stats, *options.named().values())
+    table: torch.Tensor = torch.ops.v05.fused_advantage(*rollouts, *groups[:_GROUPS], prior, out, stats, *options.named().values())
     return table
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import cached_property, lru_cache
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from v05 import _core
 from v05.arguments import choice, finite_range, flag, integer, nonnegative
 from v05.methods import Calibration, Method, Scale, find_method, known_calibration
+
+if TYPE_CHECKING:
+    from v05.kernels.advantage.launch import KernelOptions
 
 SCALES: tuple[Scale, ...] = ("none", "group", "batch", "mean")  # positions are shared with advantage.hpp and kernels/advantage
 DEFAULT_CALIBRATION = Calibration()
@@ -46,6 +49,13 @@ class Options:
     def core(self) -> _core.Options:
         """These options as the C++ core holds them."""
         return _core.Options(**self.named())
+
+    @cached_property
+    def kernel(self) -> KernelOptions:
+        """These options as the Triton kernel takes them."""
+        from v05.kernels.advantage.launch import kernel_options
+
+        return kernel_options(self)
 
     def named(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}

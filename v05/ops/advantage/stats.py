@@ -20,7 +20,6 @@ STATISTICS = (
     "mse",
     "weight",
     "statistic",
-    "p_value",
     "hallucination",
     "take_more",
 )
@@ -28,7 +27,7 @@ COLUMN = {name: place for place, name in enumerate(STATISTICS)}
 SOME_DEFINE = STATISTICS[6:]
 # Of these, the ones that a baseline defines.
 DEFINED: dict[int, tuple[str, ...]] = {
-    Baseline.SHRINKAGE: ("mse", "weight", "statistic", "p_value", "take_more"),
+    Baseline.SHRINKAGE: ("mse", "weight", "statistic", "take_more"),
     Baseline.CALIBRATED: ("mse", "hallucination", "take_more"),
     Baseline.LEAST_VARIANCE: ("mse", "hallucination", "take_more"),
 }
@@ -51,12 +50,12 @@ class AdvantageStats:
         mse: float64, reward units squared, of the baseline: v05's plug-in estimate, or the variance of calibrated's posterior.
         weight: float64 in [0, 1], what the group mean weighs against the prior (v05).
         statistic: float64, T = k d^2 of the test "the prior is right"; it stands while T <= 1. NaN without a prior (v05).
-        p_value: float64, of T under chi-square with one degree of freedom; a diagnostic (v05).
+        p_value: float64, of T under chi-square with one degree of freedom; a diagnostic, computed when it is asked for (v05).
         hallucination: float64 in [0, 1], probability that the prior says nothing of this group (calibrated).
         take_more: bool, the method's budget rule would buy another rollout (v05, calibrated, optimal).
         nonfinite: int64, NaN or infinite rewards of the group, left out.
         clipped: int64, rewards and priors of the group clipped to `reward_range` (CUDA only; on the CPU they are an error).
-        table: float64, (12, G): the columns of `STATISTICS`. Those that the method does not define hold anything.
+        table: float64, (11, G): the columns of `STATISTICS`. Those that the method does not define hold anything.
         method_baseline: the `v05.methods.Baseline`, which says what those are.
     """
 
@@ -102,7 +101,8 @@ class AdvantageStats:
 
     @property
     def p_value(self) -> torch.Tensor | None:
-        return self._if_defined("p_value")
+        statistic = self.statistic
+        return None if statistic is None else torch.special.erfc((statistic / 2).sqrt())
 
     @property
     def hallucination(self) -> torch.Tensor | None:
@@ -114,7 +114,7 @@ class AdvantageStats:
         return None if more is None else more != 0
 
     def __repr__(self) -> str:
-        values = {name: getattr(self, name) for name in (*STATISTICS, "prior")}
+        values = {name: getattr(self, name) for name in (*STATISTICS, "p_value", "prior")}
         return f"AdvantageStats({', '.join(f'{name}={value}' for name, value in values.items() if value is not None)})"
 
     def _if_defined(self, name: str) -> torch.Tensor | None:
