@@ -23,6 +23,15 @@ std::string range_text(const Options& options) {
 }
 
 // True if every reward lies in [low, high]: then nobody has to look for the ones that do not. NaN lies nowhere.
+// Whether no value is below the lowest or above the highest; NaN is neither.
+V05_MULTIVERSION bool none_outside(const double* values, std::size_t count, double lowest, double highest) {
+  unsigned outside = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    outside |= static_cast<unsigned>(values[i] < lowest) | static_cast<unsigned>(values[i] > highest);
+  }
+  return outside == 0;
+}
+
 template <class Real>
 V05_MULTIVERSION bool all_within(const Real* rewards, std::size_t rows, double low, double high) {
   unsigned outside = 0;
@@ -95,6 +104,9 @@ void check_offsets(const std::string& name, std::span<const std::int64_t> offset
 void check_prior(std::span<const double> prior, const Options& options) {
   Offenders outside;
   const double slack = options.rounding_slack();
+  if (none_outside(prior.data(), prior.size(), options.low - slack, options.high + slack)) {
+    return;
+  }
   for (std::size_t g = 0; g < prior.size(); ++g) {
     if (prior[g] < options.low - slack || prior[g] > options.high + slack) {  // NaN is neither: no prior
       outside.add(g, prior[g]);

@@ -6,12 +6,14 @@
 #include <limits>
 #include <span>
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #include "buffers.hpp"
 #include "checks.hpp"
 #include "groups.hpp"
 #include "judge.hpp"
+#include "lanes.hpp"
 #include "table.hpp"
 #include "tokens.hpp"
 #include "v05/advantage.hpp"
@@ -45,6 +47,7 @@ class Advantages {
         table_(table),
         is_first_(first_of_trajectories(outcomes, groups)),
         all_usable_(all_usable),
+        in_lanes_(all_usable && is_first_.empty() && fits_lanes(options)),
         threads_(threads) {}
 
   template <class GroupJudge>
@@ -72,12 +75,27 @@ class Advantages {
   template <class GroupJudge>
   [[gnu::flatten]] void judge_groups(std::int64_t begin, std::int64_t end, const BatchMoments& batch) const {
     for (std::int64_t g = begin; g < end; ++g) {
+      if constexpr (std::is_same_v<GroupJudge, Judge<Group<false, false>>>) {
+        g += side_by_side(g, end);
+        if (g >= end) {
+          break;
+        }
+      }
       const Part own = rows_of(g);
       const auto judge = judge_of<GroupJudge>(g, collect<GroupJudge>(own), batch);
       for (std::size_t row = own.begin; row < own.end; ++row) {
         write(row, judge);
       }
     }
+  }
+
+  // Judges groups of one size from g on, and says how many.
+  [[nodiscard]] std::int64_t side_by_side(std::int64_t g, std::int64_t end) const {
+    if (!in_lanes_) {
+      return 0;
+    }
+    return static_cast<std::int64_t>(
+        judge_lanes(outcomes_.rewards, groups_.offsets, prior_, options_, advantages_, table_, at(g), at(end)));
   }
 
   // Over tables of the groups.
@@ -199,6 +217,7 @@ class Advantages {
   const Table& table_;
   std::vector<std::uint8_t> is_first_;  // the rows that count in the statistics; empty: all usable ones
   bool all_usable_;
+  bool in_lanes_;  // groups of one size are judged side by side
   int threads_;
 };
 
@@ -274,6 +293,9 @@ void compute_advantages(const Rollouts& rollouts, const Groups& groups, std::spa
     check_prior(prior, options);
   }
   check_energy(rollouts.energy, rollouts.valid);
+  if (table) {
+    prefer_huge_pages(std::span(table.data, kStatistics.size() * table.groups));
+  }
   with_real(out, [&]<class Out>(std::span<Out> to) {
     prefer_huge_pages(to);
     if (!rollouts.mask && rollouts.cu_seqlens.empty()) {

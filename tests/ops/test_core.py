@@ -79,6 +79,43 @@ def test_the_form_of_the_groups_does_not_change_a_bit(scale):
     torch.testing.assert_close(columns(by_offset.stats), columns(by_id.stats), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("scale", ["none", "group"])
+@pytest.mark.parametrize("method", ["v05", "grpo"])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 16, 17])
+def test_groups_side_by_side_have_the_bits_of_groups_alone(size, method, scale):
+    """Groups of one size are judged eight at a time, which one group never is."""
+    rng = np.random.default_rng(size)
+    groups = 45  # no multiple of eight
+    rewards = torch.from_numpy(rng.choice([0.0, 0.25, 1.0], (groups, size)) + rng.choice([0.0, 1e-9], (groups, 1)))
+    rewards[7] = 1.0
+    prior = torch.from_numpy(rng.random(groups))
+    prior[[3, 40]] = torch.nan
+    options = dict(method=method, scale=scale, dtype=torch.float64, max_rollouts=9, cost=0.004, reward_range=(0.0, 1.1))
+    for given in (rewards, rewards.float(), rewards * 9e149 if method == "grpo" else rewards - 0.0):
+        for dtype in (torch.float32, torch.float64):
+            options["dtype"] = dtype
+            offsets = torch.arange(0, groups * size + 1, size)
+            together = fused_advantage(given.reshape(-1), prior, group_offsets=offsets, **options)
+            alone = [fused_advantage(given[g], prior[g : g + 1], group_offsets=[0, size], **options) for g in range(groups)]
+            assert torch.equal(together.advantages, torch.cat([one.advantages for one in alone]))
+            apart = [torch.cat(column) for column in zip(*(columns(one.stats) for one in alone), strict=True)]
+            torch.testing.assert_close(columns(together.stats), apart, rtol=0, atol=0, equal_nan=True)
+    assert 0 < together.stats.var.count_nonzero() < groups or size == 1
+
+
+def test_groups_of_one_size_among_others():
+    """Runs of them begin and end anywhere, also in the middle of eight."""
+    rng = np.random.default_rng(0)
+    sizes = np.concatenate([np.full(count, size) for size, count in [(4, 9), (3, 2), (8, 17), (0, 1), (4, 8), (16, 3), (2, 30)]])
+    rewards, prior = torch.from_numpy(rng.random(sizes.sum())), torch.from_numpy(rng.random(len(sizes)))
+    offsets, ids = np.concatenate([[0], np.cumsum(sizes)]), np.repeat(np.arange(len(sizes)), sizes)
+    for method in ("v05", "grpo", "dr_grpo"):
+        by_offset = fused_advantage(rewards, prior, group_offsets=offsets, method=method, dtype=torch.float64)
+        by_id = fused_advantage(rewards, prior, group_ids=ids, num_groups=len(sizes), method=method, dtype=torch.float64)
+        assert torch.equal(by_offset.advantages, by_id.advantages)
+        torch.testing.assert_close(columns(by_offset.stats), columns(by_id.stats), rtol=0, atol=0, equal_nan=True)
+
+
 def test_instruction_set_does_not_change_a_bit(tmp_path):
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     levels = {"x86-64": "sse2", "x86-64-v3": "avx2", "x86-64-v4": "avx512vl"}
