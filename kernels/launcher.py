@@ -66,10 +66,13 @@ class Launcher:
         if plain and (kept := self._compiled.get(known := tuple(key))) is not None:
             compiled, run, function, metadata = kept
             arguments = (*addresses, *numbers, *constants)
-            driver, hooks = triton.runtime.driver.active, triton.knobs.runtime
-            stream, enter = driver.get_current_stream(device.index), hooks.launch_enter_hook
-            told = None if enter is None else compiled.launch_metadata(grid, stream, *arguments)
-            run(*grid, stream, function, metadata, told, enter, hooks.launch_exit_hook, *arguments)
+            stream = triton.runtime.driver.active.get_current_stream(device.index)
+            enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+            if _calls(enter) or _calls(leave):  # of a profiler
+                told = compiled.launch_metadata(grid, stream, *arguments)
+                run(*grid, stream, function, metadata, told, enter, leave, *arguments)
+            else:
+                run(*grid, stream, function, metadata, None, None, None, *arguments)
             return
         self.refuse_host(device)
         seen = [t.view(torch.uint8) if t is not None and t.dtype == torch.bool else t for t in pointers]
@@ -83,6 +86,11 @@ class Launcher:
                 "backend='triton': CPU tensors need Triton's interpreter; set TRITON_INTERPRET=1 before triton is first "
                 "imported, or leave backend out to use the C++ core"
             )
+
+
+def _calls(hook: Any) -> bool:
+    """Whether a hook does anything: a chain of none does not."""
+    return bool(getattr(hook, "calls", hook))
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
