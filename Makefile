@@ -36,8 +36,8 @@ $(VENV)/.ready: $(VENV)/.torch pyproject.toml CMakeLists.txt $(CPP_ALL)
 demo: setup  ## compare GRPO, Dr. GRPO, V_0.5, REINFORCE and the baseline of least variance on a policy trained here; see runs/demo
 	$(BIN)/v05 compare --preset demo --methods grpo,dr_grpo,v05,batch,optimal --out runs/demo --json runs/demo/records.json
 
-test: setup  ## the whole test suite
-	$(BIN)/python -m pytest -q --durations=10
+test: setup  ## the whole test suite, a file of it on each core
+	$(BIN)/python -m pytest -q --durations=10 -n auto --dist loadfile
 
 $(VENV)-vllm/.ready: pyproject.toml CMakeLists.txt $(CPP_ALL)
 	$(PYTHON) -m venv $(VENV)-vllm

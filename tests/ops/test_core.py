@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -83,20 +84,20 @@ def test_the_form_of_the_groups_does_not_change_a_bit(scale):
 @pytest.mark.parametrize("method", ["v05", "grpo"])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 16, 17])
 def test_groups_side_by_side_have_the_bits_of_groups_alone(size, method, scale):
-    """Groups of one size are judged eight at a time, which one group never is."""
+    """Groups of one size are judged four at a time, which one group never is."""
     rng = np.random.default_rng(size)
-    groups = 45  # no multiple of eight
+    groups = 45  # no multiple of four
     rewards = torch.from_numpy(rng.choice([0.0, 0.25, 1.0], (groups, size)) + rng.choice([0.0, 1e-9], (groups, 1)))
     rewards[7] = 1.0
     prior = torch.from_numpy(rng.random(groups))
     prior[[3, 40]] = torch.nan
     options = dict(method=method, scale=scale, dtype=torch.float64, max_rollouts=9, cost=0.004, reward_range=(0.0, 1.1))
-    for given in (rewards, rewards.float(), rewards * 9e149 if method == "grpo" else rewards - 0.0):
+    for each in (rewards, rewards.float(), rewards * 9e149 if method == "grpo" else rewards - 0.0):
         for dtype in (torch.float32, torch.float64):
             options["dtype"] = dtype
             offsets = torch.arange(0, groups * size + 1, size)
-            together = fused_advantage(given.reshape(-1), prior, group_offsets=offsets, **options)
-            alone = [fused_advantage(given[g], prior[g : g + 1], group_offsets=[0, size], **options) for g in range(groups)]
+            together = fused_advantage(each.reshape(-1), prior, group_offsets=offsets, **options)
+            alone = [fused_advantage(each[g], prior[g : g + 1], group_offsets=[0, size], **options) for g in range(groups)]
             assert torch.equal(together.advantages, torch.cat([one.advantages for one in alone]))
             apart = [torch.cat(column) for column in zip(*(columns(one.stats) for one in alone), strict=True)]
             torch.testing.assert_close(columns(together.stats), apart, rtol=0, atol=0, equal_nan=True)
@@ -104,7 +105,7 @@ def test_groups_side_by_side_have_the_bits_of_groups_alone(size, method, scale):
 
 
 def test_groups_of_one_size_among_others():
-    """Runs of them begin and end anywhere, also in the middle of eight."""
+    """Runs of them begin and end anywhere, also in the middle of four."""
     rng = np.random.default_rng(0)
     sizes = np.concatenate([np.full(count, size) for size, count in [(4, 9), (3, 2), (8, 17), (0, 1), (4, 8), (16, 3), (2, 30)]])
     rewards, prior = torch.from_numpy(rng.random(sizes.sum())), torch.from_numpy(rng.random(len(sizes)))
@@ -122,12 +123,20 @@ def test_instruction_set_does_not_change_a_bit(tmp_path):
     levels = [level for level, flag in levels.items() if flag in flags]
     if shutil.which("g++") is None or len(levels) < 2:
         pytest.skip("needs g++ and a processor with two levels of x86-64")
+    options = ["-std=c++20", "-O3", "-ffp-contract=off", "-DV05_MULTIVERSION=", f"-I{ROOT / 'csrc' / 'include'}"]
+    sources = [Path(__file__).with_name("instruction_sets.cpp"), *(ROOT / "csrc" / "advantage").glob("*.cpp")]
+
+    def compile_for(level: str, source: Path) -> Path:
+        compiled = tmp_path / f"{level}-{source.stem}.o"
+        subprocess.run(["g++", *options, f"-march={level}", "-c", "-o", compiled, source], check=True)
+        return compiled
+
+    with ThreadPoolExecutor() as pool:
+        objects = {level: [pool.submit(compile_for, level, source) for source in sources] for level in levels}
     printed = set()
     for level in levels:
         program = tmp_path / level
-        options = ["-std=c++20", "-O3", "-ffp-contract=off", "-DV05_MULTIVERSION=", f"-march={level}"]
-        sources = [Path(__file__).with_name("instruction_sets.cpp"), *(ROOT / "csrc" / "advantage").glob("*.cpp")]
-        subprocess.run(["g++", *options, f"-I{ROOT / 'csrc' / 'include'}", "-o", program, *sources], check=True)
+        subprocess.run(["g++", "-o", program, *(compiled.result() for compiled in objects[level])], check=True)
         printed.add(subprocess.run([program], capture_output=True, text=True, check=True).stdout)
     assert len(printed) == 1
 
