@@ -1,8 +1,8 @@
 """The headline experiment as README and docs/headline.md show it: `python bench/headline.py` after examples/headline.sh.
 
-Reads bench/results/headline.csv, puts the tables between their marks and draws the figures in docs/. The table of methods at one
-rollout a prompt is made of bench/results/headline_second.csv, rows of the same suite from other warm starts, which do not compare
-with the first ones.
+Reads bench/results/headline.csv, puts the tables between their marks and draws the figures in docs/. The tables of methods at one
+rollout a prompt are made of bench/results/headline_second.csv and headline_long.csv, rows of the same suite from other warm starts,
+which do not compare with the first ones.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from v05.train.suite_rows import Row, in_order, read_csv
 from v05.train.suite_summary import TARGET, best_size, counted, difference, over, over_best_rival, summarise
 
 ROOT = Path(__file__).parent.parent
+Record = dict[str, Any]
 RESULTS = ROOT / "bench" / "results" / "headline.csv"
 SECOND = ROOT / "bench" / "results" / "headline_second.csv"
+LONG = ROOT / "bench" / "results" / "headline_long.csv"  # runs three times as long
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "headline.md"
 MIXES = SUITES["headline"].mixes
 PAIRS = (
@@ -40,9 +42,9 @@ PAIRS = (
 OURS = ("v05@4..16", "v05@4", "v05@2", "calibrated@2..16", "calibrated@2", "calibrated@1", "prior@1")
 
 
-def short_table(rows: Sequence[Row]) -> str:
+def short_table(rows: Sequence[Row], summary: Sequence[Record]) -> str:
     """Final accuracy: GRPO at 16, each rival at its best size, and ours; a column for each mix, and how ours compare in all."""
-    records = {(r["mix"], r["label"]): r for r in summarise(rows)}
+    records = {(r["mix"], r["label"]): r for r in summary}
     sizes = counted(rows)
     seeds = {mix: {len(group) for group in sizes[mix].values()} for mix in MIXES}
     counts = {mix: f"{min(seeds[mix])} to {max(seeds[mix])}" if len(seeds[mix]) > 1 else f"{min(seeds[mix])}" for mix in MIXES}
@@ -63,11 +65,11 @@ def short_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def long_tables(rows: Sequence[Row]) -> str:
+def long_tables(summary: Sequence[Record]) -> str:
     """Everything, a table for each mix, and the learning rates that tuning took."""
     parts = []
     for mix in MIXES:
-        records = [r for r in summarise(rows) if r["mix"] == mix]
+        records = [r for r in summary if r["mix"] == mix]
         if not records:
             continue
         start = sum(r["accuracy_before"] for r in records) / len(records)
@@ -125,6 +127,33 @@ def tuning_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def second_table(rows: Sequence[Row], ours: str = "optimal@1") -> str:
+    """How every method of the second edition ends in each mix, and how much higher ours does over all mixes that it ran in."""
+    records = [record for record in summarise(rows) if len(record["seeds"]) > 1]
+    lines = _head(["method", "mix", "rate", "seeds", "accuracy", "greedy", "mean@8", "pass@8", "entropy", f"{ours} over it"])
+    for label in dict.fromkeys(record["label"] for record in records):
+        mixes = [record["mix"] for record in records if record["label"] == label]
+        ahead = "" if label == ours else difference(over(rows, ours, label, mixes), "over")
+        for record in (record for record in records if record["label"] == label):
+            ends = (record[name] for name in ("greedy", "mean_at_k", "pass_at_k", "entropy_after"))
+            cells = [record["mix"], f"{record['learning_rate']:g}", str(len(record["seeds"])), _accuracy(record)]
+            cells += [f"{end:.3f}" for end in ends]
+            lines.append("| " + " | ".join([label, *cells, ahead if record["mix"] == mixes[-1] else ""]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def curve_table(rows: Sequence[Row]) -> str:
+    """Accuracy along single long runs, and their ends."""
+    counted_rows = [row for row in rows if row.stage == "count"]
+    rollouts = [f"{int(point[0]):,}" for point in counted_rows[0].evaluations()]
+    lines = _head(["method", "mix", *rollouts, "greedy", "mean@8", "pass@8", "entropy"])
+    for row in counted_rows:
+        ends = (row.greedy, row.mean_at_k, row.pass_at_k, row.entropy_after)
+        figures = [*(float(point[3]) for point in row.evaluations()), *ends]
+        lines.append("| " + " | ".join([row.label, row.mix, *(f"{figure:.3f}" for figure in figures)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _head(columns: Sequence[str], *under: Sequence[str]) -> list[str]:
     first, *others = ("| " + " | ".join(line) + " |" for line in (columns, *under))
     return [first, "|" + "---|" * len(columns), *others]
@@ -156,11 +185,14 @@ def pages() -> dict[Path, str]:
     """README and docs/headline.md with the tables of the results."""
     rows = in_order(SUITES["headline"], read_csv(RESULTS))
     second = in_order(SUITES["headline"], read_csv(SECOND))
+    summary = summarise(rows)  # takes a minute
     page = replaced(PAGE.read_text(), "headline pairs", pairs_table(rows))
+    page = replaced(page, "headline second", second_table(second))
+    page = replaced(page, "headline long", curve_table(in_order(SUITES["headline"], read_csv(LONG))))
     page = replaced(page, "headline tuning", tuning_table(second))
     return {
-        README: replaced(README.read_text(), "headline", short_table(rows)),
-        PAGE: replaced(page, "headline tables", long_tables(rows)),
+        README: replaced(README.read_text(), "headline", short_table(rows, summary)),
+        PAGE: replaced(page, "headline tables", long_tables(summary)),
     }
 
 
