@@ -16,6 +16,7 @@ COMPILER_OPTIONS = {"cuda": {"num_warps": 4, "maxnreg": 128}, "hip": {"num_warps
 _OPTIONS = COMPILER_OPTIONS["hip" if torch.version.hip else "cuda"]
 _MOST_INT32 = 2**31 - 1
 _CURRENT = nullcontext()
+_IS_KNOWN = hasattr(triton, "knobs")  # the way that 3.4 and later take to their launcher; older ones go it themselves
 
 
 class Launcher:
@@ -58,7 +59,7 @@ class Launcher:
                 addresses.append(address)
                 key.append(tensor.dtype)
                 together |= address
-        plain = together % 16 == 0 and not self.interpreted
+        plain = together % 16 == 0 and _IS_KNOWN and not self.interpreted
         for place in self._integers:
             plain = plain and numbers[place] <= _MOST_INT32
         for place in self._specialised:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from v05.kernels.advantage.fusion import NEEDS_BATCH, NEEDS_GROUPS
+from v05.kernels.advantage.fusion import BATCH_DIVISOR, BATCH_REWARD, NEEDS_BATCH, NEEDS_GROUPS
 from v05.kernels.advantage.kernel import (
     BATCH_SCALE,
     GROUP_SCALE,
@@ -158,7 +158,10 @@ def _batch_moments(
     """
     values = rewards.to(torch.float64)
     if values.numel() == 0:
-        return values.new_tensor([1.0, 0.0, math.nan, 0.0, 0.0])
+        nothing = values.new_zeros(5)  # and not a tensor of a list, which would be copied from the host
+        nothing[BATCH_DIVISOR.value].fill_(1.0)
+        nothing[BATCH_REWARD.value].fill_(math.nan)
+        return nothing
     usable = values.isfinite() if counted is None else values.isfinite() & counted
     values = values.clamp(low, high)
     unequal = torch.where(usable, values, math.inf).amin() < torch.where(usable, values, -math.inf).amax()

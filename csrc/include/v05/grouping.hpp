@@ -103,8 +103,8 @@ bool rise_from_zero(std::span<const std::int64_t> offsets);
 // std::invalid_argument that names the rows whose id is not in [0, num_groups).
 void check_ids(std::span<const std::int64_t> ids, std::int64_t num_groups);
 
-// Group g has the rows order[offsets[g]] .. order[offsets[g + 1] - 1], in their own order. `offsets` (groups + 1) are zeros; rows
-// whose id was changed to no group's since they were checked are put into the last one.
+// Group g has the rows order[offsets[g]] .. order[offsets[g + 1] - 1], in their own order. `offsets` (groups + 1) are
+// zeros; rows whose id was changed to no group's since they were checked are put into the last one.
 void order_rows(std::span<const std::int64_t> ids, std::span<std::int64_t> offsets, std::span<std::int64_t> order);
 
 }  // namespace v05
