@@ -12,10 +12,12 @@ HOSTS ?= $(shell $(HOST))
 BIN := $(VENV)/bin
 CPP := $(wildcard csrc/advantage/*.cpp csrc/allocator/*.cpp)
 CPP_ALL := $(CPP) $(wildcard csrc/*/*.hpp csrc/bindings/*.cpp csrc/include/v05/*.hpp)
+# On a machine with a GPU: the Python that has torch and triton, and pytest and hypothesis for the tests. Nothing is installed into it.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 export OMP_NUM_THREADS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test test-report test-vllm test-tabpfn test-integrations soak lint sanitize sanitize-threads bench docs wheel format clean
+.PHONY: help setup demo test test-gpu test-report test-vllm test-tabpfn test-integrations soak lint sanitize sanitize-threads bench bench-gpu docs wheel format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
@@ -38,6 +40,12 @@ demo: setup  ## compare GRPO, Dr. GRPO, V_0.5, REINFORCE and the baseline of lea
 
 test: setup  ## the whole test suite, a file of it on each core
 	$(BIN)/python -m pytest -q --durations=10 -n auto --dist loadfile
+
+# Without `setup`: a machine with a GPU may have no package index. Where this tree is not installed, its core is built in build/.
+test-gpu:  ## the op's tests on a GPU, with the Python that is there: GPU_PYTHON=python3
+	@$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu needs a CUDA device; elsewhere make test runs these tests in the interpreter")'
+	path="$$($(GPU_PYTHON) packaging/in_place.py)" && env -u TRITON_INTERPRET V05_GPU=1 PYTHONPATH="$$path" \
+		$(GPU_PYTHON) -m pytest -q -W default -rs -m gpu --durations=10 tests/gpu
 
 $(VENV)-vllm/.ready: pyproject.toml CMakeLists.txt $(CPP_ALL)
 	$(PYTHON) -m venv $(VENV)-vllm
@@ -117,8 +125,12 @@ bench:  ## time the op and the allocator on this machine against their peers; wr
 	$(BENCH)/bin/python -m pytest -q bench/advantage.py -o pythonpath=bench -W default -rs --benchmark-columns=median,stddev,rounds
 	$(BENCH)/bin/python bench/table.py --write docs/speed.md
 	$(BENCH)/bin/python bench/allocator.py
-	$(BENCH)/bin/python bench/gpu_advantage.py
+	$(BENCH)/bin/python bench/gpu_advantage.py --write docs/speed.md
 	cd bench/results && ../../$(BENCH)/bin/python -m v05.kernels.aot --csv aot.csv
+
+# verl's own functions too, read out of a wheel in a folder: make bench-gpu VERL_WHEEL=folder
+bench-gpu:  ## time the op on a GPU in four minutes, with the Python that is there; writes docs/speed.md's table
+	$(GPU_PYTHON) bench/gpu_advantage.py --write docs/speed.md
 
 docs: setup  ## the pages and the API reference, in site/; a warning is an error
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -d build/doctrees docs site

@@ -1,129 +1,68 @@
-"""Time `fused_advantage` on a GPU against a plain torch version and the card's own copy bandwidth.
+"""Time `fused_advantage` on a GPU: `make bench-gpu`, or `python bench/gpu_advantage.py --write docs/speed.md`.
 
-    python bench/gpu_advantage.py        # prints a table and appends to bench/results/gpu_advantage.csv; says "no GPU" without one
+Gate, then time: a case whose result differs from the reference is not timed, and the exit status is then 1. Three figures a call:
+microseconds on the device, where a CUDA graph replays calls on buffers that together exceed the L2 cache; microseconds of the host,
+which does not wait for the device; and the bytes that the call must move over its time on the device, as a share of the bandwidth
+that a copy of the padded shape reached in the same run. bench/results/gpu_advantage.csv has all of them. The targets are
+printed with whether they are met. Without a GPU it says so and times nothing.
 
-Gate, then time: a provider whose advantages differ from the reference is not timed. Buffers rotate through more memory than the
-L2 cache holds, times are device events, figures are medians; `of_copy` is the share of the bandwidth that a plain device-to-device
-copy reached in the same run, counting for each provider the bytes that a launch must move at least.
+Where this tree is not installed, `packaging/in_place.py` builds its core first. With a wheel of verl (--verl or the variable
+VERL_WHEEL: the file, or a folder that holds it) verl's own functions are timed too, as shipped, on what its trainer holds. A copy
+of the tree without its history takes the commit from the variable V05_COMMIT.
+
+A run ends by itself within --seconds: where time is short, cases get fewer rounds.
 """
 
 from __future__ import annotations
 
-import csv
+import argparse
+import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
 from pathlib import Path
 
-import numpy as np
-import torch
-from machine import commit
-
-from v05 import reference
-from v05.ops import fused_advantage
-
-RESULTS = Path(__file__).parent / "results" / "gpu_advantage.csv"
-FIELDS = (
-    "provider",
-    "case",
-    "rollouts",
-    "tokens",
-    "groups",
-    "median_us",
-    "p20_us",
-    "p80_us",
-    "floor_bytes",
-    "of_copy",
-    "device",
-    "commit",
-    "torch",
-)
-ROUNDS = 101
-GROUP_SIZE = 16
-ROTATED_BYTES = 512 << 20  # beyond any L2
-SHAPES = ((512, 1024), (4096, 2048), (1024, 8192))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One GRPO batch on the device, with buffers to write into."""
-
-    rewards: torch.Tensor
-    offsets: torch.Tensor
-    ids: torch.Tensor
-    mask: torch.Tensor
-    out: torch.Tensor
-
-
-def make_batch(n: int, t: int, seed: int) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.arange(t) < torch.randint(1, t + 1, (n, 1), generator=generator)
-    return Batch(
-        torch.rand(n, generator=generator).cuda(),
-        torch.arange(0, n + 1, GROUP_SIZE).cuda(),
-        (torch.arange(n) // GROUP_SIZE).cuda(),
-        mask.cuda(),
-        torch.empty(n, t, device="cuda"),
-    )
-
-
-def v05_padded(batch: Batch) -> torch.Tensor:
-    return fused_advantage(
-        batch.rewards, group_offsets=batch.offsets, response_mask=batch.mask, method="grpo", out=batch.out
-    ).advantages
-
-
-def plain_torch(batch: Batch) -> torch.Tensor:
-    """GRPO as one would write it: index_add_ for the moments, gather, multiply by the mask."""
-    groups = batch.offsets.numel() - 1
-    zeros = torch.zeros(groups, device="cuda")
-    count = zeros.index_add(0, batch.ids, torch.ones_like(batch.rewards))
-    deviation = batch.rewards - (zeros.index_add(0, batch.ids, batch.rewards) / count)[batch.ids]
-    std = (zeros.index_add(0, batch.ids, deviation**2) / (count - 1)).sqrt()
-    return (deviation / (std[batch.ids] + 1e-6))[:, None] * batch.mask
-
-
-def microseconds(function: Callable[[Batch], object], batches: list[Batch]) -> np.ndarray:
-    """Device time of each of ROUNDS calls, after a pass over all batches to compile and warm up."""
-    for batch in batches:
-        function(batch)
-    times = []
-    for i in range(ROUNDS):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        function(batches[i % len(batches)])
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(1e3 * start.elapsed_time(stop))
-    return np.array(times)
+SECONDS = 225  # of a run, which may end a little later than planned: under four minutes
+PACKAGING = Path(__file__).parents[1] / "packaging"
 
 
 def main() -> None:
+    until = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--verl", type=Path, metavar="WHEEL", default=os.environ.get("VERL_WHEEL") or None)
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="that the run may take")
+    options = parser.parse_args()
+    until += options.seconds
+
+    import torch
+
     if not torch.cuda.is_available():
         print("no GPU: nothing was timed")
-        sys.exit(0)
-    device = torch.cuda.get_device_name()
-    rows = []
-    for n, t in SHAPES:
-        batches = [make_batch(n, t, seed) for seed in range(max(2, ROTATED_BYTES // (5 * n * t)))]
-        first = batches[0]
-        exact = reference.advantages(first.rewards.double().cpu().numpy(), first.ids.cpu().numpy(), method="grpo")[0]
-        expected = torch.from_numpy(exact).cuda()[:, None] * first.mask
-        floor = n * t * (first.out.element_size() + first.mask.element_size())
-        source = torch.empty_like(first.out)
-        copied = microseconds(lambda batch, source=source: batch.out.copy_(source), batches)
-        copy_bandwidth = 2 * n * t * 4 / np.median(copied)  # bytes a microsecond, read and written
-        for name, provider in {"v05, out=": v05_padded, "plain torch": plain_torch}.items():
-            torch.testing.assert_close(provider(first).double(), expected, rtol=1e-4, atol=1e-4, msg=name)
-            times = microseconds(provider, batches)
-            figures = [float(x) for x in (np.median(times), *np.percentile(times, (20, 80)))]
-            share = floor / figures[0] / copy_bandwidth
-            rows.append((name, "padded grpo", n, t, n // GROUP_SIZE, *figures, floor, share, device, commit(), torch.__version__))
-            print(f"{n:>6} x {t:<6} {name:<14} {figures[0]:>10.1f} us   {share:6.1%} of the copy's bandwidth")
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        csv.writer(file).writerows([FIELDS, *rows] if new else rows)
+        return
+    os.environ.pop("TRITON_INTERPRET", None)  # kernels are compiled here
+    sys.path.append(str(PACKAGING))
+    import in_place
+
+    if (tree := in_place.folder()) is not None:
+        sys.path.insert(0, str(tree))
+
+    from on_gpu import results
+    from on_gpu.clock import Clock
+    from on_gpu.run import measure_all, plan_of
+    from on_gpu.targets import verdicts
+
+    plan = plan_of(options.verl, lambda function: torch.compile(function, dynamic=False))
+    clock = Clock(until, sum(len(cases) for _, cases in plan))
+    rows, failures = measure_all(plan, clock, torch.cuda.get_device_name())
+    if rows:
+        results.write(rows)
+        rows = results.read()  # with the digits that are kept
+        if options.write is not None:
+            options.write.write_text(results.replaced(options.write.read_text(), rows))
+        print(results.table(rows))
+        print("\n".join(line for _, line in verdicts(rows)))
+    if failures:
+        sys.exit("\n".join(("these cases were not timed:", *failures)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -17,13 +19,21 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out, "-dirty" if anything but what benchmarks write differs from it."""
+    """The commit that is checked out, "-dirty" if anything but what benchmarks write differs from it.
+
+    Of a copy of the tree without its history: what the variable V05_COMMIT says, or "unknown".
+    """
+    if given := os.environ.get("V05_COMMIT"):
+        return given
+    if shutil.which("git") is None:
+        return "unknown"
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False).stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results", ":!README.md", ":!docs")
-    return git("describe", "--always", "--exclude=*") + ("-dirty" if changed else "")
+    found = git("describe", "--always", "--exclude=*")
+    return found + ("-dirty" if changed else "") if found else "unknown"
 
 
 def versions(*packages: str) -> str:
