@@ -14,9 +14,9 @@ namespace {
 
 // A 256-bit register of double, or two smaller ones. Twice as many would be faster with AVX-512 and slower without,
 // where the compiler makes scalar code of what does not fit a register.
-constexpr std::size_t kLanes = 4;
+constexpr std::size_t kAbreast = 4;
 template <class Value>
-using LanesOf [[gnu::vector_size(kLanes * sizeof(Value))]] = Value;
+using LanesOf [[gnu::vector_size(kAbreast * sizeof(Value))]] = Value;
 using Lanes = LanesOf<double>;
 
 // What of the options and the buffers the lanes read.
@@ -120,12 +120,12 @@ V05_LANES void shrink(const Task& task, double count, const Lanes& prior, Lanes&
 template <std::size_t kSize, class Real, class Out>
 V05_LANES void judge_rows(const Task& task, const Real* rewards, const Lanes& baseline, const Lanes& divisor,
                           Out* out) {
-  for (std::size_t row = 0; row < kLanes * kSize; row += kLanes) {
+  for (std::size_t row = 0; row < kAbreast * kSize; row += kAbreast) {
     Lanes advantage;
     load(rewards + row, advantage);
     Lanes of_row;
     Lanes over;
-    for (std::size_t l = 0; l < kLanes; ++l) {
+    for (std::size_t l = 0; l < kAbreast; ++l) {
       of_row[l] = baseline[(row + l) / kSize];
       over[l] = divisor[(row + l) / kSize];
     }
@@ -141,12 +141,12 @@ template <std::size_t kSize, class Real, class Out>
 V05_MULTIVERSION void judge_blocks(const Task& task, const Real* rewards, const double* prior, Out* out, Place table,
                                    std::size_t blocks) {
   for (std::size_t block = 0; block < blocks; ++block) {
-    const LaneMoments<kSize> moments(rewards + block * kLanes * kSize);
+    const LaneMoments<kSize> moments(rewards + block * kAbreast * kSize);
     Lanes baseline = moments.mean;
     if (task.shrinks) {
       Lanes given = Lanes{} + std::numeric_limits<double>::quiet_NaN();
       if (prior != nullptr) {
-        load(prior + block * kLanes, given);
+        load(prior + block * kAbreast, given);
       }
       shrink(task, moments.kCount, given, baseline, table);
     }
@@ -157,25 +157,25 @@ V05_MULTIVERSION void judge_blocks(const Task& task, const Real* rewards, const 
       table.put(Statistic::kMean, moments.mean);
       table.put(Statistic::kVar, moments.variance);
       table.put(Statistic::kBaseline, baseline);
-      table.data += kLanes;
+      table.data += kAbreast;
     }
     Lanes divisor{};
     if (task.scales) {
-      for (std::size_t l = 0; l < kLanes; ++l) {
+      for (std::size_t l = 0; l < kAbreast; ++l) {
         divisor[l] = std::sqrt(moments.variance[l]) + task.eps;
       }
       divisor = moments.differs == 0.0 ? Lanes{} + 1.0 : divisor;
     }
-    judge_rows<kSize>(task, rewards + block * kLanes * kSize, baseline, divisor, out + block * kLanes * kSize);
+    judge_rows<kSize>(task, rewards + block * kAbreast * kSize, baseline, divisor, out + block * kAbreast * kSize);
   }
 }
 
 // How many blocks of groups of `size` rows there are from `begin` on.
 std::size_t blocks_of(std::span<const std::int64_t> offsets, std::int64_t size, std::size_t begin, std::size_t end) {
   std::size_t blocks = 0;
-  for (std::size_t g = begin; g + kLanes <= end; g += kLanes) {
+  for (std::size_t g = begin; g + kAbreast <= end; g += kAbreast) {
     std::uint64_t other = 0;
-    for (std::size_t l = 0; l < kLanes; ++l) {
+    for (std::size_t l = 0; l < kAbreast; ++l) {
       other |= static_cast<std::uint64_t>(offsets[g + l + 1] - offsets[g + l] - size);
     }
     if (other != 0) {
@@ -210,14 +210,14 @@ std::size_t judge_lanes(std::span<const Real> rewards, std::span<const std::int6
   const auto judge = [&]<std::size_t kSize> {
     // The offsets are another thread's to change: what is read and written goes by their number, and ends with the
     // rows.
-    const std::size_t room = (rewards.size() - first) / (kLanes * kSize);
+    const std::size_t room = (rewards.size() - first) / (kAbreast * kSize);
     const std::size_t blocks = std::min(blocks_of(offsets, size, begin, end), room);
     if (blocks > 0) {
       judge_blocks<kSize>(task, rewards.data() + first, prior.empty() ? nullptr : prior.data() + begin,
                           advantages.data() + first,
                           Place{.data = table ? table.data + begin : nullptr, .groups = table.groups}, blocks);
     }
-    return blocks * kLanes;
+    return blocks * kAbreast;
   };
   switch (size) {
     case 2:

@@ -61,9 +61,10 @@ def test_traffic_is_near_its_floor(reports):
 def test_registers_leave_warps_resident(reports):
     for report in reports:
         if report["kernel"] == "fused_advantage_kernel":
-            # The mask of the next rollout is on its way while one is stored, so that few warps keep memory busy.
-            posterior = "calibrated" in report["variant"] or "least-variance" in report["variant"]
-            assert report["occupancy"] >= (0.25 if posterior else 0.3125), report
+            # The mask of the next rollout is on its way while one is stored, so that few warps keep memory busy: the fewer, the
+            # more bytes of it lie in registers.
+            many = ("calibrated", "least-variance", "int64-mask")
+            assert report["occupancy"] >= (0.25 if any(name in report["variant"] for name in many) else 0.3125), report
 
 
 def test_says_that_the_interpreter_compiles_nothing(tmp_path):
