@@ -38,7 +38,7 @@ def pretend_gpu() -> None:
         def get_device_properties(self, _: int) -> dict[str, int]:
             return {"max_shared_mem": 1 << 20}
 
-    class Driver(DriverBase):  # type: ignore[misc]
+    class Driver(DriverBase):
         utils = Utils()
 
         def __init__(self) -> None: ...

@@ -15,9 +15,9 @@ from v05.kernels.advantage.kernel import (
     TAKE_MORE,
     UNSCALED,
     fused_advantage_kernel,
-    sum_token_rewards_kernel,
 )
 from v05.kernels.advantage.moments import group_moments_kernel
+from v05.kernels.advantage.tokens import sum_token_rewards_kernel
 from v05.kernels.launcher import Launcher, on
 from v05.kernels.variant import GROUPS, ROLLOUTS, TOKENS, Variant
 from v05.methods import BUDGET_RULES, METHODS, Baseline
