@@ -27,7 +27,13 @@ def test_every_variant_for_every_target(reports):
     compiled = {(report["kernel"], report["variant"], report["target"]) for report in reports}
     assert len(compiled) == len(reports)
     kernels = {kernel for kernel, _, _ in compiled}
-    assert kernels == {"fused_advantage_kernel", "group_moments_kernel", "group_rows_kernel", "sum_token_rewards_kernel"}
+    assert kernels == {
+        "fused_advantage_kernel",
+        "group_moments_kernel",
+        "group_rows_kernel",
+        "policy_loss_kernel",
+        "sum_token_rewards_kernel",
+    }
     variants = {(kernel, variant) for kernel, variant, _ in compiled}
     targets = ("sm_80", "sm_90", "sm_100", "gfx942")
     assert compiled == {(*variant, target) for variant in variants for target in targets}

@@ -2,5 +2,18 @@
 
 from v05.methods import Calibration
 from v05.ops.advantage import AdvantageOutput, AdvantageStats, factorize, fused_advantage
+from v05.ops.policy_loss import LOSSES, Importance, LossFigures, PolicyLoss, loss_weights, policy_loss
 
-__all__ = ["AdvantageOutput", "AdvantageStats", "Calibration", "factorize", "fused_advantage"]
+__all__ = [
+    "LOSSES",
+    "AdvantageOutput",
+    "AdvantageStats",
+    "Calibration",
+    "Importance",
+    "LossFigures",
+    "PolicyLoss",
+    "factorize",
+    "fused_advantage",
+    "loss_weights",
+    "policy_loss",
+]

@@ -1,0 +1,1 @@
+"""The policy loss on the GPU."""
