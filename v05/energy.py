@@ -10,6 +10,8 @@ all that the sampled token leaves is then with one other.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -22,8 +24,17 @@ def completion_energy(logprobs: ArrayLike, sum_pi_squared: NDArray[np.float64] |
         sum_pi_squared: (L,) sums over the vocabulary of squared probabilities at its tokens; None where they are not known.
     """
     others = -np.expm1(np.asarray(logprobs, dtype=np.float64))  # 1 - pi, exact where pi is near 1
-    squares = np.square(others)
     if sum_pi_squared is None:
-        return float(np.sum(2.0 * squares))
+        return float(np.sum(2.0 * np.square(others)))
+    return float(np.sum(token_energy(others, sum_pi_squared)))
+
+
+def token_energy(others: Any, sum_pi_squared: Any) -> Any:
+    """The energy of each token, at least 0; of arrays or of tensors.
+
+    Args:
+        others: 1 - pi(y_t), the probability of all other tokens.
+        sum_pi_squared: likewise, the sums over the vocabulary of squared probabilities.
+    """
     # Rounding may leave less than 0 where the policy is certain.
-    return float(np.sum(squares + np.maximum(sum_pi_squared - np.square(1.0 - others), 0.0)))
+    return others**2 + (sum_pi_squared - (1.0 - others) ** 2).clip(min=0.0)

@@ -1,0 +1,275 @@
+"""Statistics of tokens against the float64 specification, at the ends of what floating point holds, and from hidden states."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from v05 import reference_tokens
+from v05.energy import completion_energy
+from v05.ops import token_statistics
+from v05.ops.token_statistics import IGNORED, cpu, linear
+
+TINY = torch.finfo(torch.float32).tiny  # smaller numbers have fewer digits
+STATISTICS = ("logprob", "entropy", "sum_pi_squared")
+
+
+def draw(seed, *shape, scale=4.0, dtype=torch.float32):
+    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def ids(seed, vocabulary, *shape):
+    return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_specified(logits, targets, temperature=1.0, *, in_place=False, rounding=0.0, backend=None):
+    """Statistics and gradients of `logits` (..., V), weighed by numbers that differ from token to token. `rounding` is what the
+    dtype of the logits adds to the error of their gradient.
+    """
+    leaf = logits.detach().requires_grad_()
+    out = token_statistics(
+        leaf * 1 if in_place else leaf, targets, temperature=temperature, inplace_backward=in_place, backend=backend
+    )
+    given = logits.detach().double().reshape(-1, logits.shape[-1]).numpy().copy()
+    expected = reference_tokens.token_statistics(given, targets.flatten().numpy(), temperature)
+    for name in STATISTICS:
+        seen = getattr(out, name).detach()
+        assert seen.shape == targets.shape
+        assert seen.dtype == torch.float32
+        absolute = TINY if name == "logprob" else 1e-6  # an entropy is the difference of two sums
+        np.testing.assert_allclose(seen.flatten().double(), getattr(expected, name), rtol=1e-6, atol=absolute, err_msg=name)
+    unusable = ~np.isfinite(expected.logprob) & (targets.flatten().numpy() != IGNORED)
+    assert out.nonfinite.dtype == torch.int64
+    assert out.nonfinite.item() == unusable.sum()
+
+    count = targets.numel()
+    of_logprob, of_entropy = torch.linspace(-1, 2, count).view(targets.shape), torch.linspace(0.5, -1, count).view(targets.shape)
+    (gradient,) = torch.autograd.grad((out.logprob, out.entropy), leaf, (of_logprob, of_entropy))
+    assert gradient.dtype == logits.dtype
+    parts = (of_logprob, expected.gradient_of_logprob), (of_entropy, expected.gradient_of_entropy)
+    wanted = sum(weight.double().numpy().reshape(-1, 1) * each for weight, each in parts)
+    size = np.abs(wanted).max(1, keepdims=True, initial=0)  # of each token
+    seen = gradient.double().numpy().reshape(wanted.shape)
+    np.testing.assert_allclose(seen / np.maximum(size, 1e-30), wanted / np.maximum(size, 1e-30), rtol=0, atol=1e-5 + rounding)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 3.0])
+@pytest.mark.parametrize("vocabulary", [1, 2, 17, 98, 5000])
+def test_specified(vocabulary, temperature):
+    targets = ids(1, vocabulary, 9)
+    targets[[2, 7]] = IGNORED
+    assert_specified(draw(vocabulary, 9, vocabulary), targets, temperature)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_read_exactly(dtype):
+    rounding = torch.finfo(dtype).eps
+    assert_specified(draw(0, 6, 31, dtype=dtype), ids(0, 31, 6), rounding=rounding)
+
+
+SITUATIONS = {
+    "large": lambda x: x + 1e4,
+    "large and negative": lambda x: x - 1e4,
+    "far apart": lambda x: x * 1e4,
+    "masked": lambda x: x.masked_fill(torch.arange(13) % 3 == 1, -math.inf),
+    "one-hot": lambda x: torch.full_like(x, -math.inf).masked_fill(torch.arange(13) == 3, 2.5),
+    "one likely": lambda x: x + 20.0 * (torch.arange(13) == 3),
+    "one certain": lambda x: x + 60.0 * (torch.arange(13) == 3),
+    "ties": lambda x: torch.zeros_like(x),
+    "ties at the top": lambda x: x.clamp(max=0.0),
+    "not a number": lambda x: x.masked_fill(torch.arange(13) == 5, math.nan),
+    "infinite": lambda x: x.masked_fill(torch.arange(13) == 3, math.inf),
+    "masked whole": lambda x: torch.full_like(x, -math.inf),
+}
+
+
+@pytest.mark.parametrize("target", [0, 3, 4, 5])
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_situations(situation, target):
+    """Of one row; the rows beside it are as usual."""
+    logits = draw(5, 3, 13)
+    logits[1] = SITUATIONS[situation](logits[1])
+    assert_specified(logits, torch.tensor([4, target, IGNORED]))
+    assert_specified(logits[[0, 2, 1]], torch.tensor([4, 2, IGNORED]))  # what is ignored may hold anything
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.one_of(st.tuples(st.integers(0, 9)), st.tuples(st.integers(0, 5), st.integers(0, 5))),
+    vocabulary=st.integers(1, 40),
+    block=st.sampled_from([1, 30, 100, 1 << 18]),
+    scale=st.sampled_from([0.0, 1.0, 30.0]),
+    temperature=st.sampled_from([1.0, 0.3]),
+    seed=st.integers(0, 999),
+)
+def test_any_shape(shape, vocabulary, block, scale, temperature, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "BLOCK_ELEMENTS", block)
+        targets = ids(seed, vocabulary, *shape)
+        targets[ids(seed + 1, 4, *shape) == 0] = IGNORED
+        assert_specified(draw(seed, *shape, vocabulary, scale=scale), targets, temperature)
+
+
+STRIDES = {
+    "all but the last": lambda x: x[:, :-1],
+    "all but the first": lambda x: x[:, 1:],
+    "padded vocabulary": lambda x: x[..., :29],
+    "transposed": lambda x: x.transpose(0, 1),
+    "columns apart": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "one row for all": lambda x: x[:1].expand(3, -1, -1),
+}
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("strides", STRIDES)
+def test_strides(strides, in_place):
+    """Of views, whose memory the gradient must not leave."""
+    base, twin = (draw(2, 4, 6, 31).requires_grad_() for _ in range(2))
+    out = []
+    for leaf, view in ((base, lambda x: x), (twin, torch.clone)):
+        logits = view(STRIDES[strides](leaf * 1))
+        out.append(token_statistics(logits, ids(2, 29, *logits.shape[:2]), inplace_backward=in_place and leaf is base))
+        (out[-1].logprob.sum() + out[-1].entropy.sum()).backward()
+    for name in STATISTICS:
+        torch.testing.assert_close(getattr(out[0], name), getattr(out[1], name), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(base.grad, twin.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_in_place():
+    """The gradient lies where the logits lay, and what else would read them for its gradient is told."""
+    leaf, targets = draw(3, 5, 11).requires_grad_(), ids(3, 11, 5)
+    logits = leaf * 1
+    seen = []
+    logits.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
+    out = token_statistics(logits, targets, inplace_backward=True)
+    out.logprob.sum().backward(retain_graph=True)
+    assert seen == [logits.data_ptr()]
+    torch.testing.assert_close(
+        leaf.grad, torch.autograd.functional.jacobian(lambda x: token_statistics(x, targets).logprob.sum(), leaf)
+    )
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.logprob.sum().backward()
+
+
+def test_gradient_of_one_statistic_alone():
+    leaf, targets = draw(4, 5, 11).requires_grad_(), ids(4, 11, 5)
+    expected = reference_tokens.token_statistics(leaf.detach(), targets)
+    for name, wanted in {"logprob": expected.gradient_of_logprob, "entropy": expected.gradient_of_entropy}.items():
+        (gradient,) = torch.autograd.grad(getattr(token_statistics(leaf, targets), name).sum(), leaf)
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-6)
+    out = token_statistics(leaf, targets)
+    assert not out.sum_pi_squared.requires_grad
+    assert not out.energy.requires_grad
+
+
+def test_energy_is_that_of_completions():
+    logits, targets = draw(6, 7, 20), ids(6, 20, 7)
+    out = token_statistics(logits, targets)
+    expected = completion_energy(out.logprob.numpy(), out.sum_pi_squared.numpy())
+    assert out.energy.sum().item() == pytest.approx(expected, rel=1e-5)
+    assert token_statistics(logits, torch.full((7,), IGNORED)).energy.tolist() == [0.0] * 7
+
+
+def loss_of(out):
+    weights = torch.linspace(-1, 1, out.logprob.numel()).view(out.logprob.shape)
+    return (out.logprob * weights).sum() + (out.entropy * weights.flip(0)).sum()
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 4, 100])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(11,), (2, 5), (0,)])
+def test_from_hidden_states(shape, bias, chunk):
+    hidden, weight = draw(7, *shape, 8, scale=1.0).requires_grad_(), draw(8, 23, 8, scale=1.0).requires_grad_()
+    layer = (weight, draw(9, 23).requires_grad_()) if bias else (weight,)
+    targets = ids(7, 23, *shape)
+    targets[ids(8, 3, *shape) == 0] = IGNORED
+    seen = token_statistics(hidden, targets, weight=weight, bias=layer[1] if bias else None, chunk=chunk, temperature=0.8)
+    doubles = [tensor.detach().double().requires_grad_() for tensor in (hidden, *layer)]
+    log_pi = torch.log_softmax(torch.nn.functional.linear(*doubles) / 0.8, -1)
+    pi, real = log_pi.exp(), targets != IGNORED
+    expected = seen._replace(
+        logprob=torch.where(real, log_pi.gather(-1, targets.clamp(min=0)[..., None])[..., 0], 0.0),
+        entropy=torch.where(real, -(pi * log_pi).sum(-1), 0.0),
+        sum_pi_squared=torch.where(real, pi.square().sum(-1), 0.0),
+    )
+    for name in STATISTICS:
+        torch.testing.assert_close(getattr(seen, name).double(), getattr(expected, name), rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(loss_of(seen), (hidden, *layer))
+    wanted = torch.autograd.grad(loss_of(expected), doubles)
+    for gradient, right in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient.double(), right, rtol=1e-4, atol=1e-5)
+
+
+def test_of_hidden_states_only_what_is_needed(monkeypatch):
+    """A frozen layer has no gradient; rows that are ignored or have no upstream gradient are left out of the products."""
+    hidden, weight, targets = draw(1, 6, 4).requires_grad_(), draw(2, 9, 4), ids(3, 9, 6)
+    targets[1] = IGNORED
+    rows = []
+    chunks = linear._chunks
+    monkeypatch.setattr(linear, "_chunks", lambda layer, chunk: rows.append(layer.hidden.shape[0]) or chunks(layer, chunk))
+    out = token_statistics(hidden, targets, weight=weight)
+    (out.logprob * torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 1.0])).sum().backward()
+    assert rows == [5, 3]
+    assert weight.grad is None
+    assert hidden.grad[1:4].eq(0).all()
+    assert hidden.grad[[0, 4, 5]].ne(0).all()
+
+
+def test_weights_of_another_dtype():
+    """Gradients come in the dtype of what they are of, and are rounded once."""
+    hidden, weight, targets = draw(1, 50, 8, dtype=torch.bfloat16).requires_grad_(), draw(2, 9, 8).requires_grad_(), ids(3, 9, 50)
+    loss_of(token_statistics(hidden, targets, weight=weight, chunk=7)).backward()
+    wide, exact = hidden.detach().float().requires_grad_(), weight.detach().clone().requires_grad_()
+    loss_of(token_statistics(wide @ exact.t(), targets)).backward()
+    assert hidden.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(hidden.grad, wide.grad.bfloat16())
+    torch.testing.assert_close(weight.grad, exact.grad)
+
+
+def test_logits_of_all_tokens_never_exist():
+    """The memory that operations take and leave, which the profiler counts at each."""
+    hidden, weight, targets = draw(1, 600, 16).requires_grad_(), draw(2, 1000, 16).requires_grad_(), ids(3, 1000, 600)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        loss_of(token_statistics(hidden, targets, weight=weight, chunk=20)).backward()
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 4 * 20 * 1000 <= largest < 4 * 600 * 1000 / 3
+
+
+X, Y = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(logits=X.double()), "logits: dtype torch.float64; give a tensor of float32, bfloat16 or float16"),
+        (dict(logits=[[0.0]]), r"logits: \[\[0.0\]\]; give a tensor of float32"),
+        (dict(logits=X[0], targets=Y[0]), r"logits: shape \(3,\); give \(tokens, V\) or \(N, T, V\)"),
+        (dict(logits=X[:, :0]), r"logits: shape \(4, 0\)"),
+        (dict(targets=Y.float()), "targets: dtype torch.float32; give a tensor of int64"),
+        (dict(targets=Y[:3]), r"targets: shape \(3,\) for tokens of shape \(4,\); give one id a token"),
+        (
+            dict(targets=torch.tensor([0, IGNORED, 3, 0])),
+            "targets: 3 at position 2 is no id of a vocabulary of 3; give 0 to 2, or -100",
+        ),
+        (dict(targets=torch.tensor([0, -1, 0, 0])), "targets: -1 at position 1 is no id"),
+        (dict(temperature=0.0), "temperature=0; give a finite number above 0"),
+        (dict(temperature=math.nan), "temperature=nan"),
+        (dict(bias=X[0]), "bias: needs weight"),
+        (dict(chunk=2), "chunk: needs weight"),
+        (dict(weight=X, chunk=0), "chunk=0; give an integer from 1"),
+        (dict(weight=X[:, :2]), r"hidden: shape \(4, 3\) for a weight of shape \(4, 2\); give \(tokens, 2\)"),
+        (dict(weight=X[0]), r"weight: shape \(3,\); give the \(V, H\) matrix"),
+        (dict(weight=X.double()), "weight: dtype torch.float64"),
+        (dict(weight=X, bias=X[0]), r"bias: shape \(3,\); give \(4,\), one a row of weight"),
+        (dict(weight=X, inplace_backward=True), "inplace_backward=True: with weight no logits are given"),
+        (dict(weight=X, targets=torch.tensor([0, 4, 0, 0])), "targets: 4 at position 1 is no id of a vocabulary of 4"),
+        (dict(inplace_backward=1), "inplace_backward=1; give True or False"),
+        (dict(backend="cpp"), "backend='cpp' is unknown; choose one of cpu"),
+    ],
+)
+def test_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        token_statistics(**(dict(logits=X, targets=Y) | arguments))
