@@ -108,7 +108,7 @@ class Method:
         scale: what the difference is divided by unless the caller says otherwise.
         leave_one_out: the baseline of a rollout never sees that rollout's own reward.
         recipe: what its paper prescribes beside the advantage: fields of `v05.train.config.RunConfig`. Departures stand in
-            v05/train/loss.py and v05/train/trainer.py.
+            v05/train/trainer.py.
         weight: what the rollouts of a group are weighed by: their `energy`, or their length where no energy is given.
         rival: ours are compared with it at its best group size in the headline experiment.
     """
@@ -185,7 +185,7 @@ METHODS = {
             "DeepSeekMath, arXiv 2402.03300",
             colour=("#ea580c", "#fb923c"),
             scale="group",
-            recipe={"budget": {"initial": 16, "maximum": 16}, "loss": {"aggregation": "sequence"}},
+            recipe={"budget": {"initial": 16, "maximum": 16}, "loss": {"kind": "grpo"}},
             rival=True,
         ),
         Method("dr_grpo", Baseline.GROUP_MEAN, "Dr. GRPO, arXiv 2503.20783", colour=("#be185d", "#f472b6"), rival=True),
@@ -200,7 +200,7 @@ METHODS = {
             scale="group",
             recipe={
                 "budget": {"initial": 16, "maximum": 16},
-                "loss": {"clip_high": 0.28},
+                "loss": {"kind": "dapo"},
                 "max_refills": 3,
                 "overlong": {},
             },

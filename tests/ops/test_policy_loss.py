@@ -184,6 +184,32 @@ def test_micro_batches_add_up(backend):
     torch.testing.assert_close(sum(parts), whole)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_weights_make_up_for_the_engines_own_policy(level):
+    """The expected gradient under the engine's samples, weighted, is the policy's own; unweighted it is not."""
+    logits = torch.tensor([0.3, -0.2, 0.9], requires_grad=True)
+    advantages = torch.tensor([1.0, -0.5, 0.2])
+    engine = torch.log_softmax(torch.tensor([0.1, 0.5, 0.4]), dim=0)
+    policy = torch.log_softmax(logits, dim=0)
+
+    def expected_gradient(sampled_from, **importance):
+        out = policy_loss(
+            policy,
+            policy.detach(),
+            advantages,
+            cu_seqlens=torch.arange(4),
+            weights=sampled_from.exp(),
+            **importance,
+        )
+        (gradient,) = torch.autograd.grad(out.loss, logits, retain_graph=True)
+        return gradient
+
+    right = expected_gradient(policy.detach())
+    weighted = expected_gradient(engine, sampler_logprob=engine, importance=Importance(cap=10.0, level=level))
+    torch.testing.assert_close(weighted, right)
+    assert (expected_gradient(engine) - right).abs().max() > 0.01
+
+
 def test_weights_of_tokens():
     lengths, offsets = torch.tensor([2, 6, 1, 3]), torch.tensor([0, 3, 3, 4])
     torch.testing.assert_close(loss_weights(lengths), torch.full((4,), 1 / 12))

@@ -1,15 +1,50 @@
-"""Log-probabilities of completions that are there already, under a transformers model in this process; gradients pass through."""
+"""Log-probabilities of completions that are there already, under a transformers model in this process; gradients pass through.
+
+The output layer is `v05.ops.token_statistics`' to apply, which makes the logits of some tokens at a time: (N, T, V) is never held.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
 
+from v05.ops import TokenStatistics, token_statistics
+from v05.ops.token_statistics import IGNORED
 from v05.rollout import Completion
 from v05.rollout.cache import keeps_only_columns
 from v05.rollout.rows import read_prompts
+
+PROBED_TOKENS = 4  # by which the output layer is found
+
+
+def completion_statistics(
+    model: PreTrainedModel,
+    prompts: Sequence[tuple[int, ...]],
+    completions: Sequence[Completion],
+    pad: int,
+    width: int | None = None,
+) -> TokenStatistics:
+    """Statistics of completion tokens under `model`, (N, width) each; 0 beyond a completion's end.
+
+    `width` is the longest completion's length, or more where it is given.
+    """
+    width = width or max(len(c.tokens) for c in completions)
+    targets = torch.full((len(prompts), width), IGNORED, device="cpu")
+    for row, completion in enumerate(completions):
+        targets[row, : len(completion.tokens)] = torch.tensor(completion.tokens, device="cpu")
+    targets = targets.to(model.device)
+    tokens = targets.where(targets != IGNORED, pad)
+    read = _after_prompts if keeps_only_columns(model) else _of_whole_sequences
+    layer = output_layer(model)
+    if layer is None:
+        return token_statistics(read(model, prompts, tokens, pad), targets)
+    hidden = read(_Trunk(model), prompts, tokens, pad)
+    return token_statistics(hidden, targets, weight=layer.weight, bias=layer.bias)
 
 
 def completion_logprobs(
@@ -19,24 +54,55 @@ def completion_logprobs(
     pad: int,
     width: int | None = None,
 ) -> torch.Tensor:
-    """(N, width) log-probabilities of completion tokens under `model`; meaningless beyond a completion's end.
+    """The `logprob` of `completion_statistics`."""
+    return completion_statistics(model, prompts, completions, pad, width).logprob
 
-    `width` is the longest completion's length, or more where it is given.
+
+@dataclass(frozen=True)
+class _Read:
+    """What a model returns, as far as it is used here."""
+
+    logits: torch.Tensor
+
+
+class _Trunk:
+    """A model without its output layer, called as the whole model is: its logits are the hidden states that they would be made
+    of."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.config, self.device, self.forward = model.config, model.device, model.base_model.forward
+        self._read = model.base_model
+
+    def __call__(self, logits_to_keep: int = 0, **inputs: Any) -> _Read:
+        hidden = self._read(**inputs).last_hidden_state
+        return _Read(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+
+
+_OUTPUT_LAYERS: WeakKeyDictionary[PreTrainedModel, torch.nn.Linear | None] = WeakKeyDictionary()
+
+
+def output_layer(model: PreTrainedModel) -> torch.nn.Linear | None:
+    """The layer that makes the model's logits of the trunk's hidden states; None where that is not all that is done to them (a
+    scale, a soft cap), as a short pass tells.
     """
-    width = width or max(len(c.tokens) for c in completions)
-    tokens = torch.full((len(prompts), width), pad, device="cpu")
-    for row, completion in enumerate(completions):
-        tokens[row, : len(completion.tokens)] = torch.tensor(completion.tokens, device="cpu")
-    tokens = tokens.to(model.device)
-    logits = _logits_after_prompts if keeps_only_columns(model) else _logits_of_whole_sequences
-    log_p = torch.log_softmax(logits(model, prompts, tokens, pad).float(), dim=-1)
-    return log_p.gather(-1, tokens[..., None]).squeeze(-1)
+    if model not in _OUTPUT_LAYERS:
+        layer = model.get_output_embeddings()
+        is_all = isinstance(layer, torch.nn.Linear) and model.base_model is not model and _makes_logits(model, layer)
+        _OUTPUT_LAYERS[model] = layer if is_all else None
+    return _OUTPUT_LAYERS[model]
 
 
-def _logits_after_prompts(
-    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], tokens: torch.Tensor, pad: int
-) -> torch.Tensor:
-    """(N, width, V) logits of (N, width) tokens; a prompt is read once for all its completions."""
+@torch.no_grad()
+def _makes_logits(model: PreTrainedModel, layer: torch.nn.Linear) -> bool:
+    """Bit for bit: a soft cap does little to the small logits of a model that has learnt nothing yet."""
+    ids = torch.arange(PROBED_TOKENS, device=model.device)[None] % layer.out_features
+    given: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    made = layer(_Trunk(model)(**given).logits.to(layer.weight.dtype))
+    return torch.equal(made, model(**given).logits.to(made.dtype))
+
+
+def _after_prompts(model: Any, prompts: Sequence[tuple[int, ...]], tokens: torch.Tensor, pad: int) -> torch.Tensor:
+    """(N, width, ...) logits of (N, width) tokens, or hidden states; a prompt is read once for all its completions."""
     read = read_prompts(model, prompts, pad)
     width = tokens.shape[1]
     if width == 1:
@@ -53,10 +119,8 @@ def _logits_after_prompts(
     return torch.cat((read.logits[:, None], rest), dim=1)
 
 
-def _logits_of_whole_sequences(
-    model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], tokens: torch.Tensor, pad: int
-) -> torch.Tensor:
-    """(N, width, V) logits of (N, width) tokens from one pass without a cache, padded on the right, where no state sees it."""
+def _of_whole_sequences(model: Any, prompts: Sequence[tuple[int, ...]], tokens: torch.Tensor, pad: int) -> torch.Tensor:
+    """As `_after_prompts`, from one pass without a cache, padded on the right, where no state sees it."""
     width = tokens.shape[1]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))

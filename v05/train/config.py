@@ -16,10 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from v05.files import read_object
 from v05.messages import explained_places
 from v05.methods import Scale, find_method
+from v05.ops.policy_loss.losses import Aggregation, Level
 from v05.tasks import ReasoningGymConfig, Source, TaskConfig
 from v05.train.settings import validated
 
-Aggregation = Literal["token", "sequence"]
+Loss = Literal["ppo", "grpo", "dapo", "dr_grpo", "dual_clip", "gspo", "cispo"]
 GroupWeighting = Literal["prompt", "rollout"]
 Distributed = Literal["ddp", "fsdp2"]
 Engine = Literal["transformers", "vllm", "vllm_server", "ray"]
@@ -78,16 +79,20 @@ class BudgetConfig(Section):
 
 
 class LossConfig(Section):
-    """Clipped policy gradient (v05.train.loss)."""
+    """The policy-gradient loss (v05.ops.policy_loss); what is not given here is that of the row `kind` of its table."""
 
-    clip_low: float = Field(default=0.2, gt=0, lt=1)
-    clip_high: float = Field(default=0.2, gt=0)
-    aggregation: Aggregation = "token"
-    group_weighting: GroupWeighting = "prompt"
+    kind: Loss = "ppo"
+    clip_low: float | None = Field(default=None, gt=0, le=1)
+    clip_high: float | None = Field(default=None, gt=0)
+    aggregation: Aggregation | None = None
+    group_weighting: GroupWeighting = Field(
+        default="prompt", description="whether prompts weigh alike, whatever their number of rollouts, or rollouts do"
+    )
     kl_coefficient: float = Field(default=0.0, ge=0)
     importance_cap: float | None = Field(
         default=None, gt=0, description="truncated importance sampling of what the engine's policy differs from the trainer's"
     )
+    importance_level: Level = Field(default="token", description="whose probability ratio that is, a token's or its rollout's")
 
 
 class OptimizerConfig(Section):

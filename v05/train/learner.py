@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from v05.ops import LOSSES, Importance, loss_weights, policy_loss
 from v05.rollout import Completion, NotFiniteError
 from v05.rollout.scheduler import RolloutBatch
 from v05.rollout.scoring import completion_logprobs
@@ -28,7 +29,6 @@ from v05.train.distributed import (
     whole_optimizer_state,
     whole_parameters,
 )
-from v05.train.loss import importance_weights, policy_loss, rollout_weights, token_weights
 from v05.train.policy import load_policy
 
 MICRO_BATCH = 512  # rollouts a backward pass and process
@@ -101,16 +101,23 @@ class Learner:
         teaches = ((advantages[rows] != 0) & (lengths > 0)) | (self.reference is not None)
         if not teaches.any():
             return None
-        mask = torch.arange(self.config.policy.max_new_tokens, device="cpu") < lengths[:, None]
-        weights = token_weights(rollout_weights(offsets - offsets[0], settings.group_weighting), mask, settings.aggregation)
+        aggregation = settings.aggregation or LOSSES[settings.kind].aggregation
+        weights = loss_weights(
+            lengths,
+            aggregation=aggregation,
+            group_offsets=offsets - offsets[0] if settings.group_weighting == "prompt" else None,
+            length=self.config.policy.max_new_tokens if aggregation == "constant" else None,
+        )
         self.optimizer.zero_grad()
         totals = torch.zeros(3, device="cpu")
         for chunk in torch.nonzero(teaches).squeeze(-1).split(MICRO_BATCH * world.size):
             width = int(lengths[chunk].max())
-            share, share_weights = chunk[world.rank :: world.size], weights[chunk[world.rank :: world.size]]
-            if not len(share):  # all ranks pass backward equally often: this one with a rollout of no weight
-                share, share_weights = chunk[:1], torch.zeros_like(weights[chunk[:1]])
-            totals += self._backward(batch, rows[share], advantages[rows[share]], share_weights[:, :width], rescored)
+            share = chunk[world.rank :: world.size]
+            counted = lengths[share]
+            if not len(share):  # all ranks pass backward equally often: this one with a rollout of which no token counts
+                share, counted = chunk[:1], torch.zeros_like(lengths[:1])
+            mask = torch.arange(width, device="cpu") < counted[:, None]
+            totals += self._backward(batch, rows[share], advantages[rows[share]], weights[share], mask, rescored)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
         grad_norm = float(whole(norm))
         if not isfinite(grad_norm):
@@ -120,13 +127,20 @@ class Learner:
         return grad_norm, loss, clipped / int(lengths.sum()), kl
 
     def _backward(
-        self, batch: RolloutBatch, rows: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor, rescored: Logprobs | None
+        self,
+        batch: RolloutBatch,
+        rows: torch.Tensor,
+        advantages: torch.Tensor,
+        weights: torch.Tensor,
+        mask: torch.Tensor,
+        rescored: Logprobs | None,
     ) -> torch.Tensor:
-        """Accumulate the gradients of n rollouts, from (n,) advantages and (n, width) weights of their tokens.
+        """Accumulate the gradients of n rollouts, from (n,) advantages, (n,) weights of their tokens and the (n, width) tokens that
+        count.
 
         Returns their part of (loss, clipped tokens, KL).
         """
-        device, width = self.model.device, weights.shape[1]
+        device, width = self.model.device, mask.shape[1]
         settings = self.config.loss
         prompts, completions = rollouts_of(batch, rows)
         logprobs = self.scorer(prompts, completions, width)
@@ -136,20 +150,24 @@ class Learner:
                 reference = completion_logprobs(self.reference, prompts, completions, self.tokenizer.pad_token_id, width)
         engine = padded([c.logprobs for c in completions], width).to(device)
         old = engine if rescored is None else padded([rescored[i] for i in rows.tolist()], width).to(device)
-        loss = policy_loss(
+        cap = settings.importance_cap
+        loss, figures = policy_loss(
             logprobs,
             old,
-            advantages.to(device)[:, None].expand(-1, width),
-            weights.to(device),
+            advantages.to(device, torch.float32),
+            mask=mask.to(device),
+            weights=weights.to(device),
+            loss=settings.kind,
             clip_low=settings.clip_low,
             clip_high=settings.clip_high,
-            importance=importance_weights(old, engine, settings.importance_cap) if settings.importance_cap else None,
-            reference_logprobs=reference,
+            sampler_logprob=None if cap is None else engine,
+            importance=None if cap is None else Importance(cap=cap, level=settings.importance_level),
+            reference_logprob=reference,
             kl_coefficient=settings.kl_coefficient,
         )
-        (loss.total * self.world.size).backward()  # ranks' gradients are averaged, their losses add up
-        kl = torch.tensor(torch.nan, device="cpu") if loss.kl is None else loss.kl.detach().cpu()
-        return torch.stack((loss.total.detach().cpu(), loss.clipped.cpu(), kl))
+        (loss * self.world.size).backward()  # ranks' gradients are averaged, their losses add up
+        clipped = (figures.clip_fraction * figures.tokens).nan_to_num()
+        return torch.stack((loss.detach().double(), clipped, figures.kl)).float().cpu()
 
     def refresh_sampled(self) -> None:
         """Bring the unsharded copy of a sharded policy up to date."""

@@ -35,6 +35,25 @@ class Stopwatch:
         self._last = now
 
 
+def mismatch(
+    trainer_logprobs: Sequence[NDArray[np.float32]] | None, engine_logprobs: Sequence[NDArray[np.float32]], cap: float | None
+) -> dict[str, float]:
+    """How far the engine's policy is from the trainer's, over all tokens of all rollouts; NaN where that was not looked at.
+
+    `mismatch`: mean absolute difference of log-probabilities, nats. `mismatch_ratio`: mean of the trainer's probability / the
+    engine's, 1 in expectation. `capped_fraction`: of tokens whose ratio is above `cap`.
+    """
+    if not trainer_logprobs:
+        return dict.fromkeys(("mismatch", "mismatch_ratio", "capped_fraction"), float("nan"))
+    difference = np.concatenate(trainer_logprobs) - np.concatenate(engine_logprobs)
+    ratio = np.exp(difference)
+    return {
+        "mismatch": float(np.abs(difference).mean()),
+        "mismatch_ratio": float(ratio.mean()),
+        "capped_fraction": float((ratio > (cap or np.inf)).mean()),
+    }
+
+
 def group_figures(batch: RolloutBatch, stats: AdvantageStats, initial: int) -> dict[str, Any]:
     """What the groups of a step came to, in the mean and as histograms; NaN or None for what the method has not.
 

@@ -14,7 +14,10 @@ rollouts that the method chose to take and keep.
 Departures from the published algorithms:
 - A step holds about `rollouts_per_step` rollouts whatever the group size: a method with smaller groups sees more prompts a step,
   not more steps. The papers fix the number of prompts.
-- GRPO (arXiv 2402.03300): no KL term by default (as DAPO and Dr. GRPO); one update a step, so ratios start at 1.
+- GRPO (arXiv 2402.03300): no KL term by default (as DAPO and Dr. GRPO); one update a step, so ratios start at 1. Groups may differ
+  in size here, so their prompts weigh alike in the loss (`loss.group_weighting`), which for groups of one size is the paper's.
+- Dr. GRPO (arXiv 2503.20783): its recipe divides by the tokens of the batch; the paper's constant, which differs from that by one
+  factor a batch that Adam absorbs, is `loss.kind=dr_grpo`.
 - DAPO (arXiv 2503.14476): groups whose rewards are all equal are replaced by fresh prompts, as many as are missing and at most
   `max_refills` times; the paper draws whole batches without end. What is thrown away counts as rollouts spent. The filter reads
   the verifier's reward, not the shaped one. Overlong shaping starts a sixteenth of the length limit before its end (the paper: a
@@ -58,13 +61,12 @@ from v05.train.estimator import close_batch, estimate_batch, make_estimator
 from v05.train.evaluation import EVALUATION_SEED, FINAL_SEED, baseline_error, entropy_of, prior_scores, true_rewards, write_outcomes
 from v05.train.identity import identity_digest, inputs_of, paths_of
 from v05.train.learner import Learner
-from v05.train.loss import mismatch
 from v05.train.metrics import CONFIG, INPUTS, POLICY, RESULT, MetricsLog, refuse_to_overwrite, write_json
 from v05.train.oracle import answer_probability
 from v05.train.policy import chat_tokens, policy_folder
 from v05.train.sinks import Sink, TensorBoard, figures_of, interrupted_later
 from v05.train.state import Progress, TrainerState, restore, result_of, snapshot
-from v05.train.step_records import Stopwatch, calibration_figures, group_figures, sampled_groups
+from v05.train.step_records import Stopwatch, calibration_figures, group_figures, mismatch, sampled_groups
 
 PROMPTS_BETWEEN_SEEDS = 10_000_000  # runs of different seeds read different stretches of the task's prompts
 CHECKED_PROMPTS = 256  # of training, whose lengths are checked at the start; of the others when they are drawn
