@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from v05 import reference
+from v05 import reference, reference_losses
 from v05.methods import METHODS, Calibration
+from v05.ops import LOSSES, Importance, loss_weights
 from v05.path_counting import path_counting_advantages
 from v05.prior import NoisePrior
 from v05.prior.v0.logs import read_logs
@@ -322,6 +323,39 @@ def test_clip_fraction_is_that_of_the_updates(tmp_path, monkeypatch):
         completion.logprobs[:] -= 10
     monkeypatch.setattr("v05.train.learner.MICRO_BATCH", 5)
     assert trainer.learner.update(batch, torch.ones(len(batch.rewards)))["clip_fraction"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_every_loss_is_that_of_its_row(kind, tmp_path):
+    settings = LossConfig(kind=kind, importance_cap=1.1, importance_level="sequence")
+    trainer = Trainer(run_config("smoke", "v05@4", loss=settings), tmp_path, lambda line: None)
+    batch, _ = trainer.sample()
+    learner, random = trainer.learner, np.random.default_rng(0)
+    rescored = learner.rescore(batch)  # of the policy that is updated
+    for completion in batch.completions:
+        completion.logprobs[:] += 0.1 * random.normal(size=len(completion.logprobs))
+    old = [row + 0.3 * random.normal(size=len(row)).astype(np.float32) for row in rescored]
+    advantages = torch.from_numpy(random.normal(size=len(batch.rewards)))
+    row, limit = LOSSES[kind], trainer.config.policy.max_new_tokens
+    weights = loss_weights(
+        torch.tensor([len(completion.tokens) for completion in batch.completions]),
+        aggregation=row.aggregation,
+        group_offsets=torch.from_numpy(batch.offsets),
+        length=limit if row.aggregation == "constant" else None,
+    )
+    wanted, _, figures = reference_losses.policy_loss(
+        [values.tolist() for values in rescored],
+        [values.tolist() for values in old],
+        advantages.tolist(),
+        weights.tolist(),
+        row,
+        samplers=[completion.logprobs.tolist() for completion in batch.completions],
+        importance=Importance(cap=1.1, level="sequence"),
+    )
+    got = learner.update(batch, advantages, old)
+    assert got["loss"] == pytest.approx(wanted, rel=1e-4)
+    assert got["clip_fraction"] == pytest.approx(figures["clip_fraction"], abs=1e-6)
+    assert got["grad_norm"] > 0
 
 
 def test_verifier_processes_change_no_figure(tmp_path):

@@ -1,0 +1,90 @@
+"""Statistics of completions: from hidden states where the output layer is all that stands between these and the logits."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
+
+from helpers.tiny_policy import tiny_model
+from v05.rollout import Completion
+from v05.rollout.scoring import completion_statistics, output_layer
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": None,
+}
+
+
+def model_of(name, vocabulary=32, **settings):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(getattr(transformers, name)(vocab_size=vocabulary, **SIZES | settings)).eval()
+
+
+def completions_of(lengths, vocabulary):
+    random = np.random.default_rng(0)
+    rows = [random.integers(vocabulary, size=n) for n in lengths]
+    return [Completion(row, np.zeros(len(row), dtype=np.float32), True) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "is_all"),
+    [
+        ("Qwen3Config", {}, True),
+        ("Gemma2Config", {}, False),  # a soft cap
+        ("Gemma2Config", {"final_logit_softcapping": None}, True),
+        ("CohereConfig", {"logit_scale": 0.25}, False),
+        ("GraniteConfig", {"logits_scaling": 8.0}, False),
+    ],
+)
+def test_what_else_is_done_to_logits_is_done(name, settings, is_all):
+    model = model_of(name, **settings)
+    assert (output_layer(model) is not None) == is_all
+    prompts, completions = [(3, 4, 5), (6, 7)], completions_of((4, 2), 32)
+    made = completion_statistics(model, prompts, completions, 0)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        tokens = torch.from_numpy(completion.tokens)
+        logits = model(input_ids=torch.tensor([[*prompt, *completion.tokens.tolist()]])).logits[0, len(prompt) - 1 : -1]
+        log_p = torch.log_softmax(logits.double(), -1)
+        length = len(tokens)
+        logprob = log_p.gather(1, tokens[:, None])[:, 0]
+        torch.testing.assert_close(made.logprob[row, :length].double(), logprob, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(made.entropy[row, :length].double(), -(log_p.exp() * log_p).sum(-1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(made.sum_pi_squared[row, :length].double(), log_p.exp().square().sum(-1), rtol=1e-4, atol=1e-5)
+        assert (made.logprob[row, length:] == 0).all()
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that is made within."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.bytes = max([self.bytes, *(leaf.nbytes for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor))])
+        return made
+
+
+def test_logits_of_all_tokens_are_never_held():
+    vocabulary, rollouts, width = 4096, 300, 24
+    model = model_of("Qwen3Config", vocabulary)
+    completions = completions_of([width] * rollouts, vocabulary)
+    with Largest() as largest:
+        completion_statistics(model, [(3, 4)] * rollouts, completions, 0).logprob.sum().backward()
+    assert 0 < largest.bytes < 0.7 * rollouts * width * vocabulary * 4
+
+
+def test_the_layer_is_looked_for_once(monkeypatch):
+    model = tiny_model()
+    assert output_layer(model) is not None
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    assert output_layer(model) is not None
