@@ -9,19 +9,16 @@ from pathlib import Path
 
 import torch
 
-from v05.train import learner
 from v05.train.config import RunConfig
 from v05.train.trainer import Trainer
 
 NAMES = ("ddp", "fsdp2", "refills", "calibrated", "idle")
 TORN = "torn"  # the run in which rank 1 raises
-MICRO_BATCH = 12  # rollouts a pass and rank: so few that a step takes several passes
 LIVES = 250  # completions that rank 1 reads before it raises
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    learner.MICRO_BATCH = MICRO_BATCH
     for name in NAMES:
         for _ in Trainer(read(folder, name), folder / name, print).run():
             pass

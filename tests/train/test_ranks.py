@@ -23,20 +23,21 @@ from v05.train.distributed import World
 from v05.train.metrics import read_metrics
 from v05.train.trainer import Trainer
 
+FEW = {"tokens_per_backward": 120}  # so few that a step takes several passes
 CONFIGS = {
-    "ddp": run_config("smoke", "v05"),
-    "fsdp2": run_config("smoke", "v05", distributed="fsdp2", loss={"importance_cap": 2.0}),
+    "ddp": run_config("smoke", "v05", optimizer=FEW),
+    "fsdp2": run_config("smoke", "v05", distributed="fsdp2", loss={"importance_cap": 2.0}, optimizer=FEW),
     "refills": run_config(  # two prompts a step, and often one to replace
         "smoke",
         "dapo",
         rollouts_per_step=32,
-        optimizer={"updates_per_step": 2},
+        optimizer={"updates_per_step": 2, **FEW},
         loss={"kl_coefficient": 0.1, "importance_cap": 2.0},
     ),
     "idle": run_config(  # one rollout for two ranks
         "smoke", "prior@1", distributed="fsdp2", rollouts_per_step=1, total_rollouts=6, loss={"importance_cap": 2.0}
     ),
-    "calibrated": run_config("smoke", "calibrated@1..4", rollouts_per_step=128, total_rollouts=640),
+    "calibrated": run_config("smoke", "calibrated@1..4", rollouts_per_step=128, total_rollouts=640, optimizer=FEW),
     "torn": run_config("smoke", "v05", distributed="fsdp2", total_rollouts=512, checkpoint_seconds=0),
 }
 # Relative; all else is equal.
@@ -61,9 +62,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     for name, config in CONFIGS.items():
         (folder / f"{name}.json").write_text(config.model_dump_json())
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("v05.train.learner.MICRO_BATCH", 2 * rank_script.MICRO_BATCH)
-            list(Trainer(config, folder / f"{name}-alone", lambda line: None).run())
+        list(Trainer(config, folder / f"{name}-alone", lambda line: None).run())
     result = torchrun(Path(rank_script.__file__), folder)
     (folder / "output").write_text(result.stdout + result.stderr)
     (folder / "status").write_text(str(result.returncode))

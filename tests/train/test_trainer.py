@@ -286,16 +286,14 @@ def test_overlong_shaping_is_daposs_ramp():
     assert shaped_rewards(np.ones(4), completions, None, limit=8).tolist() == [1.0] * 4
 
 
-def test_leaving_out_rollouts_without_advantage_is_exact(tmp_path, monkeypatch):
+def test_leaving_out_rollouts_without_advantage_is_exact(tmp_path):
     gradients = []
-    for split in (True, False):
-        trainer = Trainer(run_config("smoke", "dr_grpo", rollouts_per_step=256), tmp_path / str(split), lambda line: None)
+    for split, tokens in ((True, 80), (False, 100_000)):
+        config = run_config("smoke", "dr_grpo", rollouts_per_step=256, optimizer={"tokens_per_backward": tokens})
+        trainer = Trainer(config, tmp_path / str(split), lambda line: None)
         batch, _ = trainer.sample()
         advantages = torch.from_numpy(batch.rewards - 0.5 * (np.arange(len(batch.rewards)) % 2)).float()
-        if split:  # many micro-batches, and rows without advantage left out
-            monkeypatch.setattr("v05.train.learner.MICRO_BATCH", 7)
-        else:  # one pass over all rows
-            monkeypatch.setattr("v05.train.learner.MICRO_BATCH", 10_000)
+        if not split:  # one pass over all rows; else many micro-batches, and rows without advantage left out
             advantages = torch.where(advantages == 0, 1e-30, advantages)
         trainer.learner.optimizer.step = lambda: None
         trainer.learner.update(batch, advantages)
@@ -316,12 +314,12 @@ def test_kl_and_several_updates_a_step(tmp_path):
     assert any(s["clip_fraction"] > 0 for s in steps)  # the second update is off-policy
 
 
-def test_clip_fraction_is_that_of_the_updates(tmp_path, monkeypatch):
-    trainer = Trainer(run_config("smoke", "v05@4", optimizer=OptimizerConfig(updates_per_step=2)), tmp_path, lambda line: None)
+def test_clip_fraction_is_that_of_the_updates(tmp_path):
+    optimizer = OptimizerConfig(updates_per_step=2, tokens_per_backward=60)
+    trainer = Trainer(run_config("smoke", "v05@4", optimizer=optimizer), tmp_path, lambda line: None)
     batch, _ = trainer.sample()
     for completion in batch.completions:  # as if sampled by a policy that was sure of the contrary: every ratio is huge
         completion.logprobs[:] -= 10
-    monkeypatch.setattr("v05.train.learner.MICRO_BATCH", 5)
     assert trainer.learner.update(batch, torch.ones(len(batch.rewards)))["clip_fraction"] == pytest.approx(1.0)
 
 

@@ -102,6 +102,11 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     updates_per_step: int = Field(default=1, ge=1)
+    tokens_per_backward: int = Field(
+        default=16_384,
+        ge=1,
+        description="that a process passes backward at once, padding included; fewer take less memory and change rounding only",
+    )
 
 
 class OverlongConfig(Section):

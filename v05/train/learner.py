@@ -29,9 +29,8 @@ from v05.train.distributed import (
     whole_optimizer_state,
     whole_parameters,
 )
+from v05.train.micro_batches import micro_batches
 from v05.train.policy import load_policy
-
-MICRO_BATCH = 512  # rollouts a backward pass and process
 
 Logprobs = Sequence[NDArray[np.float32]]
 
@@ -61,13 +60,13 @@ class Learner:
     @torch.no_grad()
     def rescore(self, batch: RolloutBatch) -> list[NDArray[np.float32]]:
         """The completions' log-probabilities under the learner's own policy, before the update. Ranks share them out."""
-        rescored = []
-        mine = torch.arange(len(batch.completions), device="cpu")[self.world.block(len(batch.completions))]
-        for rows in mine.split(MICRO_BATCH) if len(mine) else ():
-            prompts, completions = rollouts_of(batch, rows)
+        mine = np.arange(len(batch.completions))[self.world.block(len(batch.completions))]
+        rescored: dict[int, NDArray[np.float32]] = {}
+        for part in self._parts(batch, mine):
+            prompts, completions = rollouts_of(batch, part)
             logprobs = completion_logprobs(self.sampled, prompts, completions, self.tokenizer.pad_token_id).cpu().numpy()
-            rescored += [row[: len(c.tokens)] for row, c in zip(logprobs, completions, strict=True)]
-        return [row for part in self.world.gather(rescored) for row in part]
+            rescored |= {i: row[: len(c.tokens)] for i, row, c in zip(part.tolist(), logprobs, completions, strict=True)}
+        return [row for part in self.world.gather([rescored[i] for i in mine.tolist()]) for row in part]
 
     def update(self, batch: RolloutBatch, advantages: torch.Tensor, rescored: Logprobs | None = None) -> dict[str, float]:
         """Optimiser updates on the step's rollouts, one a part of its prompts. Every rank must call it.
@@ -96,35 +95,46 @@ class Learner:
         """One update on groups first .. end - 1; returns its figures, None if they have no gradient."""
         settings, world = self.config.loss, self.world
         offsets = torch.from_numpy(batch.offsets[first : end + 1])
+        lengths = torch.tensor([len(c.tokens) for c in batch.completions], dtype=torch.int64, device="cpu")
+        teaches = ((advantages != 0) & (lengths > 0)) | (self.reference is not None)
         rows = torch.arange(int(offsets[0]), int(offsets[-1]), device="cpu")
-        lengths = torch.tensor([len(batch.completions[i].tokens) for i in rows.tolist()], dtype=torch.int64, device="cpu")
-        teaches = ((advantages[rows] != 0) & (lengths > 0)) | (self.reference is not None)
-        if not teaches.any():
+        if not teaches[rows].any():
             return None
         aggregation = settings.aggregation or LOSSES[settings.kind].aggregation
-        weights = loss_weights(
-            lengths,
+        weights = torch.zeros(len(lengths), device="cpu")
+        weights[rows] = loss_weights(
+            lengths[rows],
             aggregation=aggregation,
             group_offsets=offsets - offsets[0] if settings.group_weighting == "prompt" else None,
             length=self.config.policy.max_new_tokens if aggregation == "constant" else None,
         )
         self.optimizer.zero_grad()
         totals = torch.zeros(3, device="cpu")
-        for chunk in torch.nonzero(teaches).squeeze(-1).split(MICRO_BATCH * world.size):
-            width = int(lengths[chunk].max())
-            share = chunk[world.rank :: world.size]
+        for part in self._parts(batch, rows[teaches[rows]].numpy(), world.size):
+            share, width = torch.from_numpy(part[world.rank :: world.size]), int(lengths[part].max())
             counted = lengths[share]
             if not len(share):  # all ranks pass backward equally often: this one with a rollout of which no token counts
-                share, counted = chunk[:1], torch.zeros_like(lengths[:1])
+                share, counted = torch.from_numpy(part[:1]), torch.zeros_like(lengths[:1])
             mask = torch.arange(width, device="cpu") < counted[:, None]
-            totals += self._backward(batch, rows[share], advantages[rows[share]], weights[share], mask, rescored)
+            totals += self._backward(batch, share, advantages[share], weights[share], mask, rescored)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
         grad_norm = float(whole(norm))
         if not isfinite(grad_norm):
             raise NotFiniteError(f"the policy is not finite: the gradient's norm is {grad_norm}")
         self.optimizer.step()
         loss, clipped, kl = world.sum(totals).tolist()
-        return grad_norm, loss, clipped / int(lengths.sum()), kl
+        return grad_norm, loss, clipped / int(lengths[rows].sum()), kl
+
+    def _parts(self, batch: RolloutBatch, rows: NDArray[np.int64], ranks: int = 1) -> list[NDArray[np.int64]]:
+        """The rollouts `rows` in micro-batches."""
+        prompts, completions = rollouts_of(batch, rows)
+        parts = micro_batches(
+            np.array([len(prompt) for prompt in prompts], dtype=np.int64),
+            np.array([len(completion.tokens) for completion in completions], dtype=np.int64),
+            self.config.optimizer.tokens_per_backward,
+            ranks,
+        )
+        return [rows[part] for part in parts]
 
     def _backward(
         self,
@@ -142,7 +152,7 @@ class Learner:
         """
         device, width = self.model.device, mask.shape[1]
         settings = self.config.loss
-        prompts, completions = rollouts_of(batch, rows)
+        prompts, completions = rollouts_of(batch, rows.numpy())
         logprobs = self.scorer(prompts, completions, width)
         reference = None
         if self.reference is not None:
@@ -193,10 +203,10 @@ class Learner:
         return {name: value for name, value in values if self.world.writes}
 
 
-def rollouts_of(batch: RolloutBatch, rows: torch.Tensor) -> tuple[list[tuple[int, ...]], list[Completion]]:
+def rollouts_of(batch: RolloutBatch, rows: NDArray[np.int64]) -> tuple[list[tuple[int, ...]], list[Completion]]:
     """Prompt tokens and completions of some rollouts."""
     group_of = np.repeat(np.arange(len(batch.prompts)), np.diff(batch.offsets))
-    return [batch.prompt_tokens[g] for g in group_of[rows.numpy()]], [batch.completions[i] for i in rows.tolist()]
+    return [batch.prompt_tokens[g] for g in group_of[rows]], [batch.completions[i] for i in rows.tolist()]
 
 
 def padded(rows: Logprobs, width: int) -> torch.Tensor:

@@ -1,0 +1,202 @@
+"""Time and peak memory from logits or hidden states to the loss and back: `python bench/policy_loss.py --write docs/speed.md`.
+
+`token_statistics` and `policy_loss` beside plain torch, on a GPU also beside torch.compile and, where their wheels are in the
+folder --wheels (or of the variable PEER_WHEELS), Liger's and TRL's kernels as shipped. The floor is the memory traffic of the
+logits at the bandwidth that a copy reaches in the run, or from hidden states the three matrix products by themselves. A provider
+whose loss or gradients differ from ours is not timed. On a CPU every row is measured in a process of its own, with as many threads
+as OMP_NUM_THREADS says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+BENCH = Path(__file__).parent
+PACKAGING = BENCH.parent / "packaging"
+SECONDS = 75  # of a run on a GPU
+CPU_SECONDS = 15  # of a row
+SIZES = {
+    "cpu": [(8192, 49_152, 0), (8192, 49_152, 576), (6656, 98, 160)],
+    "cuda": [(8192, 151_936, 0), (8192, 151_936, 1024), (8192, 151_936, 4096), (65_536, 151_936, 1024), (65_536, 151_936, 4096)],
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A provider on a problem; `hidden` is 0 from logits, and what is not known is None.
+
+    Attributes:
+        seconds: forward and backward. forward_seconds: of the statistics alone. floor_seconds: see above; of both.
+        peak_bytes: above the inputs and the gradient of the weight.
+        note: why there are no figures.
+    """
+
+    provider: str
+    tokens: int
+    vocabulary: int
+    hidden: int
+    dtype: str
+    seconds: float | None
+    forward_seconds: float | None
+    floor_seconds: float | None
+    forward_floor_seconds: float | None
+    peak_bytes: int | None
+    note: str
+    device: str
+    threads: int
+    commit: str
+    versions: str
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wheels", type=Path, metavar="FOLDER", default=os.environ.get("PEER_WHEELS") or None)
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
+    parser.add_argument("--seconds", type=float, help="that a run may take on a GPU, or a row on a CPU")
+    parser.add_argument("--size", metavar="TOKENS,VOCABULARY,HIDDEN", action="append", help="in place of the usual ones")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # a provider, in the process of a row
+    options = parser.parse_args()
+
+    if os.environ.pop("TRITON_INTERPRET", None) is not None:
+        print("TRITON_INTERPRET is left out: kernels are compiled here")
+    sys.path.append(str(PACKAGING))
+    import in_place
+
+    if (tree := in_place.folder()) is not None:
+        sys.path.insert(0, str(tree))
+
+    import torch
+
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = [tuple(map(int, size.split(","))) for size in options.size] if options.size else SIZES[kind]
+    if options.one is not None:
+        print(json.dumps(_figures(options.one, sizes[0], torch.device(kind), options.wheels, options.seconds)))
+        return
+    rows = []
+    for row in _rows(kind, sizes, options.wheels, options.seconds):
+        print(_line(row), flush=True)
+        rows.append(row)
+    if options.size is None:
+        results = BENCH / "results" / f"policy_loss_{kind}.csv"
+        with results.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+            writer.writeheader()
+            writer.writerows(asdict(row) for row in rows)
+    if options.write is not None:
+        page = options.write.read_text()
+        options.write.write_text(_replaced(page, kind, table(rows)))
+
+
+def _figures(name: str, size: Sequence[int], device: object, wheels: Path | None, seconds: float) -> dict[str, object]:
+    from losses.measure import measure
+    from losses.problem import Size
+
+    dtype = _dtype(device)
+    made = measure(name, Size(*size), device, dtype, wheels, seconds)
+    return {"note": made} if isinstance(made, str) else asdict(made)
+
+
+def _rows(kind: str, sizes: Sequence[Sequence[int]], wheels: Path | None, seconds: float | None) -> Iterator[Row]:
+    import torch
+    from losses.measure import copy_bandwidth, product_seconds
+    from losses.problem import Size
+    from losses.providers import providers
+    from machine import commit, processor, versions
+
+    device = torch.device(kind)
+    dtype = _dtype(device)
+    bandwidth = copy_bandwidth(device)
+    names = {size: list(providers("hidden" if size[2] else "logits", wheels, device)) for size in map(tuple, sizes)}
+    until, left = time.monotonic() + (seconds or SECONDS), sum(map(len, names.values()))
+    for size in map(Size._make, names):
+        logits = size.tokens * size.vocabulary * dtype.itemsize
+        products = product_seconds(size, device, dtype, 1.0) if size.hidden else None
+        for name in names[size]:
+            share = (seconds or CPU_SECONDS) if kind == "cpu" else max(until - time.monotonic(), 0.0) / left
+            left -= 1
+            made = _apart(name, size, wheels, share) if kind == "cpu" else _figures(name, size, device, wheels, share)
+            yield Row(
+                provider=name,
+                **size._asdict(),
+                dtype=str(dtype).removeprefix("torch."),
+                seconds=made.get("seconds"),
+                forward_seconds=made.get("forward_seconds"),
+                floor_seconds=products or 3 * logits / bandwidth,  # read, read again, and written once at least
+                forward_floor_seconds=None if products else logits / bandwidth,
+                peak_bytes=made.get("peak_bytes"),
+                note=made.get("note", ""),
+                device=torch.cuda.get_device_name() if kind == "cuda" else processor(),
+                threads=torch.get_num_threads(),
+                commit=commit(),
+                versions=versions("torch", "triton"),
+            )
+
+
+def _apart(name: str, size: Sequence[int], wheels: Path | None, seconds: float) -> dict[str, object]:
+    """In a process of its own."""
+    command = [sys.executable, __file__, "--one", name, "--size", ",".join(map(str, size)), "--seconds", str(seconds)]
+    if wheels is not None:
+        command += ["--wheels", str(wheels)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"status {done.returncode}, which may be memory that ran out"]
+        return {"note": lines[-1]}
+    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _dtype(device: object) -> object:
+    import torch
+
+    return torch.bfloat16 if str(device) == "cuda" else torch.float32
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown, and the conditions under it."""
+    lines = [
+        "| tokens x vocabulary, from | | ms | times its floor | forward, ms | of its floor | peak, MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        start = f"{row.dtype} logits" if not row.hidden else f"{row.hidden} hidden"
+        if row.seconds is None:
+            figures = f"{row.note} | | | | "
+        else:
+            forward = "" if row.forward_seconds is None else f"{1e3 * row.forward_seconds:,.2f}"
+            known = row.forward_seconds is not None and row.forward_floor_seconds is not None
+            of_floor = f"{row.forward_floor_seconds / row.forward_seconds:.0%}" if known else ""
+            ratio = f"{row.seconds / row.floor_seconds:.2f}"
+            figures = f"{1e3 * row.seconds:,.2f} | {ratio} | {forward} | {of_floor} | {row.peak_bytes / 2**20:,.0f}"
+        lines.append(f"| {row.tokens:,} x {row.vocabulary:,}, {start} | {row.provider} | {figures} |")
+    about = rows[0]
+    where = f"{about.device}, {about.threads} thread{'s' * (about.threads > 1)}"
+    return "\n".join(lines) + f"\n\n`python bench/policy_loss.py` at commit {about.commit}; medians on {where}; {about.versions}.\n"
+
+
+def _line(row: Row) -> str:
+    what = (
+        row.note or f"{1e3 * row.seconds:9.2f} ms, floor {1e3 * row.floor_seconds:9.2f} ms, peak {row.peak_bytes / 2**20:7.0f} MiB"
+    )
+    return f"{row.tokens:7} x {row.vocabulary} x {row.hidden:5}  {row.provider:15} {what}"
+
+
+def _replaced(page: str, kind: str, content: str) -> str:
+    begin, end = f"<!-- policy loss on {kind} begins -->\n", f"<!-- policy loss on {kind} ends -->\n"
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"the page has no {begin.strip()!r} followed by {end.strip()!r}")
+    return f"{before}{begin}{content}{end}{after}"
+
+
+if __name__ == "__main__":
+    main()
