@@ -174,6 +174,7 @@ def outcome_advantages(
     priors: PromptPriors,
     normalize: bool,
     remedy: str,
+    energy: NDArray[np.float64] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages in the tensors that verl and SkyRL give their estimators; the groups' prior learns from the rewards.
 
@@ -185,6 +186,7 @@ def outcome_advantages(
         index: (N,) ids of the groups, rows in any order. Rows whose id is one of `PADDING` fill up the batch and are left out.
         normalize: False takes away the division by the deviation from a method that has one, as the hosts' own switches do.
         remedy: what to do about groups that were not opened.
+        energy: (N,) of the rows, for a method that reads energies; None where the host has none.
 
     Returns:
         advantages and returns, both the same (N, T) float32 tensor.
@@ -214,7 +216,8 @@ def outcome_advantages(
         group_ids=ids,
         response_mask=response_mask,
         valid=(response_mask != 0).any(-1) & ~is_padding,
+        energy=energy,
         calibrations=priors.calibrations(groups),
     )
-    priors.close(estimator, groups, *estimator.outcomes(estimate.stats))
+    priors.close(estimator, groups, *estimator.outcomes(estimate.stats), estimate.energies)
     return estimate.advantages, estimate.advantages

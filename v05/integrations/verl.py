@@ -9,8 +9,10 @@ verl loads this file by itself, through the entry-point group `verl.plugins`, wh
 
 An estimator is shown no prompt, so the prior of a prompt is predicted where the prompts are drawn, by the agent loop manager,
 which runs in the trainer's process as the estimator does. Another manager can fill the table itself:
-`PRIORS.settle(Settings.read(config.algorithm.get("v05")))` once, and `PRIORS.open(uids, raw_prompts)` of every batch. Estimators
-are not told which rows are of one session: an agent loop with several outputs counts each of them.
+`PRIORS.settle(Settings.read(config.algorithm.get("v05")))` once, and `PRIORS.open(uids, raw_prompts)` of every batch. An estimator
+is shown no log-probabilities either: methods that read energies have them from the queue of verl's V1 trainer
+(`v05.integrations.verl_energies`). Estimators are not told which rows are of one session: an agent loop with several outputs
+counts each of them.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from verl.trainer.ppo.core_algos import register_adv_est
 
 from v05.integrations.groups import ESTIMATORS, PromptPriors, outcome_advantages
 from v05.integrations.settings import Settings
+from v05.integrations.verl_energies import batch_energies
+from v05.methods import find_method
 
 PRIORS = PromptPriors()
 REMEDY = (
@@ -55,6 +59,7 @@ def estimate(
         priors=PRIORS,
         normalize=config.get("norm_adv_by_std_in_grpo", True),
         remedy=REMEDY,
+        energy=batch_energies(token_level_rewards, response_mask, index) if find_method(method).reads_energies else None,
     )
 
 
