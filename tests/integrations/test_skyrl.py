@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+from dataclasses import astuple
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,11 @@ import pytest
 import torch
 
 from helpers.host_situations import TOLERANCE, FixedPrior, situations
+from v05.energy import completion_energy
 from v05.integrations.groups import PromptPriors
+from v05.integrations.settings import Settings
+from v05.methods import find_method
+from v05.prior.calibration import calibrator_of
 
 ppo_utils = pytest.importorskip("skyrl.backends.skyrl_train.utils.ppo_utils", exc_type=ImportError)
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("default")]
@@ -22,6 +27,7 @@ def skyrl(monkeypatch):
 
     monkeypatch.setattr(ppo_utils.AdvantageEstimatorRegistry, "_functions", dict(ppo_utils.AdvantageEstimatorRegistry._functions))
     monkeypatch.setattr(skyrl, "PRIORS", PromptPriors(FixedPrior()))
+    monkeypatch.setattr(skyrl, "ENERGIES", {})
     return skyrl
 
 
@@ -141,3 +147,103 @@ def test_the_estimators_reach_other_processes_by_reference(skyrl):
     skyrl.PRIORS.open(["a"], ["x"])
     result, _ = sent(torch.tensor([[1.0], [0.0]]), torch.ones(2, 1), np.array(["a", "a"], dtype=object), config=SimpleNamespace())
     assert result.flatten().tolist() == [0.5, -0.5]
+
+
+class Sampler:
+    """Answers with responses of any length, successes surer than failures, in the form of SkyRL's generator.
+
+    Attributes:
+        steps: of a trajectory; 0 where training is not step-wise.
+        energies, rewards: of the trajectories that it gave last, in order.
+        rows: how many of the output's rows each of them has.
+    """
+
+    def __init__(self, steps):
+        self.random, self.steps = np.random.default_rng(0), steps
+
+    async def generate(self, batch):
+        n = len(batch["prompts"])
+        self.rewards = np.where(self.random.random(n) < 0.4, 1.0, 0.0)
+        self.rows = self.random.integers(1, self.steps + 1, size=n) if self.steps else np.ones(n, dtype=int)
+        of_row = np.repeat(np.arange(n), self.rows)
+        lengths = self.random.integers(2, 6, size=len(of_row))
+        scale = np.where(self.rewards[of_row] > 0, 0.2, 2.0)
+        logprobs = [-self.random.exponential(s, length) for s, length in zip(scale, lengths, strict=True)]
+        masks = [np.arange(length) != length - 1 if row % 5 == 0 else np.ones(length) for row, length in enumerate(lengths)]
+        each = [completion_energy(p[mask != 0]) for p, mask in zip(logprobs, masks, strict=True)]
+        self.energies = np.bincount(of_row, each)
+        return {
+            "prompt_token_ids": [[1]] * len(of_row),
+            "response_ids": [[2] * length for length in lengths],
+            "rewards": self.rewards[of_row].tolist(),
+            "loss_masks": [mask.astype(int).tolist() for mask in masks],
+            "stop_reasons": ["stop"] * len(of_row),
+            "rollout_metrics": None,
+            "rollout_logprobs": [p.tolist() for p in logprobs],
+            "trajectory_ids": [batch["trajectory_ids"][i] for i in of_row] if self.steps else None,
+            "is_last_step": (np.diff(of_row, append=n) > 0).tolist() if self.steps else None,
+            "env_metrics": [{}] * len(of_row),
+        }
+
+
+@pytest.mark.parametrize("steps", [0, 3], ids=["whole", "step-wise"])
+@pytest.mark.parametrize("method", ["optimal", "otb", "batch_energy"])
+def test_energies_reach_the_advantages_and_the_calibration(skyrl, method, steps):
+    """Through SkyRL's trainer, from sampling to advantages, over two steps: what the first has learnt of energies shifts the
+    baselines of the second."""
+    from skyrl.train.config import SkyRLTrainConfig
+    from skyrl.train.generators.utils import prepare_generator_input
+    from skyrl.train.trainer import RayPPOTrainer
+
+    skyrl.register()
+    texts = [f"prompt {g}" for g in range(100)]
+    prior = skyrl.PRIORS.prior = FixedPrior({text: 0.1 + 0.08 * (g % 11) for g, text in enumerate(texts)})
+    cfg = SkyRLTrainConfig()
+    cfg.trainer.algorithm.advantage_estimator = f"v05_{method}"
+    cfg.trainer.train_batch_size = cfg.trainer.policy_mini_batch_size = 100
+    cfg.generator.n_samples_per_prompt, cfg.generator.step_wise_trajectories = 4, bool(steps)
+    trainer = RayPPOTrainer.__new__(RayPPOTrainer)  # without GPUs it has no workers
+    sampler = Sampler(steps)
+    trainer.cfg, trainer.generator, trainer.all_metrics = cfg, skyrl.PromptedGenerator(sampler), {}
+    trainer.tokenizer, trainer.dispatch = SimpleNamespace(pad_token_id=0), SimpleNamespace(get_lcm_dp_size=lambda: 7)
+    calibrator = calibrator_of(find_method(method))
+    reference = Settings(method).estimator(prior, calibrator)
+    prompts = [
+        {"prompt": [{"role": "user", "content": text}], "env_class": None, "env_extras": {}, "uid": str(g)}
+        for g, text in enumerate(texts)
+    ]
+    for step in range(2):
+        batch, uids = prepare_generator_input(prompts, 4, {}, "none", "train", step)
+        output = asyncio.run(trainer.generate(batch))
+        rows = [trajectory.instance_id for trajectory in output["trajectory_ids"]] if steps else uids
+        data = trainer.convert_to_training_input(*trainer.postprocess_generator_output(output, rows))
+        data["values"] = None
+        data = trainer.compute_advantages_and_returns(data)
+        rates = prior.predict(texts)
+        estimate = reference.advantages(sampler.rewards, rates, group_ids=uids, energy=sampler.energies)
+        expected = torch.zeros(len(data["advantages"]), 1)
+        expected[: len(rows), 0] = estimate.advantages[torch.from_numpy(np.repeat(np.arange(400), sampler.rows))]
+        torch.testing.assert_close(data["advantages"], expected * data["response_mask"], rtol=0, atol=1e-5)
+        reference.close(texts, rates, *reference.outcomes(estimate.stats), estimate.energies)
+    assert skyrl.ENERGIES == {}
+    if find_method(method).learns_energies:
+        learnt = skyrl.PRIORS.settle(Settings(method)).calibrator
+        np.testing.assert_allclose(learnt.state_dict()["energies"], calibrator.state_dict()["energies"], rtol=1e-12)
+        assert learnt.calibration.delta1 != 0.0
+        assert astuple(learnt.calibration) == pytest.approx(astuple(calibrator.calibration))
+
+
+def test_a_part_of_a_group_has_no_energies(skyrl):
+    """`optimal` is `calibrated` then, which leaves each rollout out too, and learns nothing of energies; `otb` is refused."""
+    skyrl.register(leave_one_out=True)
+    given = torch.tensor([[1.0], [0.0]]), torch.ones(2, 1), ["a", "a"]
+    found = []
+    for method in ("optimal", "calibrated"):
+        skyrl.PRIORS.open(["a"], ["x"])
+        skyrl.ENERGIES["a"] = [0.5, 0.5, 0.5]
+        found.append(advantages(f"v05_{method}", *given))
+        assert skyrl.ENERGIES == {}
+    torch.testing.assert_close(*found, rtol=0, atol=1e-6)
+    assert skyrl.PRIORS.settle(Settings("optimal")).calibrator.state_dict()["energies"].tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    with pytest.raises(ValueError, match="energy: needed by method='otb'"):
+        advantages("v05_otb", *given)
