@@ -7,7 +7,7 @@ from typing import Any
 
 from triton.compiler import ASTSource
 
-ELEMENT_BYTES = {"u8": 1, "bf16": 2, "i32": 4, "u32": 4, "fp32": 4, "i64": 8, "fp64": 8}
+ELEMENT_BYTES = {"u8": 1, "bf16": 2, "fp16": 2, "i32": 4, "u32": 4, "fp32": 4, "i64": 8, "fp64": 8}
 ROLLOUTS, TOKENS, GROUPS = 4096, 2048, 256  # of the batch that memory traffic is counted for
 
 

@@ -28,11 +28,13 @@ def test_every_variant_for_every_target(reports):
     assert len(compiled) == len(reports)
     kernels = {kernel for kernel, _, _ in compiled}
     assert kernels == {
+        "add_up_kernel",
         "fused_advantage_kernel",
         "group_moments_kernel",
         "group_rows_kernel",
         "policy_loss_kernel",
         "sum_token_rewards_kernel",
+        "write_gradient_kernel",
     }
     variants = {(kernel, variant) for kernel, variant, _ in compiled}
     targets = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -52,6 +54,10 @@ def test_tokens_move_128_bits_at_a_time(reports):
         if report["kernel"] == "sum_token_rewards_kernel" or (loads_mask and not narrow_mask):
             assert report["ld128"] > 0, report
         if loads_mask or report["variant"].startswith("packed"):
+            assert report["st128"] > 0, report
+        if report["kernel"] in ("add_up_kernel", "write_gradient_kernel"):
+            assert report["ld128"] > 0, report
+        if report["kernel"] == "write_gradient_kernel" and not report["variant"].endswith("elsewhere"):
             assert report["st128"] > 0, report
 
 

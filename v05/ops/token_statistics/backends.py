@@ -21,11 +21,19 @@ class Backend(Protocol):
     ) -> None: ...
 
 
-BACKENDS = ("cpu",)
+BACKEND_OF_DEVICE = {"cpu": "cpu", "cuda": "triton"}
 
 
 def backend_for(name: str | None, device: torch.device) -> Backend:
     """The backend of that name, or of the device. ValueError where it cannot run there."""
-    if name is not None:
-        choice("backend", name, BACKENDS)
-    return cpu
+    own = BACKEND_OF_DEVICE.get(device.type)
+    if own is None:
+        raise ValueError(f"logits: device {device} has no backend; move the tensors to one of {', '.join(BACKEND_OF_DEVICE)}")
+    if name is not None and choice("backend", name, BACKEND_OF_DEVICE.values()) == "cpu" != own:
+        raise ValueError(f"backend='cpu' needs CPU tensors, got {device}")
+    if (name or own) == "cpu":
+        return cpu
+    from v05.kernels.token_statistics import launch  # imports Triton, which only this needs
+
+    run: Backend = launch
+    return run

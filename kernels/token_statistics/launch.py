@@ -1,0 +1,115 @@
+"""The launches of the passes over logits, and their variants for the ahead-of-time compiler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from v05.kernels.launcher import Launcher, on
+from v05.kernels.token_statistics.kernel import add_up_kernel, write_gradient_kernel
+from v05.kernels.variant import Variant
+
+if TYPE_CHECKING:
+    from v05.ops.token_statistics.inputs import Targets, Upstream
+
+TILE = 2048  # elements that a program loads together: 16 for each of its 128 threads, twice or four times 128 bits
+TOKENS, VOCABULARY = 8192, 151_936  # that memory traffic is counted for
+
+_add_up = Launcher(add_up_kernel)
+_write_gradient = Launcher(write_gradient_kernel)
+
+
+def add_up(logits: torch.Tensor, targets: Targets, temperature: float, out: torch.Tensor) -> None:
+    """As `v05.ops.token_statistics.cpu.add_up`. ValueError: CPU tensors without the interpreter."""
+    tokens, columns = out.shape[1], logits.shape[-1]
+    rows = _rows(logits)
+    if tokens > 0:
+        with on(logits.device):
+            _add_up(
+                (tokens, 1, 1),
+                logits.device,
+                (rows.memory, targets.ids.contiguous(), out),
+                (tokens, *rows.places, columns, targets.first, *_scale(temperature)),
+                _tile(logits.dtype),
+            )
+
+
+def write_gradient(logits: torch.Tensor, targets: Targets, upstream: Upstream, temperature: float, out: torch.Tensor) -> None:
+    """As `v05.ops.token_statistics.cpu.write_gradient`. ValueError: CPU tensors without the interpreter."""
+    tokens, columns = targets.ids.numel(), logits.shape[-1]
+    rows, rows_out = _rows(logits), _rows(out)
+    origin, length, *strides = rows.places
+    out_origin, _, *out_strides = rows_out.places
+    aligned = all((a - b) % 16 == 0 for a, b in zip((origin, *strides), (out_origin, *out_strides), strict=True))
+    if tokens > 0:
+        with on(logits.device):
+            _write_gradient(
+                (tokens, 1, 1),
+                logits.device,
+                (rows.memory, targets.ids.contiguous(), *upstream, rows_out.memory),
+                (tokens, origin, length, *strides, out_origin, *out_strides, columns, targets.first, _scale(temperature)[0]),
+                (aligned, *_tile(logits.dtype)),
+            )
+
+
+class _Rows(NamedTuple):
+    memory: torch.Tensor  # the logits, from an address of 16 bytes on
+    places: tuple[int, int, int, int]  # origin, length, stride_sequence, stride_token of the kernels
+
+
+def _rows(logits: torch.Tensor) -> _Rows:
+    sequences = logits if logits.ndim == 3 else logits[None]
+    origin = logits.data_ptr() % 16 // logits.element_size()
+    memory = logits if origin == 0 else logits.as_strided((1,), (1,), logits.storage_offset() - origin)
+    return _Rows(memory, (origin, max(sequences.shape[1], 1), *sequences.stride()[:2]))
+
+
+def _tile(dtype: torch.dtype) -> tuple[int, int]:
+    """(LANES, E): 128 bits a lane."""
+    each = 16 // dtype.itemsize
+    return TILE // each, each
+
+
+def _scale(temperature: float) -> tuple[float, float, float]:
+    """(bits, step_high, step_low): bits of a logit, and logits of a bit in two float32, whose first has few enough digits that
+    150 times it is exact.
+    """
+    step = temperature * math.log(2)
+    mantissa, exponent = math.frexp(step)
+    high = math.ldexp(math.floor(mantissa * 2**16), exponent - 16)
+    return 1 / step, high, step - high
+
+
+def variants() -> Iterator[Variant]:
+    """Each dtype of logits, forward and backward; then a gradient without one of the entropy, and with rows that lie elsewhere."""
+    tokens = {"p_ids": "i64"}
+    for name, element, dtype in (
+        ("bfloat16", "bf16", torch.bfloat16),
+        ("float16", "fp16", torch.float16),
+        ("float32", "fp32", torch.float32),
+    ):
+        block = dict(zip(("LANES", "E"), _tile(dtype), strict=True))
+        yield Variant(name, add_up_kernel, tokens | {"p_logits": element, "p_sums": "fp32"}, block)
+        upstream = {"p_state": "fp32", "p_of_logprob": "fp32", "p_of_entropy": "fp32"}
+        both = Variant(
+            f"gradient-{name}",
+            write_gradient_kernel,
+            tokens | upstream | {"p_logits": element, "p_out": element},
+            block | {"ALIGNED": True},
+        )
+        yield both
+        yield both.but(f"gradient-{name}-elsewhere", {"ALIGNED": False})
+    without = {pointer: kind for pointer, kind in both.pointers.items() if pointer != "p_of_entropy"}
+    yield Variant("gradient-float32-logprob", write_gradient_kernel, without, both.constants)
+
+
+def traffic(variant: Variant) -> tuple[int, int]:
+    """(bytes, floor_bytes) of one launch on TOKENS x VOCABULARY: every logit is read once, every gradient written once."""
+    size = variant.element_bytes()
+    logits = TOKENS * VOCABULARY * (size["p_logits"] + size.get("p_out", 0))
+    sums = sum(size.get(name, 0) for name in ("p_ids", "p_of_logprob", "p_of_entropy"))
+    once = logits + TOKENS * (sums + 5 * size.get("p_sums", 0) + 4 * size.get("p_state", 0))
+    return once, once
