@@ -162,6 +162,26 @@ def test_weights_of_another_dtype():
     torch.testing.assert_close(weight.grad, exact.grad)
 
 
+def test_products_of_half_precision(monkeypatch):
+    """As on a GPU: the gradient of the logits is rounded to the dtype of the products, sums are not."""
+    computed_in = linear.computed_in
+    monkeypatch.setattr(linear, "computed_in", lambda *layer: linear.Layer(*(tensor.bfloat16() for tensor in computed_in(*layer))))
+    monkeypatch.setattr(linear, "_WIDE_PRODUCTS", False)  # the CPU has none
+    monkeypatch.setattr(linear, "_WIDE_SUMS", False)
+    leaves = [draw(seed, *shape, scale=1.0, dtype=torch.bfloat16) for seed, shape in enumerate(((40, 16), (9, 16), (9,)))]
+    made = []
+    for layer in (leaves, [tensor.float() for tensor in leaves]):
+        hidden, weight, bias = (tensor.clone().requires_grad_() for tensor in layer)
+        if layer is leaves:
+            out = token_statistics(hidden, ids(3, 9, 40), weight=weight, bias=bias, chunk=7)
+        else:
+            out = token_statistics(hidden @ weight.t() + bias, ids(3, 9, 40))
+        loss_of(out).backward()
+        made.append((out.logprob.detach(), *(tensor.grad.float() for tensor in (hidden, weight, bias))))
+    for seen, expected in zip(*made, strict=True):
+        torch.testing.assert_close(seen, expected, rtol=0.03, atol=0.03)
+
+
 def test_logits_of_all_tokens_never_exist():
     """The memory that operations take and leave, which the profiler counts at each."""
     hidden, weight, targets = draw(1, 600, 16).requires_grad_(), draw(2, 1000, 16).requires_grad_(), ids(3, 1000, 600)

@@ -68,7 +68,7 @@ def token_statistics(
             float32), logits in float32. It may be of another dtype than the hidden states.
         bias: (V,), of the output layer.
         temperature: above 0; logits are divided by it.
-        chunk: tokens whose logits are made together; None: as many as take 64 MiB on the CPU, 256 MiB on a GPU. Read with `weight`.
+        chunk: tokens whose logits are made together; None: as many as take 64 MiB on the CPU, 512 MiB on a GPU. Read with `weight`.
         inplace_backward: write the gradient of the logits into their own memory, which spares as much again. Nothing else may
             need the logits afterwards, and no second backward is possible; torch says so if it is tried. Not with `weight`, and not
             under torch.compile.

@@ -6,13 +6,18 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from packaging.version import Version
 
 from v05.ops.token_statistics.backends import Backend
 from v05.ops.token_statistics.inputs import IGNORED, Targets, Upstream
 from v05.ops.token_statistics.sums import SUMS
 
-# Bytes of a chunk's logits where no chunk is given. On the CPU the matrix products want some hundred rows, and no more.
-CHUNK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 28}
+# Bytes of a chunk's float32 logits where no chunk is given. On the CPU the matrix products want some hundred rows, and no more. On
+# a GPU every chunk reads and writes the whole gradient of the weight, which is to take less time than its product.
+CHUNK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}
+# Products of half precision in float32, from torch 2.8 on; and added to a float32 matrix.
+_WIDE_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype_out")
+_WIDE_SUMS = _WIDE_PRODUCTS and Version(torch.__version__) >= Version("2.13.0")
 
 
 class Layer(NamedTuple):
@@ -68,35 +73,58 @@ def gradients(
 
     of_hidden = zeros(layer.hidden.shape, needed[0])
     of_weight, of_bias = zeros(weight.shape, needed[1]), zeros(weight.shape[:1], needed[2])
+    memory = None
     for part, logits in _chunks(layer, chunk):
+        if memory is None:  # the gradient lies where the logits lie, unless its products are of another dtype
+            memory = logits if logits.dtype == weight.dtype else torch.empty_like(logits, dtype=weight.dtype)
+        gradient = memory[: logits.shape[0]]
         of_part = Upstream(state[part].t().contiguous(), of_logprob[part], None if of_entropy is None else of_entropy[part])
-        backend.write_gradient(logits, targets._replace(ids=ids[part]), of_part, temperature, logits)
+        backend.write_gradient(logits, targets._replace(ids=ids[part]), of_part, temperature, gradient)
         if of_hidden is not None:
-            torch.mm(logits, weight, out=of_hidden[part])
+            _multiply(gradient, weight, of_hidden[part])
         if of_weight is not None:
-            of_weight.addmm_(logits.t(), layer.hidden[part])
+            _add_product(gradient.t(), layer.hidden[part], of_weight)
         if of_bias is not None:
-            of_bias += logits.sum(0)
+            of_bias += gradient.sum(0, dtype=torch.float32)
     if of_hidden is not None and rows is not None:
         of_hidden = of_hidden.new_zeros((tokens, weight.shape[1])).index_copy_(0, rows, of_hidden)
     return of_hidden, of_weight, of_bias
 
 
 def _chunks(layer: Layer, chunk: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The logits of one chunk of tokens after another, in memory that they share."""
+    """The float32 logits of one chunk of tokens after another, in memory that they share."""
     hidden, weight, bias = layer
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     chunk = chunk or max(CHUNK_BYTES[hidden.device.type] // (4 * vocabulary), 1)
-    memory = hidden.new_empty((min(chunk, tokens), vocabulary))
+    memory = hidden.new_empty((min(chunk, tokens), vocabulary), dtype=torch.float32)
     for start in range(0, tokens, chunk):
         part = slice(start, start + chunk)
         rows = hidden[part]
         logits = memory[: rows.shape[0]]
-        if bias is None:
-            torch.mm(rows, weight.t(), out=logits)
-        else:
-            torch.addmm(bias, rows, weight.t(), out=logits)
+        _multiply(rows, weight.t(), logits)
+        if bias is not None:
+            logits += bias
         yield part, logits
+
+
+def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """Write a @ b into the float32 `out`; before torch 2.8 a product of half precision is rounded to it."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif _WIDE_PRODUCTS:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(a @ b)
+
+
+def _add_product(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor) -> None:
+    """Add a @ b to the float32 `total`; before torch 2.13 a product of half precision is rounded to it first."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif _WIDE_SUMS:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 def _rows_where(wanted: torch.Tensor) -> torch.Tensor | None:
