@@ -21,18 +21,18 @@ def ids(seed, vocabulary, *shape):
     return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_specified(logits, targets, temperature=1.0, *, in_place=False, rounding=0.0, backend=None):
+def assert_specified(logits, targets, temperature=1.0, *, in_place=False, rounding=0.0, backend=None, device="cpu"):
     """Statistics and gradients of `logits` (..., V), weighed by numbers that differ from token to token. `rounding` is what the
     dtype of the logits adds to the error of their gradient.
     """
-    leaf = logits.detach().requires_grad_()
+    leaf = logits.detach().to(device).requires_grad_()  # with the strides of the logits
     out = token_statistics(
-        leaf * 1 if in_place else leaf, targets, temperature=temperature, inplace_backward=in_place, backend=backend
+        leaf * 1 if in_place else leaf, targets.to(device), temperature=temperature, inplace_backward=in_place, backend=backend
     )
     given = logits.detach().double().reshape(-1, logits.shape[-1]).numpy().copy()
     expected = reference_tokens.token_statistics(given, targets.flatten().numpy(), temperature)
     for name in STATISTICS:
-        seen = getattr(out, name).detach()
+        seen = getattr(out, name).detach().cpu()
         assert seen.shape == targets.shape
         assert seen.dtype == torch.float32
         absolute = TINY if name == "logprob" else 1e-6  # an entropy is the difference of two sums
@@ -43,12 +43,13 @@ def assert_specified(logits, targets, temperature=1.0, *, in_place=False, roundi
 
     count = targets.numel()
     of_logprob, of_entropy = torch.linspace(-1, 2, count).view(targets.shape), torch.linspace(0.5, -1, count).view(targets.shape)
-    (gradient,) = torch.autograd.grad((out.logprob, out.entropy), leaf, (of_logprob, of_entropy))
+    upstream = of_logprob.to(device), of_entropy.to(device)
+    (gradient,) = torch.autograd.grad((out.logprob, out.entropy), leaf, upstream)
     assert gradient.dtype == logits.dtype
     parts = (of_logprob, expected.gradient_of_logprob), (of_entropy, expected.gradient_of_entropy)
     wanted = sum(weight.double().numpy().reshape(-1, 1) * each for weight, each in parts)
     size = np.abs(wanted).max(1, keepdims=True, initial=0)  # of each token
-    seen = gradient.double().numpy().reshape(wanted.shape)
+    seen = gradient.cpu().double().numpy().reshape(wanted.shape)
     np.testing.assert_allclose(seen / np.maximum(size, 1e-30), wanted / np.maximum(size, 1e-30), rtol=0, atol=1e-5 + rounding)
 
 

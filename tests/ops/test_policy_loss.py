@@ -1,93 +1,23 @@
 """The policy loss on both backends against the specification in float64, and torch's own view of it."""
 
 import math
-from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from v05 import reference_losses
+from helpers.loss_batches import Batch, assert_specified
 from v05.ops import LOSSES, Importance, loss_weights, policy_loss
 
 BACKENDS = ("torch", "triton")
-LENGTHS = (3, 1, 37, 0, 16, 5)
-TOKENS = 40  # of a padded row
-
-
-class Batch:
-    """Rollouts as rows, and as the tensors of both layouts; the padding holds what must not be looked at."""
-
-    def __init__(self, lengths=LENGTHS, width=TOKENS, seed=0, spread=0.5):
-        generator = torch.Generator().manual_seed(seed)
-        n, total = len(lengths), sum(lengths)
-        self.lengths = torch.tensor(lengths)
-        self.mask = torch.arange(width) < self.lengths[:, None]
-        self.cu_seqlens = torch.tensor([0, *np.cumsum(lengths)])
-        self.old = -3 * torch.rand(total, generator=generator)
-        self.new = self.old + spread * torch.randn(total, generator=generator)
-        self.sampler = self.old + spread * torch.randn(total, generator=generator)
-        self.reference = self.new + spread * torch.randn(total, generator=generator)
-        self.advantages = torch.randn(n, generator=generator)
-        self.weights = loss_weights(self.lengths)
-
-    def rows(self, packed):
-        return [row.double().tolist() for row in packed.split(self.lengths.tolist())]
-
-    def laid_out(self, packed, layout):
-        if layout == "packed":
-            return packed.clone()
-        padded = torch.full(self.mask.shape, math.nan)
-        padded[self.mask] = packed
-        return padded
-
-    def layout(self, layout):
-        return {"cu_seqlens": self.cu_seqlens} if layout == "packed" else {"mask": self.mask}
-
-
-def check(batch, layout, backend, loss="ppo", importance=None, kl_estimator=None, **bounds):
-    row = replace(LOSSES[loss], **bounds)
-    beside, kl = {}, {} if kl_estimator is None else {"kl_coefficient": 0.3, "kl_estimator": kl_estimator}
-    given = {}
-    if importance is not None:
-        given |= {"sampler_logprob": batch.laid_out(batch.sampler, layout), "importance": importance}
-        beside |= {"samplers": batch.rows(batch.sampler), "importance": importance}
-    if kl:
-        given["reference_logprob"] = batch.laid_out(batch.reference, layout)
-        beside["references"] = batch.rows(batch.reference)
-    wanted, gradients, figures = reference_losses.policy_loss(
-        batch.rows(batch.new), batch.rows(batch.old), batch.advantages.tolist(), batch.weights.tolist(), row, **beside, **kl
-    )
-    new = batch.laid_out(batch.new, layout).requires_grad_()
-    out = policy_loss(
-        new,
-        batch.laid_out(batch.old, layout),
-        batch.advantages,
-        weights=batch.weights,
-        loss=loss,
-        backend=backend,
-        **batch.layout(layout),
-        **bounds,
-        **given,
-        **kl,
-    )
-    assert out.loss.item() == pytest.approx(wanted, rel=1e-5, abs=1e-6)
-    for name, figure in out.figures._asdict().items():
-        assert figure.item() == pytest.approx(figures[name], rel=1e-5, abs=1e-6, nan_ok=True), name
-    (3 * out.loss).backward()
-    got = new.grad if layout == "packed" else new.grad[batch.mask]
-    torch.testing.assert_close(got.double(), 3 * torch.from_numpy(np.concatenate(gradients)), rtol=1e-5, atol=1e-7)
-    if layout == "padded":
-        assert (new.grad[~batch.mask] == 0).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_of_the_table(loss, layout, backend):
-    check(Batch(), layout, backend, loss)
+    assert_specified(Batch(), layout, backend, loss)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -96,15 +26,15 @@ def test_every_loss_of_the_table(loss, layout, backend):
 @pytest.mark.parametrize("beyond", ["truncate", "mask"])
 @pytest.mark.parametrize("loss", ["ppo", "gspo", "cispo"])
 def test_importance_weights(loss, beyond, level, layout, backend):
-    check(Batch(), layout, backend, loss, Importance(cap=1.3, floor=0.6, level=level, beyond=beyond))
+    assert_specified(Batch(), layout, backend, loss, Importance(cap=1.3, floor=0.6, level=level, beyond=beyond))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_divergence_from_a_reference(estimator, layout, backend):
-    check(Batch(), layout, backend, kl_estimator=estimator)
-    check(Batch(), layout, backend, "gspo", Importance(cap=1.1), estimator)
+    assert_specified(Batch(), layout, backend, kl_estimator=estimator)
+    assert_specified(Batch(), layout, backend, "gspo", Importance(cap=1.1), estimator)
 
 
 @settings(max_examples=25, deadline=None)
@@ -117,13 +47,13 @@ def test_divergence_from_a_reference(estimator, layout, backend):
 )
 def test_rows_of_any_length(lengths, seed, loss, layout, backend):
     batch = Batch(tuple(lengths), max(lengths), seed, spread=1.0)
-    check(batch, layout, backend, loss, Importance(), "k3", clip_low=0.3, clip_high=0.5)
+    assert_specified(batch, layout, backend, loss, Importance(), "k3", clip_low=0.3, clip_high=0.5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_blocks_of_long_rows_and_many_rollouts(backend):
-    check(Batch((1500, 3, 513), 1504), "padded", backend, "gspo", Importance(level="sequence"))
-    check(Batch((2,) * 300, 3), "packed", backend)  # more rows of sums than are added up at once
+    assert_specified(Batch((1500, 3, 513), 1504), "padded", backend, "gspo", Importance(level="sequence"))
+    assert_specified(Batch((2,) * 300, 3), "packed", backend)  # more rows of sums than are added up at once
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
