@@ -151,6 +151,17 @@ def test_of_hidden_states_only_what_is_needed(monkeypatch):
     assert hidden.grad[[0, 4, 5]].ne(0).all()
 
 
+def test_upstream_gradients_that_are_one_number():
+    """As a sum has, whose gradient is expanded and lies in memory once."""
+    hidden, weight, targets = draw(1, 6, 4), draw(2, 9, 4), ids(3, 9, 6)
+    weighed, summed = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    out = token_statistics(summed, targets, weight=weight)
+    (out.logprob.sum() + out.entropy.sum()).backward()
+    out = token_statistics(weighed, targets, weight=weight)
+    ((out.logprob + out.entropy) * torch.ones(6)).sum().backward()
+    assert summed.grad.equal(weighed.grad)
+
+
 def test_weights_of_another_dtype():
     """Gradients come in the dtype of what they are of, and are rounded once."""
     hidden, weight, targets = draw(1, 50, 8, dtype=torch.bfloat16).requires_grad_(), draw(2, 9, 8).requires_grad_(), ids(3, 9, 50)

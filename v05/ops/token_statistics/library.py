@@ -88,8 +88,7 @@ def _run_backward(
 ) -> torch.Tensor:
     out = torch.empty_like(logits) if out is None else out
     targets = Targets(ids, first_of_shard(group_of(group), logits.shape[-1], logits.device))
-    # An upstream gradient may be one number, expanded.
-    upstream = Upstream(state, of_logprob.contiguous(), None if of_entropy is None else of_entropy.contiguous())
+    upstream = _in_memory(state, of_logprob, of_entropy)
     backend_for(backend, logits.device).write_gradient(logits, targets, upstream, temperature, out)
     return out
 
@@ -129,13 +128,18 @@ def _run_linear_backward(
     """Of hidden states, weight and bias: those that are needed."""
     ranks = group_of(group)
     targets = Targets(ids.flatten(), first_of_shard(ranks, weight.shape[0], hidden.device))
-    upstream = Upstream(state, of_logprob.flatten(), None if of_entropy is None else of_entropy.flatten())
+    upstream = _in_memory(state, of_logprob, of_entropy)
     layer, run = linear.computed_in(hidden, weight, bias), backend_for(backend, hidden.device)
     of_hidden, of_weight, of_bias = linear.gradients(layer, targets, upstream, temperature, chunk, run, needed)
     if of_hidden is not None and ranks is not None:
         dist.all_reduce(of_hidden, group=ranks)
     made = zip((of_hidden, of_weight, of_bias), (hidden, weight, bias), strict=True)
     return [gradient.to(like.dtype) for gradient, like in made if gradient is not None and like is not None]
+
+
+def _in_memory(state: torch.Tensor, of_logprob: torch.Tensor, of_entropy: torch.Tensor | None) -> Upstream:
+    """One number a token in memory: an upstream gradient may be one number, expanded."""
+    return Upstream(state, of_logprob.flatten().contiguous(), None if of_entropy is None else of_entropy.flatten().contiguous())
 
 
 def _fake(logits: torch.Tensor, ids: torch.Tensor, *_: Any) -> Made:
