@@ -16,16 +16,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from typing import TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from v05 import _core
-from v05.arguments import any_array, array, choice, finite_range, integer, real
+from v05.arguments import any_array, array, choice, finite_range, integer, real, shown
 from v05.methods import Calibration, known_calibration
 
 RULES = ("osla", "uniform", "calibrated", "variance", "total")
+Chunk = int | Literal["look"]
 GroupIds = NDArray[np.int64] | NDArray[np.object_]
 Scalar = TypeVar("Scalar", np.int64, np.float64)
 
@@ -75,7 +76,7 @@ class RolloutAllocator:
     """Hands out rollouts and decides, group by group, when there are enough (arXiv 2603.10848, one-step look-ahead).
 
     A group starts with `initial` rollouts. Once all that were asked for have settled, the rule looks at the valid
-    rewards in index order and either closes the group for good or asks for `chunk` more. So the allocation does not
+    rewards in index order and either closes the group for good or asks for more, in chunks. So the allocation does not
     depend on the order in which rewards arrive. All methods may be called from several threads.
 
     Rule "total" compares groups, so there order does matter. A lease that finds neither retries nor initial rollouts
@@ -95,7 +96,8 @@ class RolloutAllocator:
             brings. Rules "osla", "calibrated", "variance".
         total: rollouts, retries not counted, of all groups that are open together; groups opened when none is open
             share a new total. Rule "total".
-        chunk: rollouts added at a time. 1 is the paper's rule; more of them trade rollouts for fewer serial rounds.
+        chunk: rollouts added at a time. 1 is the paper's rule; more of them trade rollouts for fewer serial rounds. "look" adds at
+            once as many as the rule would take if what it estimates of the group stayed as it is; not for rule "total".
         seed: int64 that all rollout seeds derive from.
         reward_range: (lowest, highest) of rewards and priors, reward units; what float32 rounding took past a bound is the bound.
         calibration: for rules "calibrated" and "variance". Rule "total" shares out by the gain of "variance" with one that has
@@ -114,7 +116,7 @@ class RolloutAllocator:
         maximum: int = 16,
         cost: float | None = None,
         total: int | None = None,
-        chunk: int = 1,
+        chunk: Chunk = 1,
         seed: int = 0,
         reward_range: tuple[float, float] = (0.0, 1.0),
         calibration: Calibration | None = None,
@@ -127,7 +129,7 @@ class RolloutAllocator:
             maximum=integer("maximum", maximum),
             cost=None if cost is None else real("cost", cost),
             total=None if total is None else integer("total", total),
-            chunk=integer("chunk", chunk),
+            chunk=_chunk(chunk),
             seed=integer("seed", seed),
             reward_range=finite_range("reward_range", reward_range),
             calibration=None if known is None else astuple(known),
@@ -200,6 +202,24 @@ class RolloutAllocator:
         """
         return self._core.expire(real("older_than", older_than), _microseconds())
 
+    def would_ask(self, counts: ArrayLike, successes: ArrayLike, priors: ArrayLike) -> NDArray[np.int64]:
+        """(n,) how many rollouts would be added at once to groups with these outcomes; 0 where the group would be closed.
+
+        For the rules that decide by a group's own rewards: "osla", "calibrated" and "variance". Nothing changes.
+
+        Args:
+            counts: (n,) int64 rollouts of a group, all settled and valid, at most `maximum`.
+            successes: (n,) int64 of them that have the highest reward; the others have the lowest.
+            priors: (n,) float64, reward units; NaN is no prior.
+
+        Raises:
+            ValueError: the rule is another; a count, a number of successes or a prior is out of bounds, the lengths differ, a dtype
+                does not fit.
+        """
+        return self._core.would_ask(
+            _vector("counts", counts, np.int64), _vector("successes", successes, np.int64), _vector("priors", priors, np.float64)
+        )
+
     @property
     def done(self) -> bool:
         """Every opened group is closed: nothing is queued and nothing is out."""
@@ -255,6 +275,12 @@ def predicted_counts(rates: ArrayLike, total: int, lowest: int = 2, highest: int
     return _core.predicted_counts(
         _vector("rates", rates, np.float64), integer("total", total), integer("lowest", lowest), integer("highest", highest)
     )
+
+
+def _chunk(chunk: Chunk) -> int | None:
+    if isinstance(chunk, str) and chunk != "look":
+        raise ValueError(f"chunk={shown(chunk)}; give an integer or 'look'")
+    return None if isinstance(chunk, str) else integer("chunk", chunk)
 
 
 def _microseconds() -> int:

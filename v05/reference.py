@@ -178,12 +178,17 @@ def betaln(a: float, b: float) -> float:
     return math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
 
 
-def calibrated_gain(count: int, successes: float, prior: float, calibration: Calibration) -> float:
-    """Expected fall of the success rate's variance, centred units, if one more (binary) rollout is taken."""
+def calibrated_gain(count: int, successes: float, prior: float, calibration: Calibration, further: int = 0) -> float:
+    """Expected fall of the success rate's variance s2, centred units, if one more (binary) rollout is taken.
+
+    After `further` rollouts that leave the success rate's mean m where it is, as of a Beta with the mean and the variance of now:
+    s2 is then s2 / (1 + further s2 / (m (1 - m))).
+    """
     now = calibrated(count, successes, prior, calibration)
     failure = calibrated(count + 1, successes, prior, calibration)
     success = calibrated(count + 1, successes + 1, prior, calibration)
-    return 4 * (now.variance - now.baseline * success.variance - (1 - now.baseline) * failure.variance)
+    shrinks_by = 1 + further * now.variance / (now.baseline * (1 - now.baseline))
+    return 4 * (now.variance - now.baseline * success.variance - (1 - now.baseline) * failure.variance) / shrinks_by**2
 
 
 def calibrated_take_more(
@@ -209,10 +214,12 @@ def gradient_variance(belief: Calibrated, calibration: Calibration) -> float:
     return 4 * (mean * (1 - mean) - belief.variance) * ratio / (rate * ratio + 1 - rate)
 
 
-def variance_gain(count: int, successes: float, prior: float, calibration: Calibration) -> float:
-    """Fall of the variance of the mean of a group's gradients, V / k, if one more rollout is taken."""
+def variance_gain(count: int, successes: float, prior: float, calibration: Calibration, further: int = 0) -> float:
+    """Fall of the variance of the mean of a group's gradients, V / k, if one more rollout is taken, after `further` ones that leave
+    V where it is."""
     variance = gradient_variance(calibrated(count, successes, prior, calibration), calibration)
-    return variance / (count * (count + 1)) if count else math.inf
+    k = count + further
+    return variance / (k * (k + 1)) if k else math.inf
 
 
 def fresh_prompt_gain(calibration: Calibration) -> float:

@@ -4,8 +4,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <vector>
 
+#include "checks.hpp"
 #include "room.hpp"
 #include "v05/allocator.hpp"
 #include "v05/fusion.hpp"
@@ -19,9 +21,83 @@ void RolloutAllocator::prepare_decisions(std::size_t settled, std::size_t retrie
   const std::size_t groups = std::min(settled, static_cast<std::size_t>(counts_.open_groups));  // each is decided once
   make_room(closed_, groups);
   make_room(candidates_, options_.rule == BudgetRule::kTotal ? groups : 0);
-  make_room(extra_, retried + (is_sequential(options_.rule)
-                                   ? groups * static_cast<std::size_t>(std::min(options_.chunk, options_.maximum))
-                                   : 0));
+  const std::int64_t most = options_.maximum - options_.initial;  // that a group asks for at a time
+  const std::int64_t more = is_sequential(options_.rule) ? std::min(options_.chunk.value_or(most), most) : 0;
+  make_room(extra_, retried + (groups * static_cast<std::size_t>(more)));
+}
+
+// Calls `body` with a function that tells the gain of one more rollout after so many further ones, if what is estimated
+// of a group with these valid rewards stays as it is.
+template <class Rewards, class Body>
+auto RolloutAllocator::with_gain(const Rewards& for_each, double prior, const Body& body) const {
+  const double width = options_.highest_reward - options_.lowest_reward;
+  const auto scaled = [&](double reward) { return (reward - options_.lowest_reward) / width; };
+  if (options_.calibration) {
+    std::int64_t count = 0;
+    double successes = 0.0;
+    for_each([&](double reward) {
+      ++count;
+      successes += scaled(reward);
+    });
+    const CalibratedFusion fusion = calibrated(count, successes, believe(scaled(prior), *options_.calibration));
+    const bool of_gradient = options_.rule == BudgetRule::kVariance ||
+                             (options_.rule == BudgetRule::kTotal && options_.calibration->knows_energies());
+    if (of_gradient) {
+      const double variance = gradient_variance(fusion, *options_.calibration);
+      return body([=](std::int64_t further) { return variance_gain(count + further, variance); });
+    }
+    return body([&](std::int64_t further) { return calibrated_gain(fusion, further); });
+  }
+  MomentsAccumulator valid;
+  for_each([&](double reward) { valid.add(reward); });
+  const Moments sample = valid.moments();
+  const double squared_bias = shrinkage(sample.count, sample.mean, prior, width / 2.0).squared_bias;
+  return body([&](std::int64_t further) { return osla_gain(sample.count + further, squared_bias); });
+}
+
+// How many of `room` more rollouts a group with these valid rewards is given at once; 0 if it has enough.
+template <class Rewards>
+std::int64_t RolloutAllocator::wanted(const Rewards& for_each, double prior, std::int64_t room) const {
+  return with_gain(for_each, prior, [&](const auto& gain_after) {
+    if (options_.chunk) {
+      return gain_after(0) > cost_ ? std::min(*options_.chunk, room) : std::int64_t{0};
+    }
+    std::int64_t more = 0;
+    while (more < room && gain_after(more) > cost_) {
+      ++more;
+    }
+    return more;
+  });
+}
+
+std::vector<std::int64_t> RolloutAllocator::would_ask(std::span<const std::int64_t> counts,
+                                                      std::span<const std::int64_t> successes,
+                                                      std::span<const double> priors) const {
+  if (!is_sequential(options_.rule)) {
+    refuse("rules 'uniform' and 'total' do not decide by a group's own rewards; would_ask is for the others");
+  }
+  if (successes.size() != counts.size() || priors.size() != counts.size()) {
+    refuse("counts has ", counts.size(), " rows, successes ", successes.size(), " and priors ", priors.size(),
+           "; give one of each per group");
+  }
+  require_in_range("priors", priors, options_);
+  std::vector<std::int64_t> asked;
+  asked.reserve(counts.size());
+  for (std::size_t row = 0; row < counts.size(); ++row) {
+    const std::int64_t count = counts[row];
+    const std::int64_t right = successes[row];
+    if (count < 1 || count > options_.maximum || right < 0 || right > count) {
+      refuse("row ", row, " has counts ", count, " and successes ", right,
+             "; give 1 <= counts <= maximum=", options_.maximum, " and 0 <= successes <= counts");
+    }
+    const auto for_each = [&](const auto& body) {
+      for (std::int64_t index = 0; index < count; ++index) {
+        body(index < right ? options_.highest_reward : options_.lowest_reward);
+      }
+    };
+    asked.push_back(wanted(for_each, options_.within(priors[row]), options_.maximum - count));
+  }
+  return asked;
 }
 
 // All rollouts of the group that were asked for have settled.
@@ -32,52 +108,31 @@ void RolloutAllocator::decide(std::int64_t serial, Group& group) {
     close(serial);
     return;
   }
-  const double gain = gain_of(group);
-  if (shares) {
-    candidates_.push_back({.gain = gain, .serial = serial});
-    std::ranges::push_heap(candidates_, std::less{});
-  } else if (gain > cost_) {
-    ask_more(serial, group, std::min(options_.chunk, room));
-  } else {
-    close(serial);
-  }
-}
-
-// By how much one more rollout would shrink the error of the group's baseline or, where energies are known, the
-// variance of its gradient; centred units.
-double RolloutAllocator::gain_of(const Group& group) const {
-  const double width = options_.highest_reward - options_.lowest_reward;
-  const auto scaled = [&](double reward) { return (reward - options_.lowest_reward) / width; };
-  const auto for_valid = [&](const auto& body) {
+  const auto for_each = [&](const auto& body) {
     for (const RolloutState state : group.rollouts()) {
       if (!std::isnan(state.reward())) {
         body(state.reward());
       }
     }
   };
-  if (options_.calibration) {
-    std::int64_t count = 0;
-    double successes = 0.0;
-    for_valid([&](double reward) {
-      ++count;
-      successes += scaled(reward);
-    });
-    const CalibratedFusion fusion = calibrated(count, successes, believe(scaled(group.prior), *options_.calibration));
-    const bool of_gradient = options_.rule == BudgetRule::kVariance ||
-                             (options_.rule == BudgetRule::kTotal && options_.calibration->knows_energies());
-    return of_gradient ? variance_gain(count, fusion, *options_.calibration) : calibrated_gain(fusion);
+  if (shares) {
+    // By how much one more rollout would shrink the error of the group's baseline or, where energies are known, the
+    // variance of its gradient; centred units.
+    const double gain = with_gain(for_each, group.prior, [](const auto& gain_after) { return gain_after(0); });
+    candidates_.push_back({.gain = gain, .serial = serial});
+    std::ranges::push_heap(candidates_, std::less{});
+  } else if (const std::int64_t more = wanted(for_each, group.prior, room); more > 0) {
+    ask_more(serial, group, more);
+  } else {
+    close(serial);
   }
-  MomentsAccumulator valid;
-  for_valid([&](double reward) { valid.add(reward); });
-  const Moments sample = valid.moments();
-  return osla_gain(sample.count, shrinkage(sample.count, sample.mean, group.prior, width / 2.0).squared_bias);
 }
 
 // Gives rollouts of the total to the group where the gain is largest. `promoted` says who was a candidate.
 void RolloutAllocator::promote_candidate(std::vector<Candidate>& promoted) {
   const Candidate chosen = candidates_.front();
   Group& group = group_of(chosen.serial);
-  const std::int64_t more = std::min({options_.chunk, options_.maximum - group.asked, total_left()});
+  const std::int64_t more = std::min({options_.chunk.value_or(1), options_.maximum - group.asked, total_left()});
   make_room(extra_, static_cast<std::size_t>(more));
   promoted.push_back(chosen);
 

@@ -31,8 +31,8 @@ void require_counts(const AllocatorOptions& options) {
     refuse("maximum=", options.maximum, " is not between initial=", options.initial, " and ", kLargestCount,
            "; change maximum or initial");
   }
-  if (options.chunk < 1) {
-    refuse("chunk=", options.chunk, " is not positive; use 1 to add rollouts one by one");
+  if (options.chunk && *options.chunk < 1) {
+    refuse("chunk=", *options.chunk, " is not positive; use 1 to add rollouts one by one");
   }
   if (options.max_attempts < 1 || options.max_attempts > kLargestCount) {
     refuse("max_attempts=", options.max_attempts, " is not between 1 and ", kLargestCount,
@@ -52,6 +52,9 @@ void require_rule_inputs(const AllocatorOptions& options) {
   }
   if (options.total && *options.total < options.initial) {
     refuse("total=", *options.total, " does not hold the initial=", options.initial, " rollouts of a group; raise it");
+  }
+  if (!options.chunk && options.rule == BudgetRule::kTotal) {
+    refuse("chunk='look' has no meaning for rule 'total', which has no cost to look ahead to; give an integer");
   }
   if (needs_calibration && !options.calibration) {
     refuse("calibration=None; rules 'calibrated' and 'variance' need a Calibration fitted on past groups");

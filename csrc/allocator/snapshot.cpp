@@ -27,6 +27,8 @@ constexpr std::uint32_t kVersion = 2;
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
+constexpr std::int64_t kNoChunk = 0;
+
 // Counters stay far from overflow.
 constexpr std::int64_t kLargestCounter = std::numeric_limits<std::int64_t>::max() / 2;
 
@@ -55,7 +57,7 @@ void put_options(ByteWriter& out, const AllocatorOptions& options) {
   out.put(options.maximum);
   put_optional(out, options.cost);
   put_optional(out, options.total);
-  out.put(options.chunk);
+  out.put(options.chunk.value_or(kNoChunk));
   out.put(options.seed);
   out.put(options.lowest_reward);
   out.put(options.highest_reward);
@@ -84,7 +86,8 @@ AllocatorOptions get_options(ByteReader& in) {
   options.maximum = in.get<std::int64_t>();
   options.cost = get_optional<double>(in);
   options.total = get_optional<std::int64_t>(in);
-  options.chunk = in.get<std::int64_t>();
+  const auto chunk = in.get<std::int64_t>();
+  options.chunk = chunk == kNoChunk ? std::nullopt : std::optional(chunk);
   options.seed = in.get<std::int64_t>();
   options.lowest_reward = in.get<double>();
   options.highest_reward = in.get<double>();

@@ -64,7 +64,7 @@ void register_allocator(py::module_& m) {
   using v05::RolloutAllocator;
   py::class_<RolloutAllocator>(m, "RolloutAllocator")
       .def(py::init([](const std::string& rule, std::int64_t initial, std::int64_t maximum, std::optional<double> cost,
-                       std::optional<std::int64_t> total, std::int64_t chunk, std::int64_t seed,
+                       std::optional<std::int64_t> total, std::optional<std::int64_t> chunk, std::int64_t seed,
                        std::pair<double, double> reward_range, const std::optional<CalibrationNumbers>& calibration,
                        std::int64_t max_attempts) {
              return std::make_unique<RolloutAllocator>(v05::AllocatorOptions{
@@ -126,6 +126,13 @@ void register_allocator(py::module_& m) {
             return unlocked([&] { return self.expire(older_than, now); });
           },
           py::arg("older_than"), py::arg("now"))
+      .def(
+          "would_ask",
+          [](const RolloutAllocator& self, const Array<std::int64_t>& counts, const Array<std::int64_t>& successes,
+             const Array<double>& priors) {
+            return to_array(unlocked([&] { return self.would_ask(view(counts), view(successes), view(priors)); }));
+          },
+          py::arg("counts").noconvert(), py::arg("successes").noconvert(), py::arg("priors").noconvert())
       .def("done", [](const RolloutAllocator& self) { return unlocked([&] { return self.done(); }); })
       .def("counts",
            [](const RolloutAllocator& self) {
@@ -179,7 +186,7 @@ void register_allocator(py::module_& m) {
         const v05::Calibration known = to_calibration(calibration);
         const auto fusion = v05::calibrated(count, successes, v05::believe(prior, known));
         return py::make_tuple(fusion.baseline, fusion.variance, fusion.hallucination, v05::calibrated_gain(fusion),
-                              v05::variance_gain(count, fusion, known));
+                              v05::variance_gain(count, v05::gradient_variance(fusion, known)));
       },
       py::arg("count"), py::arg("successes"), py::arg("prior"), py::arg("calibration"));
 }

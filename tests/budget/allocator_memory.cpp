@@ -9,6 +9,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <optional>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -178,6 +179,7 @@ int main() {
   const v05::Calibration calibration{.alpha = 0.1, .beta = 0.9, .kappa = 4.0, .eps = 0.1};
   const std::vector<v05::AllocatorOptions> all = {
       {.rule = v05::BudgetRule::kOsla, .initial = 2, .maximum = 9, .cost = 1e-4, .chunk = 3},
+      {.rule = v05::BudgetRule::kOsla, .initial = 2, .maximum = 12, .cost = 1e-3, .chunk = std::nullopt},
       {.rule = v05::BudgetRule::kUniform, .initial = 3, .maximum = 5, .max_attempts = 2},
       {.rule = v05::BudgetRule::kCalibrated, .initial = 1, .maximum = 12, .calibration = calibration},
       {.rule = v05::BudgetRule::kTotal, .initial = 2, .maximum = 8, .total = 60, .chunk = 2, .max_attempts = 1},

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from helpers.allocator_model import bernoulli, cost_of, gain, run_to_end
-from v05.budget import RolloutAllocator
+from helpers.allocator_model import bernoulli, cost_of, gain, run_to_end, wanted
+from v05.budget import Chunk, RolloutAllocator
 from v05.methods import Calibration
 
 NAN = math.nan
@@ -22,16 +22,17 @@ def sequential_size(
     *,
     initial: int = 4,
     maximum: int = 16,
-    chunk: int = 1,
+    chunk: Chunk = 1,
     cost: float | None = None,
     rule: str = "osla",
     calibration: Calibration | None = None,
 ) -> int:
     """How many of `rewards` the rule takes, one group by itself."""
     cost = cost_of(rule, maximum, calibration) if cost is None else cost
+    settings = {"rule": rule, "calibration": calibration, "cost": cost, "chunk": chunk}
     asked = initial
-    while asked < maximum and gain(rewards[:asked], prior, calibration, rule) > cost:
-        asked = min(asked + chunk, maximum)
+    while more := wanted(rewards[:asked], prior, room=maximum - asked, **settings):
+        asked += more
     return asked
 
 
@@ -42,6 +43,8 @@ def sequential_size(
         {},
         {"chunk": 3},
         {"chunk": 100},
+        {"chunk": "look", "cost": 0.004},  # gains of a mean of 1/2 would tie with 1 / maximum**2
+        {"chunk": "look", "initial": 1, "maximum": 9, "cost": 0.02},
         {"initial": 1},
         {"initial": 8, "maximum": 8},
         {"initial": 2, "maximum": 12, "cost": 0.02},
@@ -92,9 +95,81 @@ def test_reward_range_scales_the_test(options: dict[str, object]) -> None:
     assert sizes[0] == sizes[1] == sizes[2]
 
 
-@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        ("osla", {}),
+        ("osla", {"reward_range": (-3.0, 5.0), "cost": 0.001}),
+        ("calibrated", {"calibration": CALIBRATION, "cost": 0.007}),
+        ("variance", {"calibration": ENERGIES, "cost": 0.01}),
+    ],
+)
+def test_it_would_ask_for_what_it_then_asks_for(rule: str, options: dict[str, object]) -> None:
+    """Of every size, number of successes and prior; and by looking ahead it asks as often as one by one, but for more at once."""
+    low, high = options.get("reward_range", (0.0, 1.0))
+    states = [(k, x, v) for k in range(1, 13) for x in range(k + 1) for v in (NAN, 0.0, 0.2, 0.6, 1.0)]
+    counts, successes, shares = (np.array(column) for column in zip(*states, strict=True))
+    priors = low + (high - low) * shares
+    cost = options.get("cost", 1 / 144)
+    asked = {}
+    for chunk in (1, 5, "look"):
+        allocator = RolloutAllocator(rule=rule, initial=1, maximum=12, chunk=chunk, **options)
+        asked[chunk] = allocator.would_ask(counts, successes, priors)
+        allocator.open(np.arange(len(states)), priors, counts)
+        leases = allocator.lease(counts.sum())
+        allocator.report(leases.lease_id, np.where(leases.index < successes[leases.group], high, low))
+        np.testing.assert_array_equal(np.bincount(allocator.lease(12 * len(states)).group, minlength=len(states)), asked[chunk])
+        settings = {"rule": rule, "calibration": options.get("calibration"), "cost": cost, "chunk": chunk}
+        expected = [wanted([1.0] * x + [0.0] * (k - x), v, room=12 - k, **settings) for k, x, v in states]
+        assert asked[chunk].tolist() == expected
+    np.testing.assert_array_equal(asked["look"] > 0, asked[1] > 0)
+    assert {2, 3, 4} <= set(asked["look"].tolist())
+    assert len(RolloutAllocator().would_ask([], [], [])) == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rule": "calibrated", "calibration": CALIBRATION}, {"rule": "variance", "calibration": ENERGIES, "cost": 0.0051}],
+    ids=["osla", "calibrated", "variance"],
+)
+def test_looking_ahead_takes_fewer_rounds_and_no_fewer_rollouts(options: dict[str, object]) -> None:
+    """It tests a group at some of the sizes at which one by one tests it, so it cannot stop sooner."""
+    rewards, priors = bernoulli(400)
+    sizes, rounds = {}, {}
+    for chunk in (1, "look"):
+        allocator = RolloutAllocator(chunk=chunk, **options)
+        allocator.open(np.arange(400), priors)
+        rounds[chunk] = 0
+        while not allocator.done:
+            leases = allocator.lease(400 * 16)
+            allocator.report(leases.lease_id, rewards[leases.group, leases.index])
+            rounds[chunk] += 1
+        sizes[chunk] = np.diff(allocator.drain().offsets)
+    assert (sizes["look"] >= sizes[1]).all()
+    assert sizes["look"].mean() < 1.25 * sizes[1].mean()
+    assert rounds["look"] < rounds[1]
+
+
+@pytest.mark.parametrize(
+    ("rule", "given", "message"),
+    [
+        ("osla", ([17], [0], [0.5]), "row 0 has counts 17 and successes 0; give 1 <= counts <= maximum=16 and"),
+        ("osla", ([4, 0], [0, 0], [0.5, 0.5]), "row 1 has counts 0 and successes 0"),
+        ("osla", ([4], [5], [0.5]), "row 0 has counts 4 and successes 5"),
+        ("osla", ([4], [-1], [0.5]), "row 0 has counts 4 and successes -1"),
+        ("osla", ([4], [1], [1.5]), r"priors outside reward_range=\(0, 1\) in row 0"),
+        ("osla", ([4, 5], [1], [0.5, 0.5]), "counts has 2 rows, successes 1 and priors 2; give one of each"),
+        ("uniform", ([4], [1], [0.5]), "rules 'uniform' and 'total' do not decide by a group's own rewards"),
+    ],
+)
+def test_it_would_not_be_asked(rule: str, given: tuple[list[float], ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RolloutAllocator(rule=rule).would_ask(*given)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, "look"])
 @pytest.mark.parametrize("rule", ["osla", "calibrated", "variance", "uniform"])
-def test_any_arrival_order_gives_the_same_allocation(rule: str, chunk: int) -> None:
+def test_any_arrival_order_gives_the_same_allocation(rule: str, chunk: Chunk) -> None:
     rewards, priors = bernoulli(100, invalid=0.1)
     results = []
     for order in [None, *(np.random.default_rng(seed) for seed in range(4))]:
@@ -194,6 +269,8 @@ def test_total_refuses_groups_that_it_does_not_hold() -> None:
         ({"initial": 8, "maximum": 4}, "maximum=4 is not between initial=8 and 65535"),
         ({"maximum": 65536}, "maximum=65536 is not between initial=4 and 65535"),
         ({"chunk": 0}, "chunk=0 is not positive"),
+        ({"chunk": "ahead"}, "chunk='ahead'; give an integer or 'look'"),
+        ({"chunk": "look", "rule": "total", "total": 100}, "chunk='look' has no meaning for rule 'total'"),
         ({"cost": -0.5}, "cost=-0.5 is not a finite number >= 0"),
         ({"cost": NAN}, "cost=nan is not"),
         ({"cost": math.inf}, "cost=inf is not"),

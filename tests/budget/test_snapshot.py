@@ -18,6 +18,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "osla": {"seed": 5, "chunk": 2},
     "calibrated": {"rule": "calibrated", "calibration": CALIBRATION, "cost": 0.01},
     "variance": {"rule": "variance", "calibration": ENERGIES, "cost": 0.01},
+    "looking ahead": {"chunk": "look", "cost": 0.001},
     "total": {"rule": "total", "total": 300, "calibration": CALIBRATION},
     "uniform": {"rule": "uniform", "initial": 3, "reward_range": (-1.0, 1.0), "max_attempts": 2},
 }

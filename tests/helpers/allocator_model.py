@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from v05 import reference
-from v05.budget import ClosedGroups, RolloutAllocator
+from v05.budget import Chunk, ClosedGroups, RolloutAllocator
 from v05.methods import Calibration
 
 NAN = math.nan
@@ -28,16 +28,34 @@ def cost_of(rule: str, maximum: int, calibration: Calibration | None) -> float:
     return 1 / maximum**2
 
 
-def gain(rewards: Sequence[float], prior: float, calibration: Calibration | None, rule: str) -> float:
-    """What one more rollout is expected to be worth to a group; invalid rewards are NaN."""
+def gain(rewards: Sequence[float], prior: float, calibration: Calibration | None, rule: str, further: int = 0) -> float:
+    """What one more rollout is expected to be worth to a group, after `further` ones that leave its estimates where they are;
+    invalid rewards are NaN."""
     valid = [reward for reward in rewards if not math.isnan(reward)]
     if calibration is not None:
         knows_energies = (calibration.delta0, calibration.delta1) != (0.0, 0.0)
         of_gradient = rule == "variance" or (rule == "total" and knows_energies)
         worth = reference.variance_gain if of_gradient else reference.calibrated_gain
-        return worth(len(valid), math.fsum(valid), prior, calibration)
+        return worth(len(valid), math.fsum(valid), prior, calibration, further)
     mean = math.fsum(valid) / len(valid) if valid else NAN
-    return reference.osla_gain(len(valid), reference.shrinkage(len(valid), 2 * mean - 1, 2 * prior - 1).squared_bias)
+    squared_bias = reference.shrinkage(len(valid), 2 * mean - 1, 2 * prior - 1).squared_bias
+    return reference.osla_gain(len(valid) + further, squared_bias)
+
+
+def wanted(
+    rewards: Sequence[float],
+    prior: float,
+    *,
+    rule: str,
+    calibration: Calibration | None,
+    cost: float,
+    chunk: Chunk,
+    room: int,
+) -> int:
+    """How many of `room` more rollouts a sequential rule adds at once; 0 if the group has enough."""
+    enough = (n for n in range(room) if gain(rewards, prior, calibration, rule, n) <= cost)
+    more = next(enough, room)
+    return more if chunk == "look" else min(chunk, room) if more else 0
 
 
 @dataclass
@@ -62,7 +80,7 @@ class PlainAllocator:
         maximum: int = 16,
         cost: float | None = None,
         total: int | None = None,
-        chunk: int = 1,
+        chunk: Chunk = 1,
         calibration: Calibration | None = None,
         max_attempts: int = 3,
     ) -> None:
@@ -196,8 +214,16 @@ class PlainAllocator:
             heapq.heappush(
                 self.candidates, (-round(gain(group.rewards, group.prior, self.calibration, self.rule), 12), group.serial)
             )
-        elif gain(group.rewards, group.prior, self.calibration, self.rule) > self.cost:
-            self.ask_more(name, min(self.chunk, room))
+        elif more := wanted(
+            group.rewards,
+            group.prior,
+            rule=self.rule,
+            calibration=self.calibration,
+            cost=self.cost,
+            chunk=self.chunk,
+            room=room,
+        ):
+            self.ask_more(name, more)
         else:
             self.close(group)
 

@@ -42,11 +42,11 @@ BudgetRule find_budget_rule(std::string_view name);
 
 struct AllocatorOptions {
   BudgetRule rule = BudgetRule::kOsla;
-  std::int64_t initial = 4;           // rollouts of a group before its first test
-  std::int64_t maximum = 16;          // rollouts of a group, invalid ones included
-  std::optional<double> cost;         // of a rollout, in units of the rule's gain; none is default_cost()
-  std::optional<std::int64_t> total;  // rollouts of all groups that are open together
-  std::int64_t chunk = 1;             // rollouts added at a time
+  std::int64_t initial = 4;               // rollouts of a group before its first test
+  std::int64_t maximum = 16;              // rollouts of a group, invalid ones included
+  std::optional<double> cost;             // of a rollout, in units of the rule's gain; none is default_cost()
+  std::optional<std::int64_t> total;      // rollouts of all groups that are open together
+  std::optional<std::int64_t> chunk = 1;  // rollouts added at a time; none is as many as the rule is expected to take
   std::int64_t seed = 0;
   double lowest_reward = 0.0;
   double highest_reward = 1.0;
@@ -163,6 +163,12 @@ class RolloutAllocator {
   // Fails every lease that has been out for `older_than` seconds or longer, in open order. Returns how many.
   std::int64_t expire(double older_than, std::int64_t now);
 
+  // How many rollouts a sequential rule adds at once to groups of `counts`, `successes` of them with the highest reward
+  // and the others with the lowest; 0 if it closes the group. Reads the options alone.
+  [[nodiscard]] std::vector<std::int64_t> would_ask(std::span<const std::int64_t> counts,
+                                                    std::span<const std::int64_t> successes,
+                                                    std::span<const double> priors) const;
+
   [[nodiscard]] bool done() const;
   [[nodiscard]] AllocatorCounts counts() const;
 
@@ -246,7 +252,10 @@ class RolloutAllocator {
 
   // What changes, and needs no memory then.
   [[nodiscard]] std::optional<std::int64_t> next_rollout();
-  [[nodiscard]] double gain_of(const Group& group) const;
+  template <class Rewards, class Body>
+  [[nodiscard]] auto with_gain(const Rewards& for_each, double prior, const Body& body) const;
+  template <class Rewards>
+  [[nodiscard]] std::int64_t wanted(const Rewards& for_each, double prior, std::int64_t room) const;
   void settle(std::int64_t rollout, double reward);
   void give_up(std::int64_t rollout);
   void decide(std::int64_t serial, Group& group);

@@ -30,6 +30,14 @@ inline double calibrated_gain(const CalibratedFusion& fusion) {
   return 4.0 * fusion.variance * (fusion.variance / (fusion.baseline * fusion.complement));
 }
 
+// The same after `further` more rollouts that leave the mean m where it is, with p as of a Beta: its variance is then
+// s2 / (1 + further s2 / (m (1 - m))).
+inline double calibrated_gain(const CalibratedFusion& fusion, std::int64_t further) {
+  const double shrinks_by =
+      1.0 + static_cast<double>(further) * (fusion.variance / (fusion.baseline * fusion.complement));
+  return calibrated_gain(fusion) / (shrinks_by * shrinks_by);
+}
+
 // Take another rollout while that gain is more than its cost.
 inline bool calibrated_take_more(std::int64_t count, const CalibratedFusion& fusion, std::int64_t max_rollouts,
                                  double cost) {
@@ -49,10 +57,11 @@ inline double gradient_variance(const CalibratedFusion& fusion, const Calibratio
   return 4.0 * spread * (ratio / (success * ratio + failure));
 }
 
-// By how much one more rollout lowers the variance of the mean of a group's gradients; infinite without a rollout.
-inline double variance_gain(std::int64_t count, const CalibratedFusion& fusion, const Calibration& calibration) {
+// By how much one more rollout lowers the variance of the mean of a group's gradients, `variance` being that of one
+// rollout's; infinite without a rollout.
+inline double variance_gain(std::int64_t count, double variance) {
   const auto k = static_cast<double>(count);
-  return gradient_variance(fusion, calibration) / (k * (k + 1.0));
+  return variance / (k * (k + 1.0));
 }
 
 // The variance that one rollout of a fresh prompt brings down, where nothing is known of its success rate: what another
@@ -64,7 +73,7 @@ inline double fresh_prompt_gain(const Calibration& calibration) {
 // Take another rollout while that gain is more than its cost.
 inline bool variance_take_more(std::int64_t count, const CalibratedFusion& fusion, const Calibration& calibration,
                                std::int64_t max_rollouts, double cost) {
-  return count < max_rollouts && variance_gain(count, fusion, calibration) > cost;
+  return count < max_rollouts && variance_gain(count, gradient_variance(fusion, calibration)) > cost;
 }
 
 // What a group of `count` rollouts is worth before any of them is run (V0, arXiv 2602.03584): B (1 - p) (1 - (1 - p)^(B
