@@ -44,7 +44,20 @@ def expected_gradient(advantages, offsets, rewards, p):
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
 @pytest.mark.parametrize(
     ("initial", "maximum", "chunk", "prior"),
-    [(1, 6, 1, 0.3), (1, 6, 1, 0.9), (2, 9, 1, 0.3), (2, 9, 1, np.nan), (3, 9, 2, 0.9), (2, 9, 4, 0.3), (4, 4, 1, 0.9)],
+    [
+        (1, 6, 1, 0.3),
+        (1, 6, 1, 0.9),
+        (2, 9, 1, 0.3),
+        (2, 9, 1, np.nan),
+        (3, 9, 2, 0.9),
+        (2, 9, 4, 0.3),
+        (4, 4, 1, 0.9),
+        (1, 7, "look", 0.3),
+        (1, 9, "look", 0.9),
+        (2, 9, "look", 0.3),
+        (2, 9, "look", np.nan),
+        (3, 10, "look", 0.05),
+    ],
 )
 @pytest.mark.parametrize("rule", ["osla", "calibrated", "variance"])
 def test_the_gradient_is_unbiased(rule, initial, maximum, chunk, prior, p):
@@ -91,7 +104,7 @@ def test_reward_units_are_kept():
         ([1.0], {}, "group 0 of 1 rollouts, 1 successes, is not where the rule stops"),
         ([1.0, 0.0], {"cost": 1e-9}, "group 0 of 2 rollouts, 1 successes, is not where the rule stops; give initial"),
         ([1.0] * 5, {}, "group 0 of 5 rollouts"),
-        ([1.0, 0.0], {"initial": 0}, "initial=0, maximum=4, chunk=1; give 1 <= initial"),
+        ([1.0, 0.0], {"initial": 0}, "initial=0 is not positive"),
     ],
 )
 def test_mistakes_are_named(rewards, changed, message):

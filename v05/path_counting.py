@@ -16,6 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from v05.arguments import array, finite_range, integer
+from v05.budget import Chunk, RolloutAllocator
 from v05.methods import METHODS, Calibration, find_method
 from v05.ops import fused_advantage
 
@@ -29,7 +30,7 @@ def path_counting_advantages(
     initial: int,
     maximum: int,
     cost: float | None = None,
-    chunk: int = 1,
+    chunk: Chunk = 1,
     calibration: Calibration | None = None,
     reward_range: tuple[float, float] = (0.0, 1.0),
 ) -> torch.Tensor:
@@ -56,7 +57,7 @@ def path_counting_advantages(
         counted = ", ".join(name for name, other in METHODS.items() if other.counts_paths)
         raise ValueError(f"method={method!r} has no stopping rule of its own; give one of {counted}")
     low, high = finite_range("reward_range", reward_range)
-    initial, maximum, chunk = integer("initial", initial), integer("maximum", maximum), integer("chunk", chunk)
+    initial, maximum = integer("initial", initial), integer("maximum", maximum)
     r, v = array("rewards", rewards).astype(np.float64), array("prior", prior).astype(np.float64)
     offsets = array("group_offsets", group_offsets, wanted="integers")
     if offsets.size and offsets.dtype.kind not in "iu":
@@ -116,13 +117,23 @@ def advantages_of_outcomes(
     initial: int,
     maximum: int,
     cost: float | None,
-    chunk: int,
+    chunk: Chunk,
     calibration: Calibration | None,
     reward_range: tuple[float, float],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(G,) advantages of a success and (G,) of a failure in groups of these (G,) sizes and successes; NaN where no path leads to
     such a group, or the rule would have gone on. The arguments are those of `path_counting_advantages`."""
-    weights = count_paths(*_rule(prior, method, initial, maximum, cost, chunk, calibration, reward_range), initial)
+    allocator = RolloutAllocator(
+        rule=find_method(method).budget_rule or "uniform",
+        initial=initial,
+        maximum=maximum,
+        cost=cost,
+        chunk=chunk,
+        reward_range=reward_range,
+        calibration=(calibration or Calibration()) if find_method(method).reads_calibration else None,
+    )
+    block = _block(prior, initial, method=method, calibration=calibration, reward_range=reward_range)
+    weights = count_paths(_asked(allocator, prior, initial, maximum), *block, initial)
     inside = (sizes >= initial) & (sizes <= maximum)
     group, size, count = np.arange(len(sizes)), np.where(inside, sizes, 0), np.where(inside, successes, 0)
     of_success, of_failure = np.where(inside, weights[:, group, size, count], np.nan)
@@ -130,70 +141,63 @@ def advantages_of_outcomes(
 
 
 def count_paths(
-    goes_on: NDArray[np.bool_], of_success: NDArray[np.float64], of_failure: NDArray[np.float64], initial: int
+    asked: NDArray[np.integer | np.bool_], of_success: NDArray[np.float64], of_failure: NDArray[np.float64], initial: int
 ) -> NDArray[np.float64]:
     """(2, G, K + 1, K + 1) advantages of a success and of a failure in a group that stopped at k rollouts with x successes.
 
     Args:
-        goes_on: (G, K + 1, K + 1): the rule takes another rollout at (k, x). NaN is returned where it does, or never comes.
+        asked: (G, K + 1, K + 1): how many rollouts the rule adds at (k, x), at most K - k. NaN is returned where it adds some, or
+            is never asked.
         of_success, of_failure: (G, initial + 1) leave-one-out advantages among `initial` rollouts with x successes.
     """
-    groups, rows, _ = goes_on.shape
+    groups, rows, _ = asked.shape
     x = np.arange(initial + 1)
     paths = np.array([comb(initial, int(successes)) for successes in x], dtype=np.float64)
-    totals = np.zeros(
-        (3, groups, rows, rows)
-    )  # paths to (k, x); over these the sum of the block's terms, of successes and failures
-    totals[0, :, initial, : initial + 1] = paths
-    totals[1, :, initial, : initial + 1] = paths * np.where(x > 0, x * of_success, 0.0) / initial
-    totals[2, :, initial, : initial + 1] = paths * np.where(x < initial, (initial - x) * of_failure, 0.0) / initial
-    for k in range(initial, rows - 1):
-        onward = np.where(goes_on[:, k], totals[:, :, k], 0.0)
-        totals[:, :, k + 1] += onward
-        totals[:, :, k + 1, 1:] += onward[:, :, :-1]
+    # Paths to (k, x); over these the sum of the block's terms, of successes and of failures. By how far the next test is away.
+    under_way = np.zeros((rows - initial, 3, groups, rows))
+    under_way[0, 0, :, : initial + 1] = paths
+    under_way[0, 1, :, : initial + 1] = paths * np.where(x > 0, x * of_success, 0.0) / initial
+    under_way[0, 2, :, : initial + 1] = paths * np.where(x < initial, (initial - x) * of_failure, 0.0) / initial
+    tested = np.zeros((3, groups, rows, rows))
+    for k in range(initial, rows):
+        tested[:, :, k] = under_way[0]
+        for more in range(1, len(under_way)):
+            under_way[more] += np.where(asked[:, k] == more, under_way[0], 0.0)
+        under_way = under_way[1:]
+        under_way[..., 1:] += under_way[..., :-1].copy()  # a success; else a failure
     sizes, successes = np.indices((rows, rows))
-    reached = (totals[0] > 0) & ~goes_on
+    reached = (tested[0] > 0) & (asked == 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        block = np.where(reached, totals[1:] / totals[0], np.nan)  # expected share of the block's gradient
+        block = np.where(reached, tested[1:] / tested[0], np.nan)  # expected share of the block's gradient
         shared_out = np.stack([block[0] * sizes / np.maximum(successes, 1), block[1] * sizes / np.maximum(sizes - successes, 1)])
     return shared_out
 
 
-def _rule(
-    prior: NDArray[np.float64],
-    method: str,
-    initial: int,
-    maximum: int,
-    cost: float | None,
-    chunk: int,
-    calibration: Calibration | None,
-    reward_range: tuple[float, float],
-) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]:
-    """What `count_paths` needs, from the op: it is asked about every (k, x) at which a group may be tested."""
-    if not 1 <= initial <= maximum or chunk < 1:
-        raise ValueError(f"initial={initial}, maximum={maximum}, chunk={chunk}; give 1 <= initial <= maximum and chunk >= 1")
-    states = [(k, x) for k in range(initial, maximum + 1, chunk) for x in range(k + 1)]
+def _asked(allocator: RolloutAllocator, prior: NDArray[np.float64], initial: int, maximum: int) -> NDArray[np.int64]:
+    """(G, K + 1, K + 1) rollouts that the allocator adds to a group at (k, x), for every (k, x) at which it may be tested."""
+    sizes, successes = np.array([(k, x) for k in range(initial, maximum + 1) for x in range(k + 1)]).T
+    asked = np.zeros((len(prior), maximum + 1, maximum + 1), dtype=np.int64)
+    found = allocator.would_ask(np.tile(sizes, len(prior)), np.tile(successes, len(prior)), np.repeat(prior, len(sizes)))
+    asked[:, sizes, successes] = found.reshape(len(prior), -1)
+    return asked
+
+
+def _block(
+    prior: NDArray[np.float64], initial: int, *, method: str, calibration: Calibration | None, reward_range: tuple[float, float]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(G, initial + 1) leave-one-out advantages of a success and of a failure among `initial` rollouts with x successes."""
     low, high = reward_range
-    template = np.concatenate([np.repeat((high, low), (x, k - x)) for k, x in states])
-    lengths = np.tile([k for k, _ in states], len(prior))
-    asked = fused_advantage(
+    template = np.concatenate([np.repeat((high, low), (x, initial - x)) for x in range(initial + 1)])
+    groups = len(prior) * (initial + 1)
+    of_block = fused_advantage(
         np.tile(template, len(prior)),
-        np.repeat(prior, len(states)),
-        group_offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        np.repeat(prior, initial + 1),
+        group_offsets=np.arange(groups + 1) * initial,
         method=method,
         leave_one_out=True,
         reward_range=reward_range,
-        max_rollouts=maximum,
-        cost=cost,
         calibration=calibration,
         dtype=torch.float64,
-    )
-    assert asked.stats is not None
-    assert asked.stats.take_more is not None
-    tested, successes = np.array(states).T
-    goes_on = np.zeros((len(prior), maximum + 1, maximum + 1), dtype=bool)
-    untested = np.array([k > initial and k < maximum and (k - initial) % chunk > 0 for k in range(maximum + 1)])
-    goes_on[:, untested] = True
-    goes_on[:, tested, successes] = asked.stats.take_more.numpy().reshape(len(prior), len(states))
-    block = asked.advantages.numpy().reshape(len(prior), -1)[:, : initial * (initial + 1)].reshape(len(prior), initial + 1, initial)
-    return goes_on, block[:, :, 0], block[:, :, -1]
+    ).advantages.numpy()
+    by_rollout = of_block.reshape(len(prior), initial + 1, initial)
+    return by_rollout[:, :, 0], by_rollout[:, :, -1]
