@@ -44,13 +44,13 @@ def sampled(estimator, sequences, rates, calibrations):
 
 
 @pytest.mark.parametrize("method", COUNTED)
+@pytest.mark.parametrize("chunk", [1, "look"])
 @pytest.mark.parametrize("p", [0.2, 0.7])
-def test_the_gradient_is_unbiased_with_prompts_that_weigh_alike(method, p):
+def test_the_gradient_is_unbiased_with_prompts_that_weigh_alike(method, chunk, p):
     """Of a bandit, as the exact mean over all sequences of rewards, in rows of any order, as a host's loss that averages over
     rollouts sees it: each advantage times its score, over `initial` rollouts a group."""
-    estimator = Estimator(
-        method, initial=2, maximum=7, cost=0.02, reward_range=(-1.0, 1.0), unbiased=True, group_weighting="prompt"
-    )
+    settings = {"initial": 2, "maximum": 7, "cost": 0.02, "chunk": chunk, "reward_range": (-1.0, 1.0)}
+    estimator = Estimator(method, **settings, unbiased=True, group_weighting="prompt")
     sequences = np.array(list(itertools.product((-1.0, 1.0), repeat=7)))
     rates = np.full(len(sequences), 0.3)
     for fit in (OTHER, Calibration()) if method == "calibrated" else (None,):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from v05.budget import RolloutAllocator
+from v05.budget import Chunk, RolloutAllocator
 from v05.methods import Calibration, Method, Scale, find_method
 from v05.ops import AdvantageStats, factorize, fused_advantage
 from v05.path_counting import advantages_of_outcomes
@@ -78,7 +78,7 @@ class Estimator:
     rule: str | None = None
     initial: int = 4
     maximum: int = 16
-    chunk: int = 1
+    chunk: Chunk = 1
     cost: float | None = None
     unbiased: bool = False
     group_weighting: GroupWeighting = "rollout"

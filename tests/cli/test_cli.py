@@ -223,6 +223,8 @@ def test_single_fields_of_a_comparison_are_set(environment, tmp_path):
         (("compare", "--methods", "rloo,grpo@16,grpo"), "--methods rloo,grpo@16,grpo names a method twice: in full, they are rloo"),
         (("compare", "--methods", "v05@4,v05@8", "--set", "budget.initial=8", "--set", "budget.maximum=8"), "names a method twice"),
         (("train", "--set", "task.mix.0.weight=Infinity"), "mix.0.weight=inf: Input should be a finite number"),
+        (("train", "--set", "budget.chunk=loo"), "budget.chunk='loo': chunk='loo'; give an integer or 'look'"),
+        (("train", "--set", "budget.chunk=0"), "budget.chunk=0: chunk=0 is not positive"),
         (("compare", "--suite", "smoke", "--set", "loss.clip_high=1"), "so --set loss.clip_high=1 cannot be set beside it"),
     ],
 )

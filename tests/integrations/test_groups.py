@@ -258,6 +258,7 @@ def test_what_is_missing_is_named():
 def test_settings_and_texts():
     assert Settings.read(None) == Settings()
     assert Settings.read({"reward_range": [-1, 1], "chunk": 2}) == Settings(reward_range=(-1.0, 1.0), chunk=2)
+    assert Settings.read({"chunk": "look"}).estimator(maximum=16).allocator().would_ask([4], [0], [1.0]).tolist() == [12]
     assert Settings.read({"method": "ebpo"}).prior == "mean"  # what its paper shrinks to
     assert Settings.read({"prior": "history"}, method="ebpo").prior == "history"
     assert prompt_text("2+2=") == "2+2="

@@ -482,6 +482,9 @@ def test_specs_and_presets():
         run_config("tiny", "calibrated", scale="group")
     with pytest.raises(ValueError, match=r"budget.rule='calibrated' needs the fit of method='calibrated', not 'v05'"):
         run_config("tiny", "v05", budget=BudgetConfig(rule="calibrated"))
+    assert run_config("tiny", "v05@4..16", ["budget.chunk=look"]).budget.chunk == "look"
+    with pytest.raises(ValueError, match=r"budget.chunk='look' with budget.rule='total', which has no cost to look ahead to"):
+        run_config("tiny", "v05@4..16~6", ["budget.chunk=look"])
     with pytest.raises(ValueError, match=r"budget.mean=5.0 with budget.rule='uniform'"):
         run_config("tiny", "v05", budget=BudgetConfig(mean=5.0))
     with pytest.raises(ValueError, match="preset='huge' is unknown; choose one of tiny, arithmetic, symbols, hard, demo, smoke"):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from v05.arguments import choice
+from v05.budget import Chunk
 from v05.estimator import GROUP_WEIGHTINGS, Estimator, GroupWeighting
 from v05.methods import METHODS, Scale
 from v05.prior import MeanPrior, ValuePrior
@@ -30,7 +31,7 @@ class Settings:
         reward_range: (lo, hi) that holds all rewards, reward units.
         leave_one_out: the baseline of a rollout is computed from the group's other rollouts.
         initial: rollouts of a prompt before its first test, where the host samples in rounds.
-        chunk: rollouts added at a time after that.
+        chunk: rollouts added at a time after that, or "look", as many at once as the test is expected to ask for.
         unbiased: the advantages of prompts that the test stopped come from counted paths (v05.path_counting), so that the stop does
             not bias the gradient. Where the host samples in rounds, with group_weighting "prompt".
         group_weighting: "prompt" has prompts weigh alike in a loss that averages over rollouts, however many each got: the
@@ -49,7 +50,7 @@ class Settings:
     reward_range: tuple[float, float] = (0.0, 1.0)
     leave_one_out: bool = False
     initial: int = 4
-    chunk: int = 1
+    chunk: Chunk = 1
     unbiased: bool = False
     group_weighting: GroupWeighting = "rollout"
     prior: str = "history"

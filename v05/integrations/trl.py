@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from accelerate.utils import gather_object
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 
+from v05.budget import Chunk
 from v05.energy import completion_energy
 from v05.estimator import Estimator, GroupWeighting
 from v05.integrations.groups import prompt_text
@@ -43,7 +44,8 @@ class V05Config(GRPOConfig):  # type: ignore[misc]
         reward_range: [lo, hi] that holds all weighted sums of rewards; read by methods with a prior.
         leave_one_out: the baseline of a completion is computed from the prompt's other completions.
         initial_generations: completions of a prompt before its first test, up to `num_generations`; None samples all of them.
-        chunk_generations: completions added at a time after that.
+        chunk_generations: completions added at a time after that, or "look" (from Python), as many at once as the test is expected
+            to ask for.
         unbiased: the advantages of prompts that the test stopped come from counted paths (v05.path_counting), so that the stop does
             not bias the gradient. With adaptive sizes and group_weighting "prompt".
         group_weighting: "prompt" has prompts weigh alike in the loss, however many completions each got: the advantages of a group
@@ -58,7 +60,7 @@ class V05Config(GRPOConfig):  # type: ignore[misc]
     reward_range: list[float] = field(default_factory=lambda: [0.0, 1.0])
     leave_one_out: bool = False
     initial_generations: int | None = 4
-    chunk_generations: int = 1
+    chunk_generations: int | str = 1  # a union that HfArgumentParser reads, as int
     unbiased: bool = False
     group_weighting: GroupWeighting = "rollout"
 
@@ -259,7 +261,7 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
             eps=EPS,
             initial=args.initial_generations or self.num_generations,
             maximum=self.num_generations,
-            chunk=args.chunk_generations,
+            chunk=cast("Chunk", args.chunk_generations),
             unbiased=args.unbiased,
             group_weighting=args.group_weighting,
         )

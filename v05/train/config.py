@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from v05.budget import Chunk, RolloutAllocator
 from v05.files import read_object
 from v05.messages import explained_places
 from v05.methods import Scale, find_method
@@ -71,11 +72,19 @@ class BudgetConfig(Section):
     maximum: int = Field(default=16, ge=1)
     cost: float | None = Field(default=None, ge=0)
     mean: float | None = Field(default=None, gt=0, description="rollouts that rule 'total' has for a prompt, on average")
-    chunk: int = Field(default=1, ge=1)
+    chunk: Chunk = Field(
+        default=1, description="rollouts added at a time; 'look' adds as many at once as the rule is expected to take"
+    )
     unbiased: bool = Field(
         default=False,
         description="of a method's own sequential test: advantages that stopping early does not bias (v05.path_counting)",
     )
+
+    @field_validator("chunk", mode="plain")
+    @classmethod
+    def _is_a_chunk(cls, chunk: Any) -> Any:
+        RolloutAllocator(chunk=chunk)  # raises if it is none
+        return chunk
 
 
 class LossConfig(Section):
@@ -247,6 +256,8 @@ class RunConfig(Section):
             )
         if self.prior != "history" and not method.needs_prior:
             raise ValueError(f"prior={self.prior!r}: method={self.method!r} has none; leave it out")
+        if budget.chunk == "look" and budget.rule == "total":
+            raise ValueError("budget.chunk='look' with budget.rule='total', which has no cost to look ahead to; give an integer")
         if budget.cost is not None and budget.rule in ("uniform", "total"):
             raise ValueError(f"budget.cost={budget.cost} with budget.rule={budget.rule!r}, which has no cost; leave it out")
         if self.rollouts_per_step < self.budget.initial:
