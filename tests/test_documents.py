@@ -61,5 +61,7 @@ def test_a_block_may_say_why_it_does_not_run(tmp_path):
 def test_the_tables_are_those_of_the_results():
     page = (ROOT / "docs" / "speed.md").read_text()
     assert runpy.run_path(str(ROOT / "bench" / "table.py"))["replaced"](page) == page
+    page = (ROOT / "docs" / "budgets.md").read_text()
+    assert runpy.run_path(str(ROOT / "bench" / "rounds.py"))["replaced"](page) == page
     for path, text in runpy.run_path(str(ROOT / "bench" / "headline.py"))["pages"]().items():
         assert path.read_text() == text
