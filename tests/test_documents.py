@@ -58,7 +58,8 @@ def test_a_block_may_say_why_it_does_not_run(tmp_path):
     assert namespace["a"] == 1
 
 
-def test_the_tables_are_those_of_the_results():
+def test_the_tables_are_those_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
     page = (ROOT / "docs" / "speed.md").read_text()
     assert runpy.run_path(str(ROOT / "bench" / "table.py"))["replaced"](page) == page
     page = (ROOT / "docs" / "budgets.md").read_text()
