@@ -2,7 +2,7 @@
 calibration.
 
 A method is a row of data, not code. No other file compares a method's name with a string. The arithmetic behind `Baseline` lives
-in the fusion files: `csrc/include/v05/fusion.hpp`, `kernels/advantage/fusion.py` and, as the specification, `v05/reference.py`.
+in the fusion files: `csrc/include/v05/fusion.hpp`, `kernels/advantage/fusion.py` and, as the specification, `v05/reference/`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Baseline(IntEnum):
 
 @dataclass(frozen=True)
 class Calibration:
-    """What past groups say of the prior: the four numbers of calibrated fusion (`v05/reference.py`, `calibrated`), and the two of
-    the shift by which the baseline of least variance differs from the success rate (`v05/reference.py`, `least_variance`).
+    """What past groups say of the prior: the four numbers of calibrated fusion (`v05/reference/`, `calibrated`), and the two of
+    the shift by which the baseline of least variance differs from the success rate (`v05/reference/`, `least_variance`).
 
     Attributes:
         alpha, beta: a prior v, rewards scaled to [0, 1], predicts the success rate sigmoid(alpha + beta logit v); -100 to 100.
@@ -78,7 +78,7 @@ class Calibration:
 
     @property
     def fresh_prompt_gain(self) -> float:
-        """What rule "variance" weighs another rollout against (`v05/reference.py`, `fresh_prompt_gain`): Beta(1/2, 1/2) makes its V
+        """What rule "variance" weighs another rollout against (`v05/reference/`, `fresh_prompt_gain`): Beta(1/2, 1/2) makes its V
         that of the success rate 1/2, halved."""
         ratio = math.exp(min(max(self.delta0 - self.delta1 * math.log(2), -8.0), 8.0))
         return ratio / (1.0 + ratio)

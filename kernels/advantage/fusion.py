@@ -1,7 +1,7 @@
 """Every baseline and stopping rule as a pure device function of a group's count, mean and prior, in reward units;
 calibrated fusion of rewards and priors scaled to [0, 1].
 
-The same arithmetic as `csrc/include/v05/fusion.hpp` and `stopping.hpp`; `v05/reference.py` is the specification of all
+The same arithmetic as `csrc/include/v05/fusion.hpp` and `stopping.hpp`; `v05/reference/` is the specification of all
 three. Float64 throughout, elementwise over scalars or blocks; counts are int64. Two habits are for Triton's
 interpreter. No operand ever divides by zero, also not where a `tl.where` discards the quotient: it would warn. No bare
 number is assigned to a variable or passed to tl.log: it would become float32.

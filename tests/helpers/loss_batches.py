@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from v05 import reference_losses
 from v05.ops import LOSSES, loss_weights, policy_loss
+from v05.reference import losses
 
 LENGTHS = (3, 1, 37, 0, 16, 5)
 TOKENS = 40  # of a padded row
@@ -46,7 +46,7 @@ class Batch:
 
 
 def assert_specified(batch, layout, backend, loss="ppo", importance=None, kl_estimator=None, device=CPU, **bounds):
-    """Loss, figures and gradient are those of `v05.reference_losses`."""
+    """Loss, figures and gradient are those of `v05.reference.losses`."""
 
     def there(values):
         return values.to(device)
@@ -60,7 +60,7 @@ def assert_specified(batch, layout, backend, loss="ppo", importance=None, kl_est
     if kl:
         given["reference_logprob"] = there(batch.laid_out(batch.reference, layout))
         beside["references"] = batch.rows(batch.reference)
-    wanted, gradients, figures = reference_losses.policy_loss(
+    wanted, gradients, figures = losses.policy_loss(
         batch.rows(batch.new), batch.rows(batch.old), batch.advantages.tolist(), batch.weights.tolist(), row, **beside, **kl
     )
     new = there(batch.laid_out(batch.new, layout)).requires_grad_()

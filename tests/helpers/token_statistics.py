@@ -5,9 +5,9 @@ import math
 import numpy as np
 import torch
 
-from v05 import reference_tokens
 from v05.ops import token_statistics
 from v05.ops.token_statistics import IGNORED
+from v05.reference import tokens
 
 TINY = torch.finfo(torch.float32).tiny  # smaller numbers have fewer digits
 STATISTICS = ("logprob", "entropy", "sum_pi_squared")
@@ -30,7 +30,7 @@ def assert_specified(logits, targets, temperature=1.0, *, in_place=False, roundi
         leaf * 1 if in_place else leaf, targets.to(device), temperature=temperature, inplace_backward=in_place, backend=backend
     )
     given = logits.detach().double().reshape(-1, logits.shape[-1]).numpy().copy()
-    expected = reference_tokens.token_statistics(given, targets.flatten().numpy(), temperature)
+    expected = tokens.token_statistics(given, targets.flatten().numpy(), temperature)
     for name in STATISTICS:
         seen = getattr(out, name).detach().cpu()
         assert seen.shape == targets.shape

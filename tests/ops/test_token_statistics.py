@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.token_statistics import SITUATIONS, STATISTICS, STRIDES, assert_specified, draw, ids
-from v05 import reference_tokens
 from v05.energy import completion_energy
 from v05.ops import token_statistics
 from v05.ops.token_statistics import IGNORED, cpu, linear
+from v05.reference import tokens
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 3.0])
@@ -89,7 +89,7 @@ def test_in_place():
 
 def test_gradient_of_one_statistic_alone():
     leaf, targets = draw(4, 5, 11).requires_grad_(), ids(4, 11, 5)
-    expected = reference_tokens.token_statistics(leaf.detach(), targets)
+    expected = tokens.token_statistics(leaf.detach(), targets)
     for name, wanted in {"logprob": expected.gradient_of_logprob, "entropy": expected.gradient_of_entropy}.items():
         (gradient,) = torch.autograd.grad(getattr(token_statistics(leaf, targets), name).sum(), leaf)
         np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-6)

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from v05 import reference, reference_losses
+from v05 import reference
 from v05.methods import METHODS, Calibration
 from v05.ops import LOSSES, Importance, loss_weights
 from v05.path_counting import path_counting_advantages
 from v05.prior import NoisePrior
 from v05.prior.v0.logs import read_logs
+from v05.reference import losses
 from v05.rollout import Completion
 from v05.tasks import heldout_set, make_task
 from v05.train import step_records
@@ -341,7 +342,7 @@ def test_every_loss_is_that_of_its_row(kind, tmp_path):
         group_offsets=torch.from_numpy(batch.offsets),
         length=limit if row.aggregation == "constant" else None,
     )
-    wanted, _, figures = reference_losses.policy_loss(
+    wanted, _, figures = losses.policy_loss(
         [values.tolist() for values in rescored],
         [values.tolist() for values in old],
         advantages.tolist(),

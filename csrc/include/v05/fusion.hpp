@@ -1,6 +1,6 @@
 // Every baseline as a pure function of a group's count, mean and prior, in reward units; calibrated fusion of rewards
 // and priors scaled to [0, 1].
-// `kernels/advantage/fusion.py` is the same arithmetic for the GPU; `v05/reference.py` is the specification of both.
+// `kernels/advantage/fusion.py` is the same arithmetic for the GPU; `v05/reference/` is the specification of both.
 #pragma once
 
 #include <algorithm>

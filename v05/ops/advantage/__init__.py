@@ -2,7 +2,7 @@
 
 What is given becomes three values, under the same names in Python, C++ and Triton: `Rollouts`, `Groups` and `Options`. CPU tensors
 go to the C++ core, CUDA tensors to one Triton launch. The arithmetic lives in `csrc/include/v05/fusion.hpp` and
-`kernels/advantage/fusion.py`; `v05/reference.py` specifies both.
+`kernels/advantage/fusion.py`; `v05/reference/` specifies both.
 """
 
 from __future__ import annotations

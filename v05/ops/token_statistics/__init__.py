@@ -2,7 +2,7 @@
 probabilities of tokens out, with gradients, and without ever holding a softmax of all tokens.
 
 The sums over the vocabulary are made by `cpu.py` or by the kernels of `kernels/token_statistics`; `sums.py` says what they are.
-`v05/reference_tokens.py` specifies the statistics and their gradients.
+`v05/reference/tokens.py` specifies the statistics and their gradients.
 """
 
 from __future__ import annotations
