@@ -126,11 +126,13 @@ bench:  ## time the op and the allocator on this machine against their peers; wr
 	$(BENCH)/bin/python bench/table.py --write docs/speed.md
 	$(BENCH)/bin/python bench/allocator.py
 	$(BENCH)/bin/python bench/gpu_advantage.py --write docs/speed.md
+	$(BENCH)/bin/python bench/policy_loss.py --write docs/speed.md
 	cd bench/results && ../../$(BENCH)/bin/python -m v05.kernels.aot --csv aot.csv
 
-# verl's own functions too, read out of a wheel in a folder: make bench-gpu VERL_WHEEL=folder
-bench-gpu:  ## time the op on a GPU in four minutes, with the Python that is there; writes docs/speed.md's table
-	$(GPU_PYTHON) bench/gpu_advantage.py --write docs/speed.md
+# Peers' own functions too, read out of wheels in a folder: make bench-gpu VERL_WHEEL=folder PEER_WHEELS=folder
+bench-gpu:  ## time the ops on a GPU in four minutes, with the Python that is there; writes docs/speed.md's tables
+	$(GPU_PYTHON) bench/gpu_advantage.py --seconds 140 --write docs/speed.md
+	$(GPU_PYTHON) bench/policy_loss.py --seconds 70 --write docs/speed.md
 
 docs: setup  ## the pages and the API reference, in site/; a warning is an error
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -d build/doctrees docs site

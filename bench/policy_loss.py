@@ -66,8 +66,7 @@ def main() -> None:
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a provider, in the process of a row
     options = parser.parse_args()
 
-    if os.environ.pop("TRITON_INTERPRET", None) is not None:
-        print("TRITON_INTERPRET is left out: kernels are compiled here")
+    os.environ.pop("TRITON_INTERPRET", None)  # kernels are compiled here
     sys.path.append(str(PACKAGING))
     import in_place
 

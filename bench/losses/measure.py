@@ -85,7 +85,7 @@ def _difference(name: str, provider: Provider, problem: Problem) -> str | None:
     found = []
     for way in (ours, provider):
         loss = way(problem)
-        value = float(loss)
+        value = float(loss.detach())
         if name == LIGER and problem.weight is None:
             found.append([value])
             continue
