@@ -86,6 +86,62 @@ def add_up_kernel(
         tl.store(p_of_token + rows * TARGET, at_target)
 
 
+@triton.jit(do_not_specialize=["tokens", "shards"])
+def statistics_kernel(
+    p_sums,  # (shards, 5, tokens) float32
+    p_ids,  # (tokens,) int64
+    p_logprob,  # (tokens,) float32, written, as are the next two
+    p_entropy,
+    p_sum_pi_squared,
+    p_state,  # (4, tokens) float32, written
+    p_nonfinite,  # int64 number, added to
+    tokens,
+    shards,
+    temperature: tl.float64,
+    BLOCK: tl.constexpr,
+):
+    """What `statistics` of `v05/ops/token_statistics/sums.py` does, in float64. Grid (tokens / BLOCK, rounded up)."""
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < tokens
+    rows = tokens.to(tl.int64)
+    ignored = tl.load(p_ids + token, mask=inside, other=IGNORED) == IGNORED
+    zeros = tl.zeros((BLOCK,), tl.float64)
+    largest, at_target = zeros + float("-inf"), zeros + float("-inf")
+    for shard in range(shards):
+        p_shard = p_sums + shard * 5 * rows + token
+        largest = tl.maximum(largest, tl.load(p_shard + rows * MAXIMUM, mask=inside, other=0.0).to(tl.float64))
+        at_target = tl.maximum(at_target, tl.load(p_shard + rows * TARGET, mask=inside, other=0.0).to(tl.float64))
+    others, slopes, squares = zeros, zeros, zeros
+    for shard in range(shards):
+        p_shard = p_sums + shard * 5 * rows + token
+        own = tl.load(p_shard + rows * MAXIMUM, mask=inside, other=0.0).to(tl.float64)
+        b_others = tl.load(p_shard + rows * OTHERS, mask=inside, other=0.0).to(tl.float64)
+        b_slopes = tl.load(p_shard + rows * SLOPES, mask=inside, other=0.0).to(tl.float64)
+        b_squares = tl.load(p_shard + rows * SQUARES, mask=inside, other=0.0).to(tl.float64)
+        shift = tl.where(own == float("-inf"), zeros, (own - largest) / temperature)
+        scale = tl.exp(shift)
+        others += scale * b_others
+        slopes += scale * (b_slopes + tl.where(b_others == 0.0, zeros, shift * b_others))
+        squares += scale * scale * b_squares
+    t = (at_target - largest) / temperature
+    of_target = tl.exp(t)
+    z = others + of_target
+    small = others - others * others * (0.5 - others / 3.0)  # log(1 + others), to the third order
+    log_z = tl.where(at_target == largest, tl.where(others < 1e-5, small, tl.log(others + 1.0)), tl.log(z))
+    mean = (slopes + tl.where(of_target == 0.0, zeros, of_target * t)) / z
+    logprob = t - log_z
+    tl.store(p_logprob + token, tl.where(ignored, zeros, logprob).to(tl.float32), mask=inside)
+    tl.store(p_entropy + token, tl.where(ignored, zeros, log_z - mean).to(tl.float32), mask=inside)
+    sum_pi_squared = (squares + of_target * of_target) / (z * z)
+    tl.store(p_sum_pi_squared + token, tl.where(ignored, zeros, sum_pi_squared).to(tl.float32), mask=inside)
+    tl.store(p_state + rows * STATE_MAXIMUM + token, tl.where(ignored, zeros, largest).to(tl.float32), mask=inside)
+    tl.store(p_state + rows * STATE_INVERSE + token, tl.where(ignored, zeros, 1.0 / z).to(tl.float32), mask=inside)
+    tl.store(p_state + rows * STATE_MEAN + token, tl.where(ignored, zeros, mean).to(tl.float32), mask=inside)
+    tl.store(p_state + rows * STATE_REST + token, tl.where(ignored, zeros, others / z).to(tl.float32), mask=inside)
+    usable = ignored | (tl.abs(logprob) < float("inf"))
+    tl.atomic_add(p_nonfinite, tl.sum(tl.where(usable, 0, 1).to(tl.int64), axis=0))
+
+
 @triton.jit
 def gradient_of_tile(b_x, column, target, of_target, largest, weight, slope, mean, bits, HAS_SLOPE: tl.constexpr):
     """e^d (weight + slope (d - mean)), d in bits, and `of_target` at the target."""

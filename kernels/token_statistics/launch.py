@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from v05.kernels.launcher import Launcher, on
-from v05.kernels.token_statistics.kernel import add_up_kernel, write_gradient_kernel
+from v05.kernels.token_statistics.kernel import add_up_kernel, statistics_kernel, write_gradient_kernel
 from v05.kernels.variant import Variant
 
 if TYPE_CHECKING:
     from v05.ops.token_statistics.inputs import Targets, Upstream
+    from v05.ops.token_statistics.sums import Made
 
 TILE = 2048  # elements that a program loads together: 16 for each of its 128 threads, twice or four times 128 bits
+BLOCK = 128  # tokens of a program that makes statistics of their sums
 TOKENS, VOCABULARY = 8192, 151_936  # that memory traffic is counted for
 
 _add_up = Launcher(add_up_kernel)
+_statistics = Launcher(statistics_kernel)
 _write_gradient = Launcher(write_gradient_kernel)
 
 
@@ -35,6 +38,23 @@ def add_up(logits: torch.Tensor, targets: Targets, temperature: float, out: torc
                 (tokens, *rows.places, columns, targets.first, *_scale(temperature)),
                 _tile(logits.dtype),
             )
+
+
+def statistics(sums: torch.Tensor, ids: torch.Tensor, temperature: float) -> Made:
+    """As `v05.ops.token_statistics.sums.statistics`. ValueError: CPU tensors without the interpreter."""
+    shards, _, tokens = sums.shape
+    of_token = tuple(sums.new_empty(ids.shape) for _ in range(3))
+    state, nonfinite = sums.new_empty(4, tokens), torch.zeros((), dtype=torch.int64, device=sums.device)
+    if tokens > 0:
+        with on(sums.device):
+            _statistics(
+                (-(-tokens // BLOCK), 1, 1),
+                sums.device,
+                (sums, ids.contiguous(), *of_token, state, nonfinite),
+                (tokens, shards, temperature),
+                (BLOCK,),
+            )
+    return *of_token, nonfinite, state
 
 
 def write_gradient(logits: torch.Tensor, targets: Targets, upstream: Upstream, temperature: float, out: torch.Tensor) -> None:
@@ -102,6 +122,9 @@ def variants() -> Iterator[Variant]:
         )
         yield both
         yield both.but(f"gradient-{name}-elsewhere", {"ALIGNED": False})
+    made = ("p_sums", "p_logprob", "p_entropy", "p_sum_pi_squared", "p_state")
+    numbers = dict.fromkeys(made, "fp32") | {"p_nonfinite": "i64"}
+    yield Variant("statistics", statistics_kernel, tokens | numbers, {"BLOCK": BLOCK})
     without = {pointer: kind for pointer, kind in both.pointers.items() if pointer != "p_of_entropy"}
     yield Variant("gradient-float32-logprob", write_gradient_kernel, without, both.constants)
 
@@ -109,6 +132,9 @@ def variants() -> Iterator[Variant]:
 def traffic(variant: Variant) -> tuple[int, int]:
     """(bytes, floor_bytes) of one launch on TOKENS x VOCABULARY: every logit is read once, every gradient written once."""
     size = variant.element_bytes()
+    if variant.kernel is statistics_kernel:
+        once = TOKENS * (size["p_ids"] + (5 + 3 + 4) * size["p_sums"])
+        return once, once
     logits = TOKENS * VOCABULARY * (size["p_logits"] + size.get("p_out", 0))
     sums = sum(size.get(name, 0) for name in ("p_ids", "p_of_logprob", "p_of_entropy"))
     once = logits + TOKENS * (sums + 5 * size.get("p_sums", 0) + 4 * size.get("p_state", 0))

@@ -33,6 +33,7 @@ def test_every_variant_for_every_target(reports):
         "group_moments_kernel",
         "group_rows_kernel",
         "policy_loss_kernel",
+        "statistics_kernel",
         "sum_token_rewards_kernel",
         "write_gradient_kernel",
     }

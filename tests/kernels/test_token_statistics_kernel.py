@@ -11,7 +11,9 @@ from v05.ops import token_statistics
 from v05.ops.token_statistics import IGNORED
 
 # The interpreter computes with NumPy, which warns where a GPU does not.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings(
+    *(f"ignore:{what}:RuntimeWarning" for what in ("invalid value", "overflow", "divide by zero", "underflow"))
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -52,7 +54,7 @@ def test_situations(situation, target):
 def test_strides(strides, dtype):
     """Of views, whose memory outside the gradient is left alone; a view may begin at any address."""
     for in_place in (False, True):
-        memory = draw(2, 4, 6, 47, dtype=dtype)
+        memory = draw(2, 2, 3, 47, dtype=dtype)
         logits, whole = STRIDES[strides](memory), memory.clone()
         targets = ids(2, 29, *logits.shape[:2])
         out = []

@@ -1,24 +1,24 @@
-"""What passes over logits: torch on the CPU, Triton on a GPU. Both have the two functions of `cpu.py`."""
+"""What passes over logits: the C++ core on the CPU, Triton on a GPU."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from v05.arguments import choice
 from v05.ops.token_statistics import cpu
 from v05.ops.token_statistics.inputs import Targets, Upstream
+from v05.ops.token_statistics.sums import Made, statistics
 
 
-class Backend(Protocol):
-    """A module with the functions of `cpu.py`, which says what they do."""
+class Backend(NamedTuple):
+    """What computes: functions as `cpu.py` and `sums.py` have them, where is said what they do."""
 
-    def add_up(self, logits: torch.Tensor, targets: Targets, temperature: float, out: torch.Tensor) -> None: ...
-
-    def write_gradient(
-        self, logits: torch.Tensor, targets: Targets, upstream: Upstream, temperature: float, out: torch.Tensor
-    ) -> None: ...
+    add_up: Callable[[torch.Tensor, Targets, float, torch.Tensor], None]
+    statistics: Callable[[torch.Tensor, torch.Tensor, float], Made]
+    write_gradient: Callable[[torch.Tensor, Targets, Upstream, float, torch.Tensor], None]
 
 
 BACKEND_OF_DEVICE = {"cpu": "cpu", "cuda": "triton"}
@@ -32,8 +32,7 @@ def backend_for(name: str | None, device: torch.device) -> Backend:
     if name is not None and choice("backend", name, BACKEND_OF_DEVICE.values()) == "cpu" != own:
         raise ValueError(f"backend='cpu' needs CPU tensors, got {device}")
     if (name or own) == "cpu":
-        return cpu
+        return Backend(cpu.add_up, statistics, cpu.write_gradient)
     from v05.kernels.token_statistics import launch  # imports Triton, which only this needs
 
-    run: Backend = launch
-    return run
+    return Backend(launch.add_up, launch.statistics, launch.write_gradient)

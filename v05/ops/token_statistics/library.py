@@ -16,9 +16,8 @@ from v05.ops.token_statistics.backends import backend_for
 from v05.ops.token_statistics.inputs import Targets, Upstream, refuse_targets
 from v05.ops.token_statistics.linear import Layer
 from v05.ops.token_statistics.shards import first_of_shard, gathered, group_of, size_of_vocabulary
-from v05.ops.token_statistics.sums import STATE, SUMS, statistics
+from v05.ops.token_statistics.sums import STATE, SUMS, Made
 
-Made: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 Gradient: TypeAlias = torch.Tensor | None
 
 # FRAGMENT: other files of this package add operators of their own to the namespace.
@@ -70,8 +69,9 @@ def _run(
     refuse_targets(ids, size_of_vocabulary(ranks, columns))
     sums = logits.new_empty((SUMS, ids.numel()), dtype=torch.float32)
     targets = Targets(ids, first_of_shard(ranks, columns, logits.device))
-    backend_for(backend, logits.device).add_up(logits, targets, temperature, sums)
-    return statistics(gathered(sums, ranks), ids, temperature)
+    run = backend_for(backend, logits.device)
+    run.add_up(logits, targets, temperature, sums)
+    return run.statistics(gathered(sums, ranks), ids, temperature)
 
 
 def _run_backward(
@@ -106,9 +106,9 @@ def _run_linear(
     ranks, columns = group_of(group), weight.shape[0]
     refuse_targets(ids, size_of_vocabulary(ranks, columns))
     targets = Targets(ids.flatten(), first_of_shard(ranks, columns, hidden.device))
-    layer = linear.computed_in(hidden, weight, bias)
-    sums = linear.add_up(layer, targets, temperature, chunk, backend_for(backend, hidden.device))
-    return statistics(gathered(sums, ranks), ids, temperature)
+    layer, run = linear.computed_in(hidden, weight, bias), backend_for(backend, hidden.device)
+    sums = linear.add_up(layer, targets, temperature, chunk, run)
+    return run.statistics(gathered(sums, ranks), ids, temperature)
 
 
 def _run_linear_backward(

@@ -10,22 +10,23 @@ log pi(y) = -log(1 + s): nothing cancels, however near 1 its probability is.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 
 from v05.ops.token_statistics.inputs import IGNORED
 
 SUMS = 5  # m, s, a, q and x_y
+Made: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 STATE = 4  # what the gradient needs of a token beside its logits: m, 1 / Z, the mean of d, 1 - pi(y)
 
 
-def statistics(
-    sums: torch.Tensor, targets: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logprob, entropy, sum_pi_squared, nonfinite, state): of the shape of the targets, an int64 number, and (STATE, tokens).
+def statistics(sums: torch.Tensor, ids: torch.Tensor, temperature: float) -> Made:
+    """(logprob, entropy, sum_pi_squared, nonfinite, state): of the shape of the ids, an int64 number, and (STATE, tokens).
 
     Args:
         sums: (shards, SUMS, tokens) float32; the shards of a vocabulary each have a maximum of their own.
-        targets: int64; which are ignored.
+        ids: int64, the targets.
     """
     largest, others, slopes, squares, target = _merged(sums, temperature)
     t = (target - largest) / temperature
@@ -33,11 +34,11 @@ def statistics(
     z = others + of_target
     log_z = torch.where(target == largest, others.log1p(), z.log())
     mean = (slopes + torch.where(of_target == 0, 0.0, of_target * t)) / z
-    ignored = targets.flatten() == IGNORED
+    ignored = ids.flatten() == IGNORED
     logprob = torch.where(ignored, 0.0, t - log_z)
     made = (logprob, log_z - mean, (squares + of_target.square()) / z.square())
-    shaped = [torch.where(ignored, 0.0, each).view(targets.shape) for each in made]
-    state = torch.stack((largest, z.reciprocal(), mean, others / z))
+    shaped = [torch.where(ignored, 0.0, each).view(ids.shape) for each in made]
+    state = torch.where(ignored, 0.0, torch.stack((largest, z.reciprocal(), mean, others / z)))
     return shaped[0], shaped[1], shaped[2], logprob.isfinite().logical_not().sum(), state
 
 
