@@ -34,7 +34,7 @@ from machine import commit, processor, versions
 from v05.estimator import Estimator
 from v05.methods import METHODS, Baseline, Method
 from v05.prior import MeanPrior, NoisePrior, ValuePrior
-from v05.prior.calibration import calibrator_of
+from v05.prior.calibration import Calibrator
 from v05.prior.history import HistoryPrior
 
 SIZES = (1, 2, 4, 8, 16)
@@ -56,7 +56,7 @@ class Oracle:
 
 def taught(method: Method, prior: ValuePrior, past: Past, k: int) -> Estimator:
     """An estimator that has seen PAST rollouts, k a prompt, STEP rollouts at a time."""
-    estimator = Estimator(method.name, prior, calibrator_of(method), leave_one_out=True)
+    estimator = Estimator(method.name, prior, Calibrator(), leave_one_out=True)
     for first in range(0, PAST // k, STEP // k):
         step = slice(first, first + STEP // k)
         texts, rewards, energies = past.texts[step].tolist(), past.rewards[step, :k], past.energies[step, :k]
@@ -65,7 +65,7 @@ def taught(method: Method, prior: ValuePrior, past: Past, k: int) -> Estimator:
         estimate = estimator.advantages(rewards.ravel(), rates, group_offsets=offsets, energy=energies.ravel())
         estimator.close(texts, rates, *estimator.outcomes(estimate.stats), estimate.energies, fit=False)
     assert estimator.calibrator is not None
-    estimator.calibrator.fit()
+    estimator.calibrator.fit(by_variances=method.fits_variances)
     return estimator
 
 

@@ -287,7 +287,7 @@ class Estimator:
         if self.calibrator is not None and self.of.reads_calibration:
             self.calibrator.observe(successes, trials, rates, energies)
             if fit:
-                self.calibrator.fit()
+                self.calibrator.fit(by_variances=self.of.fits_variances)
 
 
 def _groups_of(offsets: ArrayLike | None, ids: Sequence[str] | None) -> NDArray[np.int64]:

@@ -146,7 +146,12 @@ class Method:
     @property
     def reads_calibration(self) -> bool:
         """It reads numbers of a calibration, which are fitted to past groups."""
-        return self.is_calibrated or self.baseline is Baseline.CONJUGATE
+        return self.is_calibrated or self.fits_variances
+
+    @property
+    def fits_variances(self) -> bool:
+        """Of the calibration it reads kappa alone, as variances have it."""
+        return self.baseline is Baseline.CONJUGATE
 
     @property
     def learns_energies(self) -> bool:

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from helpers.host_situations import TOLERANCE, FixedPrior, situations
 from v05.integrations.groups import PromptPriors, outcome_advantages, prompt_text
 from v05.integrations.settings import Settings, prior_of
+from v05.methods import Calibration
 from v05.prior.history import HistoryPrior
 
 
@@ -114,6 +115,25 @@ def test_calibrated_advantages_follow_the_groups_that_were_closed():
         baselines.append(1.0 - advantages[0].item())
     assert baselines[0] == baselines[63] > baselines[100] > 0.49
     assert baselines[100] == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_calibration_is_fitted_as_the_method_that_learns_reads_it():
+    """Also where another method's settings came first, as where a host has not said yet which estimator it asks."""
+    rng = np.random.default_rng(0)
+    ids = [f"{g}" for g in range(400)]
+    rewards = torch.from_numpy(rng.random((400, 8)) < rng.beta(2.0, 2.0, (400, 1))).float().reshape(-1, 1)
+    found = {}
+    for method in ("ebpo", "calibrated"):
+        priors = PromptPriors(FixedPrior())
+        priors.settle(Settings())
+        priors.open(ids, ids)
+        given = dict(settings=Settings(method), priors=priors, normalize=True, remedy="")
+        outcome_advantages(rewards, torch.ones(3200, 1), np.repeat(ids, 8), **given)
+        found[method] = priors.settle(Settings(method)).calibration
+    assert found["ebpo"] == Calibration(kappa=found["ebpo"].kappa)
+    assert found["ebpo"].kappa == pytest.approx(4.0, rel=0.2)
+    assert found["calibrated"].alpha != 0.0
+    assert found["calibrated"].eps != Calibration().eps
 
 
 def train(priors, steps, settings):

@@ -14,7 +14,7 @@ from v05.energy import completion_energy
 from v05.integrations.groups import PromptPriors
 from v05.integrations.settings import Settings
 from v05.methods import find_method
-from v05.prior.calibration import calibrator_of
+from v05.prior.calibration import Calibrator
 
 ppo_utils = pytest.importorskip("skyrl.backends.skyrl_train.utils.ppo_utils", exc_type=ImportError)
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("default")]
@@ -206,7 +206,7 @@ def test_energies_reach_the_advantages_and_the_calibration(skyrl, method, steps)
     sampler = Sampler(steps)
     trainer.cfg, trainer.generator, trainer.all_metrics = cfg, skyrl.PromptedGenerator(sampler), {}
     trainer.tokenizer, trainer.dispatch = SimpleNamespace(pad_token_id=0), SimpleNamespace(get_lcm_dp_size=lambda: 7)
-    calibrator = calibrator_of(find_method(method))
+    calibrator = Calibrator()
     reference = Settings(method).estimator(prior, calibrator)
     prompts = [
         {"prompt": [{"role": "user", "content": text}], "env_class": None, "env_extras": {}, "uid": str(g)}

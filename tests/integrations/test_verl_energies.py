@@ -14,7 +14,7 @@ from v05.energy import completion_energy
 from v05.integrations.groups import PromptPriors
 from v05.integrations.settings import Settings
 from v05.methods import find_method
-from v05.prior.calibration import calibrator_of
+from v05.prior.calibration import Calibrator
 
 pytest.importorskip("verl", exc_type=ImportError)
 tq = pytest.importorskip("transfer_queue", exc_type=ImportError)
@@ -113,7 +113,7 @@ def trainers_advantages(config, estimator, keys):
 def test_energies_reach_the_advantages_and_the_calibration(config, queue, priors, method):
     """Over two steps: what the first has learnt of energies shifts the baselines of the second. Rollouts that verl does not tell
     apart change nothing for the methods that sum energies over the successes and the failures of a group."""
-    calibrator = calibrator_of(find_method(method))
+    calibrator = Calibrator()
     reference = Settings(method, reward_range=(-1.0, 1.0)).estimator(priors.prior, calibrator)
     for step in range(2):
         drawn = Rollouts(f"{method}-{step}", step, told_apart=method == "batch_energy")

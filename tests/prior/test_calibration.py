@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from v05.methods import METHODS, Calibration
+from v05.methods import Calibration
 from v05.prior import calibration as module
-from v05.prior.calibration import BOUNDS, Calibrator, calibrator_of, negative_log_likelihood
+from v05.prior.calibration import BOUNDS, Calibrator, negative_log_likelihood
 from v05.reference import betaln, calibrated
 
 
@@ -265,23 +265,24 @@ def test_energies_that_cannot_be_are_refused(energies, message):
 @pytest.mark.parametrize(("kappa", "mean"), [(2.0, 0.5), (10.0, 0.3)])
 def test_recovers_the_variances_that_ebpo_shrinks_by(kappa, mean):
     rng = np.random.default_rng(0)
-    calibrator = calibrator_of(METHODS["ebpo"])
+    calibrator = Calibrator()
     counts = rng.integers(1, 9, 4096).astype(float)
     calibrator.observe(
         rng.binomial(counts.astype(int), rng.beta(kappa * mean, kappa * (1 - mean), 4096)), counts, np.full(4096, mean)
     )
     # Of a Beta, E[p (1 - p)] / Var[p] = kappa.
-    fit = calibrator.fit()
+    fit = calibrator.fit(by_variances=True)
     assert fit.kappa == pytest.approx(kappa, rel=0.3)
     assert fit == Calibration(kappa=fit.kappa)
 
 
 def test_variances_that_cannot_be_told():
-    alone, alike = calibrator_of(METHODS["ebpo"]), calibrator_of(METHODS["ebpo"])
+    alone, alike = Calibrator(), Calibrator()
     alone.observe(np.arange(100) % 2, np.ones(100), np.full(100, 0.5))
-    assert alone.fit() == Calibration()  # one rollout a prompt says nothing of the variance within
+    assert alone.fit(by_variances=True) == Calibration()  # one rollout a prompt says nothing of the variance within
     alike.observe(np.full(100, 2.0), np.full(100, 4.0), np.full(100, 0.5))
-    assert alike.fit().kappa > 1e5  # prompts differ less than by chance: the mean of all is worth any number of rollouts
+    # Prompts differ less than by chance: the mean of all is worth any number of rollouts.
+    assert alike.fit(by_variances=True).kappa > 1e5
 
 
 def test_the_pull_of_the_shift_to_0_weighs_rollouts_and_not_groups():

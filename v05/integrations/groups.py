@@ -106,9 +106,9 @@ class PromptPriors:
                         "before its first use"
                     )
         if self._calibrator is None:
-            from v05.prior.calibration import calibrator_of  # needs scipy, which methods without a prior do not
+            from v05.prior.calibration import Calibrator  # needs scipy, which methods without a prior do not
 
-            self._calibrator = calibrator_of(find_method(settings.method))
+            self._calibrator = Calibrator()
         if settings.learnt is not None and self._learnt is None:
             self._learnt = LearntFile(Path(settings.learnt), {"prior": self._prior, "calibrator": self._calibrator})
         self._maximum = maximum or self._maximum

@@ -28,7 +28,7 @@ from v05.integrations.learnt import keep_learnt, restore_learnt
 from v05.integrations.settings import Settings, prior_of
 from v05.methods import find_method
 from v05.prior import ValuePrior
-from v05.prior.calibration import Calibrator, calibrator_of
+from v05.prior.calibration import Calibrator
 
 EPS = 1e-4  # what GRPOTrainer adds to a deviation
 LOSSES_BY_TOKEN = ("dapo", "cispo", "vespo")  # divided by `num_items_in_batch`; the others count rows, and padding rows with them
@@ -113,7 +113,7 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
             raise ValueError("initial_generations: environments and rollout functions sample by themselves; give None")
         method = find_method(self.args.method)
         self.prior = prior_of(Settings(method=method.name, prior=method.prior)) if prior is None else prior
-        self.calibrator = calibrator_of(method)  # read by methods that have a calibration
+        self.calibrator = Calibrator()  # read by methods that have a calibration
         self._batch: list[dict[str, Any]] = []  # the rows that are being sampled
         self._rates = np.zeros(0)  # of their prompts
         self._scored: torch.Tensor | None = None  # (N, functions), of rows that were scored while they were sampled

@@ -29,7 +29,7 @@ from v05.integrations.learnt import LearntFile
 from v05.integrations.settings import Settings, prior_of
 from v05.methods import Calibration, find_method
 from v05.prior import ValuePrior
-from v05.prior.calibration import calibrator_of
+from v05.prior.calibration import Calibrator
 
 PER_CONVERSATION = (  # lists of a RolloutGroup; those that nothing fills stay empty
     "prompts",
@@ -111,7 +111,7 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
             )
         self.reward_func_names.append("+".join(get_callable_name(function) for function in reward_funcs))
         self._judges = reward_funcs
-        prior, calibrator = prior_of(settings) if prior is None else prior, calibrator_of(find_method(settings.method))
+        prior, calibrator = prior_of(settings) if prior is None else prior, Calibrator()
         self._estimator = settings.estimator(prior, calibrator, maximum=num_generations)
         self._learnt: LearntFile | None = None
         if settings.learnt is not None:

@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize
 from scipy.special import betaln, expit, gammaln, logit, psi
 
-from v05.methods import Baseline, Calibration, Method
+from v05.methods import Calibration
 from v05.prior import kept_array, refuse_values
 
 FEWEST_GROUPS = 64  # below these the default stands
@@ -55,7 +55,6 @@ class Calibrator:
     Args:
         window: groups that are kept; the oldest go first.
         half_life: groups after which one counts half, so that a policy on the move is followed; None weighs all alike.
-        by_variances: fit kappa alone, as EBPO does (`kappa_of_variances`).
 
     Attributes:
         calibration: the last good fit; `Calibration()`, the default, until 64 groups were seen.
@@ -65,7 +64,7 @@ class Calibrator:
         ValueError: an argument is out of bounds.
     """
 
-    def __init__(self, window: int = 4096, half_life: float | None = 2048.0, by_variances: bool = False) -> None:
+    def __init__(self, window: int = 4096, half_life: float | None = 2048.0) -> None:
         if window < FEWEST_GROUPS:
             raise ValueError(f"window={window} holds fewer than the {FEWEST_GROUPS} groups that a fit needs; give more")
         if half_life is not None and not half_life > 0:
@@ -74,7 +73,6 @@ class Calibrator:
         self.failed_fits = 0
         self._window = window
         self._half_life = half_life
-        self._by_variances = by_variances
         self._groups = np.zeros((3, 0))  # successes, counts, priors; oldest first
         self._energies = np.zeros((2, 0))  # of their successes and of their failures
 
@@ -117,14 +115,17 @@ class Calibrator:
         self._groups = np.concatenate([self._groups, seen], axis=1)[:, -self._window :]
         self._energies = np.concatenate([self._energies, spent[:, teaches]], axis=1)[:, -self._window :]
 
-    def fit(self) -> Calibration:
-        """Fit `calibration` anew, starting from the last. It stays as it is on too few groups or if the fit does not converge."""
+    def fit(self, by_variances: bool = False) -> Calibration:
+        """Fit `calibration` anew, starting from the last. It stays as it is on too few groups or if the fit does not converge.
+
+        With `by_variances` kappa alone is fitted, as EBPO does (`kappa_of_variances`).
+        """
         if self._groups.shape[1] < FEWEST_GROUPS:
             return self.calibration
         successes, counts, priors = self._groups
         ages = np.arange(len(counts))[::-1]
         recency = np.ones(len(ages)) if self._half_life is None else np.exp2(-ages / self._half_life)
-        if self._by_variances:
+        if by_variances:
             self.calibration = Calibration(kappa=kappa_of_variances(successes, counts, recency))
             return self.calibration
         clipped = _clipped(priors)
@@ -164,11 +165,6 @@ class Calibrator:
         refuse_values("groups", (counts <= 0) | (successes < 0) | (successes > counts) | (priors < 0) | (priors > 1))
         self.calibration = Calibration(*map(float, numbers))  # which refuses numbers out of bounds
         self._groups, self._energies, self.failed_fits = groups.copy(), energies.copy(), failed_fits
-
-
-def calibrator_of(method: Method) -> Calibrator:
-    """What fits the numbers that a method reads."""
-    return Calibrator(by_variances=method.baseline is Baseline.CONJUGATE)
 
 
 def kappa_of_variances(successes: NDArray[np.float64], counts: NDArray[np.float64], weights: NDArray[np.float64]) -> float:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from v05.estimator import Estimate, Estimator
 from v05.methods import Method, find_method
 from v05.prior import ConstantPrior, MeanPrior, NoisePrior, ValuePrior
-from v05.prior.calibration import calibrator_of
+from v05.prior.calibration import Calibrator
 from v05.prior.history import HistoryPrior
 from v05.prior.spo import SpoPrior
 from v05.rollout import Completion
@@ -27,7 +27,7 @@ def make_estimator(config: RunConfig, policy: Path) -> Estimator:
     return Estimator(
         config.method,
         make_prior(config, policy),
-        calibrator_of(method) if method.reads_calibration else None,
+        Calibrator() if method.reads_calibration else None,
         scale=config.scale,
         leave_one_out=config.leave_one_out,
         rule=budget.rule,
