@@ -8,14 +8,15 @@ in the fusion files: `csrc/include/v05/fusion.hpp`, `kernels/advantage/fusion.py
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from v05.arguments import choice, real, shown
 
 Scale = Literal["none", "group", "batch", "mean"]
+Weights = TypeVar("Weights")
 
 
 class Baseline(IntEnum):
@@ -162,6 +163,17 @@ class Method:
     def reads_energies(self) -> bool:
         """It weighs rollouts by their energies, or learns from them."""
         return self.weight == "energy" or self.learns_energies
+
+    def weights(self, lengths: Callable[[], Weights], energies: Callable[[], Weights | None]) -> Weights | None:
+        """What it weighs rollouts by, or learns of them, for the argument `energy` of the op; None where it asks for neither.
+
+        Args:
+            lengths: gives the numbers of tokens that are trained on.
+            energies: gives the energies (`v05.energy`), or None where they are not known.
+        """
+        if self.weight == "length":
+            return lengths()
+        return energies() if self.reads_energies else None
 
     @property
     def estimator(self) -> str:

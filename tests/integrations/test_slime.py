@@ -31,6 +31,7 @@ class Sample:
     rollout_id: int | None = None
     remove_sample: bool = False
     status: Status = Status.COMPLETED
+    response_length: int = 0
     loss_mask: list[int] | None = None
     rollout_log_probs: list[float] | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -132,3 +133,14 @@ def test_log_probabilities_of_the_engine_tell_energies(prior):
     samples = [Sample(1, 1.0, rollout_log_probs=[-0.1]), Sample(1, 0.0)]
     slime.custom_reward_post_process(arguments(method="optimal"), samples)
     assert slime.PRIORS.settle(Settings("optimal")).calibrator.state_dict()["energies"][:, 1].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["log-probabilities", "none"])
+def test_lengths_are_what_opo_weighs_by(prior, known):
+    """Whether or not energies are known: the tokens that are trained on."""
+    samples = [
+        Sample(0, 1.0, response_length=4, loss_mask=[1, 0, 0, 0], rollout_log_probs=[-3.0] * 4 if known else None),
+        Sample(0, 0.0, response_length=3, rollout_log_probs=[-0.1] * 3 if known else None),
+    ]
+    _, advantages = slime.custom_reward_post_process(arguments(method="opo"), samples)
+    assert advantages == pytest.approx([0.75, -0.25])

@@ -63,7 +63,7 @@ def custom_reward_post_process(args: Any, samples: list[Any]) -> tuple[list[Any]
         rates,
         group_ids=[str(group) for group in groups],
         valid=np.array([_has_a_say(sample) for sample in samples], dtype=bool),
-        energy=_energies(samples),
+        energy=estimator.of.weights(lambda: _lengths(samples), lambda: _energies(samples)),
         trajectory_ids=np.array([named.get(rollout, len(rollouts) + i) for i, rollout in enumerate(rollouts)], dtype=np.int64),
     )
     PRIORS.close(estimator, names, *estimator.outcomes(estimate.stats), estimate.energies)
@@ -74,6 +74,11 @@ def _has_a_say(sample: Any) -> bool:
     """Whether a sample is trained on: slime trains on all tokens of one without a loss mask."""
     mask = getattr(sample, "loss_mask", None)
     return not sample.remove_sample and sample.status.value != "aborted" and (mask is None or any(mask))
+
+
+def _lengths(samples: list[Any]) -> NDArray[np.float64]:
+    """(N,) tokens that are trained on."""
+    return np.array([s.response_length if getattr(s, "loss_mask", None) is None else sum(s.loss_mask) for s in samples], np.float64)
 
 
 def _energies(samples: list[Any]) -> NDArray[np.float64] | None:

@@ -155,14 +155,16 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
     def _weights(self, output: dict[str, Any], mask: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor | None:
         """What the method weighs the sampled rows of all processes by, or learns of them; None where it asks for neither, or TRL
         has no log-probabilities of them: it has from vLLM, and where a batch is used for several updates."""
-        of = self.estimator.of
         logprobs = output.get("sampling_per_token_logps", output.get("old_per_token_logps"))
-        if of.weight == "length":
-            mine = (mask != 0).sum(1).double()
-        elif of.reads_energies and logprobs is not None:
-            energies = [completion_energy(row[tokens].cpu()) for row, tokens in zip(logprobs, mask != 0, strict=True)]
-            mine = torch.tensor(energies, dtype=torch.float64, device=self.accelerator.device)
-        else:
+
+        def energies() -> torch.Tensor | None:
+            if logprobs is None:
+                return None
+            found = [completion_energy(row[tokens].cpu()) for row, tokens in zip(logprobs, mask != 0, strict=True)]
+            return torch.tensor(found, dtype=torch.float64, device=self.accelerator.device)
+
+        mine = self.estimator.of.weights(lambda: (mask != 0).sum(1).double(), energies)
+        if mine is None:
             return None
         weights: torch.Tensor = self.accelerator.gather(mine).cpu()
         return weights[sampled]

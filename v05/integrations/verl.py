@@ -59,7 +59,10 @@ def estimate(
         priors=PRIORS,
         normalize=config.get("norm_adv_by_std_in_grpo", True),
         remedy=REMEDY,
-        energy=batch_energies(token_level_rewards, response_mask, index) if find_method(method).reads_energies else None,
+        energy=find_method(method).weights(
+            lambda: (response_mask != 0).sum(-1, dtype=torch.float64).cpu().numpy(),
+            lambda: batch_energies(token_level_rewards, response_mask, index),
+        ),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from v05.estimator import Estimate, Estimator
-from v05.methods import Method, find_method
+from v05.methods import find_method
 from v05.prior import ConstantPrior, MeanPrior, NoisePrior, ValuePrior
 from v05.prior.calibration import Calibrator
 from v05.prior.history import HistoryPrior
 from v05.prior.spo import SpoPrior
-from v05.rollout import Completion
 from v05.rollout.scheduler import RolloutBatch
 from v05.train.config import RunConfig
 from v05.train.distributed import World
@@ -62,17 +60,13 @@ def estimate_batch(estimator: Estimator, batch: RolloutBatch, rewards: NDArray[n
         rewards,
         batch.priors,
         group_offsets=batch.offsets,
-        energy=weights_of(estimator.of, batch.completions),
+        energy=estimator.of.weights(
+            lambda: np.array([len(c.tokens) for c in batch.completions], dtype=np.float64),
+            lambda: np.array([c.energy for c in batch.completions]),
+        ),
         whole=np.full(len(batch.prompts), not batch.invalid),  # nobody knows any more which groups lost a rollout
         **options,
     )
-
-
-def weights_of(method: Method, completions: Sequence[Completion]) -> NDArray[np.float64] | None:
-    """(N,) what the method weighs rollouts by, or learns of them; None where it asks for neither."""
-    if method.weight == "length":
-        return np.array([len(c.tokens) for c in completions], dtype=np.float64)
-    return np.array([c.energy for c in completions]) if method.reads_energies else None
 
 
 def close_batch(estimator: Estimator, batch: RolloutBatch, estimate: Estimate, world: World) -> None:
