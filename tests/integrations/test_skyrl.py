@@ -13,7 +13,7 @@ from helpers.host_situations import TOLERANCE, FixedPrior, situations
 from v05.energy import completion_energy
 from v05.integrations.groups import PromptPriors
 from v05.integrations.settings import Settings
-from v05.methods import find_method
+from v05.methods import Calibration, find_method
 from v05.prior.calibration import Calibrator
 
 ppo_utils = pytest.importorskip("skyrl.backends.skyrl_train.utils.ppo_utils", exc_type=ImportError)
@@ -27,7 +27,7 @@ def skyrl(monkeypatch):
 
     monkeypatch.setattr(ppo_utils.AdvantageEstimatorRegistry, "_functions", dict(ppo_utils.AdvantageEstimatorRegistry._functions))
     monkeypatch.setattr(skyrl, "PRIORS", PromptPriors(FixedPrior()))
-    monkeypatch.setattr(skyrl, "ENERGIES", {})
+    monkeypatch.setattr(skyrl, "ROLLOUTS", {})
     return skyrl
 
 
@@ -81,7 +81,8 @@ def test_situations(skyrl, case):
 
 class Echo:
     async def generate(self, batch):
-        return {"response_ids": [[1]] * len(batch["prompts"])}
+        n = len(batch["prompts"])
+        return {"response_ids": [[1]] * n, "loss_masks": [[1]] * n}
 
 
 def test_the_generator_predicts_on_the_way(skyrl):
@@ -97,7 +98,7 @@ def test_the_generator_predicts_on_the_way(skyrl):
     ]
     generator = skyrl.PromptedGenerator(Echo())
     batch, uids = prepare_generator_input(prompts, 2, {}, "none", "eval", 0)
-    assert asyncio.run(generator.generate(batch)) == {"response_ids": [[1]] * 4}
+    assert asyncio.run(generator.generate(batch)) == {"response_ids": [[1]] * 4, "loss_masks": [[1]] * 4}
     with pytest.raises(ValueError, match="prior: none for 2 of 2 groups"):
         advantages("v05", torch.eye(4), torch.ones(4, 4), uids)
     batch, uids = prepare_generator_input(prompts, 2, {}, "none", "train", 0)
@@ -150,11 +151,12 @@ def test_the_estimators_reach_other_processes_by_reference(skyrl):
 
 
 class Sampler:
-    """Answers with responses of any length, successes surer than failures, in the form of SkyRL's generator.
+    """Answers with responses of any length, successes surer than failures, in the form of SkyRL's generator. Some are cut off, and
+    SkyRL's overlong filter keeps these from training.
 
     Attributes:
         steps: of a trajectory; 0 where training is not step-wise.
-        energies, rewards: of the trajectories that it gave last, in order.
+        energies, tokens, rewards: of the trajectories that it gave last, in order; `tokens` counts those trained on.
         rows: how many of the output's rows each of them has.
     """
 
@@ -162,6 +164,8 @@ class Sampler:
         self.random, self.steps = np.random.default_rng(0), steps
 
     async def generate(self, batch):
+        from skyrl.train.generators.utils import apply_overlong_filtering
+
         n = len(batch["prompts"])
         self.rewards = np.where(self.random.random(n) < 0.4, 1.0, 0.0)
         self.rows = self.random.integers(1, self.steps + 1, size=n) if self.steps else np.ones(n, dtype=int)
@@ -170,14 +174,16 @@ class Sampler:
         scale = np.where(self.rewards[of_row] > 0, 0.2, 2.0)
         logprobs = [-self.random.exponential(s, length) for s, length in zip(scale, lengths, strict=True)]
         masks = [np.arange(length) != length - 1 if row % 5 == 0 else np.ones(length) for row, length in enumerate(lengths)]
-        each = [completion_energy(p[mask != 0]) for p, mask in zip(logprobs, masks, strict=True)]
-        self.energies = np.bincount(of_row, each)
+        stop_reasons = np.where(self.random.random(len(of_row)) < 0.3, "length", "stop").tolist()
+        masks = [np.array(mask) for mask in apply_overlong_filtering([mask.tolist() for mask in masks], stop_reasons)]
+        self.energies = np.bincount(of_row, [completion_energy(p[mask != 0]) for p, mask in zip(logprobs, masks, strict=True)])
+        self.tokens = np.bincount(of_row, [mask.sum() for mask in masks])
         return {
             "prompt_token_ids": [[1]] * len(of_row),
             "response_ids": [[2] * length for length in lengths],
             "rewards": self.rewards[of_row].tolist(),
             "loss_masks": [mask.astype(int).tolist() for mask in masks],
-            "stop_reasons": ["stop"] * len(of_row),
+            "stop_reasons": stop_reasons,
             "rollout_metrics": None,
             "rollout_logprobs": [p.tolist() for p in logprobs],
             "trajectory_ids": [batch["trajectory_ids"][i] for i in of_row] if self.steps else None,
@@ -187,10 +193,10 @@ class Sampler:
 
 
 @pytest.mark.parametrize("steps", [0, 3], ids=["whole", "step-wise"])
-@pytest.mark.parametrize("method", ["optimal", "otb", "batch_energy"])
-def test_energies_reach_the_advantages_and_the_calibration(skyrl, method, steps):
-    """Through SkyRL's trainer, from sampling to advantages, over two steps: what the first has learnt of energies shifts the
-    baselines of the second."""
+@pytest.mark.parametrize("method", ["optimal", "otb", "batch_energy", "opo", "ebpo", "rloo"])
+def test_what_the_generator_knows_reaches_the_advantages_and_the_calibration(skyrl, method, steps):
+    """Through SkyRL's trainer, from sampling to advantages: energies, lengths, and which rollouts train at all. There are two
+    steps: what the calibration has learnt in the first moves the baselines of the second."""
     from skyrl.train.config import SkyRLTrainConfig
     from skyrl.train.generators.utils import prepare_generator_input
     from skyrl.train.trainer import RayPPOTrainer
@@ -220,17 +226,24 @@ def test_energies_reach_the_advantages_and_the_calibration(skyrl, method, steps)
         data["values"] = None
         data = trainer.compute_advantages_and_returns(data)
         rates = prior.predict(texts)
-        estimate = reference.advantages(sampler.rewards, rates, group_ids=uids, energy=sampler.energies)
+        energy, trains = sampler.tokens if method == "opo" else sampler.energies, sampler.tokens > 0
+        estimate = reference.advantages(sampler.rewards, rates, group_ids=uids, valid=trains, energy=energy)
         expected = torch.zeros(len(data["advantages"]), 1)
         expected[: len(rows), 0] = estimate.advantages[torch.from_numpy(np.repeat(np.arange(400), sampler.rows))]
         torch.testing.assert_close(data["advantages"], expected * data["response_mask"], rtol=0, atol=1e-5)
+        if find_method(method).needs_prior:
+            of_prompt = np.repeat(np.arange(100), 4)[trains]
+            taught = np.bincount(of_prompt, sampler.rewards[trains], 100), np.bincount(of_prompt, minlength=100)
+            np.testing.assert_allclose([prior.learnt[text] for text in texts], np.transpose(taught), rtol=1e-12)
         reference.close(texts, rates, *reference.outcomes(estimate.stats), estimate.energies)
-    assert skyrl.ENERGIES == {}
-    if find_method(method).learns_energies:
+    assert skyrl.ROLLOUTS == {}
+    if find_method(method).reads_calibration:
         learnt = skyrl.PRIORS.settle(Settings(method)).calibrator
+        assert learnt.calibration.kappa != Calibration().kappa
+        assert astuple(learnt.calibration) == pytest.approx(astuple(calibrator.calibration))
+    if find_method(method).learns_energies:
         np.testing.assert_allclose(learnt.state_dict()["energies"], calibrator.state_dict()["energies"], rtol=1e-12)
         assert learnt.calibration.delta1 != 0.0
-        assert astuple(learnt.calibration) == pytest.approx(astuple(calibrator.calibration))
 
 
 def test_a_part_of_a_group_has_no_energies(skyrl):
@@ -240,10 +253,32 @@ def test_a_part_of_a_group_has_no_energies(skyrl):
     found = []
     for method in ("optimal", "calibrated"):
         skyrl.PRIORS.open(["a"], ["x"])
-        skyrl.ENERGIES["a"] = [0.5, 0.5, 0.5]
+        skyrl.ROLLOUTS["a"] = [(1, 0.5), (0, 0.0), (1, 0.5)]
         found.append(advantages(f"v05_{method}", *given))
-        assert skyrl.ENERGIES == {}
+        assert skyrl.ROLLOUTS == {}
     torch.testing.assert_close(*found, rtol=0, atol=1e-6)
     assert skyrl.PRIORS.settle(Settings("optimal")).calibrator.state_dict()["energies"].tolist() == [[0.0, 0.0], [0.0, 0.0]]
     with pytest.raises(ValueError, match="energy: needed by method='otb'"):
         advantages("v05_otb", *given)
+
+
+def test_repeated_groups_repeat_what_is_known_of_them(skyrl):
+    """Dynamic sampling may put a group in another's place, for methods without a prior."""
+    skyrl.register()
+    skyrl.ROLLOUTS["a"] = [(1, 3.0), (1, 1.0), (0, 0.0)]
+    rewards = torch.tensor([[1.0], [0.0], [1.0]] * 2)
+    assert advantages("v05_otb", rewards, torch.ones(6, 1), ["a"] * 6).flatten().tolist() == [0.25, -0.75, 0.0] * 2
+
+
+@pytest.mark.parametrize("settings", [{}, {"prior": "mean"}])
+def test_the_prior_of_a_method_that_has_its_own_is_named_when_it_is_registered(skyrl, monkeypatch, settings):
+    """SkyRL says which estimator it asks only when the groups have been predicted."""
+    monkeypatch.setattr(skyrl, "PRIORS", PromptPriors())
+    skyrl.register(**settings)
+    skyrl.PRIORS.open(["a"], ["x"])
+    given = torch.tensor([[1.0], [0.0]]), torch.ones(2, 1), ["a", "a"]
+    if settings:
+        assert advantages("v05_ebpo", *given).flatten().tolist() == pytest.approx([0.5, -0.5])
+    else:
+        with pytest.raises(ValueError, match=r"v05\.prior='mean': the prior in PRIORS was made with 'history'; give"):
+            advantages("v05_ebpo", *given)

@@ -174,6 +174,7 @@ def outcome_advantages(
     priors: PromptPriors,
     normalize: bool,
     remedy: str,
+    trains: NDArray[np.bool_] | None = None,
     energy: NDArray[np.float64] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Advantages in the tensors that verl and SkyRL give their estimators; the groups' prior learns from the rewards.
@@ -186,6 +187,7 @@ def outcome_advantages(
         index: (N,) ids of the groups, rows in any order. Rows whose id is one of `PADDING` fill up the batch and are left out.
         normalize: False takes away the division by the deviation from a method that has one, as the hosts' own switches do.
         remedy: what to do about groups that were not opened.
+        trains: (N,) False for a row of which no token is trained on, where the host's mask does not say so.
         energy: (N,) of the rows, for a method that reads energies; None where the host has none.
 
     Returns:
@@ -210,12 +212,15 @@ def outcome_advantages(
     is_padding = torch.tensor(
         [PADDING.fullmatch(group) is not None for group in ids], dtype=torch.bool, device=response_mask.device
     )
+    valid = (response_mask != 0).any(-1) & ~is_padding
+    if trains is not None:
+        valid &= torch.from_numpy(trains).to(valid.device)
     estimate = replace(estimator, scale=None if normalize else "none").advantages(
         token_level_rewards.sum(-1, dtype=torch.float64),
         priors.rates(groups),
         group_ids=ids,
         response_mask=response_mask,
-        valid=(response_mask != 0).any(-1) & ~is_padding,
+        valid=valid,
         energy=energy,
         calibrations=priors.calibrations(groups),
     )
