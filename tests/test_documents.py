@@ -1,10 +1,12 @@
 """Every block of README.md and of the pages in docs/ runs, or says why it does not; what they say of the benchmark is so."""
 
+import math
 import runpy
 
 import pytest
 
-from helpers.documents import PAGES, ROOT, make_inputs, run_page
+from helpers.documents import PAGES, ROOT, make_inputs, run_page, table
+from v05.ops import LOSSES
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +68,20 @@ def test_the_tables_are_those_of_the_results(monkeypatch):
     assert runpy.run_path(str(ROOT / "bench" / "rounds.py"))["replaced"](page) == page
     for path, text in runpy.run_path(str(ROOT / "bench" / "headline.py"))["pages"]().items():
         assert path.read_text() == text
+
+
+def test_the_losses_are_those_of_the_code():
+    rows = [
+        [
+            f"`{loss.name}`",
+            loss.surrogate.name.lower(),
+            loss.ratio,
+            f"{loss.clip_low:g}",
+            f"{loss.clip_high:g}",
+            "none" if math.isinf(loss.clip_dual) else f"{loss.clip_dual:g}",
+            loss.aggregation,
+            loss.source,
+        ]
+        for loss in LOSSES.values()
+    ]
+    assert table(ROOT / "docs" / "losses.md", "losses") == rows

@@ -111,3 +111,10 @@ def blocks(path, heading, language):
         for example in document.examples()
         if start < example.region.start < (end if end > 0 else len(text)) and example.region.evaluator is EVALUATORS[language]
     ]
+
+
+def table(path, name):
+    """The cells of a table's rows, without its head, between the comments `NAME begins` and `NAME ends`."""
+    _, _, lines = path.read_text().partition(f"<!-- {name} begins -->\n")
+    lines = lines.partition(f"\n<!-- {name} ends -->")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]

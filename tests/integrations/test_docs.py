@@ -1,5 +1,6 @@
-"""The blocks of docs/integrations.md where their hosts are: Python runs as it stands, options are read as the host reads them."""
+"""The blocks of docs/integrations.md and docs/losses.md where their hosts are: Python runs, options are read as the host does."""
 
+import copy
 import importlib
 import inspect
 import shlex
@@ -8,10 +9,13 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from helpers.documents import ROOT, blocks, make_inputs, run_page
+from helpers.tiny_policy import tiny_model
 
 GUIDE = ROOT / "docs" / "integrations.md"
+LOSSES = ROOT / "docs" / "losses.md"
 pytestmark = pytest.mark.filterwarnings("default")
 
 
@@ -42,18 +46,19 @@ def test_slime(monkeypatch):
 
 
 @pytest.fixture
-def short_runs(monkeypatch):
+def short_runs(tmp_path, monkeypatch):
     """TRL trains for two steps on the CPU."""
-    try:
-        from v05.integrations.trl import V05Config
-    except ImportError:
+    if not find_spec("trl"):
         return
+    import datasets
+    from trl import GRPOConfig
 
-    def shorten(config, prepare=V05Config.__post_init__):
+    def shorten(config, prepare=GRPOConfig.__post_init__):
         config.max_steps, config.use_cpu, config.max_completion_length, config.report_to = 2, True, 4, []
         prepare(config)
 
-    monkeypatch.setattr(V05Config, "__post_init__", shorten)
+    monkeypatch.setattr(GRPOConfig, "__post_init__", shorten)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.mark.host
@@ -64,10 +69,6 @@ def test_python(tmp_path, monkeypatch, short_runs):
         pytest.skip("needs trl or skyrl")
     monkeypatch.chdir(tmp_path)
     make_inputs(tmp_path)
-    if "trl" in hosts:
-        import datasets
-
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     if "skyrl" in hosts:
         from skyrl.backends.skyrl_train.utils.ppo_utils import AdvantageEstimatorRegistry
         from skyrl.train.entrypoints.main_base import BasePPOExp
@@ -112,3 +113,114 @@ def test_verl():
     manager = load_class_from_fqn(config.actor_rollout_ref.rollout.agent.agent_loop_manager_class, "AgentLoopManager")
     assert manager.__name__ == "SequentialAgentLoopManager"
     assert config.actor_rollout_ref.rollout.n == 16
+
+
+@pytest.mark.host
+def test_statistics_in_trl(tmp_path, monkeypatch, short_runs):
+    """The trainer of the page trains, and has the log-probabilities, entropies and gradients of TRL's own."""
+    trl = pytest.importorskip("trl", exc_type=ImportError)
+    monkeypatch.chdir(tmp_path)
+    make_inputs(tmp_path)
+    namespace, _ = run_page(LOSSES)
+    trainer = namespace["trainer"]
+    assert trainer.state.global_step == 2
+    energies = [entry["energy"] for entry in trainer.state.log_history if "energy" in entry]
+    assert energies
+    assert all(0 < energy < 2 for energy in energies)
+
+    ids = torch.randint(2, 15, (6, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :3], mask[1, -2:] = 0, 0  # a short prompt, a short completion
+    for bf16, tolerance in ((False, 1e-5), (True, 2e-2)):
+        args = trl.GRPOConfig(output_dir="runs/bf16", num_generations=8, beta=0.1, bf16=bf16, temperature=0.7)
+        made = []
+        for kind in (type(trainer), trl.GRPOTrainer):
+            other = kind("path/to/model", namespace["correct"], args, trainer.train_dataset)
+            logprob, entropy, _ = other._get_per_token_logps_and_entropies(
+                other.model, ids, mask, logits_to_keep=5, batch_size=4, compute_entropy=True
+            )
+            (logprob.exp() + entropy).sum().backward()
+            reference = other._get_per_token_logps_and_entropies(other.ref_model, ids, mask, logits_to_keep=5)[0]
+            gradients = [parameter.grad for parameter in other.model.parameters()]
+            made.append([logprob[mask[:, -5:] == 1], entropy[mask[:, -5:] == 1], reference[mask[:, -5:] == 1], *gradients])
+        torch.testing.assert_close(*made, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture
+def page_in_verl(monkeypatch):
+    """The namespace of the page, where verl is; what it registers is gone afterwards."""
+    pytest.importorskip("verl", exc_type=ImportError)
+    from verl.trainer.ppo import core_algos
+    from verl.workers.engine import EngineRegistry
+
+    monkeypatch.setattr(core_algos, "POLICY_LOSS_REGISTRY", dict(core_algos.POLICY_LOSS_REGISTRY))
+    monkeypatch.setattr(EngineRegistry, "_engines", copy.deepcopy(EngineRegistry._engines))
+    return run_page(LOSSES)[0]
+
+
+@pytest.mark.host
+def test_a_loss_in_verl(page_in_verl):
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+    from verl.workers.config import ActorConfig
+
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.arange(9) < torch.tensor([[9], [2], [0], [5]])
+    mask[0, 0] = False
+    old, step = -torch.rand(4, 9, generator=generator), 0.3 * torch.randn(4, 9, generator=generator)
+    config = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio_high=0.28, clip_ratio_c=1e6)
+    config.global_batch_info.update(dp_size=2, batch_num_tokens=40, global_batch_size=8)
+    made = []
+    for name in ("v05_dapo", "vanilla"):
+        new = (old + step).requires_grad_()
+        advantages = torch.tensor([[1.0], [-0.5], [2.0], [0.7]]) * mask
+        loss, logged = get_policy_loss_fn(name)(old, new, advantages, mask, "token-mean", config)
+        loss.backward()
+        made.append([loss.detach(), new.grad, logged["actor/pg_clipfrac"], logged["actor/ppo_kl"]])
+    torch.testing.assert_close(*made, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sums_of_squares_in_verl(page_in_verl, monkeypatch, temperature):
+    """The page's engine gives what verl's own computes of logits, and its gradients."""
+    from tensordict import TensorDict
+    from verl.utils import tensordict_utils as tu
+    from verl.utils.torch_functional import entropy_from_logits
+    from verl.workers.engine import EngineRegistry
+    from verl.workers.engine.fsdp import transformer_impl
+
+    monkeypatch.setattr(transformer_impl.FSDPEngine, "_build_module", lambda _: tiny_model())
+    monkeypatch.setenv("VERL_ENGINE_DEVICE", "cuda")
+    monkeypatch.setenv("VERL_ENGINE_VENDOR", "nvidia")
+    own = transformer_impl.FSDPEngineWithLMHead
+    assert EngineRegistry.get_engine_cls("language_model", "fsdp2") is page_in_verl["Engine"] is not own
+    sequences = [torch.tensor([2, 5, 7, 1]), torch.tensor([3, 4, 9, 8, 6, 1])]
+    positions = [torch.arange(len(sequence)) for sequence in sequences]
+    made = []
+    for kind, fused in ((page_in_verl["Engine"], True), (own, False)):
+        engine = object.__new__(kind)
+        engine.pad_to_length = engine.use_ulysses_sp = False
+        engine.model_config = SimpleNamespace(use_fused_kernels=fused)
+        engine.engine_config = SimpleNamespace(entropy_checkpointing=False, entropy_from_logits_with_chunking=False)
+        engine.compute_entropy_from_logits = entropy_from_logits
+        engine.module = engine._build_module()
+        batch = TensorDict(
+            {
+                "input_ids": torch.nested.nested_tensor(sequences, layout=torch.jagged),
+                "position_ids": torch.nested.nested_tensor(positions, layout=torch.jagged),
+            },
+            batch_size=[2],
+        )
+        flags = {
+            "temperature": temperature,
+            "use_fused_kernels": fused,
+            "calculate_entropy": True,
+            "calculate_sum_pi_squared": True,
+        }
+        tu.assign_non_tensor(batch, **flags)
+        inputs, arguments = engine.prepare_model_inputs(batch)
+        output = engine.prepare_model_outputs(engine.module(**inputs, use_cache=False), arguments, batch, None)
+        values = [output[name].values() for name in ("log_probs", "entropy", "sum_pi_squared")]
+        (values[0].exp() + values[1]).sum().backward()
+        made.append([*values, *(parameter.grad for parameter in engine.module.parameters())])
+    torch.testing.assert_close(*made, rtol=1e-5, atol=1e-5)
