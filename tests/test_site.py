@@ -37,12 +37,17 @@ def test_every_page_is_there_and_can_be_reached(site):
     [
         ("api/ops.html", "v05.ops.fused_advantage"),
         ("api/ops.html", "v05.ops.AdvantageStats"),
+        ("api/ops.html", "v05.ops.token_statistics"),
+        ("api/ops.html", "v05.ops.policy_loss"),
+        ("api/ops.html", "v05.ops.LossFigures"),
         ("api/budget.html", "v05.budget.RolloutAllocator.lease"),
         ("api/methods.html", "v05.methods.Calibration"),
         ("api/path_counting.html", "v05.path_counting.path_counting_advantages"),
         ("api/prior.html", "v05.prior.calibration.Calibrator.fit"),
         ("api/integrations.html", "v05.integrations.trl.V05Trainer"),
         ("api/reference.html", "v05.reference.calibrated"),
+        ("api/reference.html", "v05.reference.losses.policy_loss"),
+        ("api/reference.html", "v05.reference.tokens.token_statistics"),
     ],
 )
 def test_the_reference_has_what_is_public(page, name, site):
@@ -53,6 +58,7 @@ def test_arguments_are_a_list(site):
     page = (site / "api/ops.html").read_text()
     assert re.search(r"Parameters<.*?<li><p><strong>rewards</strong>", page, flags=re.DOTALL)
     assert "Raises" in page
+    assert "Alias for field" not in page
 
 
 def test_the_command_line_is_that_of_the_package(site):
