@@ -4,7 +4,6 @@ finds the kernel by it, which takes several times as long as the launch itself."
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ import triton
 COMPILER_OPTIONS = {"cuda": {"num_warps": 4, "maxnreg": 128}, "hip": {"num_warps": 4}}
 _OPTIONS = COMPILER_OPTIONS["hip" if torch.version.hip else "cuda"]
 _MOST_INT32 = 2**31 - 1
-_CURRENT = nullcontext()
 _IS_KNOWN = hasattr(triton, "knobs")  # the way that 3.4 and later take to their launcher; older ones go it themselves
 
 
@@ -32,9 +30,8 @@ class Launcher:
         self.interpreted = not isinstance(kernel, triton.JITFunction)
         self._compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         numbers = [] if self.interpreted else [p for p in kernel.params if not (p.is_constexpr or p.name.startswith("p_"))]
-        integers = [place for place, number in enumerate(numbers) if not number.annotation_type]
-        self._specialised = [place for place in integers if not numbers[place].do_not_specialize]
-        self._integers = integers
+        self._integers = [(i, not number.do_not_specialize) for i, number in enumerate(numbers) if not number.annotation_type]
+        self._keeps = _IS_KNOWN and not self.interpreted
 
     def __call__(
         self,
@@ -44,11 +41,13 @@ class Launcher:
         numbers: Sequence[float],
         constants: Sequence[int],
     ) -> None:
-        """On the stream of `device` that is current; `device` must be the current one, as `on` makes it. ValueError: CPU tensors
-        without the interpreter.
-        """
+        """On the stream of `device` that is current. ValueError: CPU tensors without the interpreter."""
+        index = device.index
+        if index is not None and index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                return self(grid, device, pointers, numbers, constants)
         addresses: list[int | None] = []
-        key: list[Any] = [device.index, *constants]
+        key: list[Any] = [index, *constants]
         together = 0
         for tensor in pointers:
             if tensor is None:
@@ -59,21 +58,21 @@ class Launcher:
                 addresses.append(address)
                 key.append(tensor.dtype)
                 together |= address
-        plain = together % 16 == 0 and _IS_KNOWN and not self.interpreted
-        for place in self._integers:
-            plain = plain and numbers[place] <= _MOST_INT32
-        for place in self._specialised:
-            key.append(1 if numbers[place] == 1 else -(numbers[place] % 16 == 0))
+        plain = self._keeps and together % 16 == 0
+        for place, is_specialised in self._integers:
+            number = numbers[place]
+            plain = plain and number <= _MOST_INT32
+            if is_specialised:
+                key.append(1 if number == 1 else -(number % 16 == 0))
         if plain and (kept := self._compiled.get(known := tuple(key))) is not None:
             compiled, run, function, metadata = kept
-            arguments = (*addresses, *numbers, *constants)
-            stream = triton.runtime.driver.active.get_current_stream(device.index)
+            stream = triton.runtime.driver.active.get_current_stream(index)
             enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
             if _calls(enter) or _calls(leave):  # of a profiler
-                told = compiled.launch_metadata(grid, stream, *arguments)
-                run(*grid, stream, function, metadata, told, enter, leave, *arguments)
+                told = compiled.launch_metadata(grid, stream, *addresses, *numbers, *constants)
+                run(*grid, stream, function, metadata, told, enter, leave, *addresses, *numbers, *constants)
             else:
-                run(*grid, stream, function, metadata, None, None, None, *arguments)
+                run(*grid, stream, function, metadata, None, None, None, *addresses, *numbers, *constants)
             return
         self.refuse_host(device)
         seen = [t.view(torch.uint8) if t is not None and t.dtype == torch.bool else t for t in pointers]
@@ -92,10 +91,3 @@ class Launcher:
 def _calls(hook: Any) -> bool:
     """Whether a hook does anything: a chain of none does not."""
     return bool(getattr(hook, "calls", hook))
-
-
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which `device` is the current one; free of charge where it is that already, or no GPU."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return _CURRENT
-    return torch.cuda.device(device)

@@ -18,7 +18,7 @@ from v05.kernels.advantage.kernel import (
 )
 from v05.kernels.advantage.moments import group_moments_kernel
 from v05.kernels.advantage.tokens import sum_token_rewards_kernel
-from v05.kernels.launcher import Launcher, on
+from v05.kernels.launcher import Launcher
 from v05.kernels.variant import GROUPS, ROLLOUTS, TOKENS, Variant
 from v05.methods import BUDGET_RULES, METHODS, Baseline
 
@@ -101,28 +101,27 @@ def launch(
         out.zero_()
         return
     T = 0 if mask is None else mask.shape[1]
-    with on(device):
-        if rewards.ndim == 2:
-            assert mask is not None
-            rewards, mask = _sum_token_rewards(rewards, mask)
-        row_length = T if cu_seqlens is None else -(-out.shape[0] // max(N, 1))
-        per_rollout = mask is None and cu_seqlens is None
-        block_rows, splits, chunks = launch_shape(N, G, None if per_rollout else row_length, options.most_block_rows)
-        batch, of_groups = None, None
-        if options.needs_batch:
-            batch = _batch_moments(rewards, valid if counted is None else counted, energy, options.low, options.high, options.eps)
-        if options.needs_groups:
-            groups = torch.empty(3, G, dtype=torch.float64, device=device)
-            read = (rewards, offsets, order, valid, counted, groups)
-            _group_moments((G, 1, 1), device, read, (options.low, options.high), (block_rows,))
-            of_groups = _moments_of_groups(*groups)
-        _advantage(
-            (G, splits, chunks),
-            device,
-            (rewards, offsets, order, prior, mask, cu_seqlens, valid, counted, energy, batch, of_groups, out, table),
-            (G, T, *options.numbers),
-            (*options.constants, block_rows, BLOCK_T),
-        )
+    if rewards.ndim == 2:
+        assert mask is not None
+        rewards, mask = _sum_token_rewards(rewards, mask)
+    row_length = T if cu_seqlens is None else -(-out.shape[0] // max(N, 1))
+    per_rollout = mask is None and cu_seqlens is None
+    block_rows, splits, chunks = launch_shape(N, G, None if per_rollout else row_length, options.most_block_rows)
+    batch, of_groups = None, None
+    if options.needs_batch:
+        batch = _batch_moments(rewards, valid if counted is None else counted, energy, options.low, options.high, options.eps)
+    if options.needs_groups:
+        groups = torch.empty(3, G, dtype=torch.float64, device=device)
+        read = (rewards, offsets, order, valid, counted, groups)
+        _group_moments((G, 1, 1), device, read, (options.low, options.high), (block_rows,))
+        of_groups = _moments_of_groups(*groups)
+    _advantage(
+        (G, splits, chunks),
+        device,
+        (rewards, offsets, order, prior, mask, cu_seqlens, valid, counted, energy, batch, of_groups, out, table),
+        (G, T, *options.numbers),
+        (*options.constants, block_rows, BLOCK_T),
+    )
 
 
 def launch_shape(N: int, G: int, row_length: int | None, max_block_rows: int) -> tuple[int, int, int]:

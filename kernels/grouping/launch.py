@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from v05.kernels.grouping.kernel import group_rows_kernel
-from v05.kernels.launcher import Launcher, on
+from v05.kernels.launcher import Launcher
 from v05.kernels.variant import GROUPS, ROLLOUTS, Variant
 
 MOST_ROWS = 1 << 15  # beyond it a sort is as fast
@@ -38,9 +38,8 @@ def group_rows(ids: torch.Tensor, valid: torch.Tensor | None, num_groups: int) -
     order = torch.empty(n, dtype=torch.int64, device=device)
     placed = torch.empty(n, dtype=torch.bool, device=device)
     each = 1 << (-(-num_groups // ENOUGH_PROGRAMS) - 1).bit_length()
-    with on(device):
-        grid = (-(-num_groups // each), 1, 1)
-        _group_rows(grid, device, (ids, valid, offsets, order, placed), (n, num_groups), (each, min(TILE // each, 1024)))
+    grid = (-(-num_groups // each), 1, 1)
+    _group_rows(grid, device, (ids, valid, offsets, order, placed), (n, num_groups), (each, min(TILE // each, 1024)))
     return offsets, order, placed
 
 

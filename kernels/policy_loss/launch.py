@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from v05.kernels.launcher import Launcher, on
+from v05.kernels.launcher import Launcher
 from v05.kernels.policy_loss.kernel import SUMS, policy_loss_kernel
 from v05.kernels.variant import ROLLOUTS, TOKENS, Variant
 
@@ -37,35 +37,34 @@ def launch(tokens: Tokens, rollouts: Rollouts, options: Options) -> Results:
     arrived = torch.zeros(1, dtype=torch.int32, device=device)
     edges = tokens.mask is None or t % 16 != 0
     low, high = 1 - options.clip_low, 1 + options.clip_high
-    with on(device):
-        _policy_loss(
-            (n, 1, 1),
-            device,
-            (
-                tokens.logprob,
-                tokens.old,
-                tokens.sampler if options.importance else None,
-                tokens.reference if options.kl else None,
-                tokens.mask,
-                tokens.cu_seqlens,
-                *rollouts,
-                gradient,
-                sums,
-                arrived,
-                loss,
-                figures,
-            ),
-            (n, t, low, high, options.clip_dual, options.cap, options.floor, options.kl_coefficient),
-            (
-                options.surrogate,
-                options.of_sequence,
-                options.importance,
-                options.masks_beyond,
-                options.kl,
-                edges,
-                BLOCK_T["hip" if torch.version.hip else "cuda"],
-            ),
-        )
+    _policy_loss(
+        (n, 1, 1),
+        device,
+        (
+            tokens.logprob,
+            tokens.old,
+            tokens.sampler if options.importance else None,
+            tokens.reference if options.kl else None,
+            tokens.mask,
+            tokens.cu_seqlens,
+            *rollouts,
+            gradient,
+            sums,
+            arrived,
+            loss,
+            figures,
+        ),
+        (n, t, low, high, options.clip_dual, options.cap, options.floor, options.kl_coefficient),
+        (
+            options.surrogate,
+            options.of_sequence,
+            options.importance,
+            options.masks_beyond,
+            options.kl,
+            edges,
+            BLOCK_T["hip" if torch.version.hip else "cuda"],
+        ),
+    )
     return loss, gradient, figures
 
 
