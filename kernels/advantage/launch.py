@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -103,10 +104,11 @@ def launch(
     T = 0 if mask is None else mask.shape[1]
     if rewards.ndim == 2:
         assert mask is not None
-        rewards, mask = _sum_token_rewards(rewards, mask)
-    row_length = T if cu_seqlens is None else -(-out.shape[0] // max(N, 1))
-    per_rollout = mask is None and cu_seqlens is None
-    block_rows, splits, chunks = launch_shape(N, G, None if per_rollout else row_length, options.most_block_rows)
+        rewards, mask = _sum_token_rewards(rewards, mask, N, T, device)
+    row_length = None if mask is None else T
+    if cu_seqlens is not None:
+        row_length = -(-out.shape[0] // max(N, 1))
+    block_rows, splits, chunks = launch_shape(N, G, row_length, options.most_block_rows, BLOCK_T, ENOUGH_PROGRAMS)
     batch, of_groups = None, None
     if options.needs_batch:
         batch = _batch_moments(rewards, valid if counted is None else counted, energy, options.low, options.high, options.eps)
@@ -124,26 +126,31 @@ def launch(
     )
 
 
-def launch_shape(N: int, G: int, row_length: int | None, max_block_rows: int) -> tuple[int, int, int]:
+@lru_cache(maxsize=64)
+def launch_shape(
+    N: int, G: int, row_length: int | None, most_block_rows: int, block_t: int, enough_programs: int
+) -> tuple[int, int, int]:
     """(BLOCK_ROWS, splits, chunks) for N rollouts in G groups with rows of `row_length` tokens, None for per-rollout output.
 
-    Chosen for groups and rows of average size; any size is handled. In whole numbers throughout, as Triton's own helpers are slow.
+    Chosen for groups and rows of average size; any size is handled. In whole numbers throughout, as Triton's own helpers are slow,
+    and kept, as shapes repeat at every step.
     """
     group_size = -(-N // G)
-    block_rows = min(max(1 << (group_size - 1).bit_length(), 16), max_block_rows)
+    block_rows = min(max(1 << (group_size - 1).bit_length(), 16), most_block_rows)
     if row_length is None:
         return block_rows, max(-(-group_size // block_rows), 1), 1
-    chunks = min(max(-(-row_length // BLOCK_T), 1), ENOUGH_PROGRAMS)
-    return block_rows, max(min(group_size, ENOUGH_PROGRAMS // (G * chunks)), 1), chunks
+    chunks = min(max(-(-row_length // block_t), 1), enough_programs)
+    return block_rows, max(min(group_size, enough_programs // (G * chunks)), 1), chunks
 
 
-def _sum_token_rewards(token_rewards: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _sum_token_rewards(
+    token_rewards: torch.Tensor, mask: torch.Tensor, N: int, T: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The rewards of rollouts, and the mask as a bit a token."""
-    N, T = token_rewards.shape
-    rewards = torch.empty(N, dtype=torch.float64, device=token_rewards.device)
-    bits = torch.empty((N, -(-T // 32)), dtype=torch.uint32, device=token_rewards.device)
+    rewards = token_rewards.new_empty(N, dtype=torch.float64)
+    bits = token_rewards.new_empty(N, -(-T // 32), dtype=torch.uint32)
     if N > 0:
-        _token_sums((N, 1, 1), rewards.device, (token_rewards, mask, rewards, bits), (T,), (BLOCK_T,))
+        _token_sums((N, 1, 1), device, (token_rewards, mask, rewards, bits), (T,), (BLOCK_T,))
     return rewards, bits
 
 
@@ -253,7 +260,8 @@ def traffic(variant: Variant) -> tuple[int, int]:
         once = ROLLOUTS * (size["p_rewards"] + size["p_order"]) + GROUPS * (2 * size["p_offsets"] + 3 * size["p_moments"])
         return once + ROLLOUTS * (size["p_rewards"] + size["p_order"]), once  # two passes over a group
     per_rollout = not {"p_mask", "p_cu_seqlens"} & variant.pointers.keys()
-    _, splits, chunks = launch_shape(ROLLOUTS, GROUPS, None if per_rollout else TOKENS, MAX_BLOCK_ROWS)
+    row_length = None if per_rollout else TOKENS
+    _, splits, chunks = launch_shape(ROLLOUTS, GROUPS, row_length, MAX_BLOCK_ROWS, BLOCK_T, ENOUGH_PROGRAMS)
     row = sum(size.get(name, 0) for name in ("p_rewards", "p_order", "p_valid", "p_energy"))  # what a rollout is read as
     group = 2 * size["p_offsets"] + size.get("p_prior", 0)
     mask_bytes = tokens // 8 if variant.pointers.get("p_mask") == "u32" else tokens * size.get("p_mask", 0)
