@@ -287,10 +287,10 @@ def _layout(
     if response_mask is not None:
         if cu_seqlens is not None:
             raise ValueError("response_mask and cu_seqlens: both given; give at most one of the two")
-        mask = response_mask
-        if mask.ndim != 2 or mask.shape[0] != n:
-            raise ValueError(f"response_mask: shape {tuple(mask.shape)} for {n} rollouts; give (N, T)")
-        return mask, None, (n, mask.shape[1])
+        size = response_mask.shape
+        if len(size) != 2 or size[0] != n:
+            raise ValueError(f"response_mask: shape {tuple(size)} for {n} rollouts; give (N, T)")
+        return response_mask, None, (n, size[1])
     if cu_seqlens is not None:
         given = tensor_of("cu_seqlens", cu_seqlens)
         cu = _offsets("cu_seqlens", given, None, device, tracing)
@@ -332,9 +332,9 @@ def refuse_shared_memory(out: torch.Tensor, rollouts: Rollouts, groups: Groups, 
     """What is read must not change while `out` is written. All are contiguous."""
     begin = out.data_ptr()
     end = begin + out.nbytes
-    for name, tensor in zip(_READ, (*rollouts, groups.offsets, groups.ids, prior), strict=True):
-        if tensor is not None and max(first := tensor.data_ptr(), begin) < min(first + tensor.nbytes, end):
-            raise ValueError(f"out: shares memory with {name}; give a buffer of its own")
+    for place, tensor in enumerate((*rollouts, groups.offsets, groups.ids, prior)):
+        if tensor is not None and (first := tensor.data_ptr()) < end and begin < first + tensor.nbytes:
+            raise ValueError(f"out: shares memory with {_READ[place]}; give a buffer of its own")
 
 
 _READ = ("rewards", "response_mask", *Rollouts._fields[2:], "group_offsets", "group_ids", "prior")  # in the order of their reading
@@ -343,9 +343,10 @@ _READ = ("rewards", "response_mask", *Rollouts._fields[2:], "group_offsets", "gr
 def _mask(response_mask: Array, device: torch.device) -> torch.Tensor:
     """The mask in a dtype that the core and the kernel read; they find the values that are neither 0 nor 1."""
     mask = tensor_of("response_mask", response_mask)
-    if mask.dtype not in DTYPES:
-        mask = placed("response_mask", mask, torch.float32 if mask.is_floating_point() else torch.int64, device)
-    return placed("response_mask", mask, mask.dtype, device)
+    dtype = mask.dtype
+    if dtype not in DTYPES:
+        dtype = torch.float32 if dtype.is_floating_point else torch.int64
+    return placed("response_mask", mask, dtype, device)
 
 
 def _valid(valid: Array, n: int, device: torch.device, tracing: bool) -> torch.Tensor:

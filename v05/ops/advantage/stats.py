@@ -132,7 +132,7 @@ def undefined_columns(baseline: int) -> list[int]:
 
 
 def empty_table(groups: int, device: torch.device) -> torch.Tensor:
-    return torch.empty((len(STATISTICS), groups), dtype=torch.float64, device=device)
+    return torch.empty(len(STATISTICS), groups, dtype=torch.float64, device=device)
 
 
 class AdvantageOutput(NamedTuple):
