@@ -92,6 +92,7 @@ def cases() -> dict[str, Callable[[], Any]]:
     out, rows = torch.empty(N, T), torch.empty(N)
     token_rewards, long_mask = torch.zeros(N, T), mask.long()
     padded = {"group_offsets": offsets, "response_mask": mask, "out": out, "backend": "triton"}
+    by_token = padded | {"response_mask": long_mask}
     leave = {"method": "calibrated", "leave_one_out": True}
     return {
         "bare launch": lambda: bare_kernel[(1,)](rows, 1),
@@ -99,7 +100,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         "v05 padded, no statistics": lambda: fused_advantage(rewards, prior, stats=False, **padded),
         "grpo padded": lambda: fused_advantage(rewards, method="grpo", **padded),
         "calibrated leave-one-out padded": lambda: fused_advantage(rewards, prior, **leave, **padded),
-        "v05 token rewards, int64 mask": lambda: fused_advantage(token_rewards, prior, **padded | {"response_mask": long_mask}),
+        "v05 token rewards, int64 mask": lambda: fused_advantage(token_rewards, prior, **by_token),
         "v05 rollouts": lambda: fused_advantage(rewards, prior, group_offsets=offsets, out=rows, backend="triton"),
     }
 
