@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from v05.kernels.launcher import Launcher, on
+from v05.kernels.launcher import Launcher
 from v05.kernels.token_statistics.kernel import add_up_kernel, statistics_kernel, write_gradient_kernel
 from v05.kernels.variant import Variant
 
@@ -30,14 +30,13 @@ def add_up(logits: torch.Tensor, targets: Targets, temperature: float, out: torc
     tokens, columns = out.shape[1], logits.shape[-1]
     rows = _rows(logits)
     if tokens > 0:
-        with on(logits.device):
-            _add_up(
-                (tokens, 1, 1),
-                logits.device,
-                (rows.memory, targets.ids.contiguous(), out),
-                (tokens, *rows.places, columns, targets.first, *_scale(temperature)),
-                _tile(logits.dtype),
-            )
+        _add_up(
+            (tokens, 1, 1),
+            logits.device,
+            (rows.memory, targets.ids.contiguous(), out),
+            (tokens, *rows.places, columns, targets.first, *_scale(temperature)),
+            _tile(logits.dtype),
+        )
 
 
 def statistics(sums: torch.Tensor, ids: torch.Tensor, temperature: float) -> Made:
@@ -46,14 +45,13 @@ def statistics(sums: torch.Tensor, ids: torch.Tensor, temperature: float) -> Mad
     of_token = tuple(sums.new_empty(ids.shape) for _ in range(3))
     state, nonfinite = sums.new_empty(4, tokens), torch.zeros((), dtype=torch.int64, device=sums.device)
     if tokens > 0:
-        with on(sums.device):
-            _statistics(
-                (-(-tokens // BLOCK), 1, 1),
-                sums.device,
-                (sums, ids.contiguous(), *of_token, state, nonfinite),
-                (tokens, shards, temperature),
-                (BLOCK,),
-            )
+        _statistics(
+            (-(-tokens // BLOCK), 1, 1),
+            sums.device,
+            (sums, ids.contiguous(), *of_token, state, nonfinite),
+            (tokens, shards, temperature),
+            (BLOCK,),
+        )
     return *of_token, nonfinite, state
 
 
@@ -65,14 +63,13 @@ def write_gradient(logits: torch.Tensor, targets: Targets, upstream: Upstream, t
     out_origin, _, *out_strides = rows_out.places
     aligned = all((a - b) % 16 == 0 for a, b in zip((origin, *strides), (out_origin, *out_strides), strict=True))
     if tokens > 0:
-        with on(logits.device):
-            _write_gradient(
-                (tokens, 1, 1),
-                logits.device,
-                (rows.memory, targets.ids.contiguous(), *upstream, rows_out.memory),
-                (tokens, origin, length, *strides, out_origin, *out_strides, columns, targets.first, _scale(temperature)[0]),
-                (aligned, *_tile(logits.dtype)),
-            )
+        _write_gradient(
+            (tokens, 1, 1),
+            logits.device,
+            (rows.memory, targets.ids.contiguous(), *upstream, rows_out.memory),
+            (tokens, origin, length, *strides, out_origin, *out_strides, columns, targets.first, _scale(temperature)[0]),
+            (aligned, *_tile(logits.dtype)),
+        )
 
 
 class _Rows(NamedTuple):
