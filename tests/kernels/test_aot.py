@@ -67,8 +67,10 @@ def test_traffic_is_near_its_floor(reports):
         assert report["floor_bytes"] <= report["bytes"], report
         of_rollouts = report["kernel"] in ("group_moments_kernel", "group_rows_kernel")
         by_token = not (of_rollouts or report["variant"].startswith("per-rollout"))
+        # A ratio or a weight of the sequence takes a first pass over a rollout's own tokens, which are then in the cache.
+        twice = report["kernel"] == "policy_loss_kernel" and any(name in report["variant"] for name in ("sequence", "everything"))
         if by_token:  # the few bytes of the others are mostly a group's rewards, read twice or thrice
-            assert report["bytes"] < 1.1 * report["floor_bytes"], report
+            assert report["bytes"] < (1.8 if twice else 1.1) * report["floor_bytes"], report
 
 
 def test_registers_leave_warps_resident(reports):
