@@ -14,7 +14,6 @@ import torch
 from transformers import PreTrainedModel
 
 from v05.ops import TokenStatistics, token_statistics
-from v05.ops.token_statistics import IGNORED
 from v05.rollout import Completion
 from v05.rollout.cache import keeps_only_columns
 from v05.rollout.rows import read_prompts
@@ -34,17 +33,27 @@ def completion_statistics(
     `width` is the longest completion's length, or more where it is given.
     """
     width = width or max(len(c.tokens) for c in completions)
-    targets = torch.full((len(prompts), width), IGNORED, device="cpu")
+    tokens = torch.full((len(prompts), width), pad, device="cpu")
+    counted = torch.zeros(len(prompts), width, dtype=torch.bool, device="cpu")
     for row, completion in enumerate(completions):
-        targets[row, : len(completion.tokens)] = torch.tensor(completion.tokens, device="cpu")
-    targets = targets.to(model.device)
-    tokens = targets.where(targets != IGNORED, pad)
+        tokens[row, : len(completion.tokens)] = torch.tensor(completion.tokens, device="cpu")
+        counted[row, : len(completion.tokens)] = True
+    place = counted.flatten().nonzero()[:, 0].to(model.device)  # found on the host, so that no GPU is waited for
+    tokens = tokens.to(model.device)
     read = _after_prompts if keeps_only_columns(model) else _of_whole_sequences
     layer = output_layer(model)
-    if layer is None:
-        return token_statistics(read(model, prompts, tokens, pad), targets)
-    hidden = read(_Trunk(model), prompts, tokens, pad)
-    return token_statistics(hidden, targets, weight=layer.weight, bias=layer.bias)
+    given = read(model if layer is None else _Trunk(model), prompts, tokens, pad).flatten(0, 1)[place]
+    made = token_statistics(
+        given,
+        tokens.flatten()[place],
+        weight=None if layer is None else layer.weight,
+        bias=None if layer is None else layer.bias,
+    )
+
+    def spread(statistic: torch.Tensor) -> torch.Tensor:
+        return statistic.new_zeros(tokens.numel()).index_copy(0, place, statistic).view(tokens.shape)
+
+    return TokenStatistics(spread(made.logprob), spread(made.entropy), spread(made.sum_pi_squared), made.nonfinite)
 
 
 def completion_logprobs(
