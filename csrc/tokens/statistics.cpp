@@ -12,6 +12,7 @@
 #include "v05/tokens.hpp"
 
 namespace v05 {
+namespace tokens {
 namespace {
 
 // A 256-bit register, or two smaller ones.
@@ -243,22 +244,23 @@ V05_MULTIVERSION void write_gradient_rows(const LogitRows<const float>& logits, 
 std::int64_t rows_at_a_time(std::int64_t columns) { return std::max<std::int64_t>(kBlockWork / columns, 1); }
 
 }  // namespace
+}  // namespace tokens
 
 void add_up_logits(const LogitRows<const float>& logits, const TokenTargets& targets, float* out, std::int64_t stride,
                    int threads) {
-  const Exponential exponential(targets.temperature);
-  for_blocks(targets.tokens, rows_at_a_time(targets.columns), targets.tokens * targets.columns, threads,
+  const tokens::Exponential exponential(targets.temperature);
+  for_blocks(targets.tokens, tokens::rows_at_a_time(targets.columns), targets.tokens * targets.columns, threads,
              [&](std::int64_t, std::int64_t begin, std::int64_t end) {
-               add_up_rows(logits, targets, exponential, out, stride, begin, end);
+               tokens::add_up_rows(logits, targets, exponential, out, stride, begin, end);
              });
 }
 
 void write_logit_gradient(const LogitRows<const float>& logits, const TokenTargets& targets,
                           const TokenUpstream& upstream, const LogitRows<float>& out, int threads) {
-  const Exponential exponential(targets.temperature);
-  for_blocks(targets.tokens, rows_at_a_time(targets.columns), targets.tokens * targets.columns, threads,
+  const tokens::Exponential exponential(targets.temperature);
+  for_blocks(targets.tokens, tokens::rows_at_a_time(targets.columns), targets.tokens * targets.columns, threads,
              [&](std::int64_t, std::int64_t begin, std::int64_t end) {
-               write_gradient_rows(logits, targets, upstream, exponential, out, begin, end);
+               tokens::write_gradient_rows(logits, targets, upstream, exponential, out, begin, end);
              });
 }
 
