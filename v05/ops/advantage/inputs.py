@@ -21,8 +21,6 @@ Array = torch.Tensor | ArrayLike
 _NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 # What the core tells its buffers by, shared with advantage.hpp.
 DTYPES = {torch.bool: 1, torch.uint8: 1, torch.int64: 2, torch.float32: 3, torch.float64: 4, torch.int32: 5}
-
-
 MOST_GROUPS = 2**31 - 1  # whose statistics take 200 GB
 
 
