@@ -28,11 +28,12 @@ class LateVerifier(InlineVerifier):
         return super().poll(wait=wait) if wait or len(self._results) > 50 else []
 
 
-def run(priors=HALF, engine=None, verifier=None, **settings):
+def run(priors=HALF, engine=None, verifier=None, ready=None, ahead=(), **settings):
     allocator = RolloutAllocator(seed=3, **settings)
     tokens = [(RATES[p.text],) for p in PROMPTS]
     verifier = verifier or InlineVerifier(TroubleTask())
-    return collect(allocator, engine or CoinEngine(), verifier, PROMPTS, tokens, priors, first_group=100)
+    engine = engine or CoinEngine()
+    return collect(allocator, engine, verifier, PROMPTS, tokens, priors, first_group=100, ready=ready, ahead=ahead)
 
 
 def sequential_test_holds(batch, priors):
@@ -199,6 +200,46 @@ def test_generate_keeps_order_and_retries():
     with pytest.raises(RuntimeError, match="failed 3 times; the last error: the coin"):
         generate(CoinEngine(fails=lambda request, attempts: request.seed == 50), requests)
     assert generate(CoinEngine(), []) == []
+
+
+AHEAD = [Request((0.5,), 10**6 + i) for i in range(40)]
+
+
+@pytest.mark.parametrize("capacity", [1, 7, 300])
+def test_coming_rollouts_are_sampled_where_there_is_room(capacity):
+    expected, engine = run(), CoinEngine(capacity)
+    batch = run(engine=engine, ahead=AHEAD)
+    assert batch.rewards.tolist() == expected.rewards.tolist()
+    assert batch.offsets.tolist() == expected.offsets.tolist()
+    assert [c.tokens.tolist() for c in batch.ahead] == [c.tokens.tolist() for c in generate(CoinEngine(), AHEAD)]
+    assert engine.most_in_flight <= capacity
+    assert not engine.in_flight
+
+
+def test_coming_rollouts_wait_for_the_first_rewards_and_give_way():
+    engine = CoinEngine(300)
+    run(engine=engine, ahead=[Request((2.0,), 7 + i) for i in range(40)])
+    first, *others = [i for i, prompt in enumerate(engine.submitted) if prompt == (2.0,)]
+    assert first >= 4 * len(PROMPTS)  # after the first rollouts of every group
+    assert others[-1] < len(engine.submitted) - 1  # and not when all else is over
+
+
+def test_what_is_ready_is_verified_and_not_sampled_again():
+    expected = run()
+    places = [(g, i) for g, (a, b) in enumerate(itertools.pairwise(expected.offsets)) for i in range(b - a)]
+    done = dict(zip(places, expected.completions, strict=True))
+    ready = {place: completion for place, completion in done.items() if place[1] < 4 and place != (3, 2)}
+    engine = CoinEngine(7)
+    batch = run(engine=engine, ready=ready)
+    assert batch.rewards.tolist() == expected.rewards.tolist()
+    assert len(engine.submitted) == len(expected.rewards) - len(ready)
+
+
+def test_a_coming_rollout_that_fails_is_missing():
+    engine = CoinEngine(fails=lambda request, attempts: request.seed == AHEAD[3].seed)
+    batch = run(engine=engine, ahead=AHEAD)
+    assert [i for i, completion in enumerate(batch.ahead) if completion is None] == [3]
+    assert not batch.failures
 
 
 def test_select_and_join():

@@ -291,9 +291,9 @@ def train(config, directory, until=None):
     return lines
 
 
-@pytest.mark.parametrize(("method", "prior"), [("v05", "history"), ("v05", "v0"), ("dapo", "history")])
-def test_an_interrupted_run_goes_on(method, prior, tmp_path):
-    config = smoke(8, method).model_copy(update={"prior": prior})
+@pytest.mark.parametrize(("method", "settings"), [("v05", {"overlap": True}), ("v05", {"prior": "v0"}), ("dapo", {}), ("v05", {})])
+def test_an_interrupted_run_goes_on(method, settings, tmp_path):
+    config = smoke(8, method).model_copy(update=settings)
     train(config, tmp_path / "whole")
     assert train(config, tmp_path / "halves", until=3) == []
     recorded = read_metrics(tmp_path / "halves")

@@ -38,6 +38,7 @@ CONFIGS = {
         "smoke", "prior@1", distributed="fsdp2", rollouts_per_step=1, total_rollouts=6, loss={"importance_cap": 2.0}
     ),
     "calibrated": run_config("smoke", "calibrated@1..4", rollouts_per_step=128, total_rollouts=640, optimizer=FEW),
+    "overlap": run_config("smoke", "v05", overlap=True, total_rollouts=384, optimizer=FEW),
     "torn": run_config("smoke", "v05", distributed="fsdp2", total_rollouts=512, checkpoint_seconds=0),
 }
 # Relative; all else is equal.

@@ -4,14 +4,18 @@ The engine is kept full. As soon as a rollout is verified its group is tested, a
 ahead of new groups. Which rollouts a group gets is the allocator's decision alone, so it depends on no order of arrival. A rollout
 that fails, or whose verification does, goes back to the allocator, which leases it again with the same seed or gives it up. Leases
 that somebody lets expire meanwhile come back too, and find their rollouts leased again.
+
+While the last groups are tested the engine has room. Requests may be given that it fills it with: the first rollouts of the coming
+groups, which are then ready when their turn comes.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +43,7 @@ class RolloutBatch:
         failures: what went wrong, a text an attempt.
         in_flight: mean number of rollouts in the engine when it was polled; NaN for an empty batch.
         generate_seconds, verify_seconds: wall-clock that the loop spent on the engine and on the verifier.
+        ahead: the completions of the requests that were sampled ahead, None for one that failed. They are not among the N.
     """
 
     prompts: list[Prompt]
@@ -52,6 +57,7 @@ class RolloutBatch:
     in_flight: float
     generate_seconds: float
     verify_seconds: float
+    ahead: list[Completion | None] = field(default_factory=list)
 
 
 def collect(
@@ -63,6 +69,8 @@ def collect(
     priors: NDArray[np.float64],
     *,
     first_group: int,
+    ready: Mapping[tuple[int, int], Completion] | None = None,
+    ahead: Sequence[Request] = (),
 ) -> RolloutBatch:
     """Sample and verify rollouts of `prompts` until the allocator has stopped all their groups.
 
@@ -75,11 +83,19 @@ def collect(
         engine, verifier: with nothing in flight.
         prompt_tokens: token ids of each prompt.
         priors: (G,) reward units.
+        ready: completions that were sampled before, by their place: (prompt, index in its group). They are verified when the
+            allocator leases their place, and not sampled again.
+        ahead: requests of groups to come. They are sampled once, from the first reward on, where the allocator leaves the engine
+            room; all have ended when this returns.
 
     Raises:
         RuntimeError: not one rollout came through; with the last failure's text.
     """
     allocator.open(np.arange(first_group, first_group + len(prompts)), priors)
+    ready = ready or {}
+    waiting = deque(range(len(ahead)))
+    sampled_ahead: list[Completion | None] = [None] * len(ahead)
+    early = 0  # of `ahead`, in the engine
     sampling: dict[int, tuple[int, int]] = {}  # lease -> place: (prompt, index in its group)
     verifying: dict[int, tuple[int, int, Completion]] = {}
     newest: dict[tuple[int, int], int] = {}  # place -> its last lease, whose report counts: those before have failed or expired
@@ -87,30 +103,46 @@ def collect(
     failures: list[str] = []
     in_flight: list[int] = []
     generate_seconds = verify_seconds = 0.0
-    while not allocator.done or sampling or verifying:
+    rewarded = False
+    while not allocator.done or sampling or verifying or waiting or early:
         started = time.perf_counter()
-        leases = allocator.lease(min(engine.capacity - len(sampling), 2 * engine.capacity - len(sampling) - len(verifying)))
+        room = engine.capacity - len(sampling) - early
+        leases = allocator.lease(min(room, room + engine.capacity - len(verifying)))
         groups = (np.asarray(leases.group) - first_group).tolist()
         keys = leases.lease_id.tolist()
         places = list(zip(groups, leases.index.tolist(), strict=True))
-        sampling.update(zip(keys, places, strict=True))
         newest.update(zip(places, keys, strict=True))
-        if keys:
-            engine.submit(keys, [Request(prompt_tokens[g], seed) for g, seed in zip(groups, leases.seed.tolist(), strict=True)])
-        in_flight.append(len(sampling))
+        completed = [(key, place, ready[place]) for key, place in zip(keys, places, strict=True) if place in ready]
+        requests = {
+            key: Request(prompt_tokens[place[0]], seed)
+            for key, place, seed in zip(keys, places, leases.seed.tolist(), strict=True)
+            if place not in ready
+        }
+        sampling.update((key, place) for key, place in zip(keys, places, strict=True) if key in requests)
+        if rewarded or allocator.done:
+            for i in [waiting.popleft() for _ in range(min(len(waiting), room - len(requests)))]:
+                requests[-1 - i] = ahead[i]  # leases have no negative keys
+                early += 1
+        if requests:
+            engine.submit(list(requests), list(requests.values()))
+        in_flight.append(len(sampling) + early)
         failed = []
-        items = []
-        for key, result in engine.poll(VERIFIER_GLANCE if verifying else None):
-            g, index = sampling.pop(key)
+        for key, result in engine.poll(VERIFIER_GLANCE if verifying or completed else None) if sampling or early else ():
+            if key < 0:
+                early -= 1
+                sampled_ahead[-1 - key] = None if isinstance(result, Failure) else result
+                continue
+            place = sampling.pop(key)
             if isinstance(result, Failure):
                 failed.append((key, result))
             else:
-                verifying[key] = (g, index, result)
-                items.append(Item(key, prompts[g], engine.decode(result)))
+                completed.append((key, place, result))
+        verifying.update((key, (*place, completion)) for key, place, completion in completed)
+        items = [Item(key, prompts[place[0]], engine.decode(completion)) for key, place, completion in completed]
         generated = time.perf_counter()
 
         verifier.submit(items)
-        verified = verifier.poll(wait=not sampling)
+        verified = verifier.poll(wait=not (sampling or early))
         while engine.reproducible and len(verified) < len(items):
             verified += verifier.poll(wait=True)
         rewards = {}
@@ -123,6 +155,7 @@ def collect(
                 if newest[g, index] == key:
                     done[g, index] = completion
         allocator.report(list(rewards), list(rewards.values()))
+        rewarded = rewarded or bool(rewards)
         allocator.fail([key for key, _ in failed])
         failures += [failure.error for _, failure in failed]
         generate_seconds += generated - started
@@ -147,6 +180,7 @@ def collect(
         in_flight=float(np.mean(in_flight)) if in_flight else float("nan"),
         generate_seconds=generate_seconds,
         verify_seconds=verify_seconds,
+        ahead=sampled_ahead,
     )
     return select(batch, np.diff(batch.offsets) > 0)
 
@@ -181,4 +215,5 @@ def join(batches: Sequence[RolloutBatch]) -> RolloutBatch:
         in_flight=float(np.mean([batch.in_flight for batch in batches])),
         generate_seconds=sum(batch.generate_seconds for batch in batches),
         verify_seconds=sum(batch.verify_seconds for batch in batches),
+        ahead=[completion for batch in batches for completion in batch.ahead],
     )

@@ -204,6 +204,10 @@ class RunConfig(Section):
     rollouts_per_step: int = Field(default=512, ge=1, description="prompts of a step are chosen so that about this many are used")
     total_rollouts: int = Field(default=100_000, ge=1, description="training stops at the step that reaches this many")
     sampling_batch: int = Field(default=512, ge=1, description="rollouts that the engine samples at once")
+    overlap: bool = Field(
+        default=False,
+        description="sample a step's first rollouts while the last groups of the step before are tested: off-policy by one update",
+    )
     checkpoint_seconds: float = Field(
         default=10.0, ge=0, description="between checkpoints, more where they would cost over 1 % of the time; 0: after every step"
     )
@@ -258,6 +262,13 @@ class RunConfig(Section):
             raise ValueError(f"prior={self.prior!r}: method={self.method!r} has none; leave it out")
         if budget.chunk == "look" and budget.rule == "total":
             raise ValueError("budget.chunk='look' with budget.rule='total', which has no cost to look ahead to; give an integer")
+        if self.overlap and self.max_refills:
+            raise ValueError("overlap=True with max_refills, which draws prompts until a step has enough; leave one of the two out")
+        if self.overlap and self.engine.kind != "transformers" and self.loss.importance_cap is None:
+            raise ValueError(
+                f"overlap=True with engine.kind={self.engine.kind!r} needs loss.importance_cap, such as 2: ratios are to the "
+                "trainer's policy there, and not to the policy that a rollout was sampled from"
+            )
         if budget.cost is not None and budget.rule in ("uniform", "total"):
             raise ValueError(f"budget.cost={budget.cost} with budget.rule={budget.rule!r}, which has no cost; leave it out")
         if self.rollouts_per_step < self.budget.initial:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 
 from v05.budget import RolloutAllocator
 from v05.estimator import Estimator
+from v05.rollout import Completion
 from v05.train.checkpoint import Checkpoint, read_checkpoint
 from v05.train.config import RunConfig
 from v05.train.learner import Learner
+from v05.train.overlap import packed, unpacked
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def snapshot(
     policy: dict[str, dict[str, torch.Tensor]],
     estimator: Estimator,
     allocator: RolloutAllocator,
+    ahead: Sequence[Completion | None],
 ) -> Checkpoint:
     """The checkpoint of a run.
 
@@ -109,20 +113,23 @@ def snapshot(
         identity: of its configuration (v05.train.identity), by which the run knows the checkpoint again.
         metrics_bytes: length of what it has recorded.
         policy: what `Learner.state_dict` gave.
+        ahead: completions that were sampled for the coming step.
     """
     learnt = {
         part: {name: torch.from_numpy(value) for name, value in arrays.items()} for part, arrays in estimator.state_dict().items()
     }
     return Checkpoint(
         state={"config": identity, "metrics_bytes": metrics_bytes, "run": asdict(state)},
-        tensors={**policy, **learnt, "random": {"torch": torch.get_rng_state()}},
+        tensors={**policy, **learnt, "ahead": packed(ahead), "random": {"torch": torch.get_rng_state()}},
         allocator=allocator.snapshot(),
     )
 
 
-def restore(path: Path, identity: str, learner: Learner, estimator: Estimator) -> tuple[TrainerState, int, RolloutAllocator]:
+def restore(
+    path: Path, identity: str, learner: Learner, estimator: Estimator
+) -> tuple[TrainerState, int, RolloutAllocator, list[Completion | None]]:
     """Give learner, estimator and torch's random numbers what the checkpoint at `path` holds; returns the rest of `snapshot`: the
-    state, the length of the metrics in bytes, and the allocator.
+    state, the length of the metrics in bytes, the allocator, and the completions that were sampled ahead.
 
     ValueError if the checkpoint is of another configuration. Nothing has changed then.
     """
@@ -135,4 +142,5 @@ def restore(path: Path, identity: str, learner: Learner, estimator: Estimator) -
     )
     torch.set_rng_state(checkpoint.tensors["random"]["torch"])
     allocator = RolloutAllocator.restore(checkpoint.allocator)
-    return TrainerState(**checkpoint.state["run"]), checkpoint.state["metrics_bytes"], allocator
+    ahead = unpacked(checkpoint.tensors["ahead"]) if "ahead" in checkpoint.tensors else []
+    return TrainerState(**checkpoint.state["run"]), checkpoint.state["metrics_bytes"], allocator, ahead

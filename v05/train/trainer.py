@@ -6,7 +6,8 @@
 A step is: draw prompts -> predict priors -> sample until the allocator has stopped every group -> fused advantages ->
 clipped policy gradient -> let the prior observe -> record. Priors and advantages are v05.estimator's, the policy and its
 optimiser v05.train.learner's. Several processes share out the sampling and the gradient and do the rest alike
-(v05.train.distributed). Between steps the run is written down now and then (v05.train.state, v05.train.checkpoint), and goes on
+(v05.train.distributed). With `overlap`, the coming step's first rollouts are sampled within the step before it
+(v05.train.overlap). Between steps the run is written down now and then (v05.train.state, v05.train.checkpoint), and goes on
 from there when it is called again. Evaluations, probes and checkpoints are paid for apart: they count neither as training rollouts
 nor as training time. Entropy is measured at evaluations, on the same prompts for every method; a step's own figures are of the
 rollouts that the method chose to take and keep.
@@ -63,6 +64,7 @@ from v05.train.identity import identity_digest, inputs_of, paths_of
 from v05.train.learner import Learner
 from v05.train.metrics import CONFIG, INPUTS, POLICY, RESULT, MetricsLog, refuse_to_overwrite, write_json
 from v05.train.oracle import answer_probability
+from v05.train.overlap import PromptQueue, places, requests_ahead
 from v05.train.policy import chat_tokens, policy_folder
 from v05.train.sinks import Sink, TensorBoard, figures_of, interrupted_later
 from v05.train.state import Progress, TrainerState, restore, result_of, snapshot
@@ -118,9 +120,10 @@ class Trainer:
             group_size=float(budget.mean or (budget.initial if budget.rule == "uniform" else budget.maximum)),
         )
         self.prior_rejected = float("nan")
+        self.ahead: list[Completion | None] = []  # of the coming step's first prompts, `initial` each
         self.schedule = CheckpointSchedule(config.checkpoint_seconds)
         self.resume(report)
-        self.prompts = self.task.prompts("train", start=self.state.next_prompt)
+        self.prompts = PromptQueue(self.task.prompts("train", start=self.state.next_prompt))
         first = itertools.islice(self.task.prompts("train", start=self.state.next_prompt), CHECKED_PROMPTS)
         for prompt in (*self.heldout, *(prompt for _, prompt in first)):
             self.tokens_of(prompt)  # refuses one that does not fit, before anything is sampled
@@ -130,7 +133,7 @@ class Trainer:
         path = self.world.broadcast(newest_checkpoint(self.directory, report) if self.world.writes else None)
         length = 0
         if path is not None:
-            self.state, length, self.allocator = restore(path, self.identity, self.learner, self.estimator)
+            self.state, length, self.allocator, self.ahead = restore(path, self.identity, self.learner, self.estimator)
             report(f"going on from step {self.state.steps}, rollout {self.state.rollouts} of {self.config.total_rollouts}")
         if self.world.writes:
             self.log.cut(length)
@@ -168,7 +171,7 @@ class Trainer:
         """One optimiser step, from prompts to the record; with `probe`, the baselines are checked and completions kept to read."""
         config, state = self.config, self.state
         watch = Stopwatch()
-        spent_before, timeouts_before = state.rollouts, self.verifier.timed_out
+        spent_before, timeouts_before, stale = state.rollouts, self.verifier.timed_out, len(self.ahead)
         batch, thrown_away = self.sample()
         rewards = shaped_rewards(batch.rewards, batch.completions, config.overlong, config.policy.max_new_tokens)
         watch.lap("sample")
@@ -203,7 +206,8 @@ class Trainer:
             seconds=state.seconds,
             **figures,
             **calibration_figures(self.estimator.calibrator),
-            unbiased=config.budget.unbiased and bool(estimate.counted.all()),
+            sampled_ahead=stale,
+            unbiased=config.budget.unbiased and bool(estimate.counted.all()) and not stale,
             invalid=batch.invalid,
             failures=len(batch.failures),
             failure=batch.failures[-1] if batch.failures else None,
@@ -231,7 +235,7 @@ class Trainer:
     def sample(self) -> tuple[RolloutBatch, int]:
         """The step's rollouts, and how many were thrown away for giving no signal (DAPO's dynamic sampling)."""
         config = self.config
-        missing = max(1, round(self.rollouts_of_step() / self.state.group_size))
+        missing = len(self.ahead) // config.budget.initial or max(1, round(self.rollouts_of_step() / self.state.group_size))
         parts: list[RolloutBatch] = []
         thrown_away = 0
         while missing and len(parts) <= config.max_refills:
@@ -247,9 +251,12 @@ class Trainer:
     def collect(self, count: int) -> RolloutBatch:
         """The rollouts of the next `count` prompts, of which each rank samples a block."""
         state = self.state
-        drawn = list(itertools.islice(self.prompts, count))
+        initial = self.config.budget.initial
+        drawn = self.prompts.draw(count)
         prompts = [prompt for _, prompt in drawn]
         mine = self.world.block(count)
+        coming = self.prompts_ahead()
+        share = self.world.block(len(coming))
         priors = self.predict(prompts)
         if self.config.budget.rule not in ("uniform", "osla"):  # no group is open: what was fitted since may take its place
             self.allocator = self.new_allocator(len(prompts[mine]))
@@ -261,6 +268,10 @@ class Trainer:
             [self.tokens_of(p) for p in prompts[mine]],
             priors[mine],
             first_group=state.groups + mine.start,
+            ready=places(self.ahead[mine.start * initial : mine.stop * initial], initial),
+            ahead=requests_ahead(
+                [self.tokens_of(p) for p in coming[share]], state.groups + count + share.start, initial, self.config.seed
+            ),
         )
         parts = self.world.gather(part)
         batch = replace(
@@ -269,12 +280,21 @@ class Trainer:
             generate_seconds=max(p.generate_seconds for p in parts),
             verify_seconds=max(p.verify_seconds for p in parts),
         )
+        self.ahead = batch.ahead
         state.next_prompt = drawn[-1][0] + 1
         state.groups += count
         state.rollouts += len(batch.rewards)
         state.generated_tokens += sum(len(c.tokens) for c in batch.completions)
         state.group_size += (1 - GROUP_SIZE_MEMORY) * (len(batch.rewards) / count - state.group_size)
         return batch
+
+    def prompts_ahead(self) -> list[Prompt]:
+        """Those of the coming step, if its first rollouts are to be sampled in this one."""
+        config, state = self.config, self.state
+        left = config.total_rollouts - state.rollouts - config.rollouts_per_step
+        if not config.overlap or left < 2 * config.rollouts_per_step:  # the end may come sooner than thought
+            return []
+        return [prompt for _, prompt in self.prompts.look(max(1, round(config.rollouts_per_step / state.group_size)))]
 
     def new_allocator(self, prompts: int) -> RolloutAllocator:
         """With the last fit of the calibration, and the total that `prompts` are to share where the budget is one."""
@@ -390,7 +410,7 @@ class Trainer:
             for sink in self.sinks:
                 sink.flush()
         if self.world.writes:
-            checkpoint = snapshot(self.identity, self.state, self.log.flush(), policy, self.estimator, self.allocator)
+            checkpoint = snapshot(self.identity, self.state, self.log.flush(), policy, self.estimator, self.allocator, self.ahead)
             write_checkpoint(self.directory, self.state.steps, checkpoint)
         self.schedule.written(time.monotonic() - started)
 
