@@ -28,8 +28,9 @@ from v05.rollout import Completion, Request, generate
 from v05.rollout.scoring import completion_logprobs
 from v05.rollout.transformers_engine import TransformersEngine
 from v05.tasks import Prompt, make_task
-from v05.train.config import PRESETS, RunConfig, read_config, run_config
+from v05.train.config import RunConfig, read_config
 from v05.train.policy import load_policy, policy_folder
+from v05.train.presets import PRESETS, run_config
 
 FIRST_PROMPT, FIRST_PAST = 1_500_000_000, 1_600_000_000  # training prompts that no run with a small seed has read
 PAST = 4096  # rollouts that priors and calibrations have learnt from

@@ -42,10 +42,11 @@ from v05.rollout import Completion
 from v05.rollout.scheduler import RolloutBatch
 from v05.rollout.scoring import completion_logprobs
 from v05.tasks import Prompt, make_task
-from v05.train.config import PRESETS, RunConfig, run_config
+from v05.train.config import RunConfig
 from v05.train.estimator import close_batch, estimate_batch, make_estimator
 from v05.train.oracle import answer_probability
 from v05.train.policy import policy_folder
+from v05.train.presets import PRESETS, run_config
 from v05.train.trainer import Trainer
 
 METHODS = ("calibrated", "optimal")

@@ -34,8 +34,9 @@ from v05.prior.v0.logs import Queries, read_logs, walk
 from v05.prior.v0.predictors import SETTINGS, Predictor, predictors
 from v05.tasks import ReasoningGymConfig, Source, make_task
 from v05.train.compare import RunStatus, run_all
-from v05.train.config import PRESETS, EvaluationConfig, OptimizerConfig, PolicyConfig, RunConfig, WarmStartConfig, run_config
+from v05.train.config import EvaluationConfig, OptimizerConfig, PolicyConfig, RunConfig, WarmStartConfig
 from v05.train.policy import policy_folder
+from v05.train.presets import PRESETS, run_config
 
 RESULTS = Path(__file__).parent / "results" / "value_model_unseen_policies.csv"
 RUNS = Path("runs") / "unseen-policies"

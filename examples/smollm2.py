@@ -17,8 +17,9 @@ from scipy.stats import bootstrap
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from v05.train.config import EvaluationConfig, OptimizerConfig, PolicyConfig, run_config
+from v05.train.config import EvaluationConfig, OptimizerConfig, PolicyConfig
 from v05.train.metrics import read_metrics, write_json
+from v05.train.presets import run_config
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CHAT = "<|im_start|>user\nName the capital of France.<|im_end|>\n<|im_start|>assistant\n"

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from helpers.rollout_fakes import FakeServer
 from v05.cli import app
-from v05.train.config import run_config
 from v05.train.metrics import read_metrics
+from v05.train.presets import run_config
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from v05.train.compare import run_one
-from v05.train.config import RunConfig, run_config
+from v05.train.config import RunConfig
 from v05.train.metrics import METRICS, read_metrics
+from v05.train.presets import run_config
 
 
 @dataclass

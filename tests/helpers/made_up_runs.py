@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 
-from v05.train.config import run_config
 from v05.train.metrics import plain_json
+from v05.train.presets import run_config
 
 HOSTILE = "</script><script>document.title = 'taken over'</script><img src=x onerror=alert(1)> & \u2028 \"quoted\" {{document}}"
 SPEED = {"grpo": (0.16, 1.05), "v05": (0.24, 0.3), "calibrated": (0.26, 0.22), "dr_grpo": (0.22, 0.24)}  # gain, gradient norm

@@ -16,9 +16,10 @@ from v05.rollout.scheduler import collect
 from v05.rollout.transformers_engine import TransformersEngine
 from v05.rollout.verifier import InlineVerifier
 from v05.tasks import Prompt
-from v05.train.config import PolicyConfig, run_config
+from v05.train.config import PolicyConfig
 from v05.train.metrics import read_metrics
 from v05.train.policy import character_decoder, character_tokenizer
+from v05.train.presets import run_config
 from v05.train.trainer import train
 
 pytest.importorskip("ray.cluster_utils")  # which a folder that happens to be called ray has not

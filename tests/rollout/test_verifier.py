@@ -16,8 +16,8 @@ from helpers.rollout_fakes import BrokenTask, DoomedTask, StuckTask, TroubleTask
 from v05.rollout import Failure
 from v05.rollout.verifier import InlineVerifier, Item, VerifierPool, verify_all
 from v05.tasks import JsonlConfig, Prompt, ReasoningGymConfig, Source, make_task
-from v05.train.config import PRESETS, run_config
 from v05.train.engine import make_verifier
+from v05.train.presets import PRESETS, run_config
 
 PROMPT = Prompt("", "1", None)
 

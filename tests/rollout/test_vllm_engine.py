@@ -14,10 +14,11 @@ import torch
 from v05.rollout import Failure, Request, generate
 from v05.rollout.transformers_engine import TransformersEngine
 from v05.rollout.vllm_engine import VllmEngine, VllmServerEngine
-from v05.train.config import PolicyConfig, run_config
+from v05.train.config import PolicyConfig
 from v05.train.engine import sync_weights
 from v05.train.metrics import read_metrics
 from v05.train.policy import character_decoder, character_tokenizer, load_policy
+from v05.train.presets import run_config
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]

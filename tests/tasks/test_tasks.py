@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from v05.tasks import HELDOUT_SHARE, ReasoningGymConfig, Source, heldout_set, make_task, split_of
 from v05.tasks.reasoning_gym import ReasoningGymTask
-from v05.train.config import PRESETS
+from v05.train.presets import PRESETS
 
 JUNK = ["", " ", "x", "-", "=", "0.5.1", "nan", "1e", "[]", "\n", "9" * 40, "()", "None", "\x00", "½"]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from v05.train.compare import Run, is_finished, rollouts_to, run_all, summarise
-from v05.train.config import run_config
 from v05.train.plots import draw_all
+from v05.train.presets import run_config
 
 
 def made_up_run(label, seed, accuracies, prompt_successes, steps=30):

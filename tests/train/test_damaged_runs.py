@@ -7,8 +7,8 @@ import pytest
 from helpers.kill_and_resume import smoke
 from helpers.made_up_runs import write_run
 from v05.train.compare import is_finished, load_run, run_all
-from v05.train.config import run_config
 from v05.train.metrics import read_metrics, read_result
+from v05.train.presets import run_config
 from v05.train.trainer import Trainer
 
 

@@ -10,11 +10,12 @@ from helpers.kill_and_resume import smoke
 from v05.tasks import JsonlConfig, make_task
 from v05.train.checkpoint import find_checkpoints
 from v05.train.compare import is_finished, run_all
-from v05.train.config import PolicyConfig, run_config
+from v05.train.config import PolicyConfig
 from v05.train.distributed import World
 from v05.train.identity import identity_of, inputs_of
 from v05.train.metrics import changed_settings, read_metrics
 from v05.train.policy import policy_folder
+from v05.train.presets import run_config
 from v05.train.trainer import Trainer
 
 

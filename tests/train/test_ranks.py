@@ -18,9 +18,9 @@ import pytest
 from helpers import rank_script
 from helpers.kill_and_resume import untimed
 from v05.train.checkpoint import find_checkpoints
-from v05.train.config import run_config
 from v05.train.distributed import World
 from v05.train.metrics import read_metrics
+from v05.train.presets import run_config
 from v05.train.trainer import Trainer
 
 FEW = {"tokens_per_backward": 120}  # so few that a step takes several passes

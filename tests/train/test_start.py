@@ -14,10 +14,11 @@ from v05.rollout import NotFiniteError
 from v05.tasks import JsonlConfig, split_of
 from v05.train import trainer as trainer_module
 from v05.train.checkpoint import find_checkpoints, read_checkpoint
-from v05.train.config import EngineConfig, LossConfig, OptimizerConfig, PolicyConfig, VerifierConfig, run_config
+from v05.train.config import EngineConfig, LossConfig, OptimizerConfig, PolicyConfig, VerifierConfig
 from v05.train.engine import make_engine, sync_weights
 from v05.train.metrics import read_metrics
 from v05.train.policy import load_policy
+from v05.train.presets import run_config
 from v05.train.trainer import Trainer
 
 

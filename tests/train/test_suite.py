@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from v05.tasks import heldout_set, make_task
-from v05.train.config import run_config
+from v05.train.presets import run_config
 from v05.train.suite import SUITES, counted_runs, tuning_runs
 from v05.train.suite_plots import draw_suite
 from v05.train.suite_rows import Row, append_row, in_order, read_rows, row_of

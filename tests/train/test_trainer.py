@@ -20,21 +20,13 @@ from v05.reference import losses
 from v05.rollout import Completion
 from v05.tasks import heldout_set, make_task
 from v05.train import step_records
-from v05.train.config import (
-    BudgetConfig,
-    LossConfig,
-    OptimizerConfig,
-    OverlongConfig,
-    PolicyConfig,
-    RunConfig,
-    label_of,
-    run_config,
-)
+from v05.train.config import BudgetConfig, LossConfig, OptimizerConfig, OverlongConfig, PolicyConfig, RunConfig
 from v05.train.dapo import has_signal, shaped_rewards
 from v05.train.engine import engine_of_folder
 from v05.train.estimator import estimate_batch
 from v05.train.metrics import read_metrics
 from v05.train.policy import load_policy, load_tokenizer, policy_folder
+from v05.train.presets import label_of, run_config
 from v05.train.step_records import SAMPLED_COMPLETIONS, SAMPLED_GROUPS, histogram, prior_outcomes, shortened
 from v05.train.trainer import Trainer
 

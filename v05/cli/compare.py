@@ -70,7 +70,7 @@ def compare(
     Example: v05 compare --preset tiny --methods grpo,v05@4,v05@4..16 --seeds 5 --out runs/mine
     """
     from v05.tasks import make_task
-    from v05.train.config import label_of, run_config
+    from v05.train.presets import label_of, run_config
 
     try:
         if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -173,9 +173,9 @@ def _run_suite(
     from dataclasses import replace
 
     from v05.tasks import make_task
-    from v05.train.config import run_config
     from v05.train.metrics import write_json
     from v05.train.policy import policy_folder
+    from v05.train.presets import run_config
     from v05.train.suite import SUITES, Planned, counted_runs, tuning_runs
     from v05.train.suite_plots import draw_suite
     from v05.train.suite_rows import ROWS, append_row, in_order, read_rows, row_of
@@ -265,9 +265,9 @@ def _suite_tables(records: list[dict[str, Any]]) -> Iterator[Table]:
 
 def _report(configs: dict[str, RunConfig], out: Path, json_file: Path | None) -> None:
     from v05.train.compare import Run, is_finished, load_run, summarise
-    from v05.train.config import label_of
     from v05.train.metrics import write_json
     from v05.train.plots import draw_all
+    from v05.train.presets import label_of
 
     runs = [load_run(label_of(config), out / name) for name, config in configs.items() if is_finished(config, out / name)]
     if not runs:

@@ -79,8 +79,9 @@ def train(
 
     Example: v05 train --preset tiny --method v05 --seed 0 --set loss.clip_high=0.28 --out runs/one
     """
-    from v05.train.config import label_of, read_config, run_config
+    from v05.train.config import read_config
     from v05.train.metrics import RESULT, refuse_to_overwrite
+    from v05.train.presets import label_of, run_config
 
     try:
         overrides = overrides_of(rollouts, learning_rate)

@@ -15,9 +15,10 @@ from v05.files import read_object
 from v05.messages import explained_places
 from v05.methods import METHODS, find_method
 from v05.train.compare import Run
-from v05.train.config import BudgetConfig, RunConfig, label_of
+from v05.train.config import BudgetConfig, RunConfig
 from v05.train.identity import with_contents
 from v05.train.metrics import CONFIG, METRICS, RESULT, read_inputs, read_metrics, read_result
+from v05.train.presets import label_of
 
 SETTING = ("task", "policy", "evaluation")  # of a configuration: accuracies compare where they agree
 MOST_TOLD = 60  # characters

@@ -24,9 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from v05.methods import REFERENCE
-from v05.train.config import RunConfig, label_of
+from v05.train.config import RunConfig
 from v05.train.curves import Curve, Reached, bootstrap_interval, reaching
 from v05.train.metrics import METRICS, RESULT, changed_settings, read_metrics, read_result, refuse_to_overwrite
+from v05.train.presets import label_of
 
 POLL_SECONDS = 2.0
 LOG = "log.txt"  # of a run's process

@@ -14,9 +14,10 @@ from v05.prior.scores import auc, brier, cross_entropy
 from v05.rollout import Completion, Request, RolloutEngine, generate
 from v05.rollout.verifier import Verifier, verify_all
 from v05.tasks import Prompt
-from v05.train.config import RunConfig, label_of
+from v05.train.config import RunConfig
 from v05.train.distributed import World
 from v05.train.metrics import OUTCOMES
+from v05.train.presets import label_of
 
 EVALUATION_SEED = 1 << 40  # apart from the seeds of training rollouts, and the same for every method
 FINAL_SEED = 1 << 41  # of what is sampled at the end alone

@@ -17,7 +17,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from v05.files import read_text
-from v05.train.config import RunConfig, label_of
+from v05.train.config import RunConfig
+from v05.train.presets import label_of
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter

@@ -14,7 +14,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from v05.methods import METHODS
-from v05.train.config import EvaluationConfig, RunConfig, run_config
+from v05.train.config import EvaluationConfig, RunConfig
+from v05.train.presets import run_config
 
 TUNING_SEED = 1000  # no seed that counts
 RIVALS = tuple(method.name for method in METHODS.values() if method.rival)
