@@ -1,8 +1,8 @@
 """The headline experiment as README and docs/headline.md show it: `python bench/headline.py` after examples/headline.sh.
 
 Reads bench/results/headline.csv, puts the tables between their marks and draws the figures in docs/. The tables of methods at one
-rollout a prompt are made of bench/results/headline_second.csv and headline_long.csv, rows of the same suite from other warm starts,
-which do not compare with the first ones.
+rollout a prompt and README's are made of bench/results/headline_second.csv and headline_long.csv, rows of the same
+suite from other warm starts, which do not compare with the first ones.
 """
 
 from __future__ import annotations
@@ -15,10 +15,18 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import numpy as np
+
+from v05.methods import METHODS
+from v05.train.curves import crossing, mean_curve
 from v05.train.suite import RIVALS, SUITES
 from v05.train.suite_plots import draw_suite
 from v05.train.suite_rows import Row, in_order, read_csv
 from v05.train.suite_summary import TARGET, best_size, counted, difference, over, over_best_rival, summarise
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 Record = dict[str, Any]
@@ -39,6 +47,20 @@ PAIRS = (
     ("v05@2", "dr_grpo@2"),
     ("calibrated@1", "prior@1"),
 )
+FRONT = {  # of README's figure: the reference, the rival that ends nearest, ours
+    "grpo@16": "GRPO, 16 rollouts a prompt",
+    "none@1": "no baseline, 1 rollout a prompt (nearest rival)",
+    "optimal@1": "optimal, 1 rollout a prompt (ours)",
+}
+FRONT_TABLE = {
+    "grpo@16": "GRPO, 16 rollouts a prompt",
+    "dr_grpo@4": "Dr. GRPO, 4",
+    "batch@1": "mean of the batch, 1",
+    "calibrated@1": "`calibrated`, 1 (ours)",
+    "none@1": "no baseline, 1",
+    "batch_energy@1": "`batch_energy`, 1 (ours)",
+    "optimal@1": "`optimal`, 1 (ours)",
+}
 OURS = ("v05@4..16", "v05@4", "v05@2", "calibrated@2..16", "calibrated@2", "calibrated@1", "prior@1")
 
 
@@ -127,6 +149,49 @@ def tuning_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def front_table(rows: Sequence[Row], summary: Sequence[Record]) -> str:
+    """README's: final accuracy in each mix, and how much higher ours ends."""
+    records = {(record["label"], record["mix"]): record for record in summary}
+    lines = _head(["method, rollouts a prompt", *MIXES, "`optimal` over it, mean"])
+    for label, name in FRONT_TABLE.items():
+        ends = [f"{records[label, mix]['accuracy_after']:.3f}" for mix in MIXES]
+        ahead = "" if label == "optimal@1" else difference(over(rows, "optimal@1", label, list(MIXES)), "over")
+        lines.append("| " + " | ".join([name, *ends, ahead]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw_front(rows: Sequence[Row], file: Path) -> None:
+    """README's figure: mean accuracy over rollouts, the range of the seeds, and where ours passes GRPO's final accuracy."""
+    mixes = counted(rows)
+    figure, panels = plt.subplots(1, len(mixes), figsize=(4.2 * len(mixes), 3.9), layout="constrained")
+    shares = []
+    for axes, (mix, by_label) in zip(panels, mixes.items(), strict=True):
+        target = float(np.mean([row.accuracy_after for row in by_label[TARGET].values()]))
+        total = by_label[TARGET][0].total_rollouts
+        for label, name in FRONT.items():
+            curves = [row.accuracy_over("rollouts") for row in by_label[label].values()]
+            points, mean, _ = mean_curve(curves)
+            seeds = np.stack([np.interp(points, xs, ys) for xs, ys in curves])
+            colour = METHODS[label.split("@")[0]].colour[0]
+            axes.plot(points, mean, color=colour, lw=2.2 if label == "optimal@1" else 1.6, label=name)
+            axes.fill_between(points, seeds.min(0), seeds.max(0), color=colour, alpha=0.12, lw=0)
+        shares.append(crossing([row.accuracy_over("rollouts") for row in by_label["optimal@1"].values()], target) / total)
+        axes.axhline(target, color=METHODS["grpo"].colour[0], lw=0.8, ls=":")
+        axes.plot([shares[-1] * total], [target], "o", color=METHODS["optimal"].colour[0])
+        axes.annotate(f"{shares[-1]:.0%}", (shares[-1] * total, target), (6, -14), textcoords="offset points", fontsize=10)
+        axes.set(xlabel="training rollouts", title=mix)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("held-out accuracy")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=10)
+    figure.suptitle(
+        f"One rollout a prompt passes the final accuracy of GRPO-16 after {min(shares):.0%} to {max(shares):.0%} of the rollouts",
+        fontsize=12,
+    )
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+
+
 def second_table(rows: Sequence[Row], summary: Sequence[Record], ours: str = "optimal@1") -> str:
     """How every method of the second edition ends in each mix, and how much higher ours does over all mixes that it ran in."""
     single = _singles(summary)
@@ -197,7 +262,7 @@ def replaced(page: str, name: str, content: str) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """README and docs/headline.md with the tables of the results."""
+    """README.md and docs/headline.md with the tables of the results."""
     rows = in_order(SUITES["headline"], read_csv(RESULTS))
     second = in_order(SUITES["headline"], read_csv(SECOND))
     summary, of_second = summarise(rows), summarise(second)  # takes two minutes
@@ -206,8 +271,9 @@ def pages() -> dict[Path, str]:
     page = replaced(page, "headline singles", single_table(of_second))
     page = replaced(page, "headline long", curve_table(in_order(SUITES["headline"], read_csv(LONG))))
     page = replaced(page, "headline tuning", tuning_table(second))
+    page = replaced(page, "headline", short_table(rows, summary))
     return {
-        README: replaced(README.read_text(), "headline", short_table(rows, summary)),
+        README: replaced(README.read_text(), "front", front_table(second, of_second)),
         PAGE: replaced(page, "headline tables", long_tables(summary)),
     }
 
@@ -218,6 +284,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for figure in draw_suite(in_order(SUITES["headline"], read_csv(RESULTS)), Path(scratch)):
             shutil.move(figure, ROOT / "docs" / f"headline_{figure.name}")
+    draw_front(in_order(SUITES["headline"], read_csv(SECOND)), ROOT / "docs" / "front.png")
 
 
 if __name__ == "__main__":
