@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.tiny_policy import tiny_model
 from v05.rollout import Completion
-from v05.rollout.scoring import completion_statistics, output_layer
+from v05.rollout.scoring import checkpointed_layers, completion_statistics, output_layer
 
 SIZES = {
     "hidden_size": 32,
@@ -88,3 +88,49 @@ def test_the_layer_is_looked_for_once(monkeypatch):
     assert output_layer(model) is not None
     monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
     assert output_layer(model) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("Qwen3Config", {}),
+        ("Gemma2Config", {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 4}),
+        ("Lfm2Config", {"layer_types": ["conv", "full_attention", "conv"]}),
+    ],
+)
+def test_checkpointing_keeps_the_gradient_and_little_else(name, settings):
+    model = model_of(name, num_hidden_layers=3, **settings)
+    prompts, completions = [(3, 4, 5), (6, 7), (3, 4, 5)], completions_of((14, 2, 9), 32)
+    made, gradients, kept = [], [], []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        memory = Kept()
+        with memory:
+            logprob = completion_statistics(model, prompts, completions, 0, 14, checkpointing).logprob
+        logprob.square().sum().backward()
+        made.append(logprob.detach())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        kept.append(memory.bytes)
+    torch.testing.assert_close(made[1], made[0], rtol=1e-5, atol=1e-5)
+    assert (gradients[1] - gradients[0]).norm() < 1e-5 * gradients[0].norm()
+    assert kept[1] < kept[0] / 2
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+class Kept(torch.autograd.graph.saved_tensors_hooks):
+    """The bytes that are kept within for backward passes, a tensor counted as often as it is kept."""
+
+    def __init__(self):
+        super().__init__(self.keep, lambda tensor: tensor)
+        self.bytes = 0
+
+    def keep(self, tensor):
+        self.bytes += tensor.nbytes
+        return tensor
+
+
+def test_layers_that_cannot_be_checkpointed_are_refused():
+    model = tiny_model()
+    model.model.layers = torch.nn.ModuleList()
+    with pytest.raises(ValueError, match=r"gradient_checkpointing=True: .* model_type='llama'"):
+        checkpointed_layers(model)

@@ -5,13 +5,17 @@ The output layer is `v05.ops.token_statistics`' to apply, which makes the logits
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from v05.ops import TokenStatistics, token_statistics
 from v05.rollout import Completion
@@ -27,10 +31,12 @@ def completion_statistics(
     completions: Sequence[Completion],
     pad: int,
     width: int | None = None,
+    checkpointing: bool = False,
 ) -> TokenStatistics:
     """Statistics of completion tokens under `model`, (N, width) each; 0 beyond a completion's end.
 
-    `width` is the longest completion's length, or more where it is given.
+    `width` is the longest completion's length, or more where it is given. With `checkpointing` the layers' activations are computed
+    again in the backward pass, where they would be kept, and prompts are read once a completion.
     """
     width = width or max(len(c.tokens) for c in completions)
     tokens = torch.full((len(prompts), width), pad, device="cpu")
@@ -40,9 +46,11 @@ def completion_statistics(
         counted[row, : len(completion.tokens)] = True
     place = counted.flatten().nonzero()[:, 0].to(model.device)  # found on the host, so that no GPU is waited for
     tokens = tokens.to(model.device)
-    read = _after_prompts if keeps_only_columns(model) else _of_whole_sequences
+    # A layer that is computed again must not find its own keys and values in a cache.
+    read = _after_prompts if keeps_only_columns(model) and not checkpointing else _of_whole_sequences
     layer = output_layer(model)
-    given = read(model if layer is None else _Trunk(model), prompts, tokens, pad).flatten(0, 1)[place]
+    with _computed_again(model) if checkpointing else nullcontext():
+        given = read(model if layer is None else _Trunk(model), prompts, tokens, pad).flatten(0, 1)[place]
     made = token_statistics(
         given,
         tokens.flatten()[place],
@@ -62,9 +70,35 @@ def completion_logprobs(
     completions: Sequence[Completion],
     pad: int,
     width: int | None = None,
+    checkpointing: bool = False,
 ) -> torch.Tensor:
     """The `logprob` of `completion_statistics`."""
-    return completion_statistics(model, prompts, completions, pad, width).logprob
+    return completion_statistics(model, prompts, completions, pad, width, checkpointing).logprob
+
+
+def checkpointed_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """The layers whose activations can be computed again. ValueError if there are none."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"optimizer.gradient_checkpointing=True: transformers cannot checkpoint layers of model_type="
+            f"{model.config.model_type!r}; leave it out"
+        )
+    return layers
+
+
+@contextmanager
+def _computed_again(model: PreTrainedModel) -> Iterator[None]:
+    """Within, the layers keep for the backward pass only what they are given. transformers' own switch works in training mode
+    alone, where dropout would change what is computed."""
+    layers = checkpointed_layers(model)
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,10 @@ class OptimizerConfig(Section):
         ge=1,
         description="that a process passes backward at once, padding included; fewer take less memory and change rounding only",
     )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="compute the activations of layers again in the backward pass, in place of keeping them",
+    )
 
 
 class OverlongConfig(Section):

@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from v05.rollout import Completion
-from v05.rollout.scoring import completion_logprobs
+from v05.rollout.scoring import checkpointed_layers, completion_logprobs
 from v05.train.config import Distributed
 
 PATIENCE = timedelta(hours=2)  # that ranks wait for each other: for a warm start, or the longest completion
@@ -104,26 +104,29 @@ def leave_world(status: int) -> None:
 class Scorer(torch.nn.Module):
     """The policy as one function from rollouts to log-probabilities, (N, width): what DDP and FSDP2 call a forward pass."""
 
-    def __init__(self, model: PreTrainedModel, pad: int) -> None:
+    def __init__(self, model: PreTrainedModel, pad: int, checkpointing: bool) -> None:
         super().__init__()
         self.model = model
         self._pad = pad
+        self._checkpointing = checkpointing
+        if checkpointing:
+            checkpointed_layers(model)  # raises if there are none
 
     def forward(self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Completion], width: int) -> torch.Tensor:
         # FSDP2 hangs hooks on what comes out, which must be no view.
-        return completion_logprobs(self.model, prompts, completions, self._pad, width).clone()
+        return completion_logprobs(self.model, prompts, completions, self._pad, width, self._checkpointing).clone()
 
 
-def distribute(model: PreTrainedModel, pad: int, strategy: Distributed, world: World) -> torch.nn.Module:
-    """The scorer of `model` whose backward passes average gradients over ranks. Shards the model in place for "fsdp2".
+def distribute(scorer: Scorer, strategy: Distributed, world: World) -> torch.nn.Module:
+    """`scorer`, with backward passes that average gradients over ranks. Shards its model in place for "fsdp2".
 
     All ranks must make the same number of passes, with the same `width`.
     """
-    scorer = Scorer(model, pad)
     if world.size == 1:
         return scorer
     if strategy == "ddp":
         return DistributedDataParallel(scorer)
+    model = scorer.model
     mesh = init_device_mesh(model.device.type, (world.size,))
     for layer in model.get_decoder().layers:
         fully_shard(layer, mesh=mesh)

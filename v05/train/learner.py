@@ -21,6 +21,7 @@ from v05.rollout.scheduler import RolloutBatch
 from v05.rollout.scoring import completion_logprobs
 from v05.train.config import RunConfig
 from v05.train.distributed import (
+    Scorer,
     World,
     distribute,
     load_optimizer_state,
@@ -50,7 +51,8 @@ class Learner:
         self.reference = load_policy(folder)[0] if config.loss.kl_coefficient > 0 else None
         self.sharded = world.size > 1 and config.distributed == "fsdp2"
         self.sampled = load_policy(folder)[0] if self.sharded else self.model
-        self.scorer = distribute(self.model, self.tokenizer.pad_token_id, config.distributed, world)
+        scorer = Scorer(self.model, self.tokenizer.pad_token_id, config.optimizer.gradient_checkpointing)
+        self.scorer = distribute(scorer, config.distributed, world)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=config.optimizer.learning_rate,
