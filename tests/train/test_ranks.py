@@ -39,6 +39,10 @@ CONFIGS = {
     ),
     "calibrated": run_config("smoke", "calibrated@1..4", rollouts_per_step=128, total_rollouts=640, optimizer=FEW),
     "overlap": run_config("smoke", "v05", overlap=True, total_rollouts=384, optimizer=FEW),
+    "bfloat16": run_config("smoke", "v05", ["policy.dtype=bfloat16"], optimizer=FEW),
+    "bfloat16-fsdp2": run_config(
+        "smoke", "v05", ["policy.dtype=bfloat16"], distributed="fsdp2", loss={"importance_cap": 2.0}, optimizer=FEW
+    ),
     "torn": run_config("smoke", "v05", distributed="fsdp2", total_rollouts=512, checkpoint_seconds=0),
 }
 # Relative; all else is equal.
@@ -90,7 +94,7 @@ def steps(directory):
     return [record for record in untimed(directory) if record["kind"] == "step"]
 
 
-@pytest.mark.parametrize("name", rank_script.NAMES)
+@pytest.mark.parametrize("name", [name for name in rank_script.NAMES if not name.startswith("bfloat16")])
 def test_two_ranks_train_as_one_process(name, folder):
     assert (folder / name / "result.json").exists(), (folder / "output").read_text()
     assert_same(comparable(folder / name), comparable(folder / f"{name}-alone"))
@@ -102,6 +106,17 @@ def test_two_ranks_train_as_one_process(name, folder):
         assert len({record["calibration_alpha"] for record in steps(folder / name)}) > 2  # the fit moves, on both alike
     results = [json.loads((folder / run / "result.json").read_text()) for run in (name, f"{name}-alone")]
     assert results[0]["heldout_successes"] == results[1]["heldout_successes"]
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "bfloat16-fsdp2"])
+def test_two_ranks_in_bfloat16_train_as_one_process_within_its_rounding(name, folder):
+    """Products of matrices of other shapes round otherwise, and soon a token changes."""
+    ranks, alone = steps(folder / name), steps(folder / f"{name}-alone")
+    assert ranks[0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=2e-3)
+    assert ranks[0]["loss"] == pytest.approx(alone[0]["loss"], rel=2e-3)
+    for a, b in zip(ranks[:4], alone[:4], strict=True):
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.05)
+    assert (folder / name / "result.json").exists()
 
 
 def test_a_rank_that_raises_ends_the_job(folder):

@@ -397,7 +397,7 @@ def first_rows(directory):
 def replica(trainer, factor=1.0):
     """The embedded engine with a copy of the policy, as an engine elsewhere has it; `factor` spoils what it is sent."""
     folder = policy_folder(trainer.config.policy, trainer.config.task, trainer.task, lambda line: None)
-    engine = engine_of_folder("transformers", trainer.config.engine, folder, {"max_new_tokens": 4, "capacity": 512})
+    engine = engine_of_folder("transformers", trainer.config, folder, {"max_new_tokens": 4, "capacity": 512})
     update = engine.update_weights
     engine.update_weights = lambda state: update((name, tensor * factor) for name, tensor in state)
     return engine

@@ -60,6 +60,9 @@ class PolicyConfig(Section):
     heads: int = 4
     intermediate_size: int = 384
     max_new_tokens: int = Field(default=10, ge=1)
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of the weights that are computed with; the optimiser's are float32 (v05.train.masters)"
+    )
     warm_start: WarmStartConfig = WarmStartConfig()
 
 

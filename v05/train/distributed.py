@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -118,7 +118,8 @@ class Scorer(torch.nn.Module):
 
 
 def distribute(scorer: Scorer, strategy: Distributed, world: World) -> torch.nn.Module:
-    """`scorer`, with backward passes that average gradients over ranks. Shards its model in place for "fsdp2".
+    """`scorer`, with backward passes that average gradients over ranks. Shards its model in place for "fsdp2": the shards are
+    float32, and what is gathered of them is in the dtype that the model has now.
 
     All ranks must make the same number of passes, with the same `width`.
     """
@@ -128,9 +129,12 @@ def distribute(scorer: Scorer, strategy: Distributed, world: World) -> torch.nn.
         return DistributedDataParallel(scorer)
     model = scorer.model
     mesh = init_device_mesh(model.device.type, (world.size,))
+    precision = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float()
     for layer in model.get_decoder().layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(scorer, mesh=mesh)
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(scorer, mesh=mesh, mp_policy=precision)
     return scorer
 
 
@@ -140,32 +144,33 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and unsharded values; of tied parameters the first. All ranks must go through them together."""
-    for name, parameter in model.named_parameters():
+Parameters = Mapping[str, torch.Tensor]  # by name, sharded or not
+
+
+def whole_parameters(parameters: Parameters) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and unsharded values. All ranks must go through them together."""
+    for name, parameter in parameters.items():
         yield name, whole(parameter)
 
 
-def whole_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+def whole_optimizer_state(parameters: Parameters, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
     """The optimiser's unsharded tensors, named "exp_avg/model.norm.weight". All ranks must go through them together."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             yield f"{key}/{name}", whole(value)
 
 
 @torch.no_grad()
-def load_parameters(model: torch.nn.Module, values: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Set parameters, sharded or not, to unsharded values by name."""
-    parameters = dict(model.named_parameters())
+def load_parameters(parameters: Parameters, values: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Set parameters to unsharded values by name."""
     for name, value in values:
         parameters[name].copy_(_laid_out_like(parameters[name], value))
 
 
 def load_optimizer_state(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, values: Iterable[tuple[str, torch.Tensor]]
+    parameters: Parameters, optimizer: torch.optim.Optimizer, values: Iterable[tuple[str, torch.Tensor]]
 ) -> None:
     """Set the optimiser's tensors to unsharded values named as in `whole_optimizer_state`."""
-    parameters = dict(model.named_parameters())
     for path, value in values:
         key, name = path.split("/", 1)
         # AdamW counts its steps on the CPU.

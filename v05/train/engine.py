@@ -17,7 +17,7 @@ from v05.rollout.scoring import completion_logprobs
 from v05.rollout.transformers_engine import TransformersEngine
 from v05.rollout.verifier import InlineVerifier, Verifier, VerifierPool
 from v05.tasks import Task, make_scorer
-from v05.train.config import EngineConfig, OptimizerConfig, RunConfig
+from v05.train.config import OptimizerConfig, RunConfig
 from v05.train.policy import load_policy, load_tokenizer
 
 WORKERS = 2  # processes that verify by default; a formula takes 10 ms, less than sampling it
@@ -49,19 +49,20 @@ def make_engine(config: RunConfig, folder: Path, directory: Path, model: PreTrai
     if settings.kind == "ray":
         from v05.rollout.ray_engine import RayEngine
 
-        in_actor = functools.partial(engine_of_folder, settings.actor_engine, settings, folder.resolve(), limits)
+        in_actor = functools.partial(engine_of_folder, settings.actor_engine, config, folder.resolve(), limits)
         options = {"num_gpus": settings.actor_gpus}
         return RayEngine(in_actor, tokenizer, actors=settings.actors, options=options, time_limit=settings.time_limit)
-    return engine_of_folder("vllm", settings, folder, limits)
+    return engine_of_folder("vllm", config, folder, limits)
 
 
-def engine_of_folder(kind: str, settings: EngineConfig, folder: Path, limits: dict[str, int]) -> RolloutEngine:
+def engine_of_folder(kind: str, config: RunConfig, folder: Path, limits: dict[str, int]) -> RolloutEngine:
     """An engine with a copy of the policy in `folder`, "transformers" or "vllm"."""
     if kind == "transformers":
-        model, tokenizer = load_policy(folder)
+        model, tokenizer = load_policy(folder, getattr(torch, config.policy.dtype))
         return TransformersEngine(model, tokenizer, **limits)
     from v05.rollout.vllm_engine import VllmEngine
 
+    settings = config.engine
     return VllmEngine(folder, load_tokenizer(folder), dtype=settings.dtype, kv_cache_gib=settings.kv_cache_gib, **limits)
 
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from v05.ops import LOSSES, Importance, loss_weights, policy_loss
 from v05.rollout import Completion, NotFiniteError
@@ -30,6 +32,7 @@ from v05.train.distributed import (
     whole_optimizer_state,
     whole_parameters,
 )
+from v05.train.masters import MasterWeights
 from v05.train.micro_batches import micro_batches
 from v05.train.policy import load_policy
 
@@ -42,22 +45,29 @@ class Learner:
     Attributes:
         model, tokenizer: the policy of the folder that it starts from.
         sampled: the policy to sample from: `model` itself or, where that is sharded, an unsharded copy, which `update` refreshes.
+        masters: what is trained of it, in float32.
     """
 
     def __init__(self, config: RunConfig, folder: Path, world: World) -> None:
         self.config = config
         self.world = world
-        self.model, self.tokenizer = load_policy(folder)
-        self.reference = load_policy(folder)[0] if config.loss.kl_coefficient > 0 else None
+        self.model, self.tokenizer = self._load(folder)
+        self.penalised = config.loss.kl_coefficient > 0
+        self.reference = self._load(folder)[0] if self.penalised else None
         self.sharded = world.size > 1 and config.distributed == "fsdp2"
-        self.sampled = load_policy(folder)[0] if self.sharded else self.model
+        self.sampled = self._load(folder)[0] if self.sharded else self.model
         scorer = Scorer(self.model, self.tokenizer.pad_token_id, config.optimizer.gradient_checkpointing)
         self.scorer = distribute(scorer, config.distributed, world)
+        self.masters = MasterWeights(self.model)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            self.masters.parameters.values(),
             lr=config.optimizer.learning_rate,
             weight_decay=config.optimizer.weight_decay,
         )
+
+    def _load(self, folder: Path) -> tuple[PreTrainedModel, Any]:
+        """The policy to start from, and its tokenizer."""
+        return load_policy(folder, getattr(torch, self.config.policy.dtype))
 
     @torch.no_grad()
     def rescore(self, batch: RolloutBatch) -> list[NDArray[np.float32]]:
@@ -98,7 +108,7 @@ class Learner:
         settings, world = self.config.loss, self.world
         offsets = torch.from_numpy(batch.offsets[first : end + 1])
         lengths = torch.tensor([len(c.tokens) for c in batch.completions], dtype=torch.int64, device="cpu")
-        teaches = ((advantages != 0) & (lengths > 0)) | (self.reference is not None)
+        teaches = ((advantages != 0) & (lengths > 0)) | self.penalised
         rows = torch.arange(int(offsets[0]), int(offsets[-1]), device="cpu")
         if not teaches[rows].any():
             return None
@@ -119,11 +129,12 @@ class Learner:
                 share, counted = torch.from_numpy(part[:1]), torch.zeros_like(lengths[:1])
             mask = torch.arange(width, device="cpu") < counted[:, None]
             totals += self._backward(batch, share, advantages[share], weights[share], mask, rescored)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.parameters.values(), self.config.optimizer.max_grad_norm)
         grad_norm = float(whole(norm))
         if not isfinite(grad_norm):
             raise NotFiniteError(f"the policy is not finite: the gradient's norm is {grad_norm}")
         self.optimizer.step()
+        self.masters.round_to_model()
         loss, clipped, kl = world.sum(totals).tolist()
         return grad_norm, loss, clipped / int(lengths[rows].sum()), kl
 
@@ -178,26 +189,30 @@ class Learner:
             kl_coefficient=settings.kl_coefficient,
         )
         (loss * self.world.size).backward()  # ranks' gradients are averaged, their losses add up
+        self.masters.take_gradients()
         clipped = (figures.clip_fraction * figures.tokens).nan_to_num()
         return torch.stack((loss.detach().double(), clipped, figures.kl)).float().cpu()
 
     def refresh_sampled(self) -> None:
         """Bring the unsharded copy of a sharded policy up to date."""
         if self.sharded:
-            load_parameters(self.sampled, whole_parameters(self.model))
-
-    def parameters(self) -> dict[str, torch.Tensor]:
-        """The unsharded parameters, on the rank that writes. Every rank must call it."""
-        return self._kept(whole_parameters(self.model))
+            load_parameters(dict(self.sampled.named_parameters()), whole_parameters(self.masters.parameters))
 
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The unsharded tensors of "policy" and "optimizer", on the rank that writes. Every rank must call it."""
-        return {"policy": self.parameters(), "optimizer": self._kept(whole_optimizer_state(self.model, self.optimizer))}
+        """The unsharded tensors of "policy", what is trained of it in float32, and of "optimizer", on the rank that writes. Every
+        rank must call it."""
+        trained = self.masters.parameters
+        return {
+            "policy": self._kept(whole_parameters(trained)),
+            "optimizer": self._kept(whole_optimizer_state(trained, self.optimizer)),
+        }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Go on from what `state_dict` of a learner with the same settings gave."""
-        load_parameters(self.model, state["policy"].items())
-        load_optimizer_state(self.model, self.optimizer, state["optimizer"].items())
+        trained = self.masters.parameters
+        load_parameters(trained, state["policy"].items())
+        load_optimizer_state(trained, self.optimizer, state["optimizer"].items())
+        self.masters.round_to_model()
         self.refresh_sampled()
 
     def _kept(self, values: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

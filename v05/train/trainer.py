@@ -416,12 +416,11 @@ class Trainer:
 
     def finish(self) -> None:
         """Write the policy and the result, then let go of the checkpoints."""
-        policy = self.learner.parameters()
         if not self.world.writes:
             return
         folder = self.directory / POLICY
         with explained(folder, "the run goes on from its checkpoint"):
-            self.learner.model.save_pretrained(folder, state_dict=policy)
+            self.learner.sampled.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
             flush_folder(folder)
         write_json(self.directory / RESULT, result_of(self.config, self.state))
