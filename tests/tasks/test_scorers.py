@@ -154,7 +154,7 @@ def spellings(prompt, other):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::SyntaxWarning")
-@pytest.mark.parametrize("dataset", sorted(SCORERS.keys() - {"coin_flip", "game_of_life_halting"}))
+@pytest.mark.parametrize("dataset", sorted(SCORERS.keys() - {"coin_flip", "game_of_life_halting", "gsm_symbolic"}))
 def test_verdicts_on_honest_answers_are_reasoning_gyms(dataset):
     task = task_of(dataset)
     prompts = prompts_of(task, 11)
@@ -166,6 +166,15 @@ def test_verdicts_on_honest_answers_are_reasoning_gyms(dataset):
                 continue  # of other numbers than the question's, which reasoning-gym lets pass
             expected = float(theirs.score_answer(answer.strip(), prompt.item[1]) == 1.0)
             assert task.verify(prompt, answer) == expected, (answer, prompt)
+
+
+def test_a_number_is_right_by_its_value_and_with_its_sign():
+    task = task_of("gsm_symbolic")
+    for prompt in prompts_of(task, 5):
+        for right in (prompt.answer, f" {prompt.answer}.0\n", f"{int(prompt.answer):,}"):
+            assert task.verify(prompt, right) == 1.0
+        for wrong in (f"-{prompt.answer}", f"{prompt.answer} + 1", f"{prompt.answer} or 7", f"{prompt.answer}1"):
+            assert task.verify(prompt, wrong) == 0.0  # reasoning-gym takes the first three
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from v05.tasks import HELDOUT_SHARE, ReasoningGymConfig, Source, heldout_set, make_task, split_of
 from v05.tasks.reasoning_gym import ReasoningGymTask
+from v05.tasks.scorers import STATED
 from v05.train.presets import PRESETS
 
 JUNK = ["", " ", "x", "-", "=", "0.5.1", "nan", "1e", "[]", "\n", "9" * 40, "()", "None", "\x00", "½"]
@@ -52,6 +53,52 @@ def test_prompts_resume_where_they_stopped():
 def test_a_small_source_gives_what_it_has():
     task = make_task(PRESETS["smoke"]["task"])
     assert 0 < len(heldout_set(task, 10_000, patience=1)) < 100
+
+
+def test_prompts_of_a_size_return_in_another_order():
+    mix = (Source(dataset="gsm_symbolic"), Source(dataset="gcd"))
+    task = ReasoningGymTask(ReasoningGymConfig(mix=mix, size=40, surface="instruct"))
+    stream = [p.text for _, p in itertools.islice(task.prompts("train"), 120)]
+    epochs = [stream[i : i + 40] for i in (0, 40, 80)]
+    assert len(set(epochs[0])) == 40
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [p.text for _, p in itertools.islice(task.prompts("train", start=53), 5)] == stream[53:58]
+    heldout = {p.text for p in heldout_set(task, 100)}  # which are not limited
+    assert len(heldout) == 100
+    assert heldout.isdisjoint(stream)
+
+
+def test_a_size_that_the_mix_has_not_is_refused():
+    task = ReasoningGymTask(ReasoningGymConfig(mix=(Source(dataset="coin_flip", settings=dict(max_trials=4)),), size=1000))
+    with pytest.raises(ValueError, match=r"task.size=1000, but the mix has only \d+ different training prompts; lower it"):
+        next(task.prompts("train"))
+
+
+def test_instruct_surface_asks_in_prose_and_reads_prose():
+    config = ReasoningGymConfig(mix=(Source(dataset="chain_sum"),), surface="instruct", instruction="Think first.")
+    task = ReasoningGymTask(config)
+    assert task.may_stall
+    _, prompt = next(task.prompts("train"))
+    assert prompt.text.startswith(prompt.item[1]["question"])
+    assert prompt.text.endswith("\nThink first.")
+    for form in ("{}", "First 1 + 1 = 2. #### {}", r"It is $\boxed{{{}}}$.", "The answer is {}.", "The sum comes to {}."):
+        assert task.verify(prompt, form.format(prompt.answer)) == 1.0, form
+        assert task.verify(prompt, form.format(int(prompt.answer) + 1)) == 0.0, form
+    assert task.verify(prompt, f"#### {prompt.answer}\nNo, the answer is #### 123456789.") == 0.0
+
+
+def test_instruct_surface_refuses_what_has_several_answers():
+    with pytest.raises(ValueError, match=r"surface='instruct' .* 'countdown' has not; use 'question', or one of .*, chain_sum"):
+        ReasoningGymTask(ReasoningGymConfig(mix=(Source(dataset="countdown"),), surface="instruct"))
+
+
+@pytest.mark.parametrize("dataset", sorted(STATED))
+def test_instruct_surface_takes_every_answer_of_its_data_sets(dataset):
+    task = ReasoningGymTask(ReasoningGymConfig(mix=(Source(dataset=dataset),), surface="instruct"))
+    for _, prompt in itertools.islice(task.prompts("train"), 10):
+        assert task.verify(prompt, f"I think it is so. #### {prompt.answer}") == 1.0, prompt
+        assert task.verify(prompt, "I do not know.") == 0.0
 
 
 def test_sum_surface_is_padded_and_reversed():

@@ -7,7 +7,8 @@ Training and held-out prompts are disjoint by construction: a prompt's split is 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -70,12 +71,23 @@ class Source(BaseModel):
 
 
 class ReasoningGymConfig(BaseModel):
-    """A weighted mix of reasoning-gym datasets in one surface."""
+    """A weighted mix of reasoning-gym datasets in one surface.
+
+    The surface is how an item is written and read: "question" as reasoning-gym words it, for a completion that is the answer and
+    nothing else; "instruct" with an `instruction` after the question, for a completion in prose that states its answer
+    (v05.tasks.answers); "terse" in a few characters.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     kind: Literal["reasoning_gym"] = "reasoning_gym"
     mix: tuple[Source, ...] = Field(min_length=1)
-    surface: Literal["question", "terse"] = "question"
+    surface: Literal["question", "instruct", "terse"] = "question"
+    instruction: str = Field(
+        default="Think step by step, and write the final answer after ####.", description='that "instruct" appends to a question'
+    )
+    size: int | None = Field(
+        default=None, ge=1, description="training prompts, which then return in another order; None is new ones without end"
+    )
     operand_width: int = Field(default=0, ge=0, description='digits that "terse" pads operands to')
     seed: int = 0
 
@@ -105,11 +117,12 @@ def make_task(config: ReasoningGymConfig | JsonlConfig) -> Task:
 
 def make_scorer(config: ReasoningGymConfig | JsonlConfig) -> Scorer:
     """What verifies the prompts of a task, without its file, which may have changed since."""
-    if isinstance(config, ReasoningGymConfig):
-        return make_task(config)
     from v05.tasks.jsonl import AnswerScorer
 
-    return AnswerScorer()
+    if isinstance(config, ReasoningGymConfig) and config.surface != "instruct":
+        return make_task(config)
+    answers = AnswerScorer()  # and with it the process that compares formulas
+    return make_task(config) if isinstance(config, ReasoningGymConfig) else answers
 
 
 def split_of(text: str) -> Split:
@@ -121,9 +134,25 @@ def split_of(text: str) -> Split:
 def heldout_set(task: Task, size: int, start: int = 0, skip: int = 0, patience: int = 50) -> list[Prompt]:
     """The first `size` distinct held-out prompts from number `start` on, after `skip` others; fewer when `patience` times as many
     draws hold no more."""
+    return distinct_prompts(task.prompts("heldout", start), skip + size, patience)[skip:]
+
+
+def distinct_prompts(drawn: Iterator[tuple[int, Prompt]], size: int, patience: int = 50) -> list[Prompt]:
+    """The first `size` distinct prompts of those that are drawn; fewer when `patience` times as many draws hold no more."""
     distinct: dict[str, Prompt] = {}
-    for draw, (_, prompt) in enumerate(task.prompts("heldout", start)):
+    for draw, (_, prompt) in enumerate(drawn):
         distinct.setdefault(prompt.text, prompt)
-        if len(distinct) == skip + size or draw >= patience * (skip + size):
+        if len(distinct) == size or draw >= patience * size:
             break
-    return list(distinct.values())[skip:]
+    return list(distinct.values())
+
+
+def in_epochs(prompts: Sequence[Prompt], seed: int, start: int = 0) -> Iterator[tuple[int, Prompt]]:
+    """Endless (number, prompt) from number `start` on: each pass over the prompts in an order of its own."""
+    number = start
+    while True:
+        epoch, position = divmod(number, len(prompts))
+        order = random.Random(f"{seed}/{epoch}").sample(range(len(prompts)), len(prompts))
+        for index in order[position:]:
+            yield number, prompts[index]
+            number += 1

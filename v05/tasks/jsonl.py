@@ -5,10 +5,9 @@ One object a line: {"prompt": ..., "answer": ...}. A held-out prompt stays held 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 
-from v05.tasks import JsonlConfig, Prompt, Split, split_of
+from v05.tasks import JsonlConfig, Prompt, Split, in_epochs, split_of
 from v05.tasks.answers import read_answer, verify_answer
 from v05.tasks.formulas import readable
 from v05.tasks.rows import TRAINING_FIELDS, read_rows
@@ -42,14 +41,7 @@ class JsonlTask:
                 raise ValueError(f"{config.path}: no {split} prompt among its lines; give more lines (a tenth is held out)")
 
     def prompts(self, split: Split, start: int = 0) -> Iterator[tuple[int, Prompt]]:
-        prompts = self._of_split[split]
-        number = start
-        while True:  # each pass over the file in its own order
-            epoch, position = divmod(number, len(prompts))
-            order = random.Random(f"{self._seed}/{epoch}").sample(range(len(prompts)), len(prompts))
-            for index in order[position:]:
-                yield number, prompts[index]
-                number += 1
+        return in_epochs(self._of_split[split], self._seed, start)
 
     def verify(self, prompt: Prompt, completion: str) -> float:
         return verify_answer(prompt.item, completion)

@@ -1,7 +1,7 @@
 """Prompts and verifiers of reasoning-gym, a maintained generator of verifiable puzzles.
 
-A mix draws from several of its datasets by weight. The surface says how an item is written for the policy: as its question, or,
-for a character-level policy, in a few characters.
+A mix draws from several of its datasets by weight. The surface says how an item is written for the policy: as its question, with
+an instruction for a language model, or, for a character-level policy, in a few characters.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import reasoning_gym
 
-from v05.tasks import Prompt, ReasoningGymConfig, Split, split_of
-from v05.tasks.scorers import COMPARED, refuse_unread, scorer_of
+from v05.tasks import Prompt, ReasoningGymConfig, Split, distinct_prompts, in_epochs, split_of
+from v05.tasks.answers import read_answer, verify_answer
+from v05.tasks.scorers import COMPARED, STATED, refuse_unread, scorer_of
 
 ENDLESS = 2**31 - 1  # items of a dataset; each is generated from its index when asked for
+LISTED = {"gsm_symbolic": 99_991}  # items of one that lists something of all at once; a prime, so that seeds begin apart
 LONGEST = 1_000_000  # characters of a completion that is read; no answer has as many
 UNSOLVED = "Integral("  # in a reference answer: an antiderivative that sympy did not find
 
@@ -26,39 +29,49 @@ UNSOLVED = "Integral("  # in a reference answer: an antiderivative that sympy di
 class Surface:
     """How an item is written for a policy and read back.
 
-    `write`: item, operand width -> prompt text, answer text. `read`: completion -> what the verifier is given.
+    `write`: item, the task's configuration -> prompt text, answer text. `read`: completion -> what the verifier is given. `verify`:
+    item, what was read -> whether it is right; None is the dataset's own verifier.
     """
 
-    write: Callable[[dict[str, Any], int], tuple[str, str]]
+    write: Callable[[dict[str, Any], ReasoningGymConfig], tuple[str, str]]
     read: Callable[[str], str] = str.strip
+    verify: Callable[[dict[str, Any], str], bool] | None = None
 
 
-def _write_question(item: dict[str, Any], operand_width: int) -> tuple[str, str]:
+def _write_question(item: dict[str, Any], config: ReasoningGymConfig) -> tuple[str, str]:
     return item["question"], str(item["answer"])
 
 
-def _write_sum(item: dict[str, Any], operand_width: int) -> tuple[str, str]:
+def _write_instruct(item: dict[str, Any], config: ReasoningGymConfig) -> tuple[str, str]:
+    return f"{item['question'].strip()}\n{config.instruction}", str(item["answer"])
+
+
+def _states_answer(item: dict[str, Any], completion: str) -> bool:
+    return verify_answer(read_answer(item["answer"]), completion) == 1.0
+
+
+def _write_sum(item: dict[str, Any], config: ReasoningGymConfig) -> tuple[str, str]:
     expression = item["metadata"]["expression"].replace(" ", "")
-    return re.sub(r"\d+", lambda n: n[0].zfill(operand_width), expression) + "=", str(item["answer"])[::-1]
+    return re.sub(r"\d+", lambda n: n[0].zfill(config.operand_width), expression) + "=", str(item["answer"])[::-1]
 
 
-def _write_multiple(item: dict[str, Any], operand_width: int) -> tuple[str, str]:
-    return ",".join(str(n).zfill(operand_width) for n in item["metadata"]["numbers"]) + "=", str(item["answer"])[::-1]
+def _write_multiple(item: dict[str, Any], config: ReasoningGymConfig) -> tuple[str, str]:
+    return ",".join(str(n).zfill(config.operand_width) for n in item["metadata"]["numbers"]) + "=", str(item["answer"])[::-1]
 
 
-def _write_base(item: dict[str, Any], operand_width: int) -> tuple[str, str]:
+def _write_base(item: dict[str, Any], config: ReasoningGymConfig) -> tuple[str, str]:
     about = item["metadata"]
     return f"{about['source_repr']} {about['source_base']}>{about['target_base']}=", str(item["answer"])
 
 
-def _write_backward(item: dict[str, Any], operand_width: int) -> tuple[str, str]:
+def _write_backward(item: dict[str, Any], config: ReasoningGymConfig) -> tuple[str, str]:
     return item["metadata"]["word"] + "<", str(item["answer"])
 
 
 AB = {"A#": "a", "#A": "A", "B#": "b", "#B": "B"}  # a token of the A::B system as one character
 
 
-def _write_ab(item: dict[str, Any], operand_width: int) -> tuple[str, str]:
+def _write_ab(item: dict[str, Any], config: ReasoningGymConfig) -> tuple[str, str]:
     (program,) = re.findall(r"^(?:[AB]#|#[AB])(?: (?:[AB]#|#[AB]))*$", item["question"], re.MULTILINE)
     return _short_ab(program) + ">", _short_ab(item["answer"])
 
@@ -73,6 +86,7 @@ def _read_ab(completion: str) -> str:
 
 
 QUESTION = Surface(_write_question)
+INSTRUCT = Surface(_write_instruct, verify=_states_answer)
 # Operands padded to one width, the answer least-significant digit first: carries then run in reading order.
 SUM = Surface(_write_sum, lambda completion: completion[::-1])
 TERSE = {
@@ -86,9 +100,16 @@ TERSE = {
 
 
 def surface_of(config: ReasoningGymConfig, dataset: str) -> Surface:
-    """How the items of a dataset are written; ValueError where "terse" has no way."""
+    """How the items of a dataset are written; ValueError where the surface has no way."""
     if config.surface == "question":
         return QUESTION
+    if config.surface == "instruct":
+        if dataset not in STATED:
+            raise ValueError(
+                f"task.surface='instruct' reads one number or word, which {dataset!r} has not; use 'question', or one of "
+                f"{', '.join(sorted(STATED))}"
+            )
+        return INSTRUCT
     if dataset not in TERSE:
         raise ValueError(f"task.surface='terse' cannot write {dataset!r}; use 'question', or one of {', '.join(TERSE)}")
     return TERSE[dataset]
@@ -98,7 +119,8 @@ class ReasoningGymTask:
     """The task of a `ReasoningGymConfig`. ValueError names a data set that cannot be used.
 
     Attributes:
-        may_stall: whether a completion could keep one of its verifiers busy; those of `COMPARED` answer at once.
+        may_stall: whether a completion could keep one of its verifiers busy; those of `COMPARED` answer at once, but for
+            completions in prose.
     """
 
     def __init__(self, config: ReasoningGymConfig) -> None:
@@ -106,15 +128,29 @@ class ReasoningGymTask:
         self._datasets, self._scorers = [], []
         for source in config.mix:
             refuse_unread(source.dataset)
-            dataset = reasoning_gym.create_dataset(source.dataset, size=ENDLESS, seed=config.seed, **source.settings)
+            items = LISTED.get(source.dataset, ENDLESS)
+            dataset = reasoning_gym.create_dataset(source.dataset, size=items, seed=config.seed, **source.settings)
             self._datasets.append(dataset)
-            self._scorers.append(scorer_of(source.dataset, dataset))
-        self.may_stall = any(source.dataset not in COMPARED for source in config.mix)
+            self._scorers.append(surface_of(config, source.dataset).verify or scorer_of(source.dataset, dataset))
+        self.may_stall = config.surface == "instruct" or any(source.dataset not in COMPARED for source in config.mix)
         self._weights = [source.weight for source in config.mix]
-        self._operand_width = config.operand_width
-        self._seed = config.seed
+        self._config = config
 
     def prompts(self, split: Split, start: int = 0) -> Iterator[tuple[int, Prompt]]:
+        if split == "train" and self._config.size is not None:
+            return in_epochs(self._returning, self._config.seed, start)
+        return self._drawn(split, start)
+
+    @cached_property
+    def _returning(self) -> list[Prompt]:
+        """The `size` training prompts. ValueError where the mix has no more than a part of them."""
+        size = self._config.size or 0
+        prompts = distinct_prompts(self._drawn("train", 0), size)
+        if len(prompts) < size:
+            raise ValueError(f"task.size={size}, but the mix has only {len(prompts)} different training prompts; lower it")
+        return prompts
+
+    def _drawn(self, split: Split, start: int) -> Iterator[tuple[int, Prompt]]:
         number = start
         while True:
             prompt = self._prompt(number)
@@ -123,9 +159,9 @@ class ReasoningGymTask:
             number += 1
 
     def _prompt(self, number: int) -> Prompt:
-        (source,) = random.Random(f"{self._seed}/{number}").choices(range(len(self._datasets)), self._weights)
-        item = self._datasets[source][number]
-        text, answer = self._surfaces[source].write(item, self._operand_width)
+        (source,) = random.Random(f"{self._config.seed}/{number}").choices(range(len(self._datasets)), self._weights)
+        item = self._datasets[source][number % len(self._datasets[source])]
+        text, answer = self._surfaces[source].write(item, self._config)
         return Prompt(text, answer, (source, item))
 
     def verify(self, prompt: Prompt, completion: str) -> float:

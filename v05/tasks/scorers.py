@@ -49,6 +49,11 @@ def _is_probability(item: Item, answer: str) -> bool:
     return abs(probability - float(item["answer"])) <= 1e-4
 
 
+def _is_number(item: Item, answer: str) -> bool:
+    """reasoning-gym's own takes the first number of a text, without the sign that it begins with."""
+    return float(answer.replace(",", "")) == float(item["answer"])
+
+
 def _is_truth(item: Item, answer: str) -> bool:
     """True or False. reasoning-gym's own compares whether the texts are empty."""
     return answer.strip().lower() == str(item["answer"]).lower()
@@ -59,6 +64,7 @@ SCORERS: dict[str, Callable[[Item, str], bool]] = {
     "coin_flip": _is_probability,
     "countdown": _makes_target,
     "game_of_life_halting": _is_truth,
+    "gsm_symbolic": _is_number,
     "intermediate_integration": _integrates,
     "n_queens": _solves_queens,
     "polynomial_multiplication": _is_product,
@@ -91,10 +97,16 @@ EAGER = "makes all of its items before the first, but the prompts of a run have 
 REFUSED = {
     "acre": EAGER,
     "composite": "hands completions on to other data sets; name those in task.mix",
-    "gsm_symbolic": EAGER,
     "list_functions": EAGER,
     "word_ladder": "cannot make as many items as a run may ask for",
 }
+# Data sets whose items have one answer, a number or a word, which a text in prose can state.
+_STATED = """
+basic_arithmetic calendar_arithmetic chain_sum coin_flip count_bits count_primes decimal_chain_sum dice family_relationships
+gcd gsm_symbolic lcm leg_counting letter_counting needle_haystack number_sequence products simple_equations simple_geometry
+spell_backward
+"""
+STATED = frozenset(_STATED.split())
 DECEIVED_BY_NAN = frozenset({"complex_arithmetic", "number_sorting"})  # they take what is in no comparison wrong
 
 
