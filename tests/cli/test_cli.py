@@ -48,7 +48,7 @@ def test_help_teaches(environment, tmp_path):
         (("train", "--method", "ppo"), "method='ppo' is unknown; choose one of v05, grpo"),
         (("compare", "--methods", "grpo,nothing"), "method='nothing' is unknown; choose one of v05, grpo"),
         (("compare", "--suite", "nothing"), "--suite nothing is unknown; choose one of headline, smoke"),
-        (("compare", "--suite", "smoke", "--preset", "symbols"), "--preset and --learning-rate cannot be set beside it"),
+        (("compare", "--suite", "smoke", "--preset", "symbols"), "--preset, --learning-rate and --policy cannot be set beside it"),
         (
             ("compare", "--suite", "smoke", "--methods", "optimal@1"),
             "--methods optimal@1 is not of this suite; choose from grpo@4, v05@4",
@@ -59,6 +59,7 @@ def test_help_teaches(environment, tmp_path):
         (("train", "--config", "absent.json"), "absent.json"),
         (("train", "--config", "any.json", "--method", "v05", "--seed", "0"), "so method, seed cannot be set beside it"),
         (("train", "--method", "v05@4+oracle", "--prior", "noise"), "prior='noise' contradicts method='v05@4+oracle'"),
+        (("train", "--preset", "gsm"), "asks for a model with a chat template; give its folder: --policy FOLDER"),
         (("train", "--max-new-tokens", "9"), "--max-new-tokens 9 belongs to --policy"),
         (("train", "--learning-rate", "-1"), "optimizer.learning_rate=-1.0: Input should be greater than 0"),
         (("train", "--preset", "smoke", "--engine", "vllm"), "cannot import 'vllm'; install it with: pip install 'v05[vllm]'"),

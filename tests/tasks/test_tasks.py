@@ -13,7 +13,7 @@ from v05.train.presets import PRESETS
 JUNK = ["", " ", "x", "-", "=", "0.5.1", "nan", "1e", "[]", "\n", "9" * 40, "()", "None", "\x00", "½"]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [name for name, fields in PRESETS.items() if not fields.get("chat")])
 def test_preset_verifiers_take_answers_and_refuse_junk(preset):
     task = make_task(PRESETS[preset]["task"])
     for _, prompt in itertools.islice(task.prompts("train"), 300):
@@ -86,6 +86,20 @@ def test_instruct_surface_asks_in_prose_and_reads_prose():
         assert task.verify(prompt, form.format(prompt.answer)) == 1.0, form
         assert task.verify(prompt, form.format(int(prompt.answer) + 1)) == 0.0, form
     assert task.verify(prompt, f"#### {prompt.answer}\nNo, the answer is #### 123456789.") == 0.0
+
+
+@pytest.mark.parametrize("preset", [name for name, fields in PRESETS.items() if fields.get("chat")])
+def test_presets_for_language_models_hold_their_prompts(preset):
+    config = PRESETS[preset]["task"]
+    task = make_task(config)
+    training = {p.text for _, p in itertools.islice(task.prompts("train"), config.size)}
+    heldout = heldout_set(task, PRESETS[preset]["evaluation"].prompts)
+    assert len(training) == config.size
+    assert len(heldout) >= 64
+    assert training.isdisjoint(p.text for p in heldout)
+    for prompt in heldout[:20]:
+        assert task.verify(prompt, f"#### {prompt.answer}") == 1.0
+        assert task.verify(prompt, f"#### {int(prompt.answer) + 1}") == 0.0
 
 
 def test_instruct_surface_refuses_what_has_several_answers():

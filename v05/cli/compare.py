@@ -15,6 +15,8 @@ from rich.table import Table
 
 from v05.cli.shared import (
     LearningRate,
+    MaxNewTokens,
+    Policy,
     Preset,
     Rollouts,
     Settings,
@@ -55,6 +57,8 @@ def compare(
     seeds: Annotated[int | None, typer.Option(help="Seeds a method; 3, or what the suite has.", min=1)] = None,
     rollouts: Rollouts = None,
     learning_rate: LearningRate = None,
+    policy: Policy = None,
+    max_new_tokens: MaxNewTokens = None,
     settings: Settings = None,
     out: Annotated[Path, typer.Option(help="Directory of the comparison; finished runs in it are not run again.")] = Path(
         "runs/compare"
@@ -77,8 +81,8 @@ def compare(
             raise ValueError("v05 compare has a process for each run already; call it without torchrun")
         out.mkdir(parents=True, exist_ok=True)
         if suite is not None:
-            if (preset, learning_rate) != ("tiny", None):
-                raise ValueError(f"--suite {suite} is complete, so --preset and --learning-rate cannot be set beside it")
+            if (preset, learning_rate, policy, max_new_tokens) != ("tiny", None, None, None):
+                raise ValueError(f"--suite {suite} is complete, so --preset, --learning-rate and --policy cannot be set beside it")
             if settings:
                 raise ValueError(f"--suite {suite} is complete, so --set {settings[0]} cannot be set beside it; leave --set out")
             with no_exit():
@@ -89,11 +93,12 @@ def compare(
             if setting.partition("=")[0] in ("method", "seed"):
                 raise ValueError(f"--set {setting}: a comparison has methods and seeds of its own; use --methods and --seeds")
         specs = [spec.strip() for spec in methods.split(",")]
+        overrides = overrides_of(preset, rollouts, learning_rate, policy, max_new_tokens)
         configs = {
             f"{label_of(run)}-seed{seed}": run
             for seed in range(seeds or 3)  # seed by seed: what is finished early compares all methods
             for spec in specs
-            for run in [run_config(preset, spec, settings or (), seed=seed, **overrides_of(rollouts, learning_rate))]
+            for run in [run_config(preset, spec, settings or (), seed=seed, **overrides)]
         }
         if len(configs) < len(specs) * (seeds or 3):
             labels = ", ".join(dict.fromkeys(label_of(run) for run in configs.values()))

@@ -19,7 +19,15 @@ INTERRUPTED = 130  # exit status after Ctrl-C
 
 Preset = Annotated[
     str,
-    typer.Option(help="Task and policy: tiny (0.6M parameters); arithmetic, symbols or hard (1M); smoke (a test)."),
+    typer.Option(
+        help="Task and policy: tiny (0.6M parameters); arithmetic, symbols or hard (1M); smoke (a test). Tasks for a --policy: "
+        "gsm, sums, products, multiples."
+    ),
+]
+Policy = Annotated[Path | None, typer.Option(help="Policy instead of the preset's: a Hugging Face model folder.")]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(help="Length limit of a completion; with --policy. The preset's if it is for language models, else 256.", min=1),
 ]
 Rollouts = Annotated[int | None, typer.Option(help="Training rollouts of a run; evaluation is not counted.", min=1)]
 LearningRate = Annotated[float | None, typer.Option(help="AdamW's learning rate.")]
@@ -54,9 +62,19 @@ def watched(items: Sequence[Any], what: str) -> Iterable[Any]:
     return track(items, what, console=console)
 
 
-def overrides_of(rollouts: int | None, learning_rate: float | None) -> dict[str, Any]:
+def overrides_of(
+    preset: str, rollouts: int | None, learning_rate: float | None, policy: Path | None, max_new_tokens: int | None
+) -> dict[str, Any]:
     """The fields of a run that these options replace, for `run_config`."""
+    from v05.train.presets import given_policy
+
     overrides: dict[str, Any] = {}
+    if policy is not None:
+        overrides["policy"] = given_policy(preset, policy, max_new_tokens)
+    elif max_new_tokens is not None:
+        raise ValueError(
+            f"--max-new-tokens {max_new_tokens} belongs to --policy; a preset has its own, under policy in config.json"
+        )
     if rollouts is not None:
         overrides["total_rollouts"] = rollouts
     if learning_rate is not None:

@@ -11,6 +11,8 @@ from rich.console import Console
 from v05.cli.shared import (
     INTERRUPTED,
     LearningRate,
+    MaxNewTokens,
+    Policy,
     Preset,
     Rollouts,
     Settings,
@@ -24,8 +26,6 @@ from v05.cli.shared import (
     say,
     set_threads,
 )
-
-MAX_NEW_TOKENS = 256  # of a policy that is given
 
 
 def train(
@@ -47,8 +47,8 @@ def train(
     jsonl: Annotated[
         Path | None, typer.Option(help='Prompts instead of the preset\'s: a {"prompt": ..., "answer": ...} object a line.')
     ] = None,
-    policy: Annotated[Path | None, typer.Option(help="Policy instead of the preset's: a Hugging Face model folder.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Length limit of a completion; with --policy.", min=1)] = MAX_NEW_TOKENS,
+    policy: Policy = None,
+    max_new_tokens: MaxNewTokens = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put prompts into the policy's chat template, as an instruct model expects them.")
     ] = False,
@@ -84,13 +84,11 @@ def train(
     from v05.train.presets import label_of, run_config
 
     try:
-        overrides = overrides_of(rollouts, learning_rate)
+        overrides = overrides_of(preset, rollouts, learning_rate, policy, max_new_tokens)
         if distributed != "ddp":
             overrides["distributed"] = distributed
         if jsonl is not None:
             overrides["task"] = {"kind": "jsonl", "path": jsonl}
-        if policy is not None:
-            overrides["policy"] = {"path": policy, "max_new_tokens": max_new_tokens}
         if chat:
             overrides["chat"] = True
         if engine is not None:
@@ -99,10 +97,6 @@ def train(
         given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
         if "prior" in given:
             overrides["prior"] = prior
-        if policy is None and max_new_tokens != MAX_NEW_TOKENS:
-            raise ValueError(
-                f"--max-new-tokens {max_new_tokens} belongs to --policy; a preset has its own, under policy in config.json"
-            )
         beside = sorted(given - {"out", "config", "settings", "wandb", "threads"})
         if config is not None and beside:
             raise ValueError(f"--config is complete, so {', '.join(beside)} cannot be set beside it; edit the file, or use --set")

@@ -221,6 +221,11 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
+        if self.chat and self.policy.path is None:
+            raise ValueError(
+                "policy.path is None, but chat=True, as in the presets for language models, asks for a model with a chat template; "
+                "give its folder: --policy FOLDER"
+            )
         if self.budget.maximum < self.budget.initial:
             raise ValueError(f"budget.maximum={self.budget.maximum} is below budget.initial={self.budget.initial}; raise it")
         budget, method = self.budget, find_method(self.method)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from v05.methods import find_method
@@ -40,6 +41,28 @@ SYMBOLS: dict[str, Any] = {
         hidden_size=160, layers=3, intermediate_size=480, max_new_tokens=13, warm_start=WarmStartConfig(**EARLY)
     ),
 }
+
+
+def _for_language_models(task: ReasoningGymConfig, max_new_tokens: int, learning_rate: float, **others: Any) -> dict[str, Any]:
+    """A preset whose policy is given, an instruct model of 0.1 to 0.6 billion parameters."""
+    return {
+        "task": task,
+        "policy": PolicyConfig(max_new_tokens=max_new_tokens),
+        "chat": True,
+        "optimizer": OptimizerConfig(learning_rate=learning_rate),
+        "evaluation": EvaluationConfig(evaluations=4, prompts=256, samples=2, final_samples=4, probe_prompts=0),
+        "rollouts_per_step": 128,
+        **others,
+    }
+
+
+def _one_number(dataset: str, **settings: int) -> dict[str, Any]:
+    """A preset of a data set whose answers are numbers, to be given at once: 256 prompts, each of which returns."""
+    task = ReasoningGymConfig(
+        mix=(Source(dataset=dataset, settings=settings),), surface="instruct", instruction="Answer with the number only.", size=256
+    )
+    return _for_language_models(task, max_new_tokens=24, learning_rate=2e-5, total_rollouts=4096)
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     # 0.6 million parameters; minutes on one core.
@@ -101,7 +124,27 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rollouts_per_step": 64,
         "total_rollouts": 256,
     },
+    # School problems in words: the templates of GSM-Symbolic with other names and numbers.
+    "gsm": _for_language_models(
+        ReasoningGymConfig(mix=(Source(dataset="gsm_symbolic"),), surface="instruct", size=1024),
+        max_new_tokens=256,
+        learning_rate=1e-5,
+        total_rollouts=16_384,
+    ),
+    "sums": _one_number("chain_sum", min_terms=2, max_terms=2, min_digits=1, max_digits=2),
+    "products": _one_number("products", min_terms=2, max_terms=3, min_digits=1, max_digits=1),
+    "multiples": _one_number("lcm", min_value=1, max_value=30),
 }
+
+
+MAX_NEW_TOKENS = 256  # of a policy that is given, where the preset is for another
+
+
+def given_policy(preset: str, path: Path, max_new_tokens: int | None = None) -> PolicyConfig:
+    """A model folder in place of the preset's policy, with the preset's limit of tokens where it is for language models."""
+    fields = PRESETS.get(preset, {})
+    limit = fields["policy"].max_new_tokens if fields.get("chat") else MAX_NEW_TOKENS
+    return PolicyConfig(path=path, max_new_tokens=max_new_tokens or limit)
 
 
 SPEC = re.compile(
