@@ -1,8 +1,10 @@
 """Model folders that bring code along."""
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from helpers.tiny_policy import tiny_model, tiny_tokenizer
@@ -64,6 +66,27 @@ def test_an_architecture_that_transformers_has_is_read_without_the_folders_code(
 def test_the_code_of_a_tokenizer_is_not_run(folder, marker):
     bring_code(folder, marker, "tokenizer_config.json", "PreTrainedTokenizerFast", AutoTokenizer=[None, "own.Own"])
     load_pretrained(AutoTokenizer, folder)
+    assert not marker.exists()
+
+
+class Touch:
+    """A pickle of it makes a file when it is opened without care."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_weights_that_are_a_pickle_are_read_if_they_are_tensors_alone(folder, marker):
+    (folder / "model.safetensors").unlink()
+    weights = tiny_model().state_dict()
+    torch.save(weights, folder / "pytorch_model.bin")
+    load_policy(folder)
+    torch.save(weights | {"more": Touch(marker)}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"policy are a pickle that holds more than tensors.*give weights in safetensors files"):
+        load_policy(folder)
     assert not marker.exists()
 
 

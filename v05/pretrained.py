@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import transformers
@@ -11,10 +12,15 @@ import transformers
 def load_pretrained(auto: Any, folder: Path, **options: Any) -> Any:
     """`auto.from_pretrained` of a local folder, `auto` being AutoConfig, AutoModel or the like.
 
-    Raises ValueError where the folder can only be read by code of its own.
+    Raises ValueError where the folder can only be read by code of its own, or its weights are a pickle of more than tensors.
     """
     try:
         return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+    except UnpicklingError:  # torch reads a pickle's tensors, and refuses all else
+        raise ValueError(
+            f"the weights of {folder} are a pickle that holds more than tensors, which could run code and is not opened; "
+            "give weights in safetensors files"
+        ) from None
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
