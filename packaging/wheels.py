@@ -33,15 +33,7 @@ BELONGS = {
     "v05/report/page.html",
 }
 FOREIGN = re.compile(r"(tests|bench|docs|csrc|kernels|runs|packaging)/|.*(__pycache__|\.cpp$|\.hpp$|\.png$)")
-USE = """
-from v05.budget import RolloutAllocator
-from v05.ops import fused_advantage
-assert fused_advantage([1.0, 0.0], [0.5], group_offsets=[0, 2]).advantages.tolist() == [0.5, -0.5]
-allocator = RolloutAllocator()
-allocator.open(["a"], [1.0])
-allocator.report(allocator.lease(9).lease_id, [1.0] * 4)
-assert allocator.done and allocator.drain().rewards.tolist() == [1.0] * 4
-"""
+USE = ROOT / "packaging" / "use.py"
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:
@@ -88,7 +80,7 @@ def try_out(python: str, wheel: Path, place: Path, torch: str, *, with_command_l
     inside = environment / "bin" / "python"
     run(inside, "-m", "pip", "install", "--quiet", *shlex.split(torch))
     run(inside, "-m", "pip", "install", "--quiet", wheel)
-    run(inside, "-c", USE, cwd=place)
+    run(inside, USE, cwd=place)
     if "missing" not in run(inside, "-m", "v05", "doctor", cwd=place):
         sys.exit("v05 doctor does not say that the command line's packages are missing")
     if with_command_line:

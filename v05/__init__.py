@@ -12,4 +12,4 @@ if _find_spec("v05._core") is None:
         "directory, so that the installed v05 is found, or install the tree itself with: pip install -e ."
     )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
