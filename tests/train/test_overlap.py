@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from v05.rollout import Completion
-from v05.train.config import EngineConfig, LossConfig, OptimizerConfig, run_config
+from v05.train.config import EngineConfig, LossConfig, OptimizerConfig
 from v05.train.metrics import read_metrics
 from v05.train.overlap import PromptQueue, packed, places, requests_ahead, unpacked
+from v05.train.presets import run_config
 from v05.train.trainer import Trainer
 
 TIMED = ("seconds", "in_flight", "sampled_ahead", "unbiased")
