@@ -2,19 +2,19 @@
 
     python bench/gradient_variance.py --preset symbols --preset hard --run runs/one --csv bench/results/gradient_variance.csv
 
-A policy is the warm start of a preset, or what a run in a directory ended with; rollouts and their exact energies E come from
-bench/gradients.py. Advantages A are those of `fused_advantage` on batches of 256 rollouts, k a prompt, leave-one-out
-unless the method scales. The figure, `second_moment_ratio`, is E[A^2 E] / c^2 over that of the exact success rate as the
-baseline, with its 95 % interval by bootstrap over prompts. E[A^2 E] / n is the mean squared norm of the gradient estimated from n
-rollouts, but for two things: the squared mean gradient, far smaller, and products of different rollouts, whose mean with
+A policy is the warm start of a preset, what a run in a directory ended with, or an instruct model (--model); rollouts and their
+exact energies E come from bench/gradients.py. Advantages A are those of `fused_advantage` on batches of 256 rollouts, k a prompt,
+leave-one-out unless the method scales. The figure, `second_moment_ratio`, is E[A^2 E] / c^2 over that of the exact success rate as
+the baseline, with its 95 % interval by bootstrap over prompts. E[A^2 E] / n is the mean squared norm of the gradient estimated from
+n rollouts, but for two things: the squared mean gradient, far smaller, and products of different rollouts, whose mean with
 leave-one-out is of that size. c is by how much a method stretches the mean gradient: 1 with leave-one-out and without a scale,
 else estimated as the slope of A on r - p. A scale by group also turns the gradient, towards prompts whose groups vary little, of
 which the figure knows nothing. `snr` is the squared norm of the true gradient over the variance of one rollout's.
 
-Methods with a prior are given the exact rate ("oracle"), what a prior has learnt from 4096 rollouts of other prompts ("history"),
-and a rate that says nothing ("noise"); `ebpo` has the mean of all past rollouts, as in its paper. The calibration is fitted to the
-same 4096 rollouts, which were k a prompt, as in training with k rollouts a prompt. Energies are those that the engine returns.
-"bound" is the exact rate with its log-odds shifted by a fit to exact energies (bench/gradients.py).
+Methods with a prior are given the exact rate ("oracle"), what a prior has learnt from 4096 rollouts (--past) of other prompts
+("history"), and a rate that says nothing ("noise"); `ebpo` has the mean of all past rollouts, as in its paper. The calibration is
+fitted to the same rollouts, which were k a prompt, as in training with k rollouts a prompt. Energies are those that the engine
+returns. "bound" is the exact rate with its log-odds shifted by a fit to exact energies (bench/gradients.py).
 """
 
 from __future__ import annotations
@@ -55,10 +55,11 @@ class Oracle:
 
 
 def taught(method: Method, prior: ValuePrior, past: Past, k: int) -> Estimator:
-    """An estimator that has seen PAST rollouts, k a prompt, STEP rollouts at a time."""
+    """An estimator that has seen the past's rollouts, k a prompt, STEP rollouts at a time."""
     estimator = Estimator(method.name, prior, Calibrator(), leave_one_out=True)
-    for first in range(0, PAST // k, STEP // k):
-        step = slice(first, first + STEP // k)
+    prompts = len(past.texts) // k  # there is one for each rollout
+    for first in range(0, prompts, STEP // k):
+        step = slice(first, min(first + STEP // k, prompts))
         texts, rewards, energies = past.texts[step].tolist(), past.rewards[step, :k], past.energies[step, :k]
         rates = estimator.open(texts)
         offsets = np.arange(0, rewards.size + 1, k)
@@ -105,9 +106,9 @@ def cases(sample: Sample, past: Past, k: int) -> Iterator[tuple[str, str | None,
     yield "bound", "oracle", sample.rewards - optimal_baselines(sample, sample.exact), True
 
 
-def records(policy: str, prompts: int, cache: Path) -> Iterator[dict[str, Any]]:
+def records(policy: str, prompts: int, past_rollouts: int, cache: Path) -> Iterator[dict[str, Any]]:
     """One for each method, prior and number of rollouts a prompt."""
-    sample, past = sampled(policy, prompts, max(SIZES), cache), rollouts_before(policy, SIZES, cache)
+    sample, past = sampled(policy, prompts, max(SIZES), cache), rollouts_before(policy, SIZES, cache, past_rollouts)
     centred = sample.rewards - sample.rates[:, None]
     reference = (centred**2 * sample.exact).mean(axis=1)
     signal = float(sample.signal)
@@ -137,16 +138,21 @@ def main() -> None:
     parser.add_argument(
         "--run", action="append", default=[], help="the last policy of the run in this directory; may be given again"
     )
+    parser.add_argument(
+        "--model", action="append", default=[], help="an instruct model in this folder, on sums whose answer is begun; likewise"
+    )
+    parser.add_argument("--past", type=int, default=PAST, help="rollouts that priors and calibrations have learnt from")
     parser.add_argument("--prompts", type=int, default=512, help="each with 16 rollouts")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder that keeps rollouts with their energies")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to this file")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write them as a table with the commit and the machine")
     arguments = parser.parse_args()
-    if not arguments.preset + arguments.run:
-        parser.error("nothing to measure; give --preset NAME or --run DIRECTORY")
+    policies = [*arguments.preset, *arguments.run, *arguments.model]
+    if not policies:
+        parser.error("nothing to measure; give --preset NAME, --run DIRECTORY or --model FOLDER")
     found: list[dict[str, Any]] = []
-    for policy in (*arguments.preset, *arguments.run):
-        for record in records(policy, arguments.prompts, arguments.cache):
+    for policy in policies:
+        for record in records(policy, arguments.prompts, arguments.past, arguments.cache):
             if not found or found[-1]["policy"] != record["policy"]:
                 print(f"{record['policy']}: success {record['success']:.3f}; second moments over that of the exact success rate")
             found.append(record)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,13 +28,14 @@ from v05.machine import cache_root
 from v05.rollout import Completion, Request, generate
 from v05.rollout.scoring import completion_logprobs
 from v05.rollout.transformers_engine import TransformersEngine
-from v05.tasks import Prompt, make_task
+from v05.tasks import JsonlConfig, Prompt, Split, make_task
 from v05.train.config import RunConfig, read_config
 from v05.train.policy import load_policy, policy_folder
-from v05.train.presets import PRESETS, run_config
+from v05.train.presets import PRESETS, given_policy, run_config
 
 FIRST_PROMPT, FIRST_PAST = 1_500_000_000, 1_600_000_000  # training prompts that no run with a small seed has read
 PAST = 4096  # rollouts that priors and calibrations have learnt from
+BEGUN_SUM = "<|im_start|>user\nWhat is {a} + {b}?<|im_end|>\n<|im_start|>assistant\n{a} + {b} ="
 BLOCK, GRADIENTS = 256, 32  # prompts a forward pass, rollouts a backward pass
 RESAMPLES = 2000
 LEAST_RATE = 0.005
@@ -102,13 +104,15 @@ class Past:
 
 
 def sampled(policy: str, prompts: int, rollouts: int, cache: Path) -> Sample:
-    """Of the warm start of a preset, or of a run's last policy, by its directory; read from `cache` where it is there."""
+    """Of the warm start of a preset, of a run's last policy, by its directory, or of an instruct model on `begun_sums`, by its
+    folder; read from `cache` where it is there."""
     return Sample(**_cached(policy, f"gradients-{{}}-{prompts}x{rollouts}", cache, lambda *of: _sample(*of, prompts, rollouts)))
 
 
-def rollouts_before(policy: str, sizes: tuple[int, ...], cache: Path) -> Past:
-    """PAST rollouts in groups of each of the sizes, of the same prompts as far as they go; as `sampled`."""
-    return Past(**_cached(policy, f"past-{{}}-{'-'.join(map(str, sizes))}", cache, lambda *of: _past(*of, sizes)))
+def rollouts_before(policy: str, sizes: tuple[int, ...], cache: Path, count: int = PAST) -> Past:
+    """`count` rollouts in groups of each of the sizes, of the same prompts as far as they go; as `sampled`."""
+    name = f"past-{{}}-{'-'.join(map(str, sizes))}{'' if count == PAST else f'-{count}'}"
+    return Past(**_cached(policy, name, cache, lambda *of: _past(*of, sizes, count)))
 
 
 def sampled_tokens(policy: str, prompts: int, rollouts: int, cache: Path) -> Tokens:
@@ -125,8 +129,10 @@ def _cached(policy: str, name: str, cache: Path, found: Callable[[RunConfig, Pat
     if policy in PRESETS:
         config = run_config(policy, "none")
         folder = policy_folder(config.policy, config.task, make_task(config.task), print)
-    else:
+    elif (Path(policy) / "policy").is_dir():
         config, folder = read_config(Path(policy) / "config.json"), Path(policy) / "policy"
+    else:
+        config, folder = begun_sums(Path(policy), cache), Path(policy)
     weights = hashlib.blake2b((folder / "model.safetensors").read_bytes(), digest_size=8).hexdigest()
     path = cache / f"{name.format(weights)}.npz"
     if not path.is_file():
@@ -136,6 +142,17 @@ def _cached(policy: str, name: str, cache: Path, found: Callable[[RunConfig, Pat
         scratch.replace(path)
     with np.load(path) as columns:
         return dict(columns)
+
+
+def begun_sums(model: Path, cache: Path) -> RunConfig:
+    """Sums of two digits whose answer is begun, in the chat format of SmolLM2. A completion is three tokens. It is right if it is
+    the reference answer, a space and two digits; others are right too, such as a line break and the digits, but rare."""
+    numbers = itertools.product(range(10, 50), range(10, 50))
+    rows = [{"prompt": BEGUN_SUM.format(a=a, b=b), "answer": f" {a + b}"} for a, b in numbers]
+    cache.mkdir(parents=True, exist_ok=True)
+    (cache / "begun_sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = JsonlConfig(path=cache / "begun_sums.jsonl")
+    return run_config("smoke", "none", task=task, policy=given_policy("smoke", model, max_new_tokens=3))
 
 
 def _tokens(config: RunConfig, folder: Path, prompts: int, rollouts: int) -> Tokens:
@@ -157,29 +174,30 @@ def _tokens(config: RunConfig, folder: Path, prompts: int, rollouts: int) -> Tok
     for row, found in enumerate(token_products(model, [r.prompt for r in requests], completions)):
         products[row, : lengths[row], : lengths[row]] = found
     by_prompt = (values.reshape(prompts, rollouts, *values.shape[1:]) for values in (rewards, lengths, products, full))
-    return Tokens(answer_probabilities(model, tokenizer, drawn, asked), *by_prompt)
+    return Tokens(answer_probabilities(model, tokenizer, drawn, asked, config.policy.max_new_tokens), *by_prompt)
 
 
-def _past(config: RunConfig, folder: Path, sizes: tuple[int, ...]) -> Past:
+def _past(config: RunConfig, folder: Path, sizes: tuple[int, ...], count: int) -> Past:
     task = make_task(config.task)
     model, tokenizer = load_policy(folder)
-    drawn = [prompt for _, prompt in itertools.islice(task.prompts("train", start=FIRST_PAST), PAST // min(sizes))]
+    drawn = [prompt for _, prompt in itertools.islice(task.prompts("train", start=FIRST_PAST), count // min(sizes))]
     asked = [tuple(tokenizer(p.text, add_special_tokens=False)["input_ids"]) for p in drawn]
     engine = TransformersEngine(model, tokenizer, max_new_tokens=config.policy.max_new_tokens)
-    places = [(i, j) for i in range(len(drawn)) for j in range(max(k for k in sizes if i < PAST // k))]
+    places = [(i, j) for i in range(len(drawn)) for j in range(max(k for k in sizes if i < count // k))]
     completions = generate(engine, [Request(asked[i], i * max(sizes) + j) for i, j in places])
     rewards, energies = np.full((2, len(drawn), max(sizes)), np.nan)
     for (i, j), completion in zip(places, completions, strict=True):
         rewards[i, j] = task.verify(drawn[i], engine.decode(completion))
         energies[i, j] = completion.energy
-    rates = answer_probabilities(model, tokenizer, drawn, asked)
+    rates = answer_probabilities(model, tokenizer, drawn, asked, config.policy.max_new_tokens)
     return Past(np.array([p.text for p in drawn]), rates, rewards, energies)
 
 
 def _sample(config: RunConfig, folder: Path, prompts: int, rollouts: int) -> Sample:
     task = make_task(config.task)
     model, tokenizer = load_policy(folder)
-    drawn = [prompt for _, prompt in itertools.islice(task.prompts("train", start=FIRST_PROMPT), prompts)]
+    split: Split = "heldout" if isinstance(config.task, JsonlConfig) else "train"  # a file's training prompts may be of the past
+    drawn = [prompt for _, prompt in itertools.islice(task.prompts(split, start=FIRST_PROMPT), prompts)]
     asked = [tuple(tokenizer(p.text, add_special_tokens=False)["input_ids"]) for p in drawn]
     engine = TransformersEngine(model, tokenizer, max_new_tokens=config.policy.max_new_tokens)
     requests = [Request(tokens, i * rollouts + j) for i, tokens in enumerate(asked) for j in range(rollouts)]
@@ -190,7 +208,7 @@ def _sample(config: RunConfig, folder: Path, prompts: int, rollouts: int) -> Sam
         "full": [c.energy for c in completions],
         "proxy": [completion_energy(c.logprobs) for c in completions],
     }
-    rates = answer_probabilities(model, tokenizer, drawn, asked)
+    rates = answer_probabilities(model, tokenizer, drawn, asked, config.policy.max_new_tokens)
     surprise = np.array(columns["rewards"]) - np.repeat(rates, rollouts)
     half_of = np.repeat(np.arange(prompts) % 2, rollouts)
     columns["exact"], sums = squared_gradients(model, [r.prompt for r in requests], completions, surprise, half_of)
@@ -304,9 +322,9 @@ def _outer_products(parameter: torch.Tensor, kept: list[Layer]) -> tuple[torch.T
 
 
 @torch.no_grad()
-def answer_probabilities(model: Any, tokenizer: Any, prompts: list[Prompt], asked: list[tuple[int, ...]]) -> Array:
-    """(P,) of the reference answers and the token that ends them."""
-    answers = [[*tokenizer(p.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for p in prompts]
+def answer_probabilities(model: Any, tokenizer: Any, prompts: list[Prompt], asked: list[tuple[int, ...]], longest: int) -> Array:
+    """(P,) of the reference answers and the token that ends them, where it is within the `longest` tokens of a completion."""
+    answers = [[*tokenizer(p.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id][:longest] for p in prompts]
     rates = []
     for first in range(0, len(prompts), BLOCK):
         block = [Completion(np.array(a), np.zeros(len(a), dtype=np.float32), True) for a in answers[first : first + BLOCK]]
