@@ -12,7 +12,7 @@ import torch
 from v05.train.config import RunConfig
 from v05.train.trainer import Trainer
 
-NAMES = ("ddp", "fsdp2", "refills", "calibrated", "idle", "overlap", "bfloat16", "bfloat16-fsdp2")
+NAMES = ("ddp", "fsdp2", "refills", "calibrated", "idle", "overlap", "bfloat16", "bfloat16-fsdp2", "lora")
 TORN = "torn"  # the run in which rank 1 raises
 LIVES = 250  # completions that rank 1 reads before it raises
 

@@ -22,6 +22,14 @@ from v05.train.trainer import Trainer, train
 
 SETTINGS = {
     "bfloat16": ["policy.dtype=bfloat16"],
+    "lora": ["policy.lora.rank=4", "loss.kl_coefficient=0.1"],
+    "all": [
+        "policy.dtype=bfloat16",
+        "policy.lora.rank=4",
+        "loss.kl_coefficient=0.1",
+        "loss.importance_cap=2",
+        "optimizer.gradient_checkpointing=true",
+    ],
 }
 
 
@@ -76,14 +84,16 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(name, tmp_path):
             shutil.copytree(tmp_path / "whole", tmp_path / "halves")
     trained = load_file(find_checkpoints(tmp_path / "halves")[-1] / "policy.safetensors")
     assert all(value.dtype == torch.float32 for value in trained.values())
+    assert all(".lora_" in name for name in trained) == (config.policy.lora is not None)
     train(config, tmp_path / "halves")
     assert untimed(tmp_path / "halves") == untimed(tmp_path / "whole")
     assert policy_digest(tmp_path / "halves") == policy_digest(tmp_path / "whole")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "halves" / "policy")  # whose config.json names the dtype
     assert saved.dtype == getattr(torch, config.policy.dtype)
-    masters = trainer.learner.masters.parameters
-    assert all(torch.equal(p, masters[name].bfloat16()) for name, p in saved.named_parameters())
-    assert any(not torch.equal(p.float(), masters[name]) for name, p in saved.named_parameters())
+    if config.policy.lora is None:
+        masters = trainer.learner.masters.parameters
+        assert all(torch.equal(p, masters[name].bfloat16()) for name, p in saved.named_parameters())
+        assert any(not torch.equal(p.float(), masters[name]) for name, p in saved.named_parameters())
 
 
 def test_a_policy_in_bfloat16_learns(tmp_path):

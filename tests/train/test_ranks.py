@@ -39,6 +39,14 @@ CONFIGS = {
     ),
     "calibrated": run_config("smoke", "calibrated@1..4", rollouts_per_step=128, total_rollouts=640, optimizer=FEW),
     "overlap": run_config("smoke", "v05", overlap=True, total_rollouts=384, optimizer=FEW),
+    "lora": run_config(
+        "smoke",
+        "v05",
+        ["policy.lora.rank=4", "optimizer.gradient_checkpointing=true"],
+        distributed="fsdp2",
+        loss={"kl_coefficient": 0.1, "importance_cap": 2.0},
+        optimizer=FEW,
+    ),
     "bfloat16": run_config("smoke", "v05", ["policy.dtype=bfloat16"], optimizer=FEW),
     "bfloat16-fsdp2": run_config(
         "smoke", "v05", ["policy.dtype=bfloat16"], distributed="fsdp2", loss={"importance_cap": 2.0}, optimizer=FEW

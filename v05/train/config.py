@@ -51,6 +51,18 @@ class WarmStartConfig(Section):
     seed: int = 0
 
 
+class LoraConfig(Section):
+    """LoRA (arXiv 2106.09685): terms of low rank beside linear layers are all that is trained; they are merged at the end."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1, description="the terms are multiplied by alpha / rank")
+    target_modules: tuple[str, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="names of layers, as peft reads them; None: all linear ones but the output layer",
+    )
+
+
 class PolicyConfig(Section):
     """A model folder (`path`), or the size of a character-level decoder and how to warm-start it."""
 
@@ -63,6 +75,7 @@ class PolicyConfig(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of the weights that are computed with; the optimiser's are float32 (v05.train.masters)"
     )
+    lora: LoraConfig | None = Field(default=None, description="needs the extra 'lora'; None trains all weights")
     warm_start: WarmStartConfig = WarmStartConfig()
 
 

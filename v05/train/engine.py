@@ -18,6 +18,7 @@ from v05.rollout.transformers_engine import TransformersEngine
 from v05.rollout.verifier import InlineVerifier, Verifier, VerifierPool
 from v05.tasks import Task, make_scorer
 from v05.train.config import OptimizerConfig, RunConfig
+from v05.train.lora import merged_weights
 from v05.train.policy import load_policy, load_tokenizer
 
 WORKERS = 2  # processes that verify by default; a formula takes 10 ms, less than sampling it
@@ -103,7 +104,7 @@ def sync_weights(engine: RolloutEngine, model: PreTrainedModel, probe: Sequence[
     NotFiniteError if the model is past sampling from.
     """
     require_finite(model, [request.prompt for request in probe], pad)
-    engine.update_weights(model.state_dict().items())
+    engine.update_weights(merged_weights(model))
     completions = generate(engine, probe)
     with torch.no_grad():
         expected = completion_logprobs(model, [request.prompt for request in probe], completions, pad).cpu()

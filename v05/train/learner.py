@@ -32,6 +32,7 @@ from v05.train.distributed import (
     whole_optimizer_state,
     whole_parameters,
 )
+from v05.train.lora import adapter_off, add_adapter
 from v05.train.masters import MasterWeights
 from v05.train.micro_batches import micro_batches
 from v05.train.policy import load_policy
@@ -53,7 +54,7 @@ class Learner:
         self.world = world
         self.model, self.tokenizer = self._load(folder)
         self.penalised = config.loss.kl_coefficient > 0
-        self.reference = self._load(folder)[0] if self.penalised else None
+        self.reference = self._load(folder)[0] if self.penalised and config.policy.lora is None else None
         self.sharded = world.size > 1 and config.distributed == "fsdp2"
         self.sampled = self._load(folder)[0] if self.sharded else self.model
         scorer = Scorer(self.model, self.tokenizer.pad_token_id, config.optimizer.gradient_checkpointing)
@@ -66,8 +67,12 @@ class Learner:
         )
 
     def _load(self, folder: Path) -> tuple[PreTrainedModel, Any]:
-        """The policy to start from, and its tokenizer."""
-        return load_policy(folder, getattr(torch, self.config.policy.dtype))
+        """The policy to start from, with a fresh adapter if it is to have one, and its tokenizer."""
+        settings = self.config.policy
+        model, tokenizer = load_policy(folder, getattr(torch, settings.dtype))
+        if settings.lora is not None:
+            add_adapter(model, settings.lora, self.config.seed)
+        return model, tokenizer
 
     @torch.no_grad()
     def rescore(self, batch: RolloutBatch) -> list[NDArray[np.float32]]:
@@ -166,11 +171,8 @@ class Learner:
         device, width = self.model.device, mask.shape[1]
         settings = self.config.loss
         prompts, completions = rollouts_of(batch, rows.numpy())
+        reference = self._reference_logprobs(prompts, completions, width) if self.penalised else None
         logprobs = self.scorer(prompts, completions, width)
-        reference = None
-        if self.reference is not None:
-            with torch.no_grad():
-                reference = completion_logprobs(self.reference, prompts, completions, self.tokenizer.pad_token_id, width)
         engine = padded([c.logprobs for c in completions], width).to(device)
         old = engine if rescored is None else padded([rescored[i] for i in rows.tolist()], width).to(device)
         cap = settings.importance_cap
@@ -192,6 +194,15 @@ class Learner:
         self.masters.take_gradients()
         clipped = (figures.clip_fraction * figures.tokens).nan_to_num()
         return torch.stack((loss.detach().double(), clipped, figures.kl)).float().cpu()
+
+    @torch.no_grad()
+    def _reference_logprobs(
+        self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Completion], width: int
+    ) -> torch.Tensor:
+        """(N, width) log-probabilities under the policy that training started from."""
+        reference = self.sampled if self.reference is None else self.reference
+        with adapter_off(reference):
+            return completion_logprobs(reference, prompts, completions, self.tokenizer.pad_token_id, width)
 
     def refresh_sampled(self) -> None:
         """Bring the unsharded copy of a sharded policy up to date."""

@@ -120,7 +120,7 @@ def policy_folder(config: PolicyConfig, task_config: BaseModel, task: Task, repo
     """The folder of the policy to start from; warm-starts and caches the character-level one the first time."""
     if config.path is not None:
         return config.path
-    made = config.model_dump(mode="json", exclude={"dtype"})  # which concerns what is trained from it
+    made = config.model_dump(mode="json", exclude={"dtype", "lora"})  # which concern what is trained from it
     made_of = json.dumps([VERSION, made, identity_of(task_config)], sort_keys=True)
     key = hashlib.blake2b(made_of.encode(), digest_size=8).hexdigest()
     folder = cache_root() / f"warm-start-{key}"

@@ -62,6 +62,7 @@ from v05.train.estimator import close_batch, estimate_batch, make_estimator
 from v05.train.evaluation import EVALUATION_SEED, FINAL_SEED, baseline_error, entropy_of, prior_scores, true_rewards, write_outcomes
 from v05.train.identity import identity_digest, inputs_of, paths_of
 from v05.train.learner import Learner
+from v05.train.lora import merged_weights
 from v05.train.metrics import CONFIG, INPUTS, POLICY, RESULT, MetricsLog, refuse_to_overwrite, write_json
 from v05.train.oracle import answer_probability
 from v05.train.overlap import PromptQueue, places, requests_ahead
@@ -420,7 +421,7 @@ class Trainer:
             return
         folder = self.directory / POLICY
         with explained(folder, "the run goes on from its checkpoint"):
-            self.learner.sampled.save_pretrained(folder)
+            self.learner.sampled.save_pretrained(folder, state_dict=dict(merged_weights(self.learner.sampled)))
             self.tokenizer.save_pretrained(folder)
             flush_folder(folder)
         write_json(self.directory / RESULT, result_of(self.config, self.state))
