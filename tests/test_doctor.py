@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.documents import ROOT, table
 from v05 import doctor
 from v05.integrations.hosts import HOSTS
 from v05.methods import METHODS
-
-ROOT = Path(__file__).parents[1]
 
 
 def v05(*arguments, directory, start="", **environment):
@@ -80,10 +79,10 @@ def test_complete_extras_need_no_install(examined):
 
 
 def test_the_trainers_are_those_that_are_tested(examined):
-    guide = (ROOT / "docs" / "integrations.md").read_text()
-    tested = {
-        name.lower(): release for name, release in re.findall(r"^\| (\w+) \| (?:source of )?([\d.]+) \|", guide, re.MULTILINE)
-    }
+    tested = {}
+    for name, release, *_ in table(ROOT / "docs" / "integrations.md", "hosts"):
+        if page := re.search(r"\(hosts/(\w+)\.md\)", name):
+            tested[page[1]] = release.removeprefix("source of ")
     assert tested == {host.name: host.release for host in HOSTS.values()}
     assert {host["name"] for host in examined[1]["hosts"]} == set(tested)
 

@@ -100,17 +100,10 @@ def run_page(path):
     return document.namespace, left_out
 
 
-def blocks(path, heading, language):
-    """The sources of one section's blocks in one language, for those who read them as a host does."""
-    text = path.read_text()
-    start = text.index(f"\n## {heading}\n")
-    end = text.find("\n## ", start + 1)
+def blocks(path, language):
+    """The sources of a page's blocks in one language, for those who read them as a host does."""
     document = PARSER.parse(path)
-    return [
-        str(example.parsed)
-        for example in document.examples()
-        if start < example.region.start < (end if end > 0 else len(text)) and example.region.evaluator is EVALUATORS[language]
-    ]
+    return [str(example.parsed) for example in document.examples() if example.region.evaluator is EVALUATORS[language]]
 
 
 def table(path, name):

@@ -1,4 +1,4 @@
-"""The blocks of docs/integrations.md and docs/losses.md where their hosts are: Python runs, options are read as the host does."""
+"""The blocks of docs/hosts/ and docs/losses.md where their hosts are: Python runs, options are read as the host does."""
 
 import copy
 import importlib
@@ -14,7 +14,7 @@ import torch
 from helpers.documents import ROOT, blocks, make_inputs, run_page
 from helpers.tiny_policy import tiny_model
 
-GUIDE = ROOT / "docs" / "integrations.md"
+HOSTS = ROOT / "docs" / "hosts"
 LOSSES = ROOT / "docs" / "losses.md"
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -32,9 +32,9 @@ def test_slime(monkeypatch):
     from v05.integrations.groups import PromptPriors
 
     monkeypatch.setattr(slime, "PRIORS", PromptPriors(FixedPrior()))
-    words = shlex.split(blocks(GUIDE, "slime", "sh")[1])
+    words = shlex.split(blocks(HOSTS / "slime.md", "sh")[1])
     options = dict(zip(words[::2], words[1::2], strict=True))
-    args = SimpleNamespace(reward_key=None, use_rollout_logprobs=False, **yaml.safe_load(blocks(GUIDE, "slime", "yaml")[0]))
+    args = SimpleNamespace(reward_key=None, use_rollout_logprobs=False, **yaml.safe_load(blocks(HOSTS / "slime.md", "yaml")[0]))
     status = SimpleNamespace(value="completed")
     samples = [
         SimpleNamespace(group_index=0, prompt="2+2=", remove_sample=False, status=status, get_reward_value=lambda _, r=reward: r)
@@ -77,14 +77,15 @@ def test_python(tmp_path, monkeypatch, short_runs):
         monkeypatch.setattr(BasePPOExp, "get_generator", lambda *_: "SkyRL's")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TRL's asynchronous trainer says that it is experimental
-        namespace, left_out = run_page(GUIDE)
-    assert not any(f"needs {host}" in reason for reason in left_out.values() for host in hosts)
+        pages = {host: run_page(HOSTS / f"{host}.md") for host in hosts}
+    assert not any(f"needs {host}" in reason for host, (_, left_out) in pages.items() for reason in left_out.values())
     if "trl" in hosts:
+        namespace, _ = pages["trl"]
         assert namespace["trainer"].state.global_step == 2
         assert_known_to_the_asynchronous_loop(namespace["worker_arguments"], namespace["V05RolloutWorker"])
     if "skyrl" in hosts:
         assert "v05" in AdvantageEstimatorRegistry._functions
-        experiment = namespace["Experiment"]
+        experiment = pages["skyrl"][0]["Experiment"]
         assert experiment.get_generator(object.__new__(experiment), None, None, None).generator == "SkyRL's"
 
 
@@ -104,7 +105,7 @@ def test_verl():
 
     from v05.integrations.settings import Settings
 
-    words = shlex.split(blocks(GUIDE, "verl", "sh")[1].replace("\\\n", " "))
+    words = shlex.split(blocks(HOSTS / "verl.md", "sh")[1].replace("\\\n", " "))
     assert words[:3] == ["python", "-m", "verl.trainer.main_ppo"]
     with initialize_config_dir(f"{verl.__path__[0]}/trainer/config", version_base=None):
         config = compose("ppo_trainer", overrides=words[3:])
