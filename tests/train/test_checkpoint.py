@@ -358,11 +358,12 @@ def test_a_disk_that_fills_up_under_the_metrics(tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_twenty_kills_lose_nothing(tmp_path):
-    runner, config = Runner(), smoke(120)
+def test_nine_kills_lose_nothing(tmp_path):
+    """`make soak` and tests/helpers/kill_and_resume.py kill as often as is wanted."""
+    runner, config = Runner(), smoke(54)
     runner.finish(config, tmp_path / "whole")
-    injected = runner.kill_and_resume(config, tmp_path / "killed", kills=20)
-    assert injected.exit_codes == [-9] * 20
-    assert injected.in_checkpoint >= 6  # one in three is aimed there
-    assert injected.resumed >= 10
+    injected = runner.kill_and_resume(config, tmp_path / "killed", kills=9)
+    assert injected.exit_codes == [-9] * 9
+    assert injected.in_checkpoint >= 3  # one in three is aimed there
+    assert injected.resumed >= 4
     assert not any(lost(tmp_path / "whole", tmp_path / "killed").values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,14 +32,21 @@ def bootstrap_interval(by_seed: Sequence[Array]) -> tuple[float, float]:
     `by_seed` holds one (P,) vector a seed, over the same P prompts. With a handful of seeds the interval is rough and too narrow.
     """
     values = np.stack(by_seed)
-    rng = np.random.default_rng(0)
-    draws = []
-    for _ in range(BOOTSTRAP_DRAWS):
-        seeds = rng.integers(len(values), size=len(values))
-        prompts = rng.integers(values.shape[1], size=values.shape[1])
-        draws.append(values[seeds].mean(axis=0)[prompts].mean())
-    low, high = np.percentile(draws, INTERVAL)
+    seeds, prompts = _draws(*values.shape)
+    low, high = np.percentile(((seeds @ values) * prompts).sum(axis=1) / values.size, INTERVAL)
     return float(low), float(high)
+
+
+@lru_cache(maxsize=4)
+def _draws(seeds: int, prompts: int) -> tuple[Array, Array]:
+    """(draws, seeds) and (draws, prompts), how often each draw has each of them; the same for every mean of these shapes."""
+    rng = np.random.default_rng(0)
+    counts = np.zeros((BOOTSTRAP_DRAWS, seeds)), np.zeros((BOOTSTRAP_DRAWS, prompts))
+    for draw in range(BOOTSTRAP_DRAWS):
+        for counted in counts:
+            width = counted.shape[1]
+            counted[draw] = np.bincount(rng.integers(width, size=width), minlength=width)
+    return counts
 
 
 def mean_curve(curves: Sequence[Curve]) -> tuple[Array, Array, Array]:
