@@ -115,7 +115,7 @@ def test_a_suite_goes_on_from_its_rows(environment, tmp_path):
 
 
 def test_a_killed_comparison_goes_on(environment, tmp_path):
-    arguments = ("compare", "--preset", "smoke", "--methods", "v05", "--seeds", 1, "--rollouts", 6400, "--out", "runs")
+    arguments = ("compare", "--preset", "smoke", "--methods", "v05", "--seeds", 1, "--rollouts", 2560, "--out", "runs")
     run = tmp_path / "runs" / "v05@4..16-seed0"
     command = [sys.executable, "-m", "v05", *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=tmp_path) as process:
