@@ -125,6 +125,11 @@ class Method:
     rival: bool = False
 
     @property
+    def ours(self) -> bool:
+        """V_0.5, the method of this library's name, or one that is described here first; all others are rivals."""
+        return self.name == "v05" or self.source.startswith("ours")
+
+    @property
     def needs_prior(self) -> bool:
         """The method reads a value prior, and therefore a `reward_range` that holds prior and rewards."""
         return self.baseline in (*BUDGET_RULES, Baseline.CONJUGATE)

@@ -97,6 +97,7 @@ def write_run(directory, spec, seed, *, steps=60, of=60, evaluations=8, new=True
             outcomes = np.clip(priors * 0.8 + 0.1 + rng.normal(0, 0.02, 10), 0, 1)
             record |= {
                 "generated_tokens": tokens,
+                "gradient_noise": norm / 4,
                 "group_sizes": [0] * budget.initial + sizes.tolist(),
                 "weights": weights if config.method == "v05" else None,
                 "hallucinations": weights if config.method == "calibrated" else None,

@@ -87,7 +87,7 @@ def colours(page):
 def test_every_chart_is_drawn(file, open_page):
     page = open_page(file)
     drawn = marks(page)
-    assert len(drawn) == 13
+    assert len(drawn) == 15
     assert all(count > 0 for count in drawn.values()), drawn
     assert page.title() == TITLE
     assert page.locator("h1").text_content() == TITLE
@@ -152,7 +152,9 @@ def test_a_page_of_old_runs_alone(tmp_path, open_page):
     write_run(tmp_path / "runs" / "old", "grpo@8", 0, steps=24, of=24, new=False)
     page = open_page(drawn(tmp_path / "runs", "old", tmp_path / "page.html"))
     empty = {name for name, count in marks(page).items() if not count}
-    assert empty == {f"chart-{name}" for name in ("group-sizes", "calibration", "prior-auc", "rejected", "weight", "weights")}
+    assert empty == {
+        f"chart-{name}" for name in ("noise", "group-sizes", "calibration", "prior-auc", "rejected", "weight", "weights")
+    }
     assert page.locator(".empty:visible").count() == len(empty)
     assert page.get_by_text("None was recorded by these runs.").is_visible()
     assert page.locator("#axes button").all_text_contents() == ["rollouts", "seconds"]

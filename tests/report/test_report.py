@@ -91,6 +91,20 @@ def test_rollouts_saved_are_those_of_the_comparison(place):
         document(groups, runs, "rloo", untracked)
 
 
+def test_the_lead_is_over_the_rival_that_ends_highest(place, tmp_path):
+    write_run(tmp_path / "dr_grpo@4-seed0", "dr_grpo@4", 0)
+    groups = {group["name"]: group for group in document_of(place, tmp_path)["groups"]}
+    ends = {name: group["final"] for name, group in groups.items()}
+    assert ends["v05@4..16"] > ends["dr_grpo@4"] > ends["grpo@8"]  # v05 is no rival
+    found = groups["v05@4..16"]["lead"]
+    assert {group["lead"]["rival"] for group in groups.values()} == {"dr_grpo@4"}
+    expected = np.subtract(groups["v05@4..16"]["accuracy"]["mean"], groups["dr_grpo@4"]["accuracy"]["mean"])
+    np.testing.assert_allclose(found["mean"], expected, atol=1e-12)
+    assert found["rollouts"] == groups["v05@4..16"]["accuracy"]["rollouts"]
+    assert max(map(abs, groups["dr_grpo@4"]["lead"]["mean"])) < 1e-12
+    assert document_of(place / "v05@4..16-seed0")["groups"][0]["lead"] is None
+
+
 def test_nothing_is_saved_where_the_baseline_learnt_nothing(tmp_path):
     write_run(tmp_path / "v05", "v05@4..16", 0)
     write_run(tmp_path / "grpo", "grpo@8", 0)
@@ -130,6 +144,7 @@ def test_runs_of_an_earlier_version_say_what_they_lack(place, tmp_path):
     assert page["missing"] == [
         "the distribution of group sizes: not recorded by old",
         "curves over tokens: not recorded by old",
+        "the noise of the gradient: not recorded by old",
         "completions: not recorded by old",
     ]
     assert document_of(place)["missing"] == []

@@ -18,6 +18,7 @@ from v05.prior import NoisePrior
 from v05.prior.v0.logs import read_logs
 from v05.reference import losses
 from v05.rollout import Completion
+from v05.rollout.scheduler import RolloutBatch
 from v05.tasks import heldout_set, make_task
 from v05.train import step_records
 from v05.train.config import BudgetConfig, LossConfig, OptimizerConfig, OverlongConfig, PolicyConfig, RunConfig
@@ -181,6 +182,38 @@ def test_steps_record_what_their_groups_came_to(method, tmp_path):
     tokens = np.cumsum([step["tokens"] for step in steps])
     assert [step["generated_tokens"] for step in steps] == tokens.tolist()
     assert read_metrics(tmp_path, "evaluation")[-1]["generated_tokens"] == tokens[-1]
+
+
+def test_the_noise_is_that_of_the_advantages():
+    """Of rewards without a baseline it is the mean square of the rewards by energy, also where advantages are stretched."""
+    energies, rewards = np.array([0.5, 2.0, 1.0, 4.0]), np.array([1.0, 0.0, 1.0, 1.0])
+    batch = fake_batch([0, 2, 4], [one_token(energy) for energy in energies])
+    assert step_records.gradient_noise(batch, rewards, rewards, False) == pytest.approx(5.5 / 7.5)
+    assert step_records.gradient_noise(batch, rewards, 3 * rewards, True) == pytest.approx(5.5 / 7.5)
+    assert step_records.gradient_noise(batch, rewards, rewards - 0.5, False) == pytest.approx(0.25)
+    assert math.isnan(step_records.gradient_noise(batch, np.ones(4), np.zeros(4), True))  # no rewards to take a slope from
+    assert math.isnan(step_records.gradient_noise(fake_batch([0], []), np.zeros(0), np.zeros(0), False))
+
+
+def one_token(energy):
+    """A completion of one token whose energy is known: (1 - pi)^2 + (sum of squares - pi^2)."""
+    return Completion(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.float32), True, np.array([1.0 + energy]))
+
+
+def fake_batch(offsets, completions):
+    return RolloutBatch(
+        prompts=[None] * (len(offsets) - 1),
+        prompt_tokens=[],
+        priors=np.zeros(len(offsets) - 1),
+        offsets=np.array(offsets),
+        rewards=np.zeros(len(completions)),
+        completions=completions,
+        invalid=0,
+        failures=[],
+        in_flight=0.0,
+        generate_seconds=0.0,
+        verify_seconds=0.0,
+    )
 
 
 @pytest.mark.parametrize("method", ["rloo@4", "grpo@4", "calibrated@2", "prior@1"])

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from v05.methods import REFERENCE
+from v05.methods import METHODS, REFERENCE
 from v05.report.runs import NOT_EVALUATED, Recorded, Seeds
 from v05.train.compare import final_accuracy, rollouts_to
-from v05.train.curves import crossing
+from v05.train.curves import crossing, mean_curve
 
 Document = dict[str, Any]
 Records = list[dict[str, Any]]
@@ -24,6 +24,7 @@ STAGES = ("generate", "verify", "schedule", "advantages", "update", "sync")  # o
 NEWER = {  # records that runs of earlier versions lack, and what is not shown for them
     "group_sizes": "the distribution of group sizes",
     "generated_tokens": "curves over tokens",
+    "gradient_noise": "the noise of the gradient",
 }
 
 
@@ -53,7 +54,7 @@ def document(
     for group in track(groups, "summing up"):
         rivals = [other for other in groups if other.setting == group.setting and other.finished]
         reference = next((r for r in rivals if (r.name == baseline if baseline else r.method == REFERENCE.name)), None)
-        summaries.append(summary(group, reference))
+        summaries.append(summary(group, reference, best_rival(rivals)))
         if reference is not None and group is reference and not improved(group):
             idle.append(f"rollouts saved in {group.setting}: {group.name} ends no higher than it began")
     every = max(1, -(-sum(len(recorded.samples) for recorded in runs) // SAMPLES))
@@ -104,8 +105,14 @@ def run_line(recorded: Recorded) -> Document:
     }
 
 
-def summary(group: Seeds, baseline: Seeds | None) -> Document:
-    """A group's curves, distributions and figures; `baseline` is what its rollouts are compared with."""
+def best_rival(groups: Sequence[Seeds]) -> Seeds | None:
+    """The group that ends highest among those whose method is not ours; None without one."""
+    rivals = [group for group in groups if not METHODS[group.method].ours]
+    return max(rivals, key=lambda group: final_accuracy(group.records), default=None)
+
+
+def summary(group: Seeds, baseline: Seeds | None, rival: Seeds | None) -> Document:
+    """A group's curves, distributions and figures; `baseline` is what its rollouts are compared with, `rival` its accuracy."""
     runs = group.records
     steps = [run.steps for run in runs]
     finals = np.array([run.result["accuracy_after"] for run in runs])
@@ -132,6 +139,7 @@ def summary(group: Seeds, baseline: Seeds | None) -> Document:
         "mean_group_size": mean_of(every_step, "group_size"),
         "mean_rejected": mean_of(every_step, "prior_rejected"),
         "accuracy": at_points([run.evaluations for run in runs], "accuracy", axes),
+        "lead": None if rival is None else lead(group, rival, axes),
         "entropy": at_points([run.evaluations for run in runs], "entropy", axes),
         "prior_auc": at_points([run.evaluations for run in runs], "prior_auc", axes),
         "baseline_mse": at_points(probes, "baseline_mse", axes),
@@ -139,6 +147,7 @@ def summary(group: Seeds, baseline: Seeds | None) -> Document:
         "rejected": over("prior_rejected"),
         "weight": over("weight") or over("hallucination"),
         "grad_norm": over("grad_norm"),
+        "gradient_noise": over("gradient_noise"),
         "group_sizes": shares(every_step, "group_sizes"),
         "weights": shares(every_step, "weights") or shares(every_step, "hallucinations"),
         "calibration": calibration(steps),
@@ -163,6 +172,21 @@ def saved(group: Seeds, baseline: Seeds) -> Document | None:
         "low": reached.low,
         "high": reached.high,
     }
+
+
+def lead(group: Seeds, rival: Seeds, axes: dict[str, tuple[Array, Array]]) -> Document | None:
+    """How much more accurate the group is than the mean of the rival at the same number of rollouts."""
+    points, mean, _ = mean_curve([run.curve("rollouts") for run in rival.records])
+    ahead = [
+        [
+            {**e, "lead": e["accuracy"] - float(np.interp(e["rollouts"], points, mean))}
+            for e in run.evaluations
+            if e["rollouts"] <= points[-1]
+        ]
+        for run in group.records
+    ]
+    found = at_points(ahead, "lead", axes)
+    return None if found is None else {"rival": rival.name, **found}
 
 
 def improved(group: Seeds) -> bool:

@@ -23,6 +23,20 @@ const CHARTS = [
     },
   },
   {
+    id: "lead", title: "Accuracy over the best rival",
+    note: "Difference to the rival that ended highest, at equal rollouts; mean over seeds, band: one standard deviation.",
+    draw: (groups) => {
+      const traces = curves(groups, "lead", { markers: true, format: "+.3f" });
+      const rival = groups.map((g) => g.lead).find(Boolean);
+      return { traces, layout: rival ? level(0, rival.rival) : {} };
+    },
+  },
+  {
+    id: "noise", title: "Noise of the gradient",
+    note: "Second moment of one rollout's gradient over the mean energy, as far as the engine knows energies; smoothed. Half of it is worth twice the rollouts.",
+    draw: (groups) => ({ traces: curves(groups, "gradient_noise", { format: ".3f" }), layout: { yaxis: { rangemode: "tozero" } } }),
+  },
+  {
     id: "saved", wide: true, title: "Rollouts to the baseline's final accuracy",
     note: "Until the mean curve stays there; lines: 95 % interval over seeds, an open end never did. Dotted: what the baseline itself needed.",
     draw: drawSaved,

@@ -58,6 +58,7 @@ class Step(Record):
     weight: float | None = None
     hallucination: float | None = None
     grad_norm: float | None = None
+    gradient_noise: float | None = None
     group_sizes: Histogram | None = None
     weights: Histogram | None = None
     hallucinations: Histogram | None = None

@@ -76,6 +76,29 @@ def group_figures(batch: RolloutBatch, stats: AdvantageStats, initial: int) -> d
     }
 
 
+def gradient_noise(batch: RolloutBatch, rewards: NDArray[np.float64], advantages: NDArray[np.float64], scaled: bool) -> float:
+    """The second moment of one rollout's gradient over the mean energy: sum A^2 E / (c^2 sum E), reward units squared.
+
+    Energies are what the engine knows of them (v05.energy). c is by how much a method that divides by a scale stretches its
+    advantages: their slope on the rewards within groups. NaN where there is no energy, or nothing to take that slope from.
+
+    Args:
+        batch: G groups, N rollouts.
+        rewards, advantages: (N,), as trained on.
+        scaled: the method divides its advantages.
+    """
+    energies = np.array([completion.energy for completion in batch.completions])
+    stretch = 1.0
+    if scaled:
+        sizes = np.diff(batch.offsets)
+        group = np.repeat(np.arange(len(sizes)), sizes)
+        centred = rewards - (np.bincount(group, rewards, len(sizes)) / np.maximum(sizes, 1))[group]
+        spread = float(centred @ centred)
+        stretch = float(advantages @ centred) / spread if spread else 0.0
+    total = energies.sum() * stretch**2
+    return float(advantages**2 @ energies / total) if total else float("nan")
+
+
 def rejected(stats: AdvantageStats) -> float:
     """Share of the groups whose prior the test rejected, or (calibrated) more probably hallucinates than not; NaN for others."""
     if stats.weight is not None:

@@ -69,7 +69,7 @@ from v05.train.overlap import PromptQueue, places, requests_ahead
 from v05.train.policy import chat_tokens, policy_folder
 from v05.train.sinks import Sink, TensorBoard, figures_of, interrupted_later
 from v05.train.state import Progress, TrainerState, restore, result_of, snapshot
-from v05.train.step_records import Stopwatch, calibration_figures, group_figures, mismatch, sampled_groups
+from v05.train.step_records import Stopwatch, calibration_figures, gradient_noise, group_figures, mismatch, sampled_groups
 
 PROMPTS_BETWEEN_SEEDS = 10_000_000  # runs of different seeds read different stretches of the task's prompts
 CHECKED_PROMPTS = 256  # of training, whose lengths are checked at the start; of the others when they are drawn
@@ -206,6 +206,9 @@ class Trainer:
             generated_tokens=state.generated_tokens,
             seconds=state.seconds,
             **figures,
+            gradient_noise=gradient_noise(
+                batch, rewards, estimate.advantages.double().numpy(), (config.scale or self.estimator.of.scale) != "none"
+            ),
             **calibration_figures(self.estimator.calibrator),
             sampled_ahead=stale,
             unbiased=config.budget.unbiased and bool(estimate.counted.all()) and not stale,
