@@ -18,6 +18,7 @@ Records = list[dict[str, Any]]
 Array = NDArray[np.float64]
 
 POINTS = 100  # of a curve of steps, each the mean of those that fall to it
+OVERSHOOT = 1.05  # of a run's total, by which its last step may pass that of another
 SAMPLES = 4000  # groups of completions on a page, shared out evenly among the runs
 AXES = ("rollouts", "generated_tokens", "seconds")
 STAGES = ("generate", "verify", "schedule", "advantages", "update", "sync")  # of a step, in this order
@@ -181,7 +182,7 @@ def lead(group: Seeds, rival: Seeds, axes: dict[str, tuple[Array, Array]]) -> Do
         [
             {**e, "lead": e["accuracy"] - float(np.interp(e["rollouts"], points, mean))}
             for e in run.evaluations
-            if e["rollouts"] <= points[-1]
+            if e["rollouts"] <= OVERSHOOT * points[-1]
         ]
         for run in group.records
     ]
