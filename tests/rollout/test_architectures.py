@@ -9,7 +9,10 @@ from transformers import AutoModelForCausalLM
 from helpers.tiny_policy import tiny_model, tiny_tokenizer
 from v05.rollout import Request, generate
 from v05.rollout import transformers_engine as engine_module
+from v05.rollout.batch import RowBatch
+from v05.rollout.rows import Rows
 from v05.rollout.scoring import completion_logprobs
+from v05.rollout.slots import SlotBatch, _SlotCache
 from v05.rollout.transformers_engine import JOIN_EVERY, TransformersEngine
 
 VOCABULARY = 32
@@ -150,19 +153,24 @@ def test_a_time_step_below_its_bound_is_sampled_as_it_is_trained():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("fault", ["sampled", "trained"])
+@pytest.mark.parametrize("fault", ["slots", "slots and rows", "trained"])
 def test_the_self_check_finds_a_wrong_pass(fault, monkeypatch):
+    """An architecture for which slots are wrong is sampled in rows, or refused."""
     model = tiny_model()
     with torch.no_grad():
         model.lm_head.weight *= 20
-    TransformersEngine(model, tiny_tokenizer(), max_new_tokens=8)
-    if fault == "sampled":  # positions that count the padding
-        monkeypatch.setattr(
-            engine_module.Rows, "_widen", lambda rows, width: setattr(rows, "mask", rows.mask.new_ones(len(rows), width))
-        )
-    else:
+    assert isinstance(TransformersEngine(model, tiny_tokenizer(), max_new_tokens=8)._batch, SlotBatch)
+    if "slots" in fault:  # a step writes beside the column that it should
+        right_place = _SlotCache.go_to
+        monkeypatch.setattr(_SlotCache, "go_to", lambda cache, at, columns: right_place(cache, at + 1, columns))
+    if "rows" in fault:  # positions that count the padding
+        monkeypatch.setattr(Rows, "_widen", lambda rows, width: setattr(rows, "mask", rows.mask.new_ones(len(rows), width)))
+    if fault == "trained":
         right = engine_module.completion_logprobs
         monkeypatch.setattr(engine_module, "completion_logprobs", lambda *args: right(*args) + 0.01)
+    if fault == "slots":
+        assert isinstance(TransformersEngine(model, tiny_tokenizer(), max_new_tokens=8)._batch, RowBatch)
+        return
     with pytest.raises(ValueError, match="model_type='llama': the embedded engine cannot keep this architecture's state"):
         TransformersEngine(model, tiny_tokenizer(), max_new_tokens=8)
 

@@ -6,8 +6,9 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from v05.rollout import Request, generate
+from v05.rollout.sampling import inverse_cdf, uniforms
 from v05.rollout.scoring import completion_logprobs
-from v05.rollout.transformers_engine import JOIN_EVERY, TransformersEngine, _inverse_cdf, _uniforms
+from v05.rollout.transformers_engine import JOIN_EVERY, TransformersEngine
 from v05.train.config import PolicyConfig
 from v05.train.policy import character_decoder, character_tokenizer
 
@@ -184,12 +185,12 @@ def test_training_mode_is_left_as_it_was(policy):
 
 def test_inverse_cdf_covers_the_unit_interval():
     pi = torch.tensor([[0.25, 0.0, 0.75]], dtype=torch.float64).expand(4, 3)
-    tokens = _inverse_cdf(pi, torch.tensor([0.0, 0.2499, 0.2501, 1 - 2**-53], dtype=torch.float64))
+    tokens = inverse_cdf(pi, torch.tensor([0.0, 0.2499, 0.2501, 1 - 2**-53], dtype=torch.float64))
     assert tokens.tolist() == [0, 0, 2, 2]
 
 
 def test_uniforms_are_uniform_and_unrelated():
-    u = _uniforms(np.arange(5000, dtype=np.uint64), 8)
+    u = uniforms(np.arange(5000, dtype=np.uint64), 8)
     assert u.min() >= 0
     assert u.max() < 1
     assert abs(u.mean() - 0.5) < 0.01

@@ -72,7 +72,7 @@ def read_prompts(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], pad
         passes = [distinct]
     else:
         passes = [list(alike) for _, alike in itertools.groupby(sorted(distinct, key=len), key=len)]
-    rows, *others = (_read(model, alike, pad) for alike in passes)
+    rows, *others = (read_distinct(model, alike, pad) for alike in passes)
     for other in others:
         rows.append(other)
     row_of = {prompt: row for row, prompt in enumerate(itertools.chain(*passes))}
@@ -80,7 +80,8 @@ def read_prompts(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], pad
     return rows
 
 
-def _read(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], pad: int) -> Rows:
+def read_distinct(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], pad: int) -> Rows:
+    """As `read_prompts`, in one pass, where no prompt is like another and padding is masked."""
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), pad, device="cpu")
     mask = torch.zeros(len(prompts), longest, dtype=torch.int64, device="cpu")
