@@ -14,11 +14,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from helpers import rank_script
 from helpers.kill_and_resume import untimed
 from v05.train.checkpoint import find_checkpoints
-from v05.train.distributed import World
+from v05.train.distributed import World, join_world
 from v05.train.metrics import read_metrics
 from v05.train.presets import run_config
 from v05.train.trainer import Trainer
@@ -168,3 +170,21 @@ def test_other_engines_serve_one_process(tmp_path, monkeypatch):
     monkeypatch.setattr("v05.train.trainer.join_world", lambda: World(rank=1, size=2))
     with pytest.raises(ValueError, match=r"engine\.kind='ray' samples for one process; under torchrun use 'transformers'"):
         Trainer(run_config("smoke", "v05", engine={"kind": "ray"}), tmp_path, lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "devices", "backend", "device"),
+    [(2, 0, "gloo", None), (2, 2, "cpu:gloo,cuda:nccl", 1), (2, 1, "cpu:gloo,cuda:gloo", 0), (4, 8, "cpu:gloo,cuda:nccl", 1)],
+)
+def test_ranks_that_share_a_gpu_do_without_nccl(ranks, devices, backend, device, monkeypatch):
+    taken, begun = [], []
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: begun.append(backend))
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    assert join_world() == World(1, ranks)
+    assert begun == [backend]
+    assert taken == ([] if device is None else [device])

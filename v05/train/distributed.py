@@ -80,10 +80,17 @@ def join_world() -> World:
     if size == 1:
         return World()
     if not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+        dist.init_process_group(_take_device(), timeout=PATIENCE)
     return World(dist.get_rank(), size)
+
+
+def _take_device() -> str:
+    """Make a GPU this rank's, if there is any; the backends for tensors on the CPU and there. NCCL refuses two ranks on a GPU."""
+    devices = torch.cuda.device_count()
+    if devices == 0:
+        return "gloo"
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % devices)
+    return "cpu:gloo,cuda:nccl" if int(os.environ["LOCAL_WORLD_SIZE"]) <= devices else "cpu:gloo,cuda:gloo"
 
 
 def leave_world(status: int) -> None:
