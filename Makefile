@@ -17,7 +17,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 export OMP_NUM_THREADS = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup demo test test-gpu test-report test-vllm test-tabpfn test-integrations soak lint sanitize sanitize-threads bench bench-gpu docs wheel sdist release-wheels release-check format clean
+.PHONY: help setup demo test test-gpu test-report test-vllm test-tabpfn test-integrations soak lint sanitize sanitize-threads bench bench-gpu bench-engine docs wheel sdist release-wheels release-check format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 18
@@ -137,6 +137,9 @@ bench:  ## time the op and the allocator on this machine against their peers; wr
 bench-gpu:  ## time the ops on a GPU in four minutes, with the Python that is there; writes docs/speed.md's tables
 	$(GPU_PYTHON) bench/gpu_advantage.py --seconds 140 --write docs/speed.md
 	$(GPU_PYTHON) bench/policy_loss.py --seconds 70 --write docs/speed.md
+
+bench-engine:  ## time sampling by the embedded engine, on a GPU or here, in three minutes; writes docs/speed.md's table
+	$(GPU_PYTHON) bench/engine.py --write docs/speed.md
 
 docs: setup  ## the pages and the API reference, in site/; a warning is an error
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -d build/doctrees docs site
