@@ -4,6 +4,8 @@ import copy
 import importlib
 import inspect
 import shlex
+import subprocess
+import sys
 import warnings
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -114,6 +116,22 @@ def test_verl():
     manager = load_class_from_fqn(config.actor_rollout_ref.rollout.agent.agent_loop_manager_class, "AgentLoopManager")
     assert manager.__name__ == "SequentialAgentLoopManager"
     assert config.actor_rollout_ref.rollout.n == 16
+
+
+@pytest.mark.host
+def test_the_example_of_a_budget_in_verl(tmp_path):
+    verl = pytest.importorskip("verl", exc_type=ImportError)
+    from hydra import compose, initialize_config_dir
+
+    from v05.integrations.settings import Settings
+
+    make_inputs(tmp_path)
+    script = [sys.executable, ROOT / "examples" / "budget_with_verl.py", "--model", tmp_path / "path" / "to" / "model"]
+    printed = subprocess.run([*script, "--out", tmp_path, "--print"], capture_output=True, text=True, check=True).stdout
+    with initialize_config_dir(f"{verl.__path__[0]}/trainer/config", version_base=None):
+        config = compose("ppo_trainer", overrides=shlex.split(printed)[3:])
+    assert Settings.read(config.algorithm.v05) == Settings(reward_range=(0.0, 1.0), initial=4, chunk="look")
+    assert config.reward.custom_reward_function.name == "compute_score"
 
 
 @pytest.mark.host
