@@ -27,7 +27,7 @@ from v05.train.engine import engine_of_folder
 from v05.train.estimator import estimate_batch
 from v05.train.metrics import read_metrics
 from v05.train.policy import load_policy, load_tokenizer, policy_folder
-from v05.train.presets import label_of, run_config
+from v05.train.presets import MAX_NEW_TOKENS, PRESETS, given_policy, label_of, run_config
 from v05.train.step_records import SAMPLED_COMPLETIONS, SAMPLED_GROUPS, histogram, prior_outcomes, shortened
 from v05.train.trainer import Trainer
 
@@ -80,6 +80,16 @@ def test_what_is_said_of_the_policy_at_the_end_is_what_its_folder_does(tmp_path)
     assert result["greedy"] == np.mean(answers)
     without = run_config("smoke", "none", ["evaluation.final_samples=0"])
     assert "greedy" not in train(without, tmp_path / "without")
+
+
+def test_a_given_policy_has_the_limit_of_a_preset_for_language_models(tmp_path):
+    limit = PRESETS["gsm"]["policy"].max_new_tokens
+    assert given_policy("gsm", tmp_path) == PolicyConfig(path=tmp_path, max_new_tokens=limit)
+    assert given_policy("gsm", tmp_path, 9).max_new_tokens == 9
+    assert given_policy("tiny", tmp_path).max_new_tokens == MAX_NEW_TOKENS  # that of tiny is for characters
+    assert run_config("gsm", "optimal@1", policy=given_policy("gsm", tmp_path)).chat
+    with pytest.raises(ValueError, match=r"policy.path is None, but chat=True.* give its folder: --policy FOLDER"):
+        run_config("gsm", "optimal@1")
 
 
 def test_prompts_go_into_the_chat_template(tmp_path):
