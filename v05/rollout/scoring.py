@@ -49,7 +49,7 @@ def completion_statistics(
     # A layer that is computed again must not find its own keys and values in a cache.
     read = _after_prompts if keeps_only_columns(model) and not checkpointing else _of_whole_sequences
     layer = output_layer(model)
-    with _computed_again(model) if checkpointing else nullcontext():
+    with computed_again(model) if checkpointing else nullcontext():
         given = read(model if layer is None else _Trunk(model), prompts, tokens, pad).flatten(0, 1)[place]
     made = token_statistics(
         given,
@@ -88,7 +88,7 @@ def checkpointed_layers(model: PreTrainedModel) -> list[GradientCheckpointingLay
 
 
 @contextmanager
-def _computed_again(model: PreTrainedModel) -> Iterator[None]:
+def computed_again(model: PreTrainedModel) -> Iterator[None]:
     """Within, the layers keep for the backward pass only what they are given. transformers' own switch works in training mode
     alone, where dropout would change what is computed."""
     layers = checkpointed_layers(model)

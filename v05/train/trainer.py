@@ -63,6 +63,7 @@ from v05.train.evaluation import EVALUATION_SEED, FINAL_SEED, baseline_error, en
 from v05.train.identity import identity_digest, inputs_of, paths_of
 from v05.train.learner import Learner
 from v05.train.lora import merged_weights
+from v05.train.memory import memory_report
 from v05.train.metrics import CONFIG, INPUTS, POLICY, RESULT, MetricsLog, refuse_to_overwrite, write_json
 from v05.train.oracle import answer_probability
 from v05.train.overlap import PromptQueue, places, requests_ahead
@@ -126,8 +127,11 @@ class Trainer:
         self.resume(report)
         self.prompts = PromptQueue(self.task.prompts("train", start=self.state.next_prompt))
         first = itertools.islice(self.task.prompts("train", start=self.state.next_prompt), CHECKED_PROMPTS)
-        for prompt in (*self.heldout, *(prompt for _, prompt in first)):
-            self.tokens_of(prompt)  # refuses one that does not fit, before anything is sampled
+        # Refuses a prompt that does not fit, before anything is sampled.
+        longest = max(len(self.tokens_of(prompt)) for prompt in (*self.heldout, *(prompt for _, prompt in first)))
+        if config.policy.path is not None:  # those that are made here fit everywhere
+            model = self.learner.sampled
+            report(memory_report(config, model.config, longest, self.world.size, model.device.type))
 
     def resume(self, report: Callable[[str], None]) -> None:
         """Go on from the directory's newest checkpoint, or start its records anew."""

@@ -1,0 +1,215 @@
+"""Measure what an update needs of memory on the CPU, against what v05.train.memory expects: `python bench/memory.py`.
+
+Policies have the architectures of SmolLM2-135M and Qwen3-0.6B and random weights; `--layers` makes one shallower. Each case is a
+process of its own: it loads the policy, then makes two updates of two backward passes each on made-up rollouts of 512 tokens, 64 of
+them the prompt's. The figure is the most memory that the process held, less what it held after the same updates of a small policy.
+glibc is told to give back what is freed; by its own settings it keeps some.
+
+A case that is expected to need more than `--limit` GiB is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from machine import commit, processor, versions
+
+RESULTS = Path(__file__).parent / "results" / "memory.csv"
+PROMPT, WIDTH, ROWS = 64, 512, 1  # tokens of a prompt, of a rollout; rollouts of a backward pass
+UPDATES, PASSES = 2, 2
+WARM, POLICY = "warm", "policy"  # folders: of a policy to warm up on, and of the one that is measured
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "SmolLM2-135M": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "vocab_size": 49_152,
+    },
+    "Qwen3-0.6B": {
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 3072,
+        "vocab_size": 151_936,
+    },
+    "tiny": {  # for the test
+        "model_type": "llama",
+        "hidden_size": 256,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 1024,
+        "vocab_size": 8192,
+    },
+}
+CASES: dict[str, list[str]] = {
+    "float32": [],
+    "float32, checkpointing": ["optimizer.gradient_checkpointing=true"],
+    "bfloat16": ["policy.dtype=bfloat16"],
+    "bfloat16, checkpointing": ["policy.dtype=bfloat16", "optimizer.gradient_checkpointing=true"],
+    "float32, LoRA": ["policy.lora={}"],
+    "bfloat16, LoRA, checkpointing": ["policy.dtype=bfloat16", "policy.lora={}", "optimizer.gradient_checkpointing=true"],
+}
+COLUMNS = ["policy", "layers", "case", "expected_gib", "measured_gib", "ratio", "device", "commit", "versions"]
+GIB = 1 << 30
+# Blocks of 64 KiB and more are maps of their own, which the system has back as soon as they are freed.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 16), "MALLOC_ARENA_MAX": "1"}
+
+
+def config_of(name: str, layers: int) -> Any:
+    from transformers import AutoConfig
+
+    settings = ARCHITECTURES[name] | {"num_hidden_layers": layers or ARCHITECTURES[name]["num_hidden_layers"]}
+    return AutoConfig.for_model(
+        **settings, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None, max_position_embeddings=2048
+    )
+
+
+def run_of(case: str, folder: str = "nowhere") -> Any:
+    """The run whose updates are measured."""
+    from v05.train.presets import run_config
+
+    sizes = [f"policy.max_new_tokens={WIDTH - PROMPT}", f"optimizer.tokens_per_backward={ROWS * WIDTH}", "sampling_batch=1"]
+    sizes += [f"rollouts_per_step={ROWS * PASSES}"]
+    return run_config("smoke", "none@1", [*sizes, *CASES[case]], policy={"path": folder})
+
+
+def expected(name: str, layers: int, case: str) -> float:
+    """GiB."""
+    from v05.train.memory import expected_memory
+
+    return expected_memory(run_of(case), config_of(name, layers), PROMPT).peak / GIB
+
+
+def measure(name: str, layers: int, case: str) -> float:
+    """GiB of a process that makes the updates of the case."""
+    with tempfile.TemporaryDirectory() as folder:
+        for step in ("make", "update"):
+            command = [sys.executable, __file__, "--child", step, folder, name, str(layers), case]
+            made = subprocess.run(command, capture_output=True, text=True, env=os.environ | ALLOCATOR, check=False)
+            if made.returncode:
+                raise RuntimeError(f"{name}, {case}: {made.stderr[-2000:]}")
+    return float(json.loads(made.stdout.splitlines()[-1])) / GIB
+
+
+def make(folder: str, name: str, layers: int) -> None:
+    """Write a policy with random weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from v05.train.policy import character_tokenizer
+
+    torch.manual_seed(0)
+    for place, config in {WARM: config_of("tiny", 1), POLICY: config_of(name, layers)}.items():
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(Path(folder, place))
+        character_tokenizer().save_pretrained(Path(folder, place))
+
+
+def update(folder: str, case: str) -> int:
+    """Bytes that the updates of the case took at most, beyond what the process held when it had made them on a small policy."""
+    train(Path(folder, WARM), case)
+    gc.collect()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    train(Path(folder, POLICY), case)
+    return resident("VmHWM") - before
+
+
+def train(folder: Path, case: str) -> None:
+    """Load the policy and update it on made-up rollouts."""
+    import numpy as np
+    import torch
+
+    from v05.rollout import Completion
+    from v05.rollout.scheduler import RolloutBatch
+    from v05.train.distributed import World
+    from v05.train.learner import Learner
+
+    torch.manual_seed(0)
+    learner = Learner(run_of(case, str(folder)), folder, World())
+    random, count, new = np.random.default_rng(0), ROWS * PASSES, WIDTH - PROMPT
+    completions = [Completion(random.integers(3, 90, size=new), np.full(new, -1.0, dtype=np.float32), False) for _ in range(count)]
+    batch = RolloutBatch(
+        prompts=[None] * count,  # type: ignore[list-item]
+        prompt_tokens=[tuple(random.integers(3, 90, size=PROMPT).tolist()) for _ in range(count)],
+        priors=np.full(count, np.nan),
+        offsets=np.arange(count + 1),
+        rewards=np.zeros(count),
+        completions=completions,
+        invalid=0,
+        failures=[],
+        in_flight=1.0,
+        generate_seconds=0.0,
+        verify_seconds=0.0,
+    )
+    for _ in range(UPDATES):
+        learner.update(batch, torch.linspace(-1, -0.5, count))
+
+
+def resident(which: str) -> int:
+    """Bytes that this process holds of memory: VmRSS now, VmHWM at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:"))
+
+
+def rows(names: list[str], layers: int, cases: list[str], limit: float) -> Iterator[dict[str, Any]]:
+    about = {"device": processor(), "commit": commit(), "versions": versions("torch", "transformers", "peft")}
+    for name in names:
+        depth = layers or ARCHITECTURES[name]["num_hidden_layers"]
+        for case in cases:
+            wanted = expected(name, depth, case)
+            if wanted > limit:
+                print(f"{name}, {depth} layers, {case}: {wanted:.2f} GiB expected, left out", flush=True)
+                continue
+            found = measure(name, depth, case)
+            print(
+                f"{name}, {depth} layers, {case}: {wanted:.2f} GiB expected, {found:.2f} measured, {wanted / found:.3f}", flush=True
+            )
+            figures = {"expected_gib": f"{wanted:.3f}", "measured_gib": f"{found:.3f}", "ratio": f"{wanted / found:.3f}"}
+            yield {"policy": name, "layers": depth, "case": case, **figures, **about}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--policies", nargs="+", choices=ARCHITECTURES, default=["SmolLM2-135M", "Qwen3-0.6B"])
+    parser.add_argument("--layers", type=int, default=0, help="0: those of the architecture")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--limit", type=float, default=9.0, help="GiB that a case may need")
+    parser.add_argument("--write", action="store_true", help=f"add the rows to {RESULTS.name}")
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        step, folder, name, layers, case = arguments.child
+        if step == "make":
+            make(folder, name, int(layers))
+        else:
+            print(update(folder, case))
+        return
+    made = list(rows(arguments.policies, arguments.layers, arguments.cases, arguments.limit))
+    if arguments.write:
+        is_new = not RESULTS.exists()
+        with RESULTS.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if is_new:
+                writer.writeheader()
+            writer.writerows(made)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""What a run needs of memory, before its first step, and which setting would lower that most.
+
+What the weights, their masters, gradients and AdamW's two means hold is counted. What a backward pass holds of activations is read
+off a trace: one and two layers of the policy's architecture go forward and backward on fake tensors, which have shapes and no
+memory, and every further layer is taken to hold as much as the second. The trace reads whole sequences of tokens_per_backward
+tokens in all. It is made on the processor's kernels, which keep what a GPU's keep but for the attention's statistics.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from v05.ops.token_statistics.linear import CHUNK_BYTES
+from v05.rollout.scoring import computed_again
+from v05.train.config import RunConfig
+from v05.train.lora import add_adapter
+from v05.train.settings import validated
+
+GIB = 1 << 30
+WIDE = 4  # bytes of a float32
+SAMPLED = 2 * 4 + 2 * 8  # bytes a token of the vocabulary: logits and their log-softmax, probabilities and their sums in float64
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one process needs on its device.
+
+    Attributes:
+        weights: of the policy, its frozen ones and the unsharded copy of a sharded policy included.
+        reference: of the policy that a KL term holds on to.
+        masters: float32 copies of the weights that are trained.
+        gradients: that several backward passes add up.
+        optimizer: AdamW's means.
+        backward: activations of a micro-batch at their most, logits of a chunk, and gradients that are not added up yet.
+        update: what AdamW needs beside its means while it steps.
+        sampling: keys and values of the rollouts under way, and what their next tokens are drawn with.
+    """
+
+    weights: int
+    reference: int
+    masters: int
+    gradients: int
+    optimizer: int
+    backward: int
+    update: int
+    sampling: int
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at once."""
+        held = self.weights + self.reference + self.masters + self.gradients + self.optimizer
+        return held + max(self.backward, self.update, self.sampling)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a model of some layers comes to.
+
+    Attributes:
+        parameters, trained: numbers of weights.
+        kept: bytes at the end of a forward pass.
+        more: bytes that the backward pass adds to them at most, gradients of weights left out.
+    """
+
+    parameters: int
+    trained: int
+    kept: int
+    more: int
+
+
+def expected_memory(config: RunConfig, model: PretrainedConfig, prompt: int, ranks: int = 1, device: str = "cpu") -> Memory:
+    """What a run of `config` needs on each of `ranks` devices.
+
+    Args:
+        model: the configuration of the policy's architecture.
+        prompt: tokens of the longest prompt.
+        device: "cpu" or "cuda".
+    """
+    text = model.get_text_config(decoder=True)
+    width = prompt + config.policy.max_new_tokens
+    of_update = -(-config.rollouts_per_step // (ranks * config.optimizer.updates_per_step))
+    rows = max(min(config.optimizer.tokens_per_backward // width, of_update), 1)
+    one, two = (trace(config, model, layers, rows, width) for layers in (1, 2))
+
+    def deep(of_one: int, of_two: int) -> int:
+        return of_one + (text.num_hidden_layers - 1) * (of_two - of_one)
+
+    parameters, trained = deep(one.parameters, two.parameters), deep(one.trained, two.trained)
+    kept = deep(one.kept, two.kept)
+    wide, is_whole = config.policy.dtype == "float32", config.policy.lora is None
+    size = WIDE if wide else 2
+    shards = ranks if config.distributed == "fsdp2" else 1
+    output = text.vocab_size * text.hidden_size
+    logits = min(CHUNK_BYTES[device], rows * width * text.vocab_size * WIDE)
+    # On the CPU the output layer is read in float32; its gradient is made in float32 everywhere.
+    layer = output * WIDE * ((device == "cpu" and not wide) + is_whole)
+    # Both gradients of tied weights are held until they are added up.
+    gradients = is_whole * output * size * (2 if text.tie_word_embeddings else 1) + (0 if wide else trained * size)
+    return Memory(
+        weights=parameters * size + (parameters * WIDE // shards if shards > 1 else 0),
+        reference=parameters * size if config.loss.kl_coefficient > 0 and is_whole else 0,
+        masters=0 if wide or shards > 1 else trained * WIDE,
+        gradients=trained * WIDE // shards,
+        optimizer=2 * trained * WIDE // shards,
+        backward=max(kept + max(two.more, logits + layer), gradients),
+        update=trained * WIDE // shards if device == "cuda" else 2 * is_whole * output * WIDE,
+        sampling=_sampling(config, text, width) if config.engine.kind == "transformers" else 0,
+    )
+
+
+def _sampling(config: RunConfig, text: PretrainedConfig, width: int) -> int:
+    """Bytes of the rollouts that the embedded engine has under way."""
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    size = WIDE if config.policy.dtype == "float32" else 2
+    columns = (text.num_hidden_layers + 1) * 2 * heads * head * width * size  # the layer more is the one that is being copied
+    drawn = text.vocab_size * (SAMPLED + (0 if size == WIDE else size))
+    return config.sampling_batch * (columns + drawn)
+
+
+def trace(config: RunConfig, model: PretrainedConfig, layers: int, rows: int, width: int) -> Trace:
+    """A policy with this many layers, which reads (rows, width) tokens on fake tensors."""
+    shallow = copy.deepcopy(model)
+    text = shallow.get_text_config(decoder=True)
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    with torch.device("meta"):
+        policy: PreTrainedModel = AutoModelForCausalLM.from_config(shallow, dtype=getattr(torch, config.policy.dtype)).eval()
+        if config.policy.lora is not None:
+            add_adapter(policy, config.policy.lora, 0)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in policy.parameters()]
+    with FakeTensorMode():
+        _fill_with_fakes(policy, policy.dtype)
+        ids = torch.zeros(rows, width, dtype=torch.int64, device="cpu")
+        live = _Live(policy)
+        with live, computed_again(policy) if config.optimizer.gradient_checkpointing else nullcontext():
+            hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        kept = live.bytes
+        with live:
+            hidden.backward(torch.ones_like(hidden))
+    return Trace(sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained), kept, max(live.most - kept, 0))
+
+
+def _fill_with_fakes(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Put fake tensors of the CPU in the place of a model's tensors: parameters of `dtype` that hold on to no gradient."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            fake = torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device="cpu"), parameter.requires_grad)
+            if fake.requires_grad:
+                fake.register_post_accumulate_grad_hook(_drop_gradient)
+            setattr(module, name, fake)
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu"))
+
+
+def _drop_gradient(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of the tensors that are made within and still there, and the most that there were at once."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.bytes = self.most = 0
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in (*model.parameters(), *model.buffers())}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._sizes:
+            self._sizes[storage._cdata] = storage.nbytes()
+            self.bytes += storage.nbytes()
+            self.most = max(self.most, self.bytes)
+            weakref.finalize(storage, self._forget, storage._cdata)
+
+    def _forget(self, key: int) -> None:
+        self.bytes -= self._sizes.pop(key)
+
+
+def memory_there_is(device: str, ranks: int) -> int:
+    """Bytes of the GPU, or of this machine's memory for each of its ranks."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+
+
+def memory_report(config: RunConfig, model: PretrainedConfig, prompt: int, ranks: int, device: str) -> str:
+    """A line that says what `expected_memory` comes to and, where that is more than there is, what would lower it most."""
+    try:
+        expected, there_is = expected_memory(config, model, prompt, ranks, device), memory_there_is(device, ranks)
+    except Exception as error:  # an architecture whose code fake tensors cannot go through is trained nevertheless
+        return f"memory: not known of model_type={model.model_type!r} ({error!r:.200})"
+    parts = ", ".join(f"{f.name} {getattr(expected, f.name) / GIB:.2f}" for f in fields(expected) if getattr(expected, f.name))
+    line = f"memory: at most {expected.peak / GIB:.2f} GiB expected, of {there_is / GIB:.2f} ({parts})"
+    if expected.peak <= there_is:
+        return line
+    peaks = {
+        setting: expected_memory(validated(RunConfig, dict(config), [setting]), model, prompt, ranks, device).peak
+        for setting in _savings(config, prompt, ranks)
+    }
+    best = min(peaks, key=lambda setting: peaks[setting])
+    return f"{line}; --set {best} would lower it most, to {peaks[best] / GIB:.2f} GiB"
+
+
+def _savings(config: RunConfig, prompt: int, ranks: int) -> Iterator[str]:
+    """Settings that take less memory than those of `config`."""
+    if not config.optimizer.gradient_checkpointing:
+        yield "optimizer.gradient_checkpointing=true"
+    if config.policy.lora is None:
+        yield "policy.lora={}"
+    if config.policy.dtype == "float32":
+        yield "policy.dtype=bfloat16"
+    if ranks > 1 and config.distributed == "ddp":
+        yield "distributed=fsdp2"
+    yield f"optimizer.tokens_per_backward={prompt + config.policy.max_new_tokens}"
+    yield f"sampling_batch={max(config.sampling_batch // 4, 1)}"
