@@ -109,6 +109,7 @@ def test_what_lowers_memory_lowers_what_is_expected():
     assert less("optimizer.tokens_per_backward=640").backward < base.backward / 3
     assert less("policy.dtype=bfloat16").backward < 0.7 * base.backward
     assert less("sampling_batch=1").sampling < base.sampling / 6
+    assert less(ranks=2).gradients == 2 * base.gradients  # DDP reduces copies
     sharded = less("distributed=fsdp2", ranks=4)
     assert sharded.optimizer == base.optimizer / 4
     assert sharded.weights == base.weights * 5 / 4  # with the unsharded copy that is sampled from

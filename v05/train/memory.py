@@ -95,7 +95,8 @@ def expected_memory(config: RunConfig, model: PretrainedConfig, prompt: int, ran
     one, two = (trace(config, model, layers, rows, width) for layers in (1, 2))
 
     def deep(of_one: int, of_two: int) -> int:
-        return of_one + (text.num_hidden_layers - 1) * (of_two - of_one)
+        further: int = text.num_hidden_layers - 1
+        return of_one + further * (of_two - of_one)
 
     parameters, trained = deep(one.parameters, two.parameters), deep(one.trained, two.trained)
     kept = deep(one.kept, two.kept)
@@ -112,7 +113,7 @@ def expected_memory(config: RunConfig, model: PretrainedConfig, prompt: int, ran
         weights=parameters * size + (parameters * WIDE // shards if shards > 1 else 0),
         reference=parameters * size if config.loss.kl_coefficient > 0 and is_whole else 0,
         masters=0 if wide or shards > 1 else trained * WIDE,
-        gradients=trained * WIDE // shards,
+        gradients=trained * WIDE // shards + (trained * size if ranks > 1 and shards == 1 else 0),  # and in DDP's buckets
         optimizer=2 * trained * WIDE // shards,
         backward=max(kept + max(two.more, logits + layer), gradients),
         update=trained * WIDE // shards if device == "cuda" else 2 * is_whole * output * WIDE,
@@ -127,7 +128,8 @@ def _sampling(config: RunConfig, text: PretrainedConfig, width: int) -> int:
     size = WIDE if config.policy.dtype == "float32" else 2
     columns = (text.num_hidden_layers + 1) * 2 * heads * head * width * size  # the layer more is the one that is being copied
     drawn = text.vocab_size * (SAMPLED + (0 if size == WIDE else size))
-    return config.sampling_batch * (columns + drawn)
+    rollout: int = columns + drawn
+    return config.sampling_batch * rollout
 
 
 def trace(config: RunConfig, model: PretrainedConfig, layers: int, rows: int, width: int) -> Trace:
@@ -174,7 +176,7 @@ class _Live(TorchDispatchMode):
     """Bytes of the tensors that are made within and still there, and the most that there were at once."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = self.most = 0
         self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in (*model.parameters(), *model.buffers())}
 
