@@ -70,14 +70,14 @@ test-tabpfn: $(VENV)-tabpfn/.ready  ## the tests of TabPFN as the value model's 
 	$(VENV)-tabpfn/bin/python -m pytest -q -m tabpfn tests/prior/test_tabpfn_head.py
 
 $(VENV)/.browser: $(VENV)/.ready
-	command -v chromium > /dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && \
+	command -v chromium > /dev/null || command -v chromium-browser > /dev/null || command -v google-chrome > /dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq -o DPkg::Lock::Timeout=300 --no-install-recommends chromium > /dev/null; } || \
 		{ echo "make test-report needs Chromium; install your system's package chromium"; exit 1; }
 	$(BIN)/pip install --quiet 'playwright>=1.50,<2'
 	touch $@
 
-test-report: $(VENV)/.browser  ## the test of the report page in headless Chromium (on Debian, root gets it installed)
-	$(BIN)/python -m pytest -q --durations=5 -m browser tests/report
+test-report: $(VENV)/.browser  ## the report page and the documentation in headless Chromium (on Debian, root gets it installed)
+	$(BIN)/python -m pytest -q --durations=5 -m browser tests/report tests/test_site.py
 
 $(HOSTS:%=$(VENV)-%/.ready): $(VENV)-%/.ready: pyproject.toml CMakeLists.txt v05/integrations/hosts.py $(CPP_ALL)
 	$(or $(shell $(HOST) python $*),$(PYTHON)) -m venv $(VENV)-$*

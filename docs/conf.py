@@ -11,7 +11,7 @@ import v05
 project = "v05"
 version = release = v05.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 myst_heading_anchors = 3
 
 default_role = "py:obj"  # a name in single backticks: a link where the reference has it, else code
@@ -23,9 +23,19 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_attr_annotations = False  # docstrings say the dtypes, and more of them
 
-html_theme = "furo"
+PLAIN_SIDEBAR = {"color-sidebar-link-text--top-level": "var(--color-foreground-primary)"}
+html_theme = "furo"  # with its search, and dark where the reader's system is
 html_title = "v05"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_theme_options = {
+    "light_css_variables": {"color-brand-primary": "#b91c1c", "color-brand-content": "#b91c1c", **PLAIN_SIDEBAR},
+    "dark_css_variables": {"color-brand-primary": "#f87171", "color-brand-content": "#f87171", **PLAIN_SIDEBAR},
+    "navigation_with_keys": True,
+}
+copybutton_exclude = ".linenos, .gp, .go"  # prompts and output are no part of a command
 html_copy_source = False
+html_use_index = html_domain_indices = False  # the search finds names, and no page links to an index
 html_show_copyright = False
 
 

@@ -1,23 +1,19 @@
 """The documentation site: built without a warning, whole, and asking no other host for anything."""
 
+import functools
 import re
-import subprocess
-import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from helpers.documents import ROOT
+from helpers.chromium import PATIENCE, chromium
+from helpers.documents import ROOT, build_site
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    place = tmp_path_factory.mktemp("site")
-    options = ["--quiet", "--fail-on-warning", "--keep-going", "-d", place / "doctrees"]
-    built = subprocess.run(
-        [sys.executable, "-m", "sphinx", *options, ROOT / "docs", place / "html"], capture_output=True, text=True
-    )
-    assert built.returncode == 0, built.stderr
-    return place / "html"
+    return build_site(tmp_path_factory.mktemp("site"))
 
 
 def test_every_page_is_there_and_can_be_reached(site):
@@ -84,3 +80,103 @@ def test_nothing_is_asked_of_another_host(site):
             assert not imported.search(file.read_text()), file
         if file.suffix == ".js":
             assert not re.search(r"(?:fetch|importScripts|src\s*=)\s*\(?\s*[\"'`]https?://", file.read_text()), file
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    """Of the site, served: in a file the search may not read the pages that it finds."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site)) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def open_page(browser, address):
+    """Open a page of the site in a window of a width; at the end no script may have failed, and nothing been asked of others."""
+    complaints, contexts = [], []
+
+    def open_page(name, width, **context):
+        contexts.append(browser.new_context(viewport={"width": width, "height": 900}, **context))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(PATIENCE)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: request.url.startswith((address, "data:")) or complaints.append(request.url))
+        page.goto(f"{address}/{name}")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+# What reaches beyond the window, but for what scrolls in itself.
+BEYOND = """() => [...document.querySelectorAll("article *")]
+    .filter(each => !each.closest(".table-wrapper, pre, .highlight") && each.getBoundingClientRect().right > innerWidth + 1)
+    .map(each => each.outerHTML.slice(0, 100))"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1300])
+def test_no_page_is_wider_than_the_window(width, site, address, open_page):
+    page, too_wide = open_page("index.html", width), {}
+    for file in sorted(site.rglob("*.html")):
+        page.goto(f"{address}/{file.relative_to(site)}")
+        scrolled, beyond = page.evaluate("document.documentElement.scrollWidth"), page.evaluate(BEYOND)
+        if scrolled > width or beyond:
+            too_wide[file.name] = (scrolled, beyond[:3])
+    assert too_wide == {}
+
+
+@pytest.mark.browser
+def test_the_first_screen_leads_on(open_page):
+    """Wide, every page is a click away, beside the text; narrow, behind one button, and the text begins at the top."""
+    wide, narrow = open_page("index.html", 1300), open_page("index.html", 390)
+    assert wide.locator(".sidebar-tree a", has_text="In your trainer").is_visible()
+    sidebar = narrow.locator(".sidebar-drawer")
+    assert sidebar.bounding_box()["x"] < 0
+    narrow.locator(".nav-overlay-icon").first.click()
+    narrow.wait_for_function("document.querySelector('.sidebar-drawer').getBoundingClientRect().x >= 0")
+    for page in (wide, narrow):
+        assert page.locator("article h1").bounding_box()["y"] < 200
+
+
+@pytest.mark.browser
+def test_dark_where_the_system_is(open_page):
+    def brightness(page):
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        return sum(int(part) for part in re.findall(r"\d+", colour)[:3])
+
+    assert brightness(open_page("index.html", 1300, color_scheme="light")) > 700
+    dark = open_page("optimal.html", 1300, color_scheme="dark")
+    assert brightness(dark) < 100
+    assert dark.evaluate("getComputedStyle(document.querySelector('article img')).backgroundColor") == "rgb(255, 255, 255)"
+
+
+@pytest.mark.browser
+def test_search_finds_a_function(open_page):
+    page = open_page("search.html?q=fused_advantage", 1300)
+    page.locator("#search-results a", has_text="v05.ops").first.wait_for()
+
+
+@pytest.mark.browser
+def test_code_is_copied_as_it_stands(open_page):
+    page = open_page("hosts/verl.html", 1300)
+    block = page.locator("div.highlight", has_text="main_ppo").first
+    block.hover()
+    block.locator("button.copybtn").wait_for()
+    target = block.locator("button.copybtn").get_attribute("data-clipboard-target")
+    assert page.locator(target).text_content() == block.locator("pre").text_content()
+    assert page.locator("div.highlight").count() == page.locator("button.copybtn").count() > 1

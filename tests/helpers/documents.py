@@ -10,6 +10,8 @@ Python is executed, also what stands in an `invisible-code-block` comment: there
 import glob
 import json
 import shlex
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from unittest import SkipTest
@@ -73,6 +75,14 @@ def fences(document):
 
 
 PARSER = Sybil(parsers=[fences, SkipParser()])
+
+
+def build_site(place):
+    """The folder with the pages of `make docs`, built without a warning."""
+    command = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going", "-d", place / "doctrees"]
+    built = subprocess.run([*command, ROOT / "docs", place / "html"], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    return place / "html"
 
 
 def make_inputs(directory):

@@ -1,30 +1,21 @@
 """The page in headless Chromium, from a file: no complaint, no request, every chart drawn, completions that can be searched."""
 
-import shutil
-
 import pytest
 
+from helpers.chromium import PATIENCE, chromium
 from helpers.made_up_runs import HOSTILE, write_run
 from v05.report.figures import document
 from v05.report.page import write_page
 from v05.report.runs import find_runs, read_runs, seeds_of
 
 pytestmark = pytest.mark.browser
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: make test-report")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-if CHROMIUM is None:
-    pytest.skip("needs Chromium: make test-report", allow_module_level=True)
-
-PATIENCE = 120_000  # milliseconds, for a machine that others use too
 TITLE = "runs & <b>more</b>"
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
