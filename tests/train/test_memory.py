@@ -11,13 +11,15 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from v05.rollout.rows import read_prompts
+from v05.rollout import Request
 from v05.rollout.scoring import computed_again
+from v05.rollout.transformers_engine import TransformersEngine
 from v05.train import memory
 from v05.train.config import LoraConfig
 from v05.train.lora import add_adapter
 from v05.train.masters import MasterWeights
 from v05.train.memory import expected_memory, memory_report, trace
+from v05.train.policy import character_tokenizer
 from v05.train.presets import run_config
 
 BENCH = Path(__file__).parents[2] / "bench" / "memory.py"
@@ -87,14 +89,17 @@ def test_activations_of_two_layers_tell_those_of_all(settings):
     assert expected == pytest.approx(sum(kept.values()) + hidden.nbytes, rel=0.05)
 
 
-def test_keys_and_values_of_the_engine_are_counted():
-    config, run = architecture(), run_of()
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        rows = read_prompts(model, [tuple(range(PROMPT + NEW))] * run.sampling_batch, 0)
-    cache = sum(t.nbytes for layer in rows.cache.layers for t in (layer.keys, layer.values))
-    drawn = run.sampling_batch * config.vocab_size * 24
-    assert expected_memory(run, config, PROMPT).sampling == cache * (LAYERS + 1) / LAYERS + drawn
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_keys_and_values_of_the_engine_are_counted(dtype):
+    config, run = architecture(), run_of(f"policy.dtype={dtype}")
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    engine = TransformersEngine(model, character_tokenizer(), max_new_tokens=NEW, capacity=run.sampling_batch)
+    engine.submit(range(run.sampling_batch), [Request((5,) * PROMPT, seed) for seed in range(run.sampling_batch)])
+    engine.poll()
+    held = sum(tensor.nbytes for tensor in engine._batch._cache.tensors())
+    found = expected_memory(run, config, PROMPT)
+    assert found.slots == held > 0
+    assert found.peak >= found.weights + held + found.sampling
 
 
 def test_what_lowers_memory_lowers_what_is_expected():
@@ -108,7 +113,8 @@ def test_what_lowers_memory_lowers_what_is_expected():
     assert less("optimizer.gradient_checkpointing=true").backward < base.backward / 3
     assert less("optimizer.tokens_per_backward=640").backward < base.backward / 3
     assert less("policy.dtype=bfloat16").backward < 0.7 * base.backward
-    assert less("sampling_batch=1").sampling < base.sampling / 6
+    assert less("sampling_batch=700").sampling > 50 * base.sampling  # in place of 7
+    assert less("sampling_batch=700").slots == 11 * base.slots  # which come by 64
     assert less(ranks=2).gradients == 2 * base.gradients  # DDP reduces copies
     sharded = less("distributed=fsdp2", ranks=4)
     assert sharded.optimizer == base.optimizer / 4

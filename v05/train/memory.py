@@ -23,14 +23,16 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from v05.ops.token_statistics.linear import CHUNK_BYTES
+from v05.rollout.batch import ROWS
 from v05.rollout.scoring import computed_again
+from v05.rollout.slots import COLUMNS
 from v05.train.config import RunConfig
 from v05.train.lora import add_adapter
 from v05.train.settings import validated
 
 GIB = 1 << 30
 WIDE = 4  # bytes of a float32
-SAMPLED = 2 * 4 + 2 * 8  # bytes a token of the vocabulary: logits and their log-softmax, probabilities and their sums in float64
+SAMPLED = 4 * WIDE  # bytes a token of the vocabulary: logits, their log-softmax, probabilities and what is made of these
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Memory:
         optimizer: AdamW's means.
         backward: activations of a micro-batch at their most, logits of a chunk, and gradients that are not added up yet.
         update: what AdamW needs beside its means while it steps.
-        sampling: keys and values of the rollouts under way, and what their next tokens are drawn with.
+        slots: keys and values of the rollouts under way, which the embedded engine holds between steps too.
+        sampling: what their next tokens are drawn with, and prompts that are being read.
     """
 
     weights: int
@@ -55,12 +58,13 @@ class Memory:
     optimizer: int
     backward: int
     update: int
+    slots: int
     sampling: int
 
     @property
     def peak(self) -> int:
         """The most that is held at once."""
-        held = self.weights + self.reference + self.masters + self.gradients + self.optimizer
+        held = self.weights + self.reference + self.masters + self.gradients + self.optimizer + self.slots
         return held + max(self.backward, self.update, self.sampling)
 
 
@@ -89,6 +93,7 @@ def expected_memory(config: RunConfig, model: PretrainedConfig, prompt: int, ran
         device: "cpu" or "cuda".
     """
     text = model.get_text_config(decoder=True)
+    slots, sampling = _sampling(config, text, prompt) if config.engine.kind == "transformers" else (0, 0)
     width = prompt + config.policy.max_new_tokens
     of_update = -(-config.rollouts_per_step // (ranks * config.optimizer.updates_per_step))
     rows = max(min(config.optimizer.tokens_per_backward // width, of_update), 1)
@@ -117,19 +122,22 @@ def expected_memory(config: RunConfig, model: PretrainedConfig, prompt: int, ran
         optimizer=2 * trained * WIDE // shards,
         backward=max(kept + max(two.more, logits + layer), gradients),
         update=trained * WIDE // shards if device == "cuda" else 2 * is_whole * output * WIDE,
-        sampling=_sampling(config, text, width) if config.engine.kind == "transformers" else 0,
+        slots=slots,
+        sampling=sampling,
     )
 
 
-def _sampling(config: RunConfig, text: PretrainedConfig, width: int) -> int:
-    """Bytes of the rollouts that the embedded engine has under way."""
+def _sampling(config: RunConfig, text: PretrainedConfig, prompt: int) -> tuple[int, int]:
+    """Bytes that the embedded engine keeps of the rollouts under way, and those that a step of it takes."""
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     size = WIDE if config.policy.dtype == "float32" else 2
-    columns = (text.num_hidden_layers + 1) * 2 * heads * head * width * size  # the layer more is the one that is being copied
-    drawn = text.vocab_size * (SAMPLED + (0 if size == WIDE else size))
-    rollout: int = columns + drawn
-    return config.sampling_batch * rollout
+    column: int = text.num_hidden_layers * 2 * heads * head * size
+    width = -(-(prompt + config.policy.max_new_tokens) // COLUMNS) * COLUMNS
+    drawn: int = text.vocab_size * (SAMPLED + (0 if size == WIDE else size))
+    prompts = -(-config.sampling_batch // config.budget.initial)
+    slots = -(-config.sampling_batch // ROWS) * ROWS
+    return slots * column * width, config.sampling_batch * drawn + prompts * prompt * column
 
 
 def trace(config: RunConfig, model: PretrainedConfig, layers: int, rows: int, width: int) -> Trace:
