@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from helpers.rollout_fakes import FakeServer
 from v05.cli import app
+from v05.methods import METHODS
 from v05.train.metrics import read_metrics
 from v05.train.presets import run_config
 
@@ -354,3 +356,24 @@ def test_the_source_tree_says_how_to_install_it(tmp_path):
     result = subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 1
     assert "pip install -e ." in result.stderr
+
+
+def test_a_policy_without_a_preset_is_trained_as_a_pretrained_one(environment, tmp_path):
+    (tmp_path / "model").mkdir()
+    for options, rate, rollouts in (
+        ((), 1e-5, 4096),
+        (("--preset", "tiny"), 3e-4, 80_000),
+        (("--learning-rate", 2e-5), 2e-5, 4096),
+    ):
+        out = tmp_path / f"run{rate}"
+        arguments = ("train", "--policy", "model", *options, "--out", out)
+        result = v05(*arguments, environment=environment, directory=tmp_path)
+        assert "no config.json there" in result.stderr  # once its settings are written
+        config = json.loads((out / "config.json").read_text())
+        assert (config["optimizer"]["learning_rate"], config["total_rollouts"]) == (rate, rollouts)
+
+
+def test_the_help_names_every_method(environment, tmp_path):
+    told = v05("train", "--help", environment=environment | {"COLUMNS": "200"}, directory=tmp_path).stdout
+    missing = [name for name in METHODS if not re.search(rf"\b{name}\b", told)]
+    assert not missing

@@ -502,7 +502,7 @@ def test_specs_and_presets():
     for spec, message in {
         "ppo": "method='ppo' is unknown; choose one of v05, grpo",
         "v05@": "method='v05@' is malformed",
-        "grpo@4..16": "budget.rule='osla' tests a prior, which method='grpo' does not",
+        "grpo@4..16": "budget.rule='osla' tests a prior, which method='grpo' does not have; fix its group size",
         "dr_grpo@4..16~6": "budget.rule='total' tests a prior, which method='dr_grpo' does not",
         "calibrated@4..16~3": "budget.mean=3.0 is not between budget.initial=4 and budget.maximum=16",
         "v05@8..4": "budget.maximum=4 is below budget.initial=8",

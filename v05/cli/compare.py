@@ -39,6 +39,7 @@ MOST_BARS = 24  # of a progress display; of more runs, only those under way have
 
 
 def compare(
+    context: typer.Context,
     preset: Preset = "tiny",
     methods: Annotated[
         str,
@@ -93,7 +94,7 @@ def compare(
             if setting.partition("=")[0] in ("method", "seed"):
                 raise ValueError(f"--set {setting}: a comparison has methods and seeds of its own; use --methods and --seeds")
         specs = [spec.strip() for spec in methods.split(",")]
-        overrides = overrides_of(preset, rollouts, learning_rate, policy, max_new_tokens)
+        overrides = overrides_of(context, rollouts, learning_rate, policy, max_new_tokens)
         configs = {
             f"{label_of(run)}-seed{seed}": run
             for seed in range(seeds or 3)  # seed by seed: what is finished early compares all methods

@@ -41,4 +41,4 @@ def report(
         fail(error)
     for name, why in left_out.items():
         console.out(f"left out: {name}: {why}", highlight=False)
-    console.out(f"{len(read)} runs on {page}, {page.stat().st_size / 1e6:.1f} MB")
+    console.out(f"{len(read)} run{'s' * (len(read) > 1)} on {page}, {page.stat().st_size / 1e6:.1f} MB")

@@ -24,7 +24,13 @@ Preset = Annotated[
         "gsm, sums, products, multiples."
     ),
 ]
-Policy = Annotated[Path | None, typer.Option(help="Policy instead of the preset's: a Hugging Face model folder.")]
+Policy = Annotated[
+    Path | None,
+    typer.Option(
+        help="Policy instead of the preset's: a Hugging Face model folder. Without --preset it is trained as a pretrained model: "
+        "4096 rollouts, 128 a step, at a rate of 1e-5."
+    ),
+]
 MaxNewTokens = Annotated[
     int | None,
     typer.Option(help="Length limit of a completion; with --policy. The preset's if it is for language models, else 256.", min=1),
@@ -63,13 +69,15 @@ def watched(items: Sequence[Any], what: str) -> Iterable[Any]:
 
 
 def overrides_of(
-    preset: str, rollouts: int | None, learning_rate: float | None, policy: Path | None, max_new_tokens: int | None
+    context: typer.Context, rollouts: int | None, learning_rate: float | None, policy: Path | None, max_new_tokens: int | None
 ) -> dict[str, Any]:
-    """The fields of a run that these options replace, for `run_config`."""
-    from v05.train.presets import given_policy
+    """The fields of a run that these options replace, for `run_config`. A policy without a preset counts as pretrained."""
+    from v05.train.presets import PRETRAINED, given_policy
 
     overrides: dict[str, Any] = {}
+    preset = context.params["preset"]
     if policy is not None:
+        overrides |= {} if "preset" in on_command_line(context) else PRETRAINED
         overrides["policy"] = given_policy(preset, policy, max_new_tokens)
     elif max_new_tokens is not None:
         raise ValueError(
@@ -80,6 +88,12 @@ def overrides_of(
     if learning_rate is not None:
         overrides["optimizer"] = {"learning_rate": learning_rate}
     return overrides
+
+
+def on_command_line(context: typer.Context) -> set[str]:
+    """The names of the options that the user gave."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
 def progress_bars() -> Progress:

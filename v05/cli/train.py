@@ -21,6 +21,7 @@ from v05.cli.shared import (
     fail,
     interrupted,
     no_exit,
+    on_command_line,
     overrides_of,
     rank,
     say,
@@ -37,7 +38,8 @@ def train(
     method: Annotated[
         str,
         typer.Option(
-            help="calibrated, v05, grpo, dr_grpo, rloo, prior or dapo; v05@4 fixes the group size, v05@4..16 tests up to 16, "
+            help="optimal, calibrated, v05, prior, none, batch, batch_energy, grpo, dr_grpo, dapo, rloo, maxrl, opo, otb, js or "
+            "ebpo (docs/methods.md says when each one wins); v05@4 fixes the group size, v05@4..16 tests up to 16, "
             "v05@4..16~6 spends 6 on average where they gain most; +PRIOR and +cost=0.01 may follow."
         ),
     ] = "v05",
@@ -84,7 +86,7 @@ def train(
     from v05.train.presets import label_of, run_config
 
     try:
-        overrides = overrides_of(preset, rollouts, learning_rate, policy, max_new_tokens)
+        overrides = overrides_of(context, rollouts, learning_rate, policy, max_new_tokens)
         if distributed != "ddp":
             overrides["distributed"] = distributed
         if jsonl is not None:
@@ -93,8 +95,7 @@ def train(
             overrides["chat"] = True
         if engine is not None:
             overrides["engine"] = {"kind": engine}
-        sources = {name: context.get_parameter_source(name) for name in context.params}
-        given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+        given = on_command_line(context)
         if "prior" in given:
             overrides["prior"] = prior
         beside = sorted(given - {"out", "config", "settings", "wandb", "threads"})

@@ -244,7 +244,8 @@ class RunConfig(Section):
         budget, method = self.budget, find_method(self.method)
         if budget.rule != "uniform" and method.budget_rule is None:
             raise ValueError(
-                f"budget.rule={budget.rule!r} tests a prior, which method={self.method!r} does not; use rule='uniform'"
+                f"budget.rule={budget.rule!r} tests a prior, which method={self.method!r} does not have; fix its group size, as in "
+                f"--method {self.method}@{budget.initial}, or use rule='uniform'"
             )
         if budget.rule == "calibrated" and not method.is_calibrated:
             raise ValueError(f"budget.rule='calibrated' needs the fit of method='calibrated', not {self.method!r}; use rule='osla'")

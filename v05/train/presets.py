@@ -43,15 +43,23 @@ SYMBOLS: dict[str, Any] = {
 }
 
 
+# What suits a pretrained model of 0.1 to 0.6 billion parameters, whatever its task.
+PRETRAINED: dict[str, Any] = {
+    "optimizer": OptimizerConfig(learning_rate=1e-5),
+    "evaluation": EvaluationConfig(evaluations=4, prompts=256, samples=2, final_samples=4, probe_prompts=0),
+    "rollouts_per_step": 128,
+    "total_rollouts": 4096,
+}
+
+
 def _for_language_models(task: ReasoningGymConfig, max_new_tokens: int, learning_rate: float, **others: Any) -> dict[str, Any]:
-    """A preset whose policy is given, an instruct model of 0.1 to 0.6 billion parameters."""
+    """A preset whose policy is given, an instruct model."""
     return {
+        **PRETRAINED,
         "task": task,
         "policy": PolicyConfig(max_new_tokens=max_new_tokens),
         "chat": True,
         "optimizer": OptimizerConfig(learning_rate=learning_rate),
-        "evaluation": EvaluationConfig(evaluations=4, prompts=256, samples=2, final_samples=4, probe_prompts=0),
-        "rollouts_per_step": 128,
         **others,
     }
 
@@ -61,7 +69,7 @@ def _one_number(dataset: str, **settings: int) -> dict[str, Any]:
     task = ReasoningGymConfig(
         mix=(Source(dataset=dataset, settings=settings),), surface="instruct", instruction="Answer with the number only.", size=256
     )
-    return _for_language_models(task, max_new_tokens=24, learning_rate=2e-5, total_rollouts=4096)
+    return _for_language_models(task, max_new_tokens=24, learning_rate=2e-5)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
