@@ -3,9 +3,9 @@
     python examples/single_rollout.py
 
 A small network learns to add two digits by policy gradients, in a loop of one's own around v05.estimator.Estimator. Every method
-gets the same number of rollouts: GRPO as 8 prompts with 8 rollouts each, the others as 64 prompts with one. `batch` subtracts the
-mean of the batch's other rewards, `batch_energy` weighs it by the size of each answer's gradient, and `optimal` does the same for
-each prompt, from what was seen before. Printed is the success rate over all 100 prompts, in the mean over seeds.
+gets the same number of rollouts: GRPO as 8 prompts with 8 rollouts each, the others as 64 prompts with one. `none` subtracts
+nothing, `batch` the mean of the batch's other rewards. `batch_energy` weighs that mean by the size of each answer's gradient, and
+`optimal` does so for each prompt, from what was seen before. Printed is the success rate over all 100 prompts, the mean over seeds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from v05.prior.spo import SpoPrior
 DIGITS, ANSWERS = 10, 19
 BATCH = 64  # rollouts of a step
 FIT_EVERY = 8  # steps; a fit of the calibration takes longer than a step of this network
-RUNS = {"grpo": 8, "batch": 1, "batch_energy": 1, "optimal": 1}  # rollouts a prompt
+RUNS = {"grpo": 8, "none": 1, "batch": 1, "batch_energy": 1, "optimal": 1}  # rollouts a prompt
 
 PAIRS = torch.cartesian_prod(torch.arange(DIGITS), torch.arange(DIGITS))
 INPUTS = torch.cat([torch.nn.functional.one_hot(PAIRS[:, i], DIGITS) for i in (0, 1)], dim=1).float()

@@ -86,7 +86,7 @@ def fused_advantage(
             (over the divisor, under a scale), to which "calibrated" adds (2 + k / 7) 1e-12 of the reward range; the same bits on
             any thread count.
         prior: (G,) predicted mean reward of each group, in reward units; NaN where there is none, and the group mean then
-            stands in (of "calibrated", its vague prior). Needed by the methods "v05", "prior" and "calibrated".
+            stands in (of "calibrated", its vague prior). Needed by "v05", "prior", "calibrated", "optimal" and "ebpo".
         group_ids: (N,) integers in any order, or N strings or other ids of one kind that can be hashed, such as UUIDs. Exactly one
             of `group_ids` and `group_offsets`.
         group_offsets: (G+1,) integers from 0 to N: the rollouts of group g are rows offsets[g] .. offsets[g+1] - 1.
