@@ -10,8 +10,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("pydantic")
 
-from v05.train.config import run_config
 from v05.train.metrics import read_metrics
+from v05.train.presets import run_config
 
 pytestmark = pytest.mark.gpu
 SEEN_STEPS = 3  # before rounding has grown enough for a token to change

@@ -56,7 +56,15 @@ CONFIGS = {
     "torn": run_config("smoke", "v05", distributed="fsdp2", total_rollouts=512, checkpoint_seconds=0),
 }
 # Relative; all else is equal.
-ROUNDED = {"grad_norm": 1e-4, "loss": 1e-4, "kl": 1e-3, "entropy": 1e-4, "mismatch": 1e-4, "mismatch_ratio": 1e-4}
+ROUNDED = {
+    "grad_norm": 1e-4,
+    "gradient_noise": 1e-4,
+    "loss": 1e-4,
+    "kl": 1e-3,
+    "entropy": 1e-4,
+    "mismatch": 1e-4,
+    "mismatch_ratio": 1e-4,
+}
 
 
 def torchrun(*arguments):
