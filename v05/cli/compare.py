@@ -34,7 +34,7 @@ from v05.machine import usable_cores
 if TYPE_CHECKING:
     from v05.train.config import RunConfig
 
-DEFAULT_METHODS = "grpo,dr_grpo,dapo,v05,calibrated"
+DEFAULT_METHODS = "grpo,dr_grpo,v05,calibrated,none,optimal"
 MOST_BARS = 24  # of a progress display; of more runs, only those under way have one
 
 

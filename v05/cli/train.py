@@ -75,7 +75,7 @@ def train(
 ) -> None:
     """Train one policy with one method. A run that was interrupted goes on where it stopped when called again.
 
-    The first run on a preset warm-starts its policy by supervised training (about two minutes for tiny) and keeps it in
+    The first run on a preset warm-starts its policy by supervised training (some minutes for tiny) and keeps it in
     $V05_CACHE or ~/.cache/v05. Under torchrun several processes train the one policy. `v05 report` draws the run, also while it
     lasts; tensorboard --logdir shows its figures.
 
