@@ -22,6 +22,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from marks import replaced
+
 BENCH = Path(__file__).parent
 PACKAGING = BENCH.parent / "packaging"
 SECONDS = 100  # of a run
@@ -109,7 +111,7 @@ def main() -> None:
             writer.writeheader()
             writer.writerows(asdict(row) for row in rows)
     if options.write is not None:
-        options.write.write_text(replaced(options.write.read_text(), kind, table(rows)))
+        options.write.write_text(replaced(options.write.read_text(), f"engine on {kind}", table(rows)))
     if any(row.note for row in rows):
         sys.exit(1)
 
@@ -293,15 +295,6 @@ def line(row: Row) -> str:
         rate, floors = row.tokens_per_second, row.seconds / row.floor_seconds
         what = f"{rate:10,.0f} tokens/s, {floors:6.1f} x floor, first {row.first_seconds:.1f} s"
     return f"{row.policy:18} {row.rollouts} x {row.tokens} {row.provider:22} {what}"
-
-
-def replaced(page: str, kind: str, content: str) -> str:
-    begin, end = f"<!-- engine on {kind} begins -->\n", f"<!-- engine on {kind} ends -->\n"
-    before, found, rest = page.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise ValueError(f"the page has no {begin.strip()!r} followed by {end.strip()!r}")
-    return f"{before}{begin}{content}{end}{after}"
 
 
 if __name__ == "__main__":

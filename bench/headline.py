@@ -7,7 +7,6 @@ suite from other warm starts, which do not compare with the first ones.
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from marks import replaced
 
 from v05.methods import METHODS
 from v05.train.curves import crossing, mean_curve
@@ -250,15 +250,6 @@ def _reached(record: dict[str, Any], axis: str) -> str:
     name = f"{axis}_to_grpo"
     interval = f" [{count(record[f'{name}_low'])}, {count(record[f'{name}_high'])}]" if f"{name}_low" in record else ""
     return count(record[name]) + interval if name in record else ""
-
-
-def replaced(page: str, name: str, content: str) -> str:
-    """`page` with `content` between the marks of `name`."""
-    begin, end = f"<!-- {name} begins -->\n", f"<!-- {name} ends -->\n"
-    if not re.search(re.escape(begin) + ".*" + re.escape(end), page, re.DOTALL):
-        raise ValueError(f"the page has no {begin.strip()!r} followed by {end.strip()!r}")
-    before, _, rest = page.partition(begin)
-    return before + begin + content + end + rest.partition(end)[2]
 
 
 def pages() -> dict[Path, str]:

@@ -20,6 +20,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from marks import replaced
+
 BENCH = Path(__file__).parent
 PACKAGING = BENCH.parent / "packaging"
 SECONDS = 75  # of a run on a GPU
@@ -92,7 +94,7 @@ def main() -> None:
             writer.writerows(asdict(row) for row in rows)
     if options.write is not None:
         page = options.write.read_text()
-        options.write.write_text(_replaced(page, kind, table(rows)))
+        options.write.write_text(replaced(page, f"policy loss on {kind}", table(rows)))
 
 
 def _figures(name: str, size: Sequence[int], device: object, wheels: Path | None, seconds: float) -> dict[str, object]:
@@ -186,15 +188,6 @@ def _line(row: Row) -> str:
         row.note or f"{1e3 * row.seconds:9.2f} ms, floor {1e3 * row.floor_seconds:9.2f} ms, peak {row.peak_bytes / 2**20:7.0f} MiB"
     )
     return f"{row.tokens:7} x {row.vocabulary} x {row.hidden:5}  {row.provider:15} {what}"
-
-
-def _replaced(page: str, kind: str, content: str) -> str:
-    begin, end = f"<!-- policy loss on {kind} begins -->\n", f"<!-- policy loss on {kind} ends -->\n"
-    before, found, rest = page.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise ValueError(f"the page has no {begin.strip()!r} followed by {end.strip()!r}")
-    return f"{before}{begin}{content}{end}{after}"
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from machine import commit, processor, versions
+from marks import replaced
 from numpy.typing import NDArray
 from regimes import REGIMES
 
@@ -26,7 +27,6 @@ from v05.simulate.replay import TO_CENTRED
 
 RESULTS = Path(__file__).parent / "results" / "rounds.csv"
 PAGE = Path(__file__).parents[1] / "docs" / "budgets.md"
-BEGIN, END = "<!-- rounds begins -->\n", "<!-- rounds ends -->\n"
 GROUPS, INITIAL, MAXIMUM, COST = 60_000, 4, 16, 1 / 256
 SHAPE = 0.6  # of the Beta of rates
 PRIORS = ("good prior", "fair prior", "noise as prior")
@@ -120,15 +120,6 @@ def table(results: Path = RESULTS) -> str:
     return "\n".join(lines) + f"\n\n(`python bench/rounds.py` at commit {rows[0]['commit']}.)\n"
 
 
-def replaced(page: str) -> str:
-    """`page` with the table between the marks."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    if not after:
-        raise ValueError(f"the page has no {BEGIN.strip()!r} followed by {END.strip()!r}")
-    return f"{before}{BEGIN}{table()}{END}{after}"
-
-
 def main() -> None:
     about = (processor(), commit(), versions("numpy", "scipy"))
     with RESULTS.open("w", newline="") as file:
@@ -139,7 +130,7 @@ def main() -> None:
             writer.writerow((*(f"{value:.6g}" if isinstance(value, float) else value for value in values), *about))
             file.flush()
             print(figures, flush=True)
-    PAGE.write_text(replaced(PAGE.read_text()))
+    PAGE.write_text(replaced(PAGE.read_text(), "rounds", table()))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ import csv
 from collections import defaultdict
 from pathlib import Path
 
+from marks import replaced
+
 RESULTS = Path(__file__).parent / "results" / "advantage.csv"
-BEGIN, END = "<!-- bench/table.py begins -->\n", "<!-- bench/table.py ends -->\n"
 OURS, FLOOR = "v05", "floor"
 
 Shape = tuple[str, str]
@@ -44,15 +45,6 @@ def _milliseconds(value: float) -> str:
     return f"{value:.3f}" if value < 1 else f"{value:.2f}"
 
 
-def replaced(page: str) -> str:
-    """`page` with the table between the marks."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    if not after:
-        raise ValueError(f"the page has no {BEGIN.strip()!r} followed by {END.strip()!r}")
-    return f"{before}{BEGIN}{table()}{END}{after}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
@@ -60,7 +52,7 @@ def main() -> None:
     if page is None:
         print(table())
     else:
-        page.write_text(replaced(page.read_text()))
+        page.write_text(replaced(page.read_text(), "bench/table.py", table()))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import typer
 from machine import commit, processor, versions
+from marks import replaced
 
 from v05.train.metrics import RESULT, read_metrics, write_json
 from v05.train.presets import run_config
@@ -25,7 +26,6 @@ from v05.train.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "training_time.csv"
 PAGE = Path(__file__).parents[1] / "docs" / "training.md"
-BEGIN, END = "<!-- training time begins -->\n", "<!-- training time ends -->\n"
 LOOK = "budget.chunk=look"
 RUNS = {
     "grpo@16": ("grpo@16", []),
@@ -150,9 +150,7 @@ def main(
             writer = csv.DictWriter(file, records[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(records)
-        before, _, rest = PAGE.read_text().partition(BEGIN)
-        _, _, after = rest.partition(END)
-        PAGE.write_text(f"{before}{BEGIN}{table(records)}{END}{after}")
+        PAGE.write_text(replaced(PAGE.read_text(), "training time", table(records)))
 
 
 if __name__ == "__main__":

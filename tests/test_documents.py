@@ -62,10 +62,9 @@ def test_a_block_may_say_why_it_does_not_run(tmp_path):
 
 def test_the_tables_are_those_of_the_results(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "bench")
-    page = (ROOT / "docs" / "speed.md").read_text()
-    assert runpy.run_path(str(ROOT / "bench" / "table.py"))["replaced"](page) == page
-    page = (ROOT / "docs" / "budgets.md").read_text()
-    assert runpy.run_path(str(ROOT / "bench" / "rounds.py"))["replaced"](page) == page
+    for script, page, name in (("table", "speed", "bench/table.py"), ("rounds", "budgets", "rounds")):
+        bench, text = runpy.run_path(str(ROOT / "bench" / f"{script}.py")), (ROOT / "docs" / f"{page}.md").read_text()
+        assert bench["replaced"](text, name, bench["table"]()) == text
     for path, text in runpy.run_path(str(ROOT / "bench" / "headline.py"))["pages"]().items():
         assert path.read_text() == text
 

@@ -62,6 +62,6 @@ def test_the_table_and_the_verdicts(bench):
         "NOT met  times growing caches: 6.6, >= 8 wanted",
     ]
     page = "a\n<!-- engine on cpu begins -->\nold\n<!-- engine on cpu ends -->\nb\n"
-    assert bench.replaced(page, "cpu", text) == page.replace("old\n", text)
+    assert bench.replaced(page, "engine on cpu", text) == page.replace("old\n", text)
     with pytest.raises(ValueError, match="engine on cuda begins"):
-        bench.replaced(page, "cuda", text)
+        bench.replaced(page, "engine on cuda", text)

@@ -53,4 +53,4 @@ def test_the_table(bench):
     assert "| 8,192 x 49,152, 576 hidden | peer | out of memory |" in text
     assert "at commit abc; medians on some processor, 1 thread; torch=2." in text
     page = "a\n<!-- policy loss on cpu begins -->\nold\n<!-- policy loss on cpu ends -->\nb\n"
-    assert module._replaced(page, "cpu", text) == page.replace("old\n", text)
+    assert module.replaced(page, "policy loss on cpu", text) == page.replace("old\n", text)
