@@ -1,5 +1,5 @@
-"""Set before anything imports torch or triton: one thread is one thread, and kernels run in Triton's interpreter; on a GPU under
-V05_GPU=1, which `make test-gpu` sets.
+"""Set the environment before anything imports torch or triton: one thread, and Triton's interpreter instead of a GPU. With
+V05_GPU=1, which `make test-gpu` sets, kernels run on the GPU.
 """
 
 import os

@@ -1,12 +1,16 @@
-"""Minutes of everything going wrong at once: what was injected, and what was lost by it. `make soak` runs five.
+"""Trains and samples under injected faults, and prints what was injected and what was lost. `make soak` runs it for five minutes.
 
-Sampling under fire: rollouts of prompts that the allocator buys one by one, while processes that sample or verify are killed,
-verifications hang, die and raise, leases expire, and reports come twice, late and of leases that never were. What comes of it is
-compared, rollout by rollout, with the same prompts sampled in peace. Training under fire: a run that is killed with SIGKILL over
-and over and goes on, compared bitwise with one left alone. The exit status is 1 if anything was lost, or some trouble never came.
+Sampling under fire: the allocator leases the rollouts of prompts one by one. Meanwhile processes that sample or verify are killed,
+verifications hang, die and raise, leases expire, and reports arrive twice, too late or for leases that never existed. The result is
+compared, rollout by rollout, with the same prompts sampled in peace.
 
-Rollouts are sampled by a small policy: in actors on a Ray cluster where Ray is installed, else in this process, by an engine that
-gives some of them up.
+Training under fire: a run is killed with SIGKILL again and again and resumes each time. It is compared bitwise with a run that was
+left alone.
+
+The exit status is 1 if anything was lost, or if one of the faults never occurred.
+
+A small policy samples the rollouts: in actors on a Ray cluster where Ray is installed, otherwise in this process, by an engine that
+gives up some of the rollouts.
 """
 
 import argparse
@@ -35,29 +39,29 @@ from v05.tasks import Prompt
 from v05.train.config import PolicyConfig
 from v05.train.policy import character_decoder, character_tokenizer
 
-PROMPTS = 48  # a round
-TIME_LIMIT = 0.5  # of a verification, seconds
-ATTEMPTS = 1000  # of a rollout: nothing is to be given up, so that every one can be compared
-KILLS = 10  # of a training run
+PROMPTS = 48  # per round
+TIME_LIMIT = 0.5  # seconds per verification
+ATTEMPTS = 1000  # per rollout: so many that no rollout is given up, because every rollout is compared
+KILLS = 10  # per training run
 HERE = Path(__file__).parent
 TOKENIZER = character_tokenizer()
 
 
 def chance(*what: object) -> float:
-    """A number in [0, 1) that follows from `what`, in any process."""
+    """A number in [0, 1) that depends on `what` alone, and is equal in every process."""
     digest = hashlib.blake2b(repr(what).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 class PeacefulTask:
-    """Rewards that follow from prompt and completion. A completion that would hang, kill or break its verifier is wrong."""
+    """Rewards that depend on prompt and completion alone. A completion that would hang, kill or break its verifier gets 0."""
 
     def verify(self, prompt: Prompt, completion: str) -> float:
         return float(trouble_of(prompt, completion) is None and chance("reward", prompt.text, completion) < 0.5)
 
 
 class HostileTask(PeacefulTask):
-    """The same, but some verifications hang, die or raise. What has been done stands in `folder`."""
+    """The rewards of PeacefulTask, but some verifications hang, die or raise. Each of these leaves a file in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -76,7 +80,7 @@ class HostileTask(PeacefulTask):
 
 
 def trouble_of(prompt: Prompt, completion: str) -> str | None:
-    """What a completion does to its verifier. The reference answer does nothing to it."""
+    """The fault that a completion causes in its verifier, None for most. The reference answer causes none."""
     place = chance("trouble", prompt.text, completion)
     if completion == prompt.answer or place >= 0.033:
         return None
@@ -84,7 +88,9 @@ def trouble_of(prompt: Prompt, completion: str) -> str | None:
 
 
 class LyingAllocator(RolloutAllocator):
-    """Hears every report twice, with another reward the second time, and old and made-up ones; lets leases expire at times."""
+    """Repeats every report with the opposite reward, adds reports of old and of invented leases, and at times lets all leases
+    expire.
+    """
 
     def __init__(self, *, rng: random.Random, **settings: object) -> None:
         super().__init__(**settings)
@@ -129,7 +135,7 @@ class WeakEngine:
 
 
 class KilledActors:
-    """An engine of Ray actors, one of which is killed every few seconds."""
+    """An engine of Ray actors. One of them is killed every few seconds."""
 
     def __init__(self, rng: random.Random) -> None:
         import ray
@@ -149,14 +155,14 @@ class KilledActors:
     def _kill(self) -> None:
         while not self._stop.wait(2 + 4 * self._rng.random()):
             actors = self._pids()
-            # Not while one comes up: that three in a row do not is an error, and rightly so.
+            # Kill no actor while another starts: the engine raises an error, as it should, if three starts in a row fail.
             if len(actors) > 1 and all(actor.capacity for actor in self.engine._actors):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self._rng.choice(actors), signal.SIGKILL)
                     self.injected["actors killed while sampling"] += 1
 
     def _pids(self) -> list[int]:
-        """The actors' processes, of this cluster and no other."""
+        """The process ids of the actors of this cluster alone."""
         found = []
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -181,7 +187,7 @@ def make_engine() -> TransformersEngine:
 
 
 def sample(allocator, engine, verifier, number: int):
-    """Round `number`: prompts, and what came of them."""
+    """Sample round `number`, and return its batch."""
     prompts = [Prompt(f"{number}+{i}=", "", None) for i in range(PROMPTS)]
     tokens = [tuple(TOKENIZER(prompt.text)["input_ids"]) for prompt in prompts]
     priors = np.array([0.05 + 0.9 * chance("prior", prompt.text) for prompt in prompts])
@@ -189,7 +195,7 @@ def sample(allocator, engine, verifier, number: int):
 
 
 def differences(peace, fire) -> Counter:
-    """Prompts, rollouts and rewards of a round in peace that the same under fire has not, or has otherwise."""
+    """Counts of the prompts, rollouts and rewards of `peace` that are missing or different in `fire`."""
     found = Counter({"prompts": len(peace.prompts) - len(fire.prompts), "rollouts given up": fire.invalid})
     for g, (start, stop) in enumerate(zip(peace.offsets[:-1], peace.offsets[1:], strict=True)):
         if g >= len(fire.prompts):
@@ -203,7 +209,7 @@ def differences(peace, fire) -> Counter:
 
 
 def sampling_under_fire(seconds: float, seed: int, folder: Path) -> tuple[Counter, Counter]:
-    """(injected, lost)."""
+    """Counts of injected faults and of losses."""
     settings = dict(rule="osla", initial=4, maximum=16, seed=seed, max_attempts=ATTEMPTS)
     peace = RolloutAllocator(**settings)
     fire = LyingAllocator(rng=random.Random(seed), **settings)
@@ -243,7 +249,7 @@ def sampling_under_fire(seconds: float, seed: int, folder: Path) -> tuple[Counte
 
 
 def training_under_fire(seconds: float, seed: int, folder: Path) -> tuple[Counter, Counter]:
-    """(injected, lost)."""
+    """Counts of injected faults and of losses."""
     runner, injected, losses = Runner(), Counter(), Counter()
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline or not injected:
@@ -263,7 +269,7 @@ def main() -> int:
     options = parser.parse_args()
     failed = False
     with tempfile.TemporaryDirectory() as scratch:
-        # In this order: verifiers are forked from the server that has imported all for the runs.
+        # Training goes first: it loads what training imports into the fork server, from which verifiers are forked too.
         for name, part in {"training under fire": training_under_fire, "sampling under fire": sampling_under_fire}.items():
             folder = Path(scratch, name)
             folder.mkdir()

@@ -1,4 +1,4 @@
-"""Benchmarks: what is read, what is asked, what is counted, and what an interruption costs."""
+"""Benchmarks: how problems are read and asked, how pass@k is counted, and how an interrupted evaluation resumes."""
 
 import itertools
 import json
@@ -76,7 +76,7 @@ def config_of(model, **changed):
 
 
 def run(config, data, directory, samples, names=("sums",), watch=lambda sample: None):
-    """Evaluate in this process; the samples and the records."""
+    """Evaluate in this process; returns the samples and the records."""
     benchmarks = {name: read_benchmark(data, name, config.template, print) for name in names}
     log = SampleLog(directory, config)
     try:
@@ -234,7 +234,7 @@ def test_interrupted_it_samples_only_what_is_missing(tmp_path, data, model):
         run(config, data, tmp_path / "two", 4, watch=interrupt)
     file = tmp_path / "two" / "samples.jsonl"
     kept = file.read_text()
-    file.write_text(kept + kept.splitlines()[0][:20])  # a line that was being written
+    file.write_text(kept + kept.splitlines()[0][:20])  # an interruption left half a line
     seen = []
     again, same = run(config, data, tmp_path / "two", 4, watch=seen.append)
     assert file.read_text().startswith(kept)
@@ -243,7 +243,7 @@ def test_interrupted_it_samples_only_what_is_missing(tmp_path, data, model):
     assert same == records
     assert json.loads((tmp_path / "two" / "result.json").read_text()) == records
     before = file.read_text()
-    run(config, data, tmp_path / "two", 4)  # finished: only counts anew
+    run(config, data, tmp_path / "two", 4)  # the run is finished, so that only the scores are computed again
     assert file.read_text() == before
 
 
@@ -313,7 +313,7 @@ def test_every_completion_is_verified_once_whatever_fails_and_whenever_it_comes(
 
 
 def test_a_failure_of_the_verifier_is_not_a_wrong_answer():
-    """It is tried again; where it stays, the run ends and names it."""
+    """A failed verification is tried again. If it fails three times, the run ends with an error that names the problem."""
 
     class Fails(InlineVerifier):
         def __init__(self, always):
@@ -375,7 +375,7 @@ def test_samples_end_at_every_id_of_the_generation_config(tmp_path, data, model)
     samples, _ = run(config_of(folder, max_new_tokens=60), data, tmp_path / "run", 2)
     assert {sample.finished for sample in samples.values()} == {True}
     tokenizer = character_tokenizer()
-    written = [tokenizer(sample.completion)["input_ids"] for sample in samples.values()]  # the end, a character, is left out
+    written = [tokenizer(sample.completion)["input_ids"] for sample in samples.values()]  # without the end, a character
     assert all(min(tokens, default=60) >= 60 for tokens in written)
     assert [len(tokens) for tokens in written] == [sample.tokens - 1 for sample in samples.values()]
 

@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md shows are changes that work: its diffs are applied to a copy of the tree, which is built and run."""
+"""The changes shown in CONTRIBUTING.md work: their diffs are applied to a copy of the tree, which is built and run."""
 
 import os
 import re
@@ -31,18 +31,18 @@ def changed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(changed, tmp_path_factory):
-    """Runs Python with the changed v05, its core built without optimisation and in one piece, which takes a third of the time."""
+    """Runs Python with the changed v05. Its core is built without optimisation and as one file, in a third of the time."""
     site = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(changed)]
     for name, value in {"UNITY_BUILD": "ON", "UNITY_BUILD_BATCH_SIZE": "99", "CXX_FLAGS_RELEASE": "-O0"}.items():
         command += ["-C", f"cmake.define.CMAKE_{name}={value}"]
-    if shutil.which("cmake"):  # else pip fetches one
+    if shutil.which("cmake"):  # otherwise pip fetches cmake
         command.append("--no-build-isolation")
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
     def run(*arguments, cwd=changed, **environment):
-        """Without site, whose editable v05 would come first."""
+        """Run without `site`, which would import the editable v05 first."""
         path = os.pathsep.join((str(site), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
         environment = os.environ | {"PYTHONPATH": path} | environment
         done = subprocess.run([sys.executable, "-S", *arguments], capture_output=True, text=True, cwd=cwd, env=environment)
@@ -59,7 +59,7 @@ def test_changes_pass_the_tests_that_they_touch(changed, run):
     golden.write_text(cases)
     reads_golden = re.compile(r"^(from|import) \S*golden_cases", re.MULTILINE)
     files = [path for path in (changed / "tests").rglob("test_*.py") if reads_golden.search(path.read_text())]
-    assert len(files) == 3  # of the reference, the core and the kernel
+    assert len(files) == 3  # the tests of the reference, the core and the kernel
     files += [changed / "tests" / "kernels" / name for name in ("test_fusion.py", "test_token_count.py")]
     chosen = "other_groups or loo_batch or opo or numbers or columns or token_counts"
     told = run("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-k", chosen, *map(str, files))

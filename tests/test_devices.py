@@ -1,4 +1,4 @@
-"""Tensors are made on the device that their neighbours lie on, and not on the default device, which is the caller's to set."""
+"""Every tensor is made on a named device: the default device is the caller's to set."""
 
 import ast
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# The functions of torch that put a new tensor on the default device. Parameters of a module (`randn`) follow it on purpose, as all
-# modules do.
+# Functions of torch that put a new tensor on the default device. `randn`, which makes a module's parameters, follows it on purpose,
+# as all modules do.
 FACTORIES = {"arange", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint", "randperm", "tensor", "zeros"}
 
 
 def factories(source: str) -> list[int]:
-    """The lines of calls that name no device."""
+    """The line numbers of calls that name no device."""
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
     return [
         call.lineno

@@ -1,4 +1,4 @@
-"""`v05 doctor` as a user meets it: what it finds, what it says where something is missing, and that it notices a wrong result."""
+"""`v05 doctor` from a user's side: what it finds, what it says about missing packages, and that it notices a wrong result."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from v05.methods import METHODS
 
 
 def v05(*arguments, directory, start="", **environment):
-    """Run `python -m v05`, after the statements `start`, away from the repository."""
+    """Run `python -m v05` outside the repository, after the statements `start`."""
     script = f"import runpy, sys\n{start}\nsys.argv[0] = 'v05'\nrunpy.run_module('v05', run_name='__main__')"
     command = [sys.executable, "-c", script, *arguments]
     variables = os.environ | {"V05_CACHE": str(directory / "cache")} | environment
@@ -55,7 +55,7 @@ def test_every_active_path_is_checked_by_every_method(examined):
     assert {"cpp on cpu", "triton on cpu"} <= set(checks)
     for check in checks.values():
         assert check["ok"]
-        assert check["cases"] == len(METHODS) * 2  # leave-one-out or not
+        assert check["cases"] == len(METHODS) * 2  # with and without leave-one-out
         assert check["difference"] < doctor.TOLERANCE
     assert text.count("passed;") == len(checks)
 
@@ -117,7 +117,7 @@ def test_a_package_that_is_too_old_is_named_with_its_version(monkeypatch):
     monkeypatch.setattr(doctor, "_installed", lambda name: "0.0.1" if name == "scipy" else installed(name))
     missing = {extra["name"]: extra["missing"] for extra in doctor._extras()}
     assert missing["prior"] == missing["train"] == ["scipy<2,>=1.13 (installed: 0.0.1)"]
-    assert missing["prior"][0] in missing["ray"]  # through v05[train]
+    assert missing["prior"][0] in missing["ray"]  # the extra "ray" includes v05[train]
 
 
 @pytest.mark.parametrize("what", ["a number", "a NaN", "an exception"])

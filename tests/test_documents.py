@@ -1,4 +1,4 @@
-"""Every block of README.md and of the pages in docs/ runs, or says why it does not; what they say of the benchmark is so."""
+"""Every block of README.md and of the pages in docs/ runs or says why it does not, and the tables show the committed results."""
 
 import math
 import runpy
@@ -16,7 +16,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def place(tmp_path, cache, monkeypatch):
-    """An empty directory with what the pages take as given; warm starts are shared."""
+    """An empty directory with the inputs that the pages assume; all pages share the cache of warm starts."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("V05_CACHE", str(cache))
     make_inputs(tmp_path)

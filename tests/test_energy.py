@@ -1,4 +1,4 @@
-"""Energies against gradients of the logits, and at the ends of what floating point holds."""
+"""Energies against gradients of the logits, and at the limits of floating point."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""One life of a batch: the same advantages as the op, unbiased ones where they are asked for, and what is learnt."""
+"""The estimator from a batch's first prompt to its outcomes: the op's advantages, unbiased ones on request, and what it learns."""
 
 import itertools
 from dataclasses import replace
@@ -18,7 +18,7 @@ COUNTED = [name for name, method in METHODS.items() if method.counts_paths]
 
 
 class Remembering:
-    """Predicts a quarter for everything, and keeps what it is taught."""
+    """Predicts 0.25 for every prompt, and records what it is taught."""
 
     def __init__(self):
         self.learnt = []
@@ -31,7 +31,7 @@ class Remembering:
 
 
 def sampled(estimator, sequences, rates, calibrations):
-    """Where the estimator's own allocators stop each sequence of rewards."""
+    """The rewards of each sequence up to where the estimator's own allocator stops."""
     groups = []
     for rewards, rate, calibration in zip(sequences, rates, calibrations, strict=True):
         allocator = estimator.allocator(calibration=calibration)
@@ -47,8 +47,9 @@ def sampled(estimator, sequences, rates, calibrations):
 @pytest.mark.parametrize("chunk", [1, "look"])
 @pytest.mark.parametrize("p", [0.2, 0.7])
 def test_the_gradient_is_unbiased_with_prompts_that_weigh_alike(method, chunk, p):
-    """Of a bandit, as the exact mean over all sequences of rewards, in rows of any order, as a host's loss that averages over
-    rollouts sees it: each advantage times its score, over `initial` rollouts a group."""
+    """The exact mean gradient of a bandit over all sequences of rewards is the true one. It is computed as by a host's loss that
+    averages over rollouts: each advantage times its score, over `initial` rollouts a group. Rows are shuffled.
+    """
     settings = {"initial": 2, "maximum": 7, "cost": 0.02, "chunk": chunk, "reward_range": (-1.0, 1.0)}
     estimator = Estimator(method, **settings, unbiased=True, group_weighting="prompt")
     sequences = np.array(list(itertools.product((-1.0, 1.0), repeat=7)))
@@ -65,7 +66,7 @@ def test_the_gradient_is_unbiased_with_prompts_that_weigh_alike(method, chunk, p
         assert found.counted.all()
         gradient = np.bincount(ids, found.advantages.numpy() * ((rewards + 1) / 2 - p), len(groups)) / estimator.initial
         probability = np.prod(np.where(sequences > 0, p, 1 - p), axis=1)
-        assert probability @ gradient == pytest.approx(2 * p * (1 - p), rel=1e-9)  # rewards are two apart
+        assert probability @ gradient == pytest.approx(2 * p * (1 - p), rel=1e-9)  # the factor 2: rewards are -1 and 1
 
 
 def test_each_group_is_counted_by_the_calibration_it_was_sampled_with():
@@ -92,14 +93,14 @@ def test_groups_whose_paths_cannot_be_counted_have_the_advantages_of_the_op():
     whole = np.array([True, True, False, True])
     given = dict(group_offsets=offsets, dtype=torch.float64)
     found = estimator.advantages(rewards, rates, valid=valid, whole=whole, **given)
-    assert found.counted.tolist() == [True, False, False, True]  # the second holds a rejected rollout
+    assert found.counted.tolist() == [True, False, False, True]  # groups 1 and 2: a rejected rollout, and a group that is not whole
     op = fused_advantage(rewards, rates, valid=valid, leave_one_out=True, **given).advantages
     assert torch.equal(found.advantages[4:8], op[4:8])
     assert not torch.equal(found.advantages[:4], op[:4])
     graded = estimator.advantages(np.where(np.arange(10) == 3, 0.5, rewards), rates, **given)
     assert not graded.counted.any()
     early = estimator.advantages(rewards[:3], rates[:1], group_offsets=[0, 3], dtype=torch.float64)
-    assert not early.counted.any()  # the rule would have gone on: somebody else stopped it
+    assert not early.counted.any()  # the rule would have asked for more: something else stopped the group
 
 
 def test_tokens_get_what_their_rollout_gets():
@@ -144,7 +145,7 @@ def test_a_method_without_a_prior_neither_predicts_nor_learns(name):
     estimator.close(["x"], rates, *estimator.outcomes(estimate.stats))
     assert prior.learnt == []
     assert estimator.calibration is None
-    assert estimator.allocator().lease(0) is not None  # every prompt gets `initial`
+    assert estimator.allocator().lease(0) is not None  # a method without a prior gives every prompt `initial` rollouts
 
 
 def test_paths_that_cannot_be_counted_are_refused():
@@ -156,7 +157,7 @@ def test_paths_that_cannot_be_counted_are_refused():
 
 
 def test_energies_of_successes_and_failures_are_learnt():
-    """A rollout that is left out has no say; a fractional reward is a share of a success."""
+    """A rollout that is left out does not count. A fractional reward counts as a fraction of a success."""
     prior, calibrator = Remembering(), Calibrator()
     estimator = Estimator("optimal", prior, calibrator, reward_range=(-1.0, 1.0))
     rewards, energy = [1.0, -1.0, 0.0, np.nan, 1.0], [2.0, 3.0, 4.0, 50.0, 5.0]

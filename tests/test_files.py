@@ -1,4 +1,4 @@
-"""Files that people hand over are read or named; files are written whole or not at all."""
+"""Files from users are read, or refused with a message that names them. Files are written completely or not at all."""
 
 import codecs
 import os

@@ -1,4 +1,4 @@
-"""`make bench-gpu` but for its clock: cases and their gate, floors, results, targets, verl's wheel, and the core built in place."""
+"""`make bench-gpu` without its clock: cases and their gate, floors, results, targets, verl's wheel, and the core built in place."""
 
 import importlib
 import os
@@ -70,13 +70,13 @@ def wheel(tmp_path):
 
 @pytest.fixture
 def tiny(bench, monkeypatch):
-    """Two groups of four; in the interpreter few programs are fast."""
+    """A shape of two groups of four rollouts. With fewer programs the interpreter is faster."""
     monkeypatch.setattr(launch, "ENOUGH_PROGRAMS", 2)
     return bench.batch.Shape(8, 21, 4)
 
 
 class Timer:
-    """Says of every case that it took 4 microseconds on the device, of the copy 2."""
+    """Reports that every case took 4 microseconds on the device, and the copy 2."""
 
     device = torch.device("cpu")
 
@@ -243,7 +243,7 @@ def test_the_page_shows_the_results_that_there_are(bench):
 
 
 def measured(bench):
-    """Figures a little better than the bounds of the targets, by case and shape."""
+    """Rows a little better than the bounds of the targets, by case and shape."""
     c, targets = bench.cases, bench.targets
     rows = {}
     for shape in bench.batch.SHAPES:
@@ -326,7 +326,7 @@ def test_without_a_gpu_nothing_is_timed(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def in_place(monkeypatch, tmp_path):
-    """packaging/in_place.py, and a compiler that makes nothing of a source and v05's installed core of all objects."""
+    """packaging/in_place.py with a fake compiler: its objects are empty, and it links v05's installed core."""
     monkeypatch.syspath_prepend(str(ROOT / "packaging"))
     log, compiler = tmp_path / "log", tmp_path / "compiler"
     compiler.write_text(
@@ -342,7 +342,7 @@ def test_the_tree_is_importable_in_place(in_place, tmp_path):
     package = tmp_path / "place" / "v05"
     package.mkdir(parents=True)
     core = package / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
-    (package / "gone.py").symlink_to(ROOT / "v05" / "gone.py")  # of an earlier tree
+    (package / "gone.py").symlink_to(ROOT / "v05" / "gone.py")  # left from an earlier tree
     in_place.module.link_sources(package)
     in_place.module.build_core(core, tmp_path / "objects")
     assert not (package / "gone.py").is_symlink()

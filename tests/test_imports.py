@@ -1,4 +1,4 @@
-"""What an import may load: the ops load little beside torch, and the command line's help loads nothing that is heavy."""
+"""What an import may load: the ops load little besides torch, and the command line's help loads nothing heavy."""
 
 import json
 import subprocess
@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-OF_THE_CORE = {"numpy", "packaging", "torch", "v05"}  # the dependencies without which nothing works, but for Triton
+OF_THE_CORE = {"numpy", "packaging", "torch", "v05"}  # the dependencies that everything needs, without Triton
 HEAVY = {"matplotlib", "numpy", "plotly", "reasoning_gym", "scipy", "sklearn", "sympy", "torch", "transformers", "triton"}
-COMPILERS = ("torch._dynamo", "torch._inductor")  # which take a second or more to import
+COMPILERS = ("torch._dynamo", "torch._inductor")  # each takes a second or more to import
 
 LOADED = """
 import json, sys
@@ -23,7 +23,7 @@ json.dump(sorted(set(sys.modules) - already), sys.stderr)
 
 
 def loaded(then: str, *, first: str = "") -> set[str]:
-    """The modules that a fresh process loads by one statement, after another one; those of the standard library left out."""
+    """The modules, without the standard library's, that the statement `then` loads in a fresh process after `first`."""
     script = LOADED.format(first=first, then=then)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     standard = sys.stdlib_module_names
@@ -39,7 +39,7 @@ def test_the_ops_load_nothing_heavy():
     assert "v05.ops.advantage.library" in modules
     assert packages(modules) <= OF_THE_CORE
     assert not modules & set(COMPILERS)
-    assert not any(name.startswith("v05.kernels") for name in modules)  # they import Triton
+    assert not any(name.startswith("v05.kernels") for name in modules)  # the kernels import Triton
 
 
 def test_an_advantage_on_the_cpu_loads_nothing_heavy():

@@ -1,4 +1,4 @@
-"""Foreign text in messages drives no terminal."""
+"""Text from outside cannot control a terminal when it is shown in a message."""
 
 import pytest
 from pydantic import BaseModel, ValidationError

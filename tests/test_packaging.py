@@ -1,4 +1,4 @@
-"""From source distribution to wheel to a working import, without the editable install in between."""
+"""An sdist is built into a wheel, and the wheel works where the editable install does not reach."""
 
 import contextlib
 import subprocess
@@ -17,7 +17,7 @@ QUICK = {"UNITY_BUILD": "ON", "UNITY_BUILD_BATCH_SIZE": "99", "CXX_FLAGS_RELEASE
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """A wheel built from an sdist built from this tree, unpacked."""
+    """The unpacked wheel, built from an sdist of this tree."""
     place = tmp_path_factory.mktemp("dist")
     build = f"import scikit_build_core.build as b; print(b.build_sdist({str(place)!r}))"
     subprocess.run([sys.executable, "-c", build], cwd=ROOT, check=True, capture_output=True)
@@ -25,7 +25,7 @@ def wheel(tmp_path_factory):
     with tarfile.open(sdist) as archive:
         archive.extractall(place, filter="data")
     (source,) = (p for p in place.iterdir() if p.is_dir())
-    # Without optimisation and in one piece: what is asked here is what is in it.
+    # The build goes without optimisation and as one file: the tests ask only what the wheel contains.
     options = {f"cmake.define.CMAKE_{name}": value for name, value in QUICK.items()}
     build = f"import scikit_build_core.build as b; print(b.build_wheel({str(place)!r}, {options!r}))"
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
@@ -62,7 +62,7 @@ print(fused_advantage([1.0, 0.0], [0.5], group_offsets=[0, 2]).advantages.tolist
 
 
 def test_dependencies_end_before_what_may_break_them(wheel):
-    """A new major version of a dependency is taken up on purpose, and those that are installed here are within the bounds."""
+    """Every dependency has an upper bound, which the installed version meets: a new major version is adopted on purpose."""
     (found,) = wheel.glob("v05-*.dist-info")
     required = [Requirement(line) for line in metadata.PathDistribution(found).requires]
     for_users = [r for r in required if not any(f'extra == "{extra}"' in str(r.marker) for extra in ("dev", "docs"))]

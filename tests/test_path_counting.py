@@ -1,4 +1,4 @@
-"""Path counting is unbiased, exactly: over all sequences of rewards, stopped by the allocator itself."""
+"""Path counting is exactly unbiased over all sequences of rewards, each stopped by the allocator itself."""
 
 import itertools
 
@@ -34,7 +34,7 @@ def stopped(rule, prior, initial, maximum, cost, chunk, high=1.0):
 
 
 def expected_gradient(advantages, offsets, rewards, p):
-    """Of a bandit with success probability p, as the exact mean over all sequences; the true one is p (1 - p)."""
+    """The exact mean gradient, over all sequences, of a bandit with success probability p. The true gradient is p (1 - p)."""
     outcomes = rewards / rewards.max()
     probability = np.prod(np.where(outcomes == 1, p, 1 - p), axis=1)
     scores = np.concatenate([row[:size] - p for row, size in zip(outcomes, np.diff(offsets), strict=True)])

@@ -1,4 +1,4 @@
-"""Model folders that bring code along."""
+"""Model folders that contain Python code of their own."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def bring_code(folder, marker, file, base, **auto_map):
 
 @pytest.fixture
 def marker(tmp_path, monkeypatch):
-    """What a folder's code would write, where a question on standard input would be answered by yes."""
+    """The file that a folder's code would create. A question on standard input is answered with yes."""
     monkeypatch.setattr("builtins.input", lambda *question: "yes")
     return tmp_path / "marker"
 
@@ -70,7 +70,7 @@ def test_the_code_of_a_tokenizer_is_not_run(folder, marker):
 
 
 class Touch:
-    """A pickle of it makes a file when it is opened without care."""
+    """An object whose pickle creates a file when it is loaded without care."""
 
     def __init__(self, path):
         self.path = path

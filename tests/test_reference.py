@@ -1,4 +1,4 @@
-"""The specification against facts made without it."""
+"""The specification against results that were obtained without it."""
 
 import math
 
@@ -51,6 +51,6 @@ def test_no_prior_means_the_group_mean():
     advantages, (statistics,) = reference.advantages([1, 0, 0, 1], [0] * 4, [math.nan], method="v05")
     np.testing.assert_allclose(advantages, [0.5, -0.5, -0.5, 0.5])
     assert statistics.weight == 1.0
-    assert statistics.mse == pytest.approx(0.25 / 4)  # variance at p = 1/2, reward units squared, over k
+    assert statistics.mse == pytest.approx(0.25 / 4)  # reward variance 1/4 at p = 1/2, divided by k = 4
     assert math.isnan(statistics.statistic)
     assert statistics.take_more

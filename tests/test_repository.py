@@ -1,4 +1,4 @@
-"""What the repository says about itself to its host and its visitors: workflows, issue forms, versions, citation."""
+"""The files that the host and visitors of the repository read: workflows, issue forms, versions, citation."""
 
 import re
 import runpy
@@ -24,7 +24,7 @@ def test_workflows_run_make_and_nothing_else(path):
         for command in commands:
             assert re.fullmatch(r"make [a-z-]+( [A-Z]+=\S+)*", command)
             assert command.split()[1] in targets
-            assert "${{" not in command  # what somebody else names, a tag or a branch, would be pasted into the shell
+            assert "${{" not in command  # a branch's or tag's name, which anyone may choose, would be pasted into the shell
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -43,7 +43,7 @@ def test_every_supported_python_is_tested():
 
 @pytest.fixture
 def tree(tmp_path):
-    """The files that state the version, to be changed."""
+    """Copies of the files that state the version, which a test may change."""
     for name in RELEASE["WHERE"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -90,7 +90,7 @@ def test_the_changelog_has_the_sections_of_its_form():
 
 
 def test_the_form_for_a_wrong_advantage_has_snippets_that_run():
-    """As they stand in the form, they agree: what a reporter edits is right to begin with."""
+    """The form's two snippets agree as they are, so that a reporter starts from a correct comparison."""
     form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "wrong_advantage.yml").read_text())
     snippets = [field["attributes"]["value"] for field in form["body"] if field["attributes"].get("render") == "python"]
     printed = []

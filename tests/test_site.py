@@ -1,4 +1,4 @@
-"""The documentation site: built without a warning, whole, and asking no other host for anything."""
+"""The documentation site: built without a warning, complete, and without requests to other hosts."""
 
 import functools
 import re
@@ -65,7 +65,7 @@ def test_the_command_line_is_that_of_the_package(site):
     page = re.sub(r"<.*?>", "", (site / "command-line.html").read_text())
     for name in get_command(app).commands:
         assert f"v05 {name}" in page
-    assert "v05 compare --preset tiny" in page  # with its hyphens
+    assert "v05 compare --preset tiny" in page  # the hyphens are kept
 
 
 def test_nothing_is_asked_of_another_host(site):
@@ -90,7 +90,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def address(site):
-    """Of the site, served: in a file the search may not read the pages that it finds."""
+    """The address of the site on a local server. From a file, the search may not read the pages that it finds."""
 
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_):
@@ -104,7 +104,7 @@ def address(site):
 
 @pytest.fixture
 def open_page(browser, address):
-    """Open a page of the site in a window of a width; at the end no script may have failed, and nothing been asked of others."""
+    """Opens a page of the site in a window of a given width. In the end no script may have failed, and no other host been asked."""
     complaints, contexts = [], []
 
     def open_page(name, width, **context):
@@ -122,7 +122,7 @@ def open_page(browser, address):
     assert complaints == []
 
 
-# What reaches beyond the window, but for what scrolls in itself.
+# The elements that reach beyond the window, except those in a box that scrolls.
 BEYOND = """() => [...document.querySelectorAll("article *")]
     .filter(each => !each.closest(".table-wrapper, pre, .highlight") && each.getBoundingClientRect().right > innerWidth + 1)
     .map(each => each.outerHTML.slice(0, 100))"""
@@ -142,7 +142,9 @@ def test_no_page_is_wider_than_the_window(width, site, address, open_page):
 
 @pytest.mark.browser
 def test_the_first_screen_leads_on(open_page):
-    """Wide, every page is a click away, beside the text; narrow, behind one button, and the text begins at the top."""
+    """In a wide window every page is one click away, beside the text. In a narrow window the links are behind one button. In both
+    the text begins at the top.
+    """
     wide, narrow = open_page("index.html", 1300), open_page("index.html", 390)
     assert wide.locator(".sidebar-tree a", has_text="In your trainer").is_visible()
     sidebar = narrow.locator(".sidebar-drawer")
