@@ -1,5 +1,5 @@
-// Runs out of memory at the first allocation of a call, then at the second, and so on until the call succeeds: each
-// time the allocator must be as it was before the call, and in the end what it is where memory never ran out. Built by
+// Makes the first allocation of a call fail, then the second, and so on until the call succeeds. After each failure the
+// allocator must be as it was before the call, and in the end it must be as if memory had never run out. Built by
 // tests/budget/test_memory.py; prints "ok".
 #include <cmath>
 #include <cstdint>
@@ -20,7 +20,7 @@
 
 namespace {
 
-std::int64_t left = -1;  // allocations until memory runs out; negative: never
+std::int64_t left = -1;  // allocations until memory runs out; never if negative
 
 void* allocate(std::size_t size) {
   if (left >= 0 && left-- == 0) {
@@ -53,7 +53,7 @@ void fail_run(const char* what) {
   std::exit(1);
 }
 
-// All that can be seen of an allocator.
+// The snapshot and the counts of an allocator: everything that its callers can see.
 std::string state_of(const RolloutAllocator& allocator) {
   const v05::AllocatorCounts counts = allocator.counts();
   std::string state = allocator.snapshot();
@@ -65,7 +65,7 @@ std::string state_of(const RolloutAllocator& allocator) {
   return state;
 }
 
-// Calls until there is memory enough, if it ever runs out. Returns what the call said if it refused.
+// Repeats a call until memory suffices. Returns false if the allocator refused the call's arguments.
 template <class Call>
 bool persist(const RolloutAllocator& allocator, bool runs_out, const Call& call) {
   const std::string before = state_of(allocator);
@@ -101,7 +101,7 @@ Id id_of(std::int64_t group) {
   }
 }
 
-// Everything that was drained and leased, as text.
+// Runs an allocator to its end. Returns its leases, its drained rewards and its last state as text.
 template <class Id>
 std::string run(const v05::AllocatorOptions& options, bool runs_out) {
   RolloutAllocator allocator(options);
@@ -145,7 +145,7 @@ std::string run(const v05::AllocatorOptions& options, bool runs_out) {
         reported.push_back(out[i]);
         rewards.push_back(luck == 0 ? std::numeric_limits<double>::quiet_NaN() : static_cast<double>(luck % 2));
       } else if (luck == 4) {
-        broken.insert(broken.end(), {out[i], out[i]});  // the second is late
+        broken.insert(broken.end(), {out[i], out[i]});  // the second of each pair is late
       }
       luck < 6 ? void(out.erase(out.begin() + static_cast<std::ptrdiff_t>(i))) : void(++i);  // some are forgotten
     }

@@ -1,5 +1,5 @@
-// Several threads lease, report, fail, expire, count, snapshot and drain one allocator at once; then every rollout must
-// have been counted exactly once. Built with a sanitizer by tests/budget/test_threads.py; prints "ok".
+// Several threads lease, report, fail, expire, count, snapshot and drain one allocator at once. In the end every rollout
+// must have been counted exactly once. Built with a sanitizer by tests/budget/test_threads.py; prints "ok".
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -62,14 +62,14 @@ std::size_t run(const v05::AllocatorOptions& options) {
       for (std::size_t i = 0; i < leases.lease_ids.size(); ++i) {
         if (const auto luck = random() % 100; luck < 3) {
           broken.push_back(leases.lease_ids[i]);
-        } else if (luck > 3) {  // else it is forgotten, and must expire
+        } else if (luck > 3) {  // a forgotten lease must expire
           reported.push_back(leases.lease_ids[i]);
           rewards.push_back(reward_of(std::get<std::vector<std::int64_t>>(leases.groups)[i], leases.indices[i]));
         }
       }
       allocator.report(reported, rewards);
       allocator.fail(broken);
-      allocator.report(reported, rewards);  // all duplicates, or late
+      allocator.report(reported, rewards);  // each is a duplicate or late
       switch (random() % 16) {
         case 0:
           drain();

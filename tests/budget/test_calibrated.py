@@ -1,4 +1,4 @@
-"""Calibrated fusion and its gains: the core against `v05.reference`, and both against arithmetic of 60 digits."""
+"""Calibrated fusion and its gains: the core against `v05.reference`, and the core against arithmetic of 400 digits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAMPLES = [*FEW, (65535, 30000.0)]
 
 
 def exact(count: int, successes: float, prior: float, calibration: Calibration) -> tuple[mpmath.mpf, ...]:
-    """baseline, variance, hallucination and both gains from the formulas as printed."""
+    """Baseline, variance, hallucination and both gains, straight from the published formulas."""
 
     def posterior(k: int, x: float) -> tuple[mpmath.mpf, mpmath.mpf, mpmath.mpf]:
         def component(a: mpmath.mpf, b: mpmath.mpf) -> tuple[mpmath.mpf, mpmath.mpf, mpmath.mpf]:
@@ -66,14 +66,14 @@ def exact(count: int, successes: float, prior: float, calibration: Calibration) 
 )
 @pytest.mark.parametrize("prior", PRIORS)
 def test_core_is_exact(prior: float, calibration: Calibration) -> None:
-    with mpmath.workdps(400):  # rates next to 0 and 1 cancel hundreds of digits
+    with mpmath.workdps(400):  # subtracting rates next to 0 and 1 cancels hundreds of digits
         for count, successes in SAMPLES:
             found = _core.calibrated(count, successes, prior, astuple(calibration))
             expected = [float(number) for number in exact(count, successes, prior, calibration)]
-            # Log evidence is a sum of terms near count * log(count * kappa), each right to its last digit.
+            # Log evidence is a sum of terms near count * log(count * kappa). Each of them is right to its last digit.
             tolerance = 1e-13 + 1e-16 * (count + 1) * (40 + abs(math.log(calibration.kappa)))
             assert found[:4] == pytest.approx(expected[:4], rel=20 * tolerance, abs=1e-290), (count, successes)
-            # E[p (1 - p)] is a difference, which cancels where the rate is 0 or 1 but unknown which.
+            # E[p (1 - p)] is a difference. It cancels where the rate is 0 or 1 and it is unknown which.
             mean, variance = expected[:2]
             kept = 1 - variance / (mean * (1 - mean)) if 0 < mean < 1 else 1.0
             assert found[4] == pytest.approx(expected[4], rel=20 * tolerance + 1e-13 / max(kept, 1e-9), abs=1e-290)
@@ -94,12 +94,12 @@ def test_a_vague_prior_is_the_sample_with_half_a_success_and_failure() -> None:
     assert (baseline, hallucination) == (1.5 / 4, 1.0)
     assert variance == pytest.approx(1.5 * 2.5 / (16 * 5))
     assert gain == pytest.approx(4 * (1.5 * 2.5 / 16) / 5**2)  # 4 m (1 - m) / (k + 2)^2
-    assert of_gradient == pytest.approx(4 * 1.5 * 2.5 / (4 * 5) / (3 * 4))  # energies that are alike: 4 E[p (1 - p)] / (k (k + 1))
+    assert of_gradient == pytest.approx(4 * 1.5 * 2.5 / (4 * 5) / (3 * 4))  # with equal energies: 4 E[p (1 - p)] / (k (k + 1))
 
 
 @pytest.mark.parametrize(("delta0", "delta1", "within"), [(0.0, 0.0, 1e-9), (0.0, 1.0, 0.2), (-1.0, 1.0, 0.1), (0.0, 2.0, 0.6)])
 def test_the_variance_of_the_gradient_is_its_mean_over_the_success_rate(delta0: float, delta1: float, within: float) -> None:
-    """Against integration by quadrature; V at the mean success rate is further off than that wherever rates are uncertain."""
+    """Compared with a numerical integral. Where rates are uncertain, the variance at the mean success rate is much further off."""
     angle = (np.arange(20_000) + 0.5) / 20_000 * np.pi / 2
     p, q, step = np.sin(angle) ** 2, np.cos(angle) ** 2, np.pi / 20_000 * np.sin(angle) * np.cos(angle)
     ratio = np.exp(np.clip(delta0 + delta1 * np.log(q), -8, 8))
@@ -122,7 +122,9 @@ def test_the_variance_of_the_gradient_is_its_mean_over_the_success_rate(delta0: 
 @pytest.mark.parametrize("delta1", [0.0, 1.0])
 @pytest.mark.parametrize("prior", PRIORS)
 def test_by_itself_the_rule_asks_for_no_third_rollout(prior: float, delta1: float) -> None:
-    """Nor for a second, but of a prompt that is surely near the rate where a rollout's gradient varies most."""
+    """At the default cost the rule asks for no second rollout either, except for a prompt that surely has a rate near the one where
+    a rollout's gradient varies most.
+    """
     calibration = Calibration(0.0, 1.0, 4.5, 0.12, 0.0, delta1)
     for count in (1, 2, 5):
         for successes in range(count + 1):

@@ -1,4 +1,4 @@
-"""Leases, reports, failures and expiry: exactly once, whatever arrives when."""
+"""Leases, reports, failures and expiry: every rollout counts exactly once, whatever arrives when."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def test_exactly_once() -> None:
     allocator = RolloutAllocator(rule="uniform", initial=2)
     allocator.open([1], [0.5])
     a, b = allocator.lease(2).lease_id
-    allocator.report([a, a], [1.0, 0.0])  # twice in one batch
-    allocator.report([a], [0.0])  # twice in two
+    allocator.report([a, a], [1.0, 0.0])  # reported twice in one batch
+    allocator.report([a], [0.0])  # reported again in another batch
     allocator.fail([a])  # failed after its report
     assert allocator.counts()["duplicate"] == 3
     allocator.fail([b])
     allocator.report([b], [0.0])
     assert allocator.counts()["late"] == 1
     retry = allocator.lease(1).lease_id
-    allocator.report([b], [0.0])  # the failed lease, while its retry is out
+    allocator.report([b], [0.0])  # the failed lease is reported while its retry is leased
     assert allocator.counts()["late"] == 2
     allocator.report([-1, -(2**63), 2**63 - 1, b + 2, 1000], [0.0] * 5)
     assert allocator.counts()["unknown"] == 5
     allocator.report(retry, [0.25])
     closed = allocator.drain()
     assert closed.rewards.tolist() == [1.0, 0.25]
-    allocator.report([a, b, retry[0]], [0.0] * 3)  # drained: forgotten
+    allocator.report([a, b, retry[0]], [0.0] * 3)  # after the drain the leases are forgotten
     assert allocator.counts() == {
         "open_groups": 0,
         "closed_groups": 0,
@@ -108,7 +108,7 @@ def test_old_leases_expire(clock: Callable[[float], None]) -> None:
     assert allocator.expire(5) == 2
     assert allocator.counts()["expired"] == 2
     assert allocator.counts()["failed"] == 0
-    allocator.report(first.lease_id, [0.0] * 3)  # too late, but for the first, which is a duplicate
+    allocator.report(first.lease_id, [0.0] * 3)  # the first is a duplicate, the other two are too late
     assert (allocator.counts()["late"], allocator.counts()["duplicate"]) == (2, 1)
     again = allocator.lease(2)
     assert again.group.tolist() == [5, 6]
@@ -116,7 +116,7 @@ def test_old_leases_expire(clock: Callable[[float], None]) -> None:
     assert again.seed.tolist() == first.seed[1:].tolist()
     assert not set(again.lease_id.tolist()) & set(first.lease_id.tolist())
     assert allocator.expire(math.inf) == 0
-    assert allocator.expire(2) == 2  # those of the second lease
+    assert allocator.expire(2) == 2  # the two leases of `second`
     allocator.report(again.lease_id, [0.5, 0.5])
     retries = allocator.lease(3)
     assert retries.seed[:2].tolist() == second.seed.tolist()
@@ -130,7 +130,7 @@ def test_a_rollout_that_keeps_expiring_is_given_up(clock: Callable[[float], None
     allocator.open([1], [0.5])
     leases = allocator.lease(2).lease_id
     allocator.report(leases[:1], [1.0])
-    allocator.fail(leases[1:])  # failures and expiries count alike
+    allocator.fail(leases[1:])  # a failure counts as an attempt, as an expiry does
     for _ in range(2):
         assert len(allocator.lease(9)) == 1
         assert allocator.expire(0) == 1
@@ -140,7 +140,7 @@ def test_a_rollout_that_keeps_expiring_is_given_up(clock: Callable[[float], None
 
 
 def test_expiry_lets_the_test_go_on(clock: Callable[[float], None]) -> None:
-    """What expire closes may ask for more: those are not leased, and the walk over the groups leaves them alone."""
+    """Expired rollouts that are given up let the budget rule ask for more. The same call of expire leaves the new ones alone."""
     allocator = RolloutAllocator(initial=1, maximum=3, max_attempts=1)
     allocator.open([1, 2], [NAN, NAN])
     allocator.lease(2)
@@ -169,7 +169,7 @@ def test_attempts_run_out(max_attempts: int) -> None:
     assert allocator.counts()["invalid"] == 1
     allocator.report(broken, [1.0])
     assert allocator.counts()["late"] == 1
-    following = allocator.lease(9)  # one valid reward without a prior: the test goes on
+    following = allocator.lease(9)  # the one valid reward and no prior: the rule asks for more
     assert following.index.tolist() == [2]
     allocator.report(following.lease_id, [0.0])
     allocator.report(allocator.lease(9).lease_id, [0.0])
@@ -182,7 +182,7 @@ def test_a_group_without_a_valid_rollout_closes(prior: float, size: int) -> None
     allocator = RolloutAllocator()
     allocator.open([1], [prior])
     closed = run_to_end(allocator, lambda group, index: NAN)
-    assert len(closed.rewards) == size  # the prior stands, or there is nothing to stand on
+    assert len(closed.rewards) == size  # with a prior the rule stops at `initial`; without one it asks up to `maximum`
     assert np.isnan(closed.rewards).all()
     assert allocator.counts()["invalid"] == size
 
@@ -256,7 +256,7 @@ def test_ids_are_free_once_drained_in_any_order() -> None:
         with pytest.raises(ValueError, match="repeat"):
             allocator.open([group], [NAN])
         allocator.report([out[group]], [1.0])
-        with pytest.raises(ValueError, match="repeat"):  # closed, not drained
+        with pytest.raises(ValueError, match="repeat"):  # the group is closed, but not drained
             allocator.open([group], [NAN])
         assert allocator.drain().group_ids.tolist() == [group]
         if group % 3 == 0:
@@ -306,12 +306,12 @@ def test_bad_open_changes_nothing(group_ids: object, priors: object, message: st
     with pytest.raises(ValueError, match=message):
         allocator.open(group_ids, priors)
     assert allocator.counts() == before
-    allocator.open([1, 2, 3], [NAN] * 3)  # none of the refused ids stuck
+    allocator.open([1, 2, 3], [NAN] * 3)  # the refused calls left no id behind
     assert allocator.lease(99).group.tolist() == [90] * 4 + [1] * 4 + [2] * 4 + [3] * 4
 
 
 def test_bounds_forgive_float32_rounding() -> None:
-    """As the op does: 1.1 and -0.1 in float32, as trainers sum them, lie a hair outside, and count as the bounds."""
+    """Bounds that trainers sum up in float32, such as 1.1 and -0.1, lie slightly outside. They count as bounds, as in the op."""
     low, high = float(np.float32(-0.1)), float(np.float32(1.0) + np.float32(0.1))
     assert low < -0.1
     assert high > 1.1

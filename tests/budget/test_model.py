@@ -1,4 +1,4 @@
-"""Random sequences of calls on the allocator and on its plain Python model: the same leases, counts and groups."""
+"""Random sequences of calls on the allocator and on its plain Python model give the same leases, counts and groups."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from v05.budget import Chunk, RolloutAllocator
 from v05.methods import Calibration
 
 NAN = math.nan
-# Sums of these rewards are exact, and no two samples differ from a prior alike: gains tie on paper or not at all.
+# Sums of these rewards are exact, and no two samples are equally far from a prior: gains are exactly equal or clearly different.
 REWARDS = [0.0, 1.0, 1.0, 0.5, NAN]
 PRIORS = [NAN, 0.052, 0.137, 0.391, 0.872]
 CALIBRATION = Calibration(alpha=0.31, beta=0.83, kappa=6.0, eps=0.15)
@@ -26,14 +26,14 @@ ENERGIES = Calibration(alpha=0.31, beta=0.83, kappa=6.0, eps=0.15, delta0=-0.37,
 
 
 class Pair:
-    """The allocator and the model, called alike. Lease ids are the allocator's."""
+    """Makes every call on both the allocator and the model. Lease ids are the allocator's."""
 
     def __init__(self, names: bool, options: dict[str, object]) -> None:
         self.name = str if names else int
         self.real = RolloutAllocator(**options)
         self.model = PlainAllocator(**options)
         self.now = 0  # microseconds
-        self.lease_ids: dict[int, int] = {}  # to the model's; of a retry after a restart, to its last
+        self.lease_ids: dict[int, int] = {}  # allocator's to model's id; the latest where a restart issues an id again
         self.seeds: dict[tuple[int | str, int], int] = {}
 
     def open(self, ids: Sequence[int], prior: float) -> None:
@@ -53,7 +53,7 @@ class Pair:
         expected = self.model.lease(n, self.now)
         assert list(zip(leases.group.tolist(), leases.index.tolist(), strict=True)) == [lease[1:] for lease in expected]
         for lease_id, (model_id, *rollout), seed in zip(leases.lease_id.tolist(), expected, leases.seed.tolist(), strict=True):
-            known = self.lease_ids.get(lease_id)  # an id is issued again only after a restart lost it
+            known = self.lease_ids.get(lease_id)  # an id is issued again only if a restart lost its lease
             assert known not in self.model.out
             assert known not in self.model.past
             assert self.seeds.setdefault(tuple(rollout), seed) == seed
@@ -71,7 +71,7 @@ class Pair:
         self.model.fail([self.lease_ids.get(lease_id, -1) for lease_id in lease_ids])
 
     def expire(self, older_than: int) -> None:
-        """Microseconds."""
+        """Let leases expire that are older than this, in microseconds."""
         with mock.patch.object(budget, "_microseconds", return_value=self.now):
             assert self.real.expire(older_than / 1e6) == self.model.expire(older_than, self.now)
 
@@ -108,7 +108,7 @@ RULES: dict[str, dict[str, object]] = {
 
 
 class AllocatorMachine(RuleBasedStateMachine):
-    """Finds short failing sequences and shrinks them."""
+    """Finds failing sequences of calls, and shortens them."""
 
     @initialize(
         names=st.booleans(),
@@ -172,7 +172,7 @@ class TestAllocatorMachine(AllocatorMachine.TestCase):
     ("budget_rule", "chunk"), [*((name, 2) for name in RULES), *((name, "look") for name in ("osla", "calibrated", "variance"))]
 )
 def test_one_long_run(budget_rule: str, chunk: Chunk) -> None:
-    """15,000 operations on one allocator, which lives on through snapshots; 180,000 over all rules."""
+    """15,000 operations on one allocator, restored from snapshots on the way; 180,000 over all rules."""
     rng = np.random.default_rng(0)
     pair = Pair(names=False, options=RULES[budget_rule] | {"chunk": chunk})
     recent: list[int] = []
@@ -200,7 +200,7 @@ def test_one_long_run(budget_rule: str, chunk: Chunk) -> None:
         elif operation == "restart":
             pair.restart()
         elif recent:
-            strays = rng.choice(recent, size=5).tolist()  # some are out, some are not, some repeat
+            strays = rng.choice(recent, size=5).tolist()  # some are leased, some are not, some repeat
             pair.report(strays, rng.choice(REWARDS, size=5).tolist())
         pair.compare()
     counts = pair.model.counts()

@@ -1,4 +1,4 @@
-"""V0's budget before any rollout: the counts are those of a plain greedy search, and a group is tested after its own count."""
+"""V0's budget before any rollout: the counts are those of a plain greedy search, and a group is tested after its count."""
 
 import itertools
 
@@ -32,7 +32,7 @@ def test_counts_are_those_of_a_plain_greedy_search(seed):
 
 
 def test_greedy_is_best_where_worth_grows_ever_more_slowly():
-    rates = np.array([0.6, 0.75, 0.9])  # from two rollouts on
+    rates = np.array([0.6, 0.75, 0.9])  # the worth of these grows ever more slowly from two rollouts on
     best = max(
         (counts for counts in itertools.product(range(2, 9), repeat=3) if sum(counts) == 12),
         key=lambda counts: sum(utility(b, p) for b, p in zip(counts, rates, strict=True)),
@@ -63,15 +63,15 @@ def test_groups_are_tested_after_their_own_counts():
     allocator.open([1, 2, 3], [0.0, 0.9, 0.5], [2, 5, 9])
     closed = run(allocator, lambda group, index: 1.0 if group > 1 else 0.0)
     sizes = np.diff(closed.offsets).tolist()
-    assert sizes[:2] == [2, 5]  # the prior is right
-    assert sizes[2] > 9  # it is not
+    assert sizes[:2] == [2, 5]  # rewards agree with the prior
+    assert sizes[2] > 9  # rewards disagree with the prior
 
 
 def test_counts_survive_snapshots_expiry_and_a_total():
     allocator = RolloutAllocator(rule="total", initial=2, maximum=16, total=30)
     allocator.open(["a", "b"], [0.5, 0.5], [3, 12])
     assert allocator.counts()["queued"] == 15
-    allocator.lease(4)  # extra ones of "a" and "b": no initial rollout is out
+    allocator.lease(4)  # these are above `initial`: no initial rollout is leased
     assert allocator.expire(0.0) == 4
     again = RolloutAllocator.restore(allocator.snapshot())
     assert again.counts()["queued"] == 15

@@ -27,7 +27,7 @@ def sequential_size(
     rule: str = "osla",
     calibration: Calibration | None = None,
 ) -> int:
-    """How many of `rewards` the rule takes, one group by itself."""
+    """How many of `rewards` the rule takes for a group on its own."""
     cost = cost_of(rule, maximum, calibration) if cost is None else cost
     settings = {"rule": rule, "calibration": calibration, "cost": cost, "chunk": chunk}
     asked = initial
@@ -43,7 +43,7 @@ def sequential_size(
         {},
         {"chunk": 3},
         {"chunk": 100},
-        {"chunk": "look", "cost": 0.004},  # gains of a mean of 1/2 would tie with 1 / maximum**2
+        {"chunk": "look", "cost": 0.004},  # at the default cost, 1 / maximum**2, the gains of a mean of 1/2 would tie with the cost
         {"chunk": "look", "initial": 1, "maximum": 9, "cost": 0.02},
         {"initial": 1},
         {"initial": 8, "maximum": 8},
@@ -59,7 +59,7 @@ def test_a_group_takes_what_the_reference_takes(
     options: dict[str, float], invalid: float, rule: str, calibration: Calibration | None
 ) -> None:
     rewards, priors = bernoulli(400, invalid=invalid)
-    if rule == "variance" and options.get("initial") != 1:  # by itself it asks for nothing there
+    if rule == "variance" and options.get("initial") != 1:  # at the default cost the rule asks for nothing after the first rollout
         options = {"cost": 0.0123} | options
     allocator = RolloutAllocator(rule=rule, calibration=calibration, **options)
     allocator.open(np.arange(400), priors)
@@ -69,7 +69,7 @@ def test_a_group_takes_what_the_reference_takes(
     assert np.diff(closed.offsets).tolist() == expected
     np.testing.assert_array_equal(closed.rewards, np.concatenate([row[:k] for row, k in zip(rewards, expected, strict=True)]))
     np.testing.assert_array_equal(closed.priors, priors)
-    if options.keys() <= {"calibration", "rule"}:  # the draw exercises the rule
+    if options.keys() <= {"calibration", "rule"}:  # the rewards make the rule stop at different sizes
         assert {4, 7, 8, 16} <= set(expected)
 
 
@@ -105,7 +105,9 @@ def test_reward_range_scales_the_test(options: dict[str, object]) -> None:
     ],
 )
 def test_it_would_ask_for_what_it_then_asks_for(rule: str, options: dict[str, object]) -> None:
-    """Of every size, number of successes and prior; and by looking ahead it asks as often as one by one, but for more at once."""
+    """Checked for all sizes, numbers of successes and priors. Looking ahead asks for more exactly where one by one does, but for
+    more at once.
+    """
     low, high = options.get("reward_range", (0.0, 1.0))
     states = [(k, x, v) for k in range(1, 13) for x in range(k + 1) for v in (NAN, 0.0, 0.2, 0.6, 1.0)]
     counts, successes, shares = (np.array(column) for column in zip(*states, strict=True))
@@ -133,7 +135,7 @@ def test_it_would_ask_for_what_it_then_asks_for(rule: str, options: dict[str, ob
     ids=["osla", "calibrated", "variance"],
 )
 def test_looking_ahead_takes_fewer_rounds_and_no_fewer_rollouts(options: dict[str, object]) -> None:
-    """It tests a group at some of the sizes at which one by one tests it, so it cannot stop sooner."""
+    """Looking ahead tests a group at some of the sizes at which one by one tests it, so it cannot stop sooner."""
     rewards, priors = bernoulli(400)
     sizes, rounds = {}, {}
     for chunk in (1, "look"):
@@ -192,7 +194,9 @@ def test_uniform_stays_at_initial() -> None:
 
 
 def greedy(rewards: np.ndarray, priors: np.ndarray, total: int, calibration: Calibration | None) -> list[int]:
-    """Sizes, when the next rollout always goes to the group with the largest gain. Rounded gains: what is equal on paper ties."""
+    """Sizes if the next rollout always goes to the group with the largest gain. Rounding makes gains tie that are equal in exact
+    arithmetic.
+    """
     sizes = [4] * len(priors)
     for _ in range(total - sum(sizes)):
         gains = [
@@ -221,7 +225,7 @@ def test_total_goes_to_the_largest_gain(calibration: Calibration | None, invalid
 def test_total_is_spent_to_the_last_rollout(total: int, chunk: int) -> None:
     rewards, priors = bernoulli(100, invalid=0.1)
     allocator = RolloutAllocator(rule="total", total=total, chunk=chunk)
-    for round_, order in enumerate([None, np.random.default_rng(0)]):  # a second round has a new total
+    for round_, order in enumerate([None, np.random.default_rng(0)]):  # the second round has a total of its own
         allocator.open(np.arange(100), priors)
         closed = run_to_end(allocator, lambda group, index: rewards[group, index], order, batch=7)
         assert len(closed.rewards) == min(total, 1600)
@@ -239,8 +243,8 @@ def test_total_does_not_count_retries() -> None:
     assert allocator.counts()["queued"] == 0
     assert not allocator.done
     third = allocator.lease(9)
-    assert third.group.tolist() == [1]  # no prior: gain 1/2; the other agrees with its prior: 0
-    assert allocator.counts()["closed_groups"] == 1  # nothing is left for it
+    assert third.group.tolist() == [1]  # group 1 has no prior: gain 1/2; group 2 agrees with its prior: gain 0
+    assert allocator.counts()["closed_groups"] == 1  # the total leaves nothing for group 2
     allocator.report(third.lease_id, [1.0])
     assert allocator.done
 
@@ -256,7 +260,7 @@ def test_total_refuses_groups_that_it_does_not_hold() -> None:
     first = allocator.lease(4)
     allocator.report(first.lease_id, np.zeros(4))
     assert allocator.lease(1).group.tolist() == [1]
-    allocator.open([2], [NAN])  # joins the round: 4 + 1 + 4
+    allocator.open([2], [NAN])  # group 2 joins the round, which then holds 4 + 1 + 4
     with pytest.raises(ValueError, match=message.format(1, 4, 1)):
         allocator.open([3], [NAN])
 

@@ -1,4 +1,4 @@
-"""Snapshots: a restored allocator goes on as the original would, and no bytes but a snapshot's are taken for one."""
+"""Snapshots: a restored allocator continues as the original would, and bytes that are no snapshot are refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEADER = 8 + 4 + 8 + 8  # magic, version, length, checksum
 
 
 def in_the_middle(options: dict[str, object], names: bool = False) -> RolloutAllocator:
-    """An allocator that has everything a snapshot can hold: retries, failures, drained, closed, tested and new groups."""
+    """An allocator that holds everything a snapshot can: retries, failures, and drained, closed, tested and new groups."""
     allocator = RolloutAllocator(**options)
     ids = [f"π-{i}" for i in range(30)] if names else list(range(30))
     rewards, priors = bernoulli(30, invalid=0.1)
@@ -70,17 +70,17 @@ def test_what_was_leased_waits_again_ahead_of_the_queue() -> None:
     allocator = RolloutAllocator(rule="uniform", initial=2, max_attempts=2)
     allocator.open([7, 8, 9], [0.5] * 3)
     leases = allocator.lease(4)
-    allocator.fail(leases.lease_id[1:2])  # (7, 1) queues up
-    allocator.report(leases.lease_id[2:3], [1.0])  # (8, 0) is in
+    allocator.fail(leases.lease_id[1:2])  # (7, 1) is queued again
+    allocator.report(leases.lease_id[2:3], [1.0])  # (8, 0) is reported
     restored = RolloutAllocator.restore(allocator.snapshot())
-    restored.report(leases.lease_id, [0.0] * 4)  # a worker of the old process, somehow
+    restored.report(leases.lease_id, [0.0] * 4)  # a late report from a worker of the old process
     assert [restored.counts()[name] for name in ("unknown", "late", "duplicate")] == [2, 1, 1]
     again = restored.lease(9)
     assert again.group.tolist() == [7, 8, 7, 9, 9]
     assert again.index.tolist() == [0, 1, 1, 0, 1]
     assert again.seed[:3].tolist() == leases.seed[[0, 3, 1]].tolist()
-    assert again.lease_id[:2].tolist() == leases.lease_id[[0, 3]].tolist()  # no attempt was lost
-    restored.fail(again.lease_id[2:3])  # the second failure of (7, 1), over both processes
+    assert again.lease_id[:2].tolist() == leases.lease_id[[0, 3]].tolist()  # the restart cost no attempt
+    restored.fail(again.lease_id[2:3])  # the second failure of (7, 1), one in each process
     assert restored.counts()["invalid"] == 1
 
 
@@ -94,7 +94,7 @@ def test_restarting_again_and_again_loses_nothing() -> None:
     allocator.open(np.arange(40), priors)
     while not allocator.done:
         leases = allocator.lease(9)
-        kept = rng.random(len(leases)) < 0.5  # the others are out when it dies
+        kept = rng.random(len(leases)) < 0.5  # the process dies while the other rollouts are leased
         allocator.report(leases.lease_id[kept], rewards[leases.group, leases.index][kept])
         allocator = RolloutAllocator.restore(allocator.snapshot())
     closed = allocator.drain()
@@ -160,7 +160,7 @@ def test_damage_is_always_noticed(options: dict[str, object]) -> None:
 @pytest.mark.parametrize("names", [False, True], ids=["int", "str"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_forged_content_is_refused_or_harmless(options: dict[str, object], names: bool) -> None:
-    """With a right checksum over wrong bytes: whatever is let in must still work."""
+    """Wrong bytes under a right checksum: an allocator that restores from them must still work."""
     content = in_the_middle(options, names).snapshot()[HEADER:]
     rng = np.random.default_rng(0)
     insane = [bytes(8), b"\xff" * 8, b"\0" * 7 + b"\x80", b"\xff" * 7 + b"\x7f", b"\x01" + bytes(7), b"\0" * 4 + b"\x01\0\0\0"]
@@ -192,13 +192,13 @@ def test_forged_content_is_refused_or_harmless(options: dict[str, object], names
                 allocator.fail(leases.lease_id[1::2])
             allocator.drain()
         except UnicodeDecodeError:
-            assert names  # a forged name that is no text
+            assert names  # a forged name is not valid text
     assert refused > 500
-    assert accepted > 50  # rewards, seeds, counters and names may be anything
+    assert accepted > 50  # any value is valid for rewards, seeds, counters and names
 
 
 def sealed(content: bytes) -> bytes:
-    """The header of a snapshot around any content."""
+    """The content behind a valid snapshot header."""
 
     def mix(x: int) -> int:
         x = (x + 0x9E3779B97F4A7C15) % 2**64

@@ -69,7 +69,7 @@ def test_threads_under_thread_sanitizer(tmp_path: Path) -> None:
     program = tmp_path / "threads"
     sources = [Path(__file__).with_name("allocator_threads.cpp"), *(ROOT / "csrc" / "allocator").glob("*.cpp")]
     options = ["-std=c++20", "-O1", "-g", "-fsanitize=thread", "-pthread", f"-I{ROOT / 'csrc' / 'include'}"]
-    env = {**os.environ, "LD_PRELOAD": ""}  # of another sanitizer
+    env = {**os.environ, "LD_PRELOAD": ""}  # without the library of another sanitizer
     subprocess.run(["g++", *options, "-o", program, *sources], check=True, env=env)
     result = subprocess.run([program], capture_output=True, text=True, check=False, env=env)
     assert (result.returncode, result.stdout) == (0, "ok\n"), result.stdout + result.stderr
