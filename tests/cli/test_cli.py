@@ -1,4 +1,4 @@
-"""The command line as a user meets it, in processes of their own."""
+"""The command line from a user's side, in processes of its own."""
 
 import functools
 import json
@@ -27,7 +27,9 @@ def environment(tmp_path_factory):
 
 
 def v05(*arguments, environment, directory, largest_file=None):
-    """Run the command away from the repository, so that its root shadows nothing; with `largest_file` bytes, as on a full disk."""
+    """Run the command outside the repository, so that its root hides no package. `largest_file` bytes limit each file, like a full
+    disk.
+    """
     command = [sys.executable, "-m", "v05", *map(str, arguments)]
     limit = None if largest_file is None else functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (largest_file,) * 2)
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=directory, timeout=300, preexec_fn=limit)
@@ -90,7 +92,7 @@ def test_compare_ends_with_a_table_plots_and_records(environment, tmp_path):
     }
     assert all(r["accuracy_before"] == records[0]["accuracy_before"] for r in records)
     assert len(list((tmp_path / "runs").glob("*.png"))) >= 5
-    # Called again, it only draws the table anew.
+    # A second call runs nothing, and only makes the table again.
     runs = sorted((tmp_path / "runs").glob("*/metrics.jsonl"))
     written = [run.stat().st_mtime_ns for run in runs]
     assert v05(*arguments, environment=environment, directory=tmp_path).returncode == 0
@@ -107,7 +109,7 @@ def test_a_suite_goes_on_from_its_rows(environment, tmp_path):
     assert len(rows) == 1 + 4 + 4
     assert len(list((tmp_path / "suite").glob("*.png"))) == 3
     assert not list((tmp_path / "suite").rglob("model.safetensors"))
-    # Runs are known by their rows alone; of one that ended without a row only that is made.
+    # Finished runs are recognised by their rows alone. Only the run whose row is missing gets a new row.
     file.write_text("".join(rows[:-1]))
     ends = sorted((tmp_path / "suite").rglob("result.json"))
     written = [end.stat().st_mtime_ns for end in ends]
@@ -165,7 +167,7 @@ def test_single_fields_are_set(environment, tmp_path):
     written = json.loads((tmp_path / "one" / "config.json").read_text())
     (source,) = written["task"]["mix"]
     assert (written["loss"]["clip_high"], written["scale"], source["settings"]["max_terms"]) == (0.28, "none", 3)
-    # Nothing else differs from the run without them.
+    # All other settings are the defaults.
     defaults = json.loads(run_config("smoke", "v05", total_rollouts=64).model_dump_json())
     source["settings"]["max_terms"] = 2
     assert written == defaults | {"loss": defaults["loss"] | {"clip_high": 0.28}, "scale": "none", "task": written["task"]}
@@ -239,7 +241,7 @@ def test_settings_at_fault_are_named(arguments, message, tmp_path):
 
 
 def test_settings_come_after_all_else_and_are_checked_together():
-    # Each would be refused alone: the step of the preset holds no prompt of 100 rollouts, and rule 'total' needs a mean.
+    # Each setting alone would be refused: the preset's step cannot hold a prompt of 100 rollouts, and rule 'total' needs a mean.
     assert run_config("smoke", "v05@100", ["rollouts_per_step=200"]).budget.initial == 100
     assert run_config("smoke", "v05", ["budget.rule=total", "budget.unbiased=false", "budget.mean=6"]).budget.mean == 6
     overlong = run_config("smoke", "grpo", ["overlong.buffer=2", "overlong.buffer=1"]).overlong
@@ -251,10 +253,10 @@ def test_settings_come_after_all_else_and_are_checked_together():
 
 
 def test_an_interrupted_run_is_readable_and_goes_on(environment, tmp_path):
-    total = 16_000  # 6,400 were once over before the signal came
+    total = 16_000  # with 6,400 rollouts a run once ended before the signal arrived
     arguments = ("train", "--preset", "smoke", "--rollouts", total, "--out", "run")
     command = [sys.executable, "-m", "v05", *map(str, arguments)]
-    # A shell that runs the tests in the background has them, and their children, ignore the signal.
+    # A shell that runs the tests in the background makes them and their children ignore the signal.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path, preexec_fn=heed) as process:
         try:
@@ -350,7 +352,7 @@ def test_a_missing_extra_says_which(tmp_path):
 
 
 def test_the_source_tree_says_how_to_install_it(tmp_path):
-    # What a Python that has no v05 sees when it stands in the repository's root.
+    # What a Python without v05 sees in the repository's root.
     root = Path(__file__).parents[2]
     script = f"import sys; sys.meta_path[:] = sys.meta_path[-3:]; sys.path[:] = [{str(root)!r}, *sys.path]; import v05"
     result = subprocess.run([sys.executable, "-I", "-S", "-c", script], capture_output=True, text=True, cwd=tmp_path)
@@ -368,7 +370,7 @@ def test_a_policy_without_a_preset_is_trained_as_a_pretrained_one(environment, t
         out = tmp_path / f"run{rate}"
         arguments = ("train", "--policy", "model", *options, "--out", out)
         result = v05(*arguments, environment=environment, directory=tmp_path)
-        assert "no config.json there" in result.stderr  # once its settings are written
+        assert "no config.json there" in result.stderr  # the run fails after its settings are written
         config = json.loads((out / "config.json").read_text())
         assert (config["optimizer"]["learning_rate"], config["total_rollouts"]) == (rate, rollouts)
 
