@@ -1,4 +1,4 @@
-"""The small examples and the notebook run, and come to what they say."""
+"""The small examples and the notebook run, and reach the results that they claim."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ EXAMPLES = ROOT / "examples"
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs an example away from the repository, and gives what it printed."""
+    """Runs an example outside the repository, and returns its output."""
 
     def run(name, *arguments, status=0):
         command = [sys.executable, EXAMPLES / name, *arguments]
@@ -40,7 +40,7 @@ def model(tmp_path):
 
 
 def figures(printed):
-    """The first number after each line's name."""
+    """The first number in each line, by the line's name."""
     found = re.findall(r"^(.*?)(?:: success rate)? +(\d\.\d+)", printed, re.MULTILINE)
     return {name.strip(): float(value) for name, value in found}
 
@@ -54,7 +54,7 @@ def test_the_op_in_a_loop(run):
 def test_one_rollout_a_prompt(run):
     rates = figures(run("single_rollout.py", "--steps", "120", "--seeds", "1"))
     assert list(rates) == ["grpo@8", "none@1", "batch@1", "batch_energy@1", "optimal@1"]
-    assert min(rates.values()) > 2 / 19  # a network that has learnt nothing is right once in 19
+    assert min(rates.values()) > 2 / 19  # an untrained network is right once in 19
 
 
 def test_a_value_model(run, model):
@@ -94,7 +94,7 @@ def test_a_budget_in_verl(run, model, tmp_path):
 
 @pytest.mark.filterwarnings("default")
 def test_the_tour(tmp_path):
-    """It runs, and the pictures that it was committed with are those of its cells, small enough for a page."""
+    """The notebook runs. Its committed pictures match its cells, and the file is small enough for a page."""
     path = EXAMPLES / "tour.ipynb"
     committed = nbformat.read(path, 4)
     nbformat.validate(committed)
@@ -106,7 +106,7 @@ def test_the_tour(tmp_path):
 
 
 def kinds(cell):
-    """What a cell put out; an error or a warning would be among it."""
+    """The kinds of a cell's outputs, which would include errors and warnings."""
     return [kind for output in cell.outputs for kind in output.get("data", {output.output_type: ""}) if kind != "text/plain"]
 
 

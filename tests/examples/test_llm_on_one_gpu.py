@@ -1,4 +1,4 @@
-"""examples/llm_on_one_gpu.sh, all of it but the download: a tiny model with a chat template in the place of SmolLM2."""
+"""examples/llm_on_one_gpu.sh without its download: a tiny model with a chat template replaces SmolLM2."""
 
 import csv
 import hashlib
@@ -22,14 +22,14 @@ CHAT = "{% for message in messages %}{{ message['role'] }}:{{ message['content']
 @pytest.fixture(scope="module")
 def script():
     spec = importlib.util.spec_from_file_location("llm_on_one_gpu", ROOT / "examples" / "llm_on_one_gpu.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where its dataclasses look
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # the script's dataclasses look up their module there
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """A tenth of what the script does on a GPU, with all its methods."""
+    """The output of the script with all its methods, at a tenth of the rollouts of a GPU run."""
     folder = tmp_path_factory.mktemp("llm")
     tokenizer = character_tokenizer()
     tokenizer.chat_template = CHAT
@@ -60,7 +60,7 @@ def test_all_methods_are_trained_for_equal_rollouts(out):
         assert float(row["before"]) == pytest.approx(result["accuracy_before"], abs=1e-4)
         assert float(row["before_low"]) <= float(row["before"]) <= float(row["before_high"])
         assert float(row["seconds_in_all"]) >= float(row["seconds"]) > 0
-        if result["rollouts"] == float(row["rollouts"]):  # no other run ended before
+        if result["rollouts"] == float(row["rollouts"]):  # every other run has at least as many rollouts
             assert float(row["after_rollouts"]) == pytest.approx(result["accuracy_after"], abs=1e-4)
     assert float(summary[3]["group_size"]) == 1
     assert (out / "curves.png").stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""The stages of examples/paper_qwen3_4b.sh: printed, and those that need no GPU run on a tiny model and made files."""
+"""The stages of examples/paper_qwen3_4b.sh: all are printed, and those without a GPU run on a tiny model and made-up files."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def script(*arguments, **environment):
 
 
 def commands(*arguments, **environment):
-    """What a dry run prints, as words."""
+    """The commands that a dry run prints, each split into words."""
     result = script("--dry-run", *arguments, **environment)
     assert result.returncode == 0, result.stderr
     return [shlex.split(line) for line in result.stdout.splitlines()]
@@ -46,7 +46,7 @@ def test_a_dry_run_prints_and_does_nothing(stage, tmp_path):
     assert not (tmp_path / "out").exists()
     assert printed
     for command in printed:
-        if command[0] == "v05":  # its own parser takes it
+        if command[0] == "v05":  # the command line's own parser accepts it
             group = typer.main.get_command(app)
             group.commands[command[1]].make_context(command[1], command[2:], resilient_parsing=False)
         if command[0] == "env":
@@ -112,7 +112,7 @@ def test_the_stages_without_a_gpu(made, tmp_path):
     assert {row["data_source"] for row in train} == {"math_dapo"}
     outcomes = read_logs([tmp_path / "context" / "outcomes.jsonl"])
     assert len(outcomes) == 24
-    assert {row.prompt for row in outcomes} <= {row["prompt"][0]["content"] for row in train}  # V0 meets training's own texts
+    assert {row.prompt for row in outcomes} <= {row["prompt"][0]["content"] for row in train}  # V0 reads training's own texts
     assert {row.trials for row in outcomes} == {8}
     assert json.loads((tmp_path / "prior.json").read_text())
     for arm in ("grpo", "dapo", "v05"):
