@@ -1,6 +1,6 @@
-"""The device that these tests run on, and calls of the op there.
+"""The device of these tests, and calls of the op on it.
 
-`make test-gpu` runs them on a GPU. Elsewhere `make test` runs the same bodies on CPU tensors in Triton's interpreter, on fewer and
+`make test-gpu` runs them on a GPU. Elsewhere `make test` runs the same tests on CPU tensors in Triton's interpreter, on fewer and
 smaller cases, and skips what only CUDA has.
 """
 
@@ -37,7 +37,9 @@ def cuda(device: torch.device) -> torch.device:
 
 @pytest.fixture
 def few_programs(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the interpreter a program has all rows of a group: each computes the group's statistics, which takes most of the time."""
+    """In the interpreter one program handles all rows of a group: each program computes its group's statistics, which is the
+    slowest part.
+    """
     if device.type != "cuda":
         monkeypatch.setattr(launch, "ENOUGH_PROGRAMS", 4)
 
@@ -54,7 +56,7 @@ def watch_synchronisation() -> Iterator[None]:
 
 @pytest.fixture
 def no_synchronisation(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
-    """A context in which torch raises where it would wait for the device. On the CPU nothing is watched."""
+    """A context in which torch raises where it would wait for the device. On the CPU it does nothing."""
     return watch_synchronisation if device.type == "cuda" else nullcontext
 
 
@@ -64,9 +66,9 @@ def call(
 ) -> Callable[..., AdvantageOutput]:
     """call(rewards, prior, **options): `fused_advantage` on the device, its result on the host.
 
-    Tensors are moved to the device, but those named in `on_host`. The output is a buffer of NaN unless `out` is given, so that an
-    element that is not written fails. On a GPU the call is made twice. The first compiles; the second goes the short way of a
-    launch that is known, may not synchronise unless something stays on the host, and has to have the same bits.
+    Tensors are moved to the device, except those named in `on_host`. The output is a buffer of NaN unless `out` is given, so that
+    an unwritten element fails. On a GPU the call is made twice. The first call compiles. The second takes the short path of a known
+    launch: it may not synchronise unless a tensor stays on the host, and it must give the same bits.
     """
 
     def run(
@@ -97,7 +99,7 @@ def call(
 
 
 def buffer_for(given: dict[str, Any], device: torch.device) -> torch.Tensor:
-    """NaN in the shape of the output."""
+    """A buffer of NaN in the shape of the output."""
     if given.get("response_mask") is not None:
         shape = tuple(given["response_mask"].shape)
     elif given.get("cu_seqlens") is not None:
@@ -108,7 +110,7 @@ def buffer_for(given: dict[str, Any], device: torch.device) -> torch.Tensor:
 
 
 def on_the_host(out: AdvantageOutput) -> AdvantageOutput:
-    """A copy, as the buffer is written again."""
+    """A copy on the host: the output's buffer is written again by the next call."""
     stats = out.stats
     if stats is not None:
         prior = None if stats.prior is None else stats.prior.cpu()

@@ -1,5 +1,5 @@
-"""A call of the op for every kernel and every way to launch it, on sizes that fill no block: what CUDA graphs capture and what a
-memory checker watches.
+"""One call of the op for every kernel and every way to launch it, on sizes that do not fill a block. CUDA graphs capture these
+calls, and a memory checker watches them.
 
 compute-sanitizer python tests/gpu/every_launch.py    # makes each call once on the GPU
 """
@@ -17,12 +17,12 @@ from v05.kernels.grouping.launch import MOST_ROWS
 from v05.ops import AdvantageOutput, fused_advantage
 
 N, T, G = 45, 37, 7
-MANY = MOST_ROWS + 3  # whose ids are sorted
+MANY = MOST_ROWS + 3  # more rows than the grouping kernel takes, so that their ids are sorted
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Tensors on one device, which stay where they are when their values change."""
+    """Tensors on one device. They stay in place when their values change."""
 
     rewards: torch.Tensor
     token_rewards: torch.Tensor
@@ -72,7 +72,7 @@ def make_inputs(device: torch.device) -> Inputs:
 
 
 def calls(given: Inputs, backend: Literal["cpp", "triton"] | None = None) -> dict[str, Callable[[], AdvantageOutput]]:
-    """Each with a fresh output, but for packed ones, whose buffer is made here."""
+    """The calls by name. Each makes a new output, except for packed rows: their buffer is made here."""
     packed = torch.full((given.total,), math.nan, device=given.rewards.device)
     by_ids = {"group_ids": given.ids, "num_groups": G, "backend": backend}
     by_offsets = {"group_offsets": given.offsets, "backend": backend}

@@ -1,4 +1,4 @@
-"""The cases of tests/kernels on the device: every layout, dtype, method and source of ids, against `v05.reference` in float64."""
+"""The cases of tests/kernels on the device: every layout, dtype, method and kind of ids, against `v05.reference` in float64."""
 
 import math
 import os
@@ -24,7 +24,7 @@ MASKS = (torch.bool, torch.uint8, torch.int64, torch.float32) if ON_GPU else (to
 
 
 def of_the_gpu(*values):
-    """Parameters that the interpreter takes too long for, or has tests of elsewhere."""
+    """Parameters for the GPU alone: the interpreter is too slow for them, or has tests of them elsewhere."""
     return values if ON_GPU else ()
 
 
@@ -44,7 +44,7 @@ def mask_of(n, T, dtype, seed=0):
 
 
 def misaligned(tensor, device, by=1):
-    """The values on the device, contiguous, `by` elements behind the start of an allocation."""
+    """The values on the device, contiguous, but starting `by` elements after the start of an allocation."""
     place = torch.empty(tensor.numel() + by, dtype=tensor.dtype, device=device)
     view = place[by:].view(tensor.shape)
     view.copy_(tensor)
@@ -88,7 +88,7 @@ def test_padded(T, dtype, call):
 @pytest.mark.parametrize("rewards_dtype", [torch.float32, *of_the_gpu(torch.float64, torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("T", TOKENS[1:])
 def test_token_rewards(T, rewards_dtype, dtype, call):
-    """A reward at two tokens within the mask; outside of it anything, which does not count."""
+    """Rewards at two tokens inside the mask. Tokens outside it are NaN and do not count."""
     mask = mask_of(ROLLOUTS, T, dtype, T)
     mask[:, [0, T - 1]] = torch.ones((), dtype=dtype)
     tokens = torch.where(mask == 1, 0.0, math.nan).to(rewards_dtype)
@@ -130,9 +130,9 @@ def test_output_dtypes(layout, dtype, rtol, call):
 @pytest.mark.parametrize("method", ["v05", *of_the_gpu("grpo", "rloo", "calibrated", "js")])
 @pytest.mark.parametrize("scale", ["batch", *of_the_gpu("none", "group")])
 def test_valid_rows_and_trajectories(method, scale, call):
-    """Rows of one trajectory count once; invalid rows do not take part, whatever their reward is."""
+    """Rows of one trajectory count once. Invalid rows do not count, whatever their reward."""
     trajectories, valid, rewards = torch.arange(ROLLOUTS), torch.ones(ROLLOUTS, dtype=torch.bool), REWARDS.clone()
-    trajectories[[1, 4]] = 1  # both of group 0
+    trajectories[[1, 4]] = 1  # both are rows of group 0
     rewards[4] = rewards[1]
     rewards[3] = math.nan
     valid[[3, 7]] = False
@@ -158,7 +158,9 @@ def test_what_is_left_out_or_clipped_is_counted(call):
 
 @pytest.mark.parametrize("ids", ["CPU integers", "any integers", "list", "strings", "NumPy strings", "UUIDs"])
 def test_ids_on_the_host(ids, call):
-    """Integers with num_groups are positions; anything else is numbered by first appearance, and the prior with it."""
+    """Integers with num_groups are the groups' numbers. All other ids are numbered by first appearance, in which order the prior is
+    given.
+    """
     by_appearance = torch.tensor([2, 0, 1, 3])
     place = by_appearance.argsort()[IDS]
     given = {
@@ -201,7 +203,7 @@ def test_contiguous_groups(offsets, call):
 @pytest.mark.parametrize("bound", ["MOST_ROWS", "MOST_GROUPS"])
 def test_more_rows_or_groups_than_the_grouping_kernel_takes(bound, call, monkeypatch):
     monkeypatch.setattr(grouping, bound, 3)
-    monkeypatch.setattr(grouping, "_group_rows", None)  # which would be called
+    monkeypatch.setattr(grouping, "_group_rows", None)  # a call of the kernel would fail
     out = call(REWARDS, PRIOR, group_ids=IDS, num_groups=4)
     wanted, stats = expect()
     assert_advantages(out.advantages, wanted)
@@ -211,7 +213,7 @@ def test_more_rows_or_groups_than_the_grouping_kernel_takes(bound, call, monkeyp
 @pytest.mark.parametrize("T", [21, *of_the_gpu(2048, 2061)])
 @pytest.mark.parametrize("dtype", [torch.bool, *of_the_gpu(torch.int64, torch.float32)], ids=str)
 def test_misaligned_views(dtype, T, call, device):
-    """Rewards, mask and output that start at odd addresses. A launch that is known assumes aligned ones, and may not take these."""
+    """Rewards, mask and output start at unaligned addresses. A known launch assumes aligned ones and may not take these."""
     mask = mask_of(ROLLOUTS, T, dtype, 3)
     wanted = tokens_of(torch.from_numpy(expect()[0]), mask)
     if ON_GPU:
@@ -234,7 +236,7 @@ def test_misaligned_packed_output(call, device):
 
 
 def test_rows_of_a_larger_tensor(call, device):
-    """Slices of what a trainer holds: rewards[1:], and a mask's rows without their first and last tokens, which are copied."""
+    """Slices of a trainer's tensors: rewards[1:], and a mask without its first and last tokens, which is copied."""
     rewards = torch.cat((torch.full((1,), 9.0), REWARDS)).to(device)[1:]
     mask = mask_of(ROLLOUTS + 2, 31, torch.bool).to(device)[2:, 1:30]
     out = call(rewards, PRIOR, group_ids=IDS, num_groups=4, response_mask=mask, out=None)
@@ -250,7 +252,7 @@ def test_without_statistics(call):
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_no_rollouts(scale, call):
-    """Also then nothing may synchronise."""
+    """A call without rollouts may not synchronise either."""
     nothing = torch.empty(0, dtype=torch.int64)
     out = call(nothing.float(), torch.tensor([0.2, 0.9]), group_ids=nothing, num_groups=2, scale=scale)
     assert out.advantages.shape == (0,)
@@ -280,7 +282,7 @@ def test_golden(case, call):
 
 @pytest.mark.parametrize("method", ["v05", "grpo", "rloo"])
 def test_the_bits_of_the_cpu(method, call):
-    """Of rewards 0 and 1 every sum is exact in any order: float32 advantages have the bits of the C++ core's."""
+    """Sums of rewards 0 and 1 are exact in any order, so float32 advantages have the bits of the C++ core."""
     draw = torch.Generator().manual_seed(5)
     n, groups = (4096, 256) if ON_GPU else (24, 3)
     rewards = torch.randint(0, 2, (n,), generator=draw).float()
@@ -294,7 +296,7 @@ def test_the_bits_of_the_cpu(method, call):
 
 @pytest.mark.parametrize("method", ["v05", "grpo", "calibrated"])
 def test_many_rollouts(method, call, cuda):
-    """More rollouts and groups than the grouping kernel takes, and more groups than programs; against the C++ core."""
+    """More rollouts and groups than the grouping kernel takes, and more groups than programs, against the C++ core."""
     draw = torch.Generator().manual_seed(6)
     n, groups = 100_003, 20_011
     rewards, prior = torch.rand(n, generator=draw), torch.rand(groups, generator=draw, dtype=torch.float64)
@@ -306,7 +308,7 @@ def test_many_rollouts(method, call, cuda):
 
 
 def test_more_than_two_to_the_31_tokens(device, cuda):
-    """Addresses of 64 bits: 2.2e9 tokens in bfloat16, of which the first and the last row are looked at."""
+    """Addresses need 64 bits: 2.2e9 tokens in bfloat16. The first and the last row are unmasked and compared."""
     n, T, k = 65536, 33000, 8
     free = torch.cuda.mem_get_info()[0]
     if free < 3 * n * T + 2**30:

@@ -1,4 +1,4 @@
-"""The embedded engine on the device, where steps are replayed as CUDA graphs: what it samples is what a plain pass computes."""
+"""The embedded engine on the device, where CUDA graphs replay its steps: log-probabilities are those of a plain forward pass."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_log_probabilities(capacity, dtype, device):
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.7, "top_p": 0.9}, {"temperature": 0.0}, {"max_new_tokens": 1}])
 def test_ways_to_sample(sampling, device):
-    """As on the CPU, but where a uniform number lies within rounding of the border between two tokens."""
+    """The same tokens as on the CPU, unless a uniform number lies within rounding of the border between two tokens."""
     settings = {"max_new_tokens": 16, "capacity": 8} | sampling
     there = generate(TransformersEngine(policy(device), tiny_tokenizer(), **settings), requests(40))
     here = generate(TransformersEngine(policy("cpu"), tiny_tokenizer(), **settings), requests(40))
@@ -69,7 +69,7 @@ def test_ways_to_sample(sampling, device):
 
 @pytest.mark.parametrize("replaced", [False, True])
 def test_weights_that_change_are_read(replaced, device):
-    """In place, as an optimiser changes them, or by other tensors."""
+    """New weights take effect, whether written in place, as an optimiser does, or as other tensors."""
     model, wanted = policy(device), requests(12)
     engine = TransformersEngine(model, tiny_tokenizer(), max_new_tokens=20, capacity=12)
     before = generate(engine, wanted)
@@ -86,7 +86,7 @@ def test_weights_that_change_are_read(replaced, device):
 
 
 def test_steps_are_replayed(cuda):
-    """A graph a size, all captured by the second run."""
+    """There is one graph per size. After the second run all of them are captured."""
     engine = TransformersEngine(policy(cuda), tiny_tokenizer(), max_new_tokens=30, capacity=40)
     for _ in range(2):
         generate(engine, requests(40))

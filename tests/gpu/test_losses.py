@@ -1,4 +1,4 @@
-"""`token_statistics` and `policy_loss` on the device: right, without waiting for it, and in a CUDA graph."""
+"""`token_statistics` and `policy_loss` on the device: results are right, no call waits for it, and a CUDA graph captures a step."""
 
 import os
 
@@ -11,7 +11,7 @@ from helpers.token_statistics import SITUATIONS, STRIDES, draw, ids
 from helpers.token_statistics import assert_specified as assert_statistics
 from v05.ops import LOSSES, Importance, policy_loss, token_statistics
 
-# The interpreter's NumPy warns of infinities that the kernels mean.
+# NumPy, which the interpreter uses, warns of infinities that the kernels produce on purpose.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:overflow:RuntimeWarning")]
 ON_GPU = os.environ.get("V05_GPU") == "1"
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: torch.finfo(torch.bfloat16).eps, torch.float16: torch.finfo(torch.float16).eps}
@@ -74,7 +74,7 @@ def test_losses(loss, layout, device):
 
 
 def test_sums_of_many_rollouts_have_the_same_bits_every_time(cuda):
-    """The last program to arrive adds up; which one that is differs from call to call."""
+    """The program that arrives last adds up the sums, and which one is last differs from call to call."""
     batch = Batch((5,) * 4000, 8)
     given = [values.to(cuda) for values in (batch.new, batch.old, batch.advantages)]
     layout = {"cu_seqlens": batch.cu_seqlens.to(cuda), "weights": batch.weights.to(cuda)}
@@ -112,7 +112,7 @@ def inputs(cuda):
 
 def test_a_step_does_not_wait_for_the_device(cuda, no_synchronisation):
     given = inputs(cuda)
-    step(*given)  # compiles
+    step(*given)  # the first step compiles
     with no_synchronisation():
         step(*given)
 

@@ -1,4 +1,4 @@
-"""Ranks of a job on the device: over NCCL where each has its own, over gloo where two share the only one."""
+"""Ranks of a job on the device: over NCCL if each has a GPU of its own, over gloo if two share one."""
 
 import json
 import subprocess
@@ -14,9 +14,9 @@ from v05.train.metrics import read_metrics
 from v05.train.presets import run_config
 
 pytestmark = pytest.mark.gpu
-SEEN_STEPS = 3  # before rounding has grown enough for a token to change
-STRATEGIES = ["ddp", "fsdp2"] if torch.cuda.device_count() > 1 else ["ddp"]  # gloo cannot scatter what FSDP2 has on a GPU
-ROUNDED = {"grad_norm": 1e-3, "entropy": 1e-3}  # relative
+SEEN_STEPS = 3  # later, rounding has grown enough to change a token
+STRATEGIES = ["ddp", "fsdp2"] if torch.cuda.device_count() > 1 else ["ddp"]  # gloo cannot scatter FSDP2's tensors on a GPU
+ROUNDED = {"grad_norm": 1e-3, "entropy": 1e-3}  # relative tolerances
 
 
 def train(folder, name, config, *torchrun):

@@ -1,4 +1,6 @@
-"""One call of every kind, and what only CUDA has: graphs, streams, torch.compile for the device, and NVIDIA's memory checker."""
+"""Every call of every_launch.py with what only CUDA has: graphs, streams, torch.compile for the device, and NVIDIA's memory
+checker.
+"""
 
 import math
 import os
@@ -59,7 +61,7 @@ def test_a_call_in_a_cuda_graph_reads_what_is_there_when_it_is_replayed(name, cu
 def test_a_call_does_not_wait_for_the_device(name, cuda, no_synchronisation):
     call = calls(make_inputs(cuda))[name]
     with no_synchronisation():
-        first = call().advantages.clone()  # compiles
+        first = call().advantages.clone()  # the first call compiles
         second = call().advantages
     assert torch.equal(first, second)
 
@@ -72,7 +74,7 @@ def test_waiting_for_the_device_is_noticed(cuda, no_synchronisation):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call_is_made_on_the_current_stream(name, cuda):
-    """The stream is busy when the rewards are changed on it: on another stream the call would read the old ones."""
+    """The stream is busy when it changes the rewards, so that a call on another stream would read the old ones."""
     given = make_inputs(cuda)
     call = calls(given)[name]
     before = call().advantages.clone()
@@ -88,7 +90,7 @@ def test_a_call_is_made_on_the_current_stream(name, cuda):
     assert not torch.equal(seen, before)
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler itself
 def test_torch_compile_takes_the_call_whole(cuda):
     given = make_inputs(cuda)
 
@@ -103,7 +105,7 @@ def test_torch_compile_takes_the_call_whole(cuda):
 
 
 def test_memcheck_finds_nothing(cuda):
-    """Every buffer is an allocation of its own, so that a byte beyond it is noticed."""
+    """Every buffer is an allocation of its own, so that an access beyond its end is noticed."""
     if SANITIZER is None:
         pytest.skip("no compute-sanitizer on this machine")
     script = Path(__file__).with_name("every_launch.py")
