@@ -1,1 +1,1 @@
-"""What several tests share, and what the processes that tests start import: `from helpers.golden_cases import ...`."""
+"""Code shared by several tests, and modules that the processes of tests import: `from helpers.golden_cases import ...`."""

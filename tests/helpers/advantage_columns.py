@@ -7,5 +7,5 @@ from v05.ops.advantage.stats import STATISTICS
 
 
 def columns(stats: AdvantageStats) -> list[torch.Tensor]:
-    """Those that the method defines; the others' places in the table hold anything."""
+    """The statistics that the method defines. The other columns of the table may hold any values."""
     return [column for name in STATISTICS if (column := getattr(stats, name)) is not None]

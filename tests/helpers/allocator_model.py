@@ -1,6 +1,6 @@
-"""The allocator's logic in plain Python: what the tests compare `v05.budget` with, and what bench/allocator.py times it against.
+"""The allocator's logic in plain Python. Tests compare `v05.budget` with it, and bench/allocator.py times `v05.budget` against it.
 
-Dictionaries and deques instead of a window of bits; formulas from `v05.reference`. Rewards lie in [0, 1].
+It uses dictionaries and deques instead of a window of bits, and formulas from `v05.reference`. Rewards lie in [0, 1].
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NAN = math.nan
 
 
 def cost_of(rule: str, maximum: int, calibration: Calibration | None) -> float:
-    """What a rule holds the gain of one more rollout against, unless it is told."""
+    """The default cost of a rule: the gain that one more rollout must exceed."""
     if rule == "variance":
         assert calibration is not None
         return reference.fresh_prompt_gain(calibration)
@@ -29,8 +29,9 @@ def cost_of(rule: str, maximum: int, calibration: Calibration | None) -> float:
 
 
 def gain(rewards: Sequence[float], prior: float, calibration: Calibration | None, rule: str, further: int = 0) -> float:
-    """What one more rollout is expected to be worth to a group, after `further` ones that leave its estimates where they are;
-    invalid rewards are NaN."""
+    """The expected worth to a group of one more rollout, after `further` ones that leave its estimates unchanged. Invalid rewards
+    are NaN.
+    """
     valid = [reward for reward in rewards if not math.isnan(reward)]
     if calibration is not None:
         knows_energies = (calibration.delta0, calibration.delta1) != (0.0, 0.0)
@@ -62,7 +63,7 @@ def wanted(
 class Group:
     serial: int
     prior: float
-    rewards: list[float | None]  # None: not settled
+    rewards: list[float | None]  # None: not reported yet
     failures: list[int]
     unsettled: int
     closed: bool = False
@@ -70,7 +71,7 @@ class Group:
 
 
 class PlainAllocator:
-    """The methods of `RolloutAllocator` over lists. Lease ids count up; `restart` is a snapshot and its restoration."""
+    """The methods of `RolloutAllocator` over lists. Lease ids count up. `restart` stands for a snapshot and its restoration."""
 
     def __init__(
         self,
@@ -97,7 +98,7 @@ class PlainAllocator:
         self.opened = 0
         self.next_lease = 0
         self.out: dict[int, tuple[int | str, int, float]] = {}
-        self.past: dict[int, Group | None] = {}  # leases by the group they were reported to; None: failed or expired
+        self.past: dict[int, Group | None] = {}  # the group of each settled lease; None: failed or expired
         self.count: Counter[str] = Counter()
 
     def open(self, group_ids: Sequence[int | str], priors: Sequence[float]) -> None:
@@ -210,7 +211,7 @@ class PlainAllocator:
         if room == 0 or self.rule == "uniform" or (self.rule == "total" and self.spent == self.total):
             self.close(group)
         elif self.rule == "total":
-            # Rounded, so that what is equal on paper ties.
+            # Rounding makes gains tie that are equal in exact arithmetic.
             heapq.heappush(
                 self.candidates, (-round(gain(group.rewards, group.prior, self.calibration, self.rule), 12), group.serial)
             )
@@ -254,7 +255,7 @@ def run_to_end(
     rng: np.random.Generator | None = None,
     batch: int = 64,
 ) -> ClosedGroups:
-    """Lease and report until done; with `rng`, rewards arrive in random order and random portions."""
+    """Lease and report until the allocator is done. With `rng`, rewards arrive in random order and in random portions."""
     pending: list[tuple[int, float]] = []
     while not allocator.done:
         leases = allocator.lease(batch if rng is None else int(rng.integers(1, batch)))

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 
-PATIENCE = 120_000  # milliseconds, for a machine that others use too
+PATIENCE = 120_000  # milliseconds, for a busy machine
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 

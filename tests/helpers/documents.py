@@ -1,7 +1,8 @@
 """Runs the fenced blocks of a Markdown page, top to bottom and in one namespace, in the current directory.
 
-Python is executed, also what stands in an `invisible-code-block` comment: there a page checks what it says. Of shell blocks
-`v05 ...` is executed, on the smallest runs (`SMALLEST`); JSON and YAML are parsed. All else must say why it does not run, above it:
+Python blocks are executed, and so is Python in an `invisible-code-block` comment, where a page checks its claims. In shell blocks,
+`v05 ...` is executed on the smallest runs (`SMALLEST`). JSON and YAML are parsed. Above any other block the page must say why it
+does not run:
 
     <!-- skip: next "needs a GPU" -->
     <!-- skip: next if(not installed("trl"), reason="needs trl: make test-integrations") -->
@@ -26,7 +27,7 @@ from helpers.tiny_policy import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# Options that come after those of the page, and so win.
+# Options that are added after the page's own, and so override them.
 SMALLEST = {
     "train": ["--preset", "smoke", "--rollouts", "64"],
     "compare": ["--preset", "smoke", "--rollouts", "64", "--seeds", "1", "--jobs", "1"],
@@ -65,7 +66,8 @@ EVALUATORS = {
 
 
 def fences(document):
-    for lexer in (FencedCodeBlockLexer("[^{\n]*"), DirectiveInHTMLCommentLexer("invisible-code-block", "python")):  # {...}: of MyST
+    # A fence marked {...} is a directive of MyST, not a block.
+    for lexer in (FencedCodeBlockLexer("[^{\n]*"), DirectiveInHTMLCommentLexer("invisible-code-block", "python")):
         for region in lexer(document):
             language = region.lexemes.get("language") or region.lexemes.get("arguments") or ""
             evaluator = EVALUATORS.get(language)
@@ -86,7 +88,7 @@ def build_site(place):
 
 
 def make_inputs(directory):
-    """What pages take as given: a tiny model in path/to/model, a few sums in tasks.jsonl."""
+    """Write the inputs that pages assume: a tiny model in path/to/model, and a few sums in tasks.jsonl."""
     tiny_model().save_pretrained(directory / "path" / "to" / "model")
     tiny_tokenizer().save_pretrained(directory / "path" / "to" / "model")
     lines = [json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) + "\n" for a in range(5) for b in range(5)]
@@ -94,7 +96,7 @@ def make_inputs(directory):
 
 
 def run_page(path):
-    """Run a page; returns its namespace, and the lines of blocks that did not run with the reason."""
+    """Run a page. Returns its namespace, and a dictionary from the line of each block that did not run to the reason."""
     document = PARSER.parse(path)
     document.namespace["installed"] = lambda package: find_spec(package) is not None
     left_out = {}
@@ -111,7 +113,7 @@ def run_page(path):
 
 
 def blocks(path, language):
-    """The sources of a page's blocks in one language, for those who read them as a host does."""
+    """The sources of a page's blocks in one language, for tests that read them as a host would."""
     document = PARSER.parse(path)
     return [str(example.parsed) for example in document.examples() if example.region.evaluator is EVALUATORS[language]]
 

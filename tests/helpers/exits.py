@@ -1,4 +1,4 @@
-"""What a run's process does where something in it ends it. Importable by name, so that other processes can call it."""
+"""Ways for a run's process to end. They are importable by name, so that other processes can call them."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""The golden cases: results made by an independent float64 oracle. Statistics are indexed by the numeric group id."""
+"""The golden cases: results of an independent float64 oracle. Statistics are indexed by the numeric group id."""
 
 import json
 from pathlib import Path
@@ -13,12 +13,12 @@ CASES: list[dict[str, Any]] = [case for file in sorted(GOLDEN.glob("*.json")) fo
 
 
 def golden_parameters() -> list[Any]:
-    """pytest parameters."""
+    """The cases as pytest parameters."""
     return [pytest.param(case, id=f"{case['id']}-{case['method']}") for case in CASES]
 
 
 def golden_options(case: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of a case, shared by the op and the reference."""
+    """Keyword arguments of a case, for both the op and the reference."""
     return {
         "method": case["method"],
         "scale": case["scale"],

@@ -1,4 +1,4 @@
-"""Batches that users of RL trainers have reported as computed wrongly, with the advantages that are right, worked out by hand."""
+"""Batches that users of RL trainers reported as computed wrongly, with the right advantages, worked out by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 NAN = math.nan
-TOLERANCE = 1e-5  # eps in the divisors, float32 in the tensors
+TOLERANCE = 1e-5  # covers eps in the divisors and float32 in the tensors
 STEP = 2.0**-10  # the smallest difference that float32 holds at 8192
 
 
@@ -21,9 +21,9 @@ class Situation:
     Attributes:
         rewards, groups: (N,) reward and group id of each row.
         expected: (N,) advantages.
-        priors: success rate predicted for a group, 0.5 where none is named.
-        trajectories: (N,) rows that share one are parts of one rollout; None, each row is a rollout.
-        lengths: (N,) tokens of each row; 2 where None.
+        priors: success rate predicted for a group; 0.5 for groups without an entry.
+        trajectories: (N,) trajectory of each row; rows of one trajectory are parts of one rollout. None: each row is a rollout.
+        lengths: (N,) tokens of each row; None: 2 each.
     """
 
     name: str
@@ -43,13 +43,13 @@ class Situation:
 
     @property
     def valid(self) -> list[bool]:
-        """Neither padding nor rejected, as a mask without a token says."""
+        """Rows that are neither padding nor rejected. A rejected row has no token."""
         lengths = self.lengths or [2] * len(self.groups)
         return [group != "_" and length > 0 for group, length in zip(self.groups, lengths, strict=True)]
 
     @property
     def prior(self) -> list[float]:
-        """Rewards predicted for the groups in order of their first rows; none for padding."""
+        """Predicted reward of each group, in order of the groups' first rows; NaN for padding."""
         low, high = self.reward_range
         rates = {"pad0": NAN} | self.priors
         return [low + rates.get(group, 0.5) * (high - low) for group in dict.fromkeys(self.ids)]
@@ -61,7 +61,9 @@ class Situation:
 
     @property
     def token_rewards(self) -> torch.Tensor:
-        """(N, 3) float32, the reward at the last token; at the row's end where the mask holds none, as verl puts it."""
+        """(N, 3) float32, the reward at the last token. If the mask holds no token, the reward is at the row's end, where verl puts
+        it.
+        """
         rewards = torch.zeros(len(self.rewards), 3)
         rewards[torch.arange(len(rewards)), self.mask.sum(1) - 1] = torch.tensor(self.rewards, dtype=torch.float32)
         return rewards
@@ -95,12 +97,12 @@ SITUATIONS = [
 
 
 def situations(*without: str) -> list[object]:
-    """pytest parameters of the situations, but for those whose name holds one of the words."""
+    """The situations as pytest parameters, without those whose name contains one of the words."""
     return [pytest.param(case, id=case.name) for case in SITUATIONS if not any(word in case.name for word in without)]
 
 
 class FixedPrior:
-    """Success rates by prompt text, 0.5 for an unknown one; remembers what it was taught."""
+    """Success rates by prompt text, 0.5 for an unknown prompt. Remembers what it was taught."""
 
     def __init__(self, rates: dict[str, float] | None = None) -> None:
         self.rates = rates or {}

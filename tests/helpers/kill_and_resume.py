@@ -1,9 +1,9 @@
-"""Kill a run over and over, have it go on each time, and compare it with one that was left alone.
+"""Kill a run many times, resume it each time, and compare it with a run that was left alone.
 
     python tests/helpers/kill_and_resume.py --kills 20 --directory /tmp/killed
 
-Prints what was injected and what was lost; the exit status says whether anything was. One kill in three comes while a checkpoint is
-being written or an old one deleted, the others a random time after a few records.
+Prints what was injected and what was lost. The exit status is 1 if anything was lost. One kill in three hits while a checkpoint is
+written or an old one deleted. The others come a random time after a few records.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from v05.train.presets import run_config
 
 @dataclass
 class Injected:
-    """What a killed run went through."""
+    """The kills that a run went through."""
 
     kills: int = 0
     in_checkpoint: int = 0
-    resumed: int = 0  # lives that went on from a checkpoint
+    resumed: int = 0  # how many of the processes resumed from a checkpoint
     exit_codes: list[int] = field(default_factory=list)
 
 
@@ -43,12 +43,12 @@ def policy_digest(directory: Path) -> str:
 
 
 def smoke(steps: int, method: str = "v05") -> RunConfig:
-    """About `steps` steps of the smoke preset, with a checkpoint after each."""
+    """The smoke preset for about `steps` steps, with a checkpoint after each."""
     return run_config("smoke", method, total_rollouts=64 * steps, checkpoint_seconds=0)
 
 
 class Runner:
-    """Starts runs as processes that have imported everything already, so that a life lasts tenths of a second."""
+    """Starts runs as processes that have imported everything already, so that one lives for only tenths of a second."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
@@ -67,7 +67,11 @@ class Runner:
             raise RuntimeError(f"the run failed; its log:\n{(directory / 'log.txt').read_text()}")
 
     def kill_and_resume(self, config: RunConfig, directory: Path, kills: int, seed: int = 0) -> Injected:
-        """Run `config` to its end with `kills` SIGKILLs on the way. RuntimeError if it ends or fails before the last."""
+        """Run `config` to its end with `kills` SIGKILLs on the way.
+
+        Raises:
+            RuntimeError: if the run ends or fails before the last kill.
+        """
         rng = random.Random(seed)
         injected = Injected()
         while injected.kills < kills:
@@ -88,28 +92,28 @@ class Runner:
 
 
 def wait_at_random(process, directory: Path, rng: random.Random) -> bool:
-    """Wait for up to seven new records and then a little; False if the run is over before."""
+    """Wait for up to seven new records and then a little. Returns False if the run ends before that."""
     metrics = directory / METRICS
-    lines = rng.randrange(8)  # often more than come before the first checkpoint, so that slow machines have one to go on from
+    lines = rng.randrange(8)  # often enough records for a first checkpoint, so that a slow machine has one to resume from
     pause = rng.random() * 0.1
     before = measured(directory) if lines else 0
     while lines and process.is_alive():
         if metrics.exists() and measured(directory) >= before + lines:
             break
         if metrics.exists():
-            before = min(before, measured(directory))  # cut back to the checkpoint when the run went on
+            before = min(before, measured(directory))  # on resuming, the file is cut back to the checkpoint
         time.sleep(0.002)
     time.sleep(pause)
     return process.is_alive()
 
 
 def measured(directory: Path) -> int:
-    """Records of a run, but for the completions that one step leaves many of."""
+    """The number of a run's records, without the records of completions: a step may write many of those."""
     return sum(record["kind"] != "group" for record in read_metrics(directory))
 
 
 def wait_inside_checkpoint(process, directory: Path) -> bool:
-    """Stop the process while a checkpoint is half-written or half-deleted; False if the run is over before."""
+    """Stop the process while a checkpoint is half-written or half-deleted. Returns False if the run ends before that."""
     before = partials(directory)
     while process.is_alive():
         if partials(directory) - before:
@@ -118,23 +122,23 @@ def wait_inside_checkpoint(process, directory: Path) -> bool:
                 time.sleep(0.001)
             if partials(directory) - before:
                 return True
-            os.kill(process.pid, signal.SIGCONT)  # it was done before it stopped: the next one, then
+            os.kill(process.pid, signal.SIGCONT)  # the checkpoint was complete before the process stopped: wait for the next one
     return False
 
 
 def partials(directory: Path) -> set[int]:
-    """Half-written and half-deleted checkpoints, by inode: the next of the same name is another."""
-    with os.scandir(directory) as entries:  # config.json and result.json have theirs
+    """Inodes of half-written and half-deleted checkpoints. By inode, two checkpoints of the same name are different."""
+    with os.scandir(directory) as entries:  # config.json and result.json have partial files too
         return {entry.inode() for entry in entries if entry.name.startswith("checkpoint-") and entry.name.endswith(".partial")}
 
 
 def state_of(pid: int) -> str:
-    """As the system calls it: T is stopped."""
+    """The letter by which the system names a process's state; T is stopped."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def lost(whole: Path, killed: Path) -> dict[str, int]:
-    """What differs between the run left alone and the killed one: all zero if nothing was lost or counted twice."""
+    """Counts of differences between the run left alone and the killed one. All are zero if nothing was lost or counted twice."""
     expected, found = untimed(whole), untimed(killed)
     steps = [record["step"] for record in found if record["kind"] == "step"]
     results = [json.loads((directory / "result.json").read_text()) for directory in (whole, killed)]

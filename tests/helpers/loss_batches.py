@@ -1,4 +1,4 @@
-"""Rollouts for tests of the policy loss, and what must hold of it by any backend on any device."""
+"""Rollouts for tests of the policy loss, and what every backend must compute from them on every device."""
 
 import math
 from dataclasses import replace
@@ -11,12 +11,12 @@ from v05.ops import LOSSES, loss_weights, policy_loss
 from v05.reference import losses
 
 LENGTHS = (3, 1, 37, 0, 16, 5)
-TOKENS = 40  # of a padded row
+TOKENS = 40  # width of a padded row
 CPU = torch.device("cpu")
 
 
 class Batch:
-    """Rollouts as rows, and as the tensors of both layouts; the padding holds what must not be looked at."""
+    """Rollouts as rows, and as the tensors of both layouts. The padding is NaN, because nothing may read it."""
 
     def __init__(self, lengths=LENGTHS, width=TOKENS, seed=0, spread=0.5):
         generator = torch.Generator().manual_seed(seed)
@@ -46,7 +46,7 @@ class Batch:
 
 
 def assert_specified(batch, layout, backend, loss="ppo", importance=None, kl_estimator=None, device=CPU, **bounds):
-    """Loss, figures and gradient are those of `v05.reference.losses`."""
+    """Loss, figures and gradient equal those of `v05.reference.losses`."""
 
     def there(values):
         return values.to(device)

@@ -1,4 +1,4 @@
-"""Run directories as the trainer leaves them, without training: plausible figures, fixed by the seed."""
+"""Run directories as the trainer writes them, without training. The figures are plausible, and fixed by method and seed."""
 
 import json
 
@@ -12,7 +12,7 @@ SPEED = {"grpo": (0.16, 1.05), "v05": (0.24, 0.3), "calibrated": (0.26, 0.22), "
 
 
 def write_run(directory, spec, seed, *, steps=60, of=60, evaluations=8, new=True, samples=8, completions=4, **overrides):
-    """A run of `steps` steps, unfinished if that is fewer than `of`; without the newer records unless `new`."""
+    """Write a run of `steps` steps. It is unfinished if `steps` < `of`, and lacks the figures of newer versions unless `new`."""
     config = run_config("tiny", spec, seed=seed, total_rollouts=of * 512, **overrides)
     budget = config.budget
     rng = np.random.default_rng([seed, sum(map(ord, spec))])

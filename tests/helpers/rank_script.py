@@ -1,4 +1,4 @@
-"""What test_ranks.py has torchrun start: runs of two ranks, the last of which one rank does not survive.
+"""The script that test_ranks.py starts with torchrun: runs of two ranks. In the last run rank 1 raises.
 
 torchrun --nproc-per-node 2 rank_script.py FOLDER    # FOLDER/NAME.json: a run's configuration, its directory FOLDER/NAME
 """

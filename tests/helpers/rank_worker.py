@@ -1,4 +1,4 @@
-"""One process of test_distributed.py, in a module that a fresh process can import."""
+"""One process of test_distributed.py, as a module that a fresh process can import."""
 
 import math
 import os
@@ -11,7 +11,7 @@ from v05.methods import Calibration
 from v05.ops import fused_advantage
 
 IDS = np.array(["a", "b", "a", "c", "b", "a", "d", "c", "a", "b", "d", "e"])
-SPLITS = {  # the rank of each row, by the number of ranks; every group but "e" is split over the three
+SPLITS = {  # the rank of each row, by the number of ranks; with three ranks every group but "e" is split
     2: np.array([0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1]),
     3: np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2]),
 }
@@ -22,7 +22,7 @@ VALID = torch.tensor([1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1], dtype=torch.bool)
 
 
 def arguments(rows, method):
-    """The call of a process that owns `rows`."""
+    """The arguments of the call in a process that owns `rows`."""
     ids = IDS[rows].tolist()
     return dict(
         rewards=REWARDS[rows],
@@ -79,5 +79,5 @@ def work(rank, folder, ranks):
         except ValueError as error:
             results[name] = str(error)
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.barrier()  # a rank that leaves early takes the others' connections down
-    os._exit(0)  # gloo's own taking down now and then aborts a process that has nothing left to do
+    dist.barrier()  # a rank that leaves early closes the others' connections
+    os._exit(0)  # gloo's threads sometimes abort an interpreter that is shutting down

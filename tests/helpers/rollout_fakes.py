@@ -1,4 +1,4 @@
-"""Tasks, engines and a server that misbehave on purpose. Importable by name, so that verifier processes can make the tasks."""
+"""Tasks, engines and a server that misbehave on purpose. Verifier processes can make the tasks, which are importable by name."""
 
 import builtins
 import contextlib
@@ -16,7 +16,7 @@ from v05.rollout import Completion, Failure
 
 
 class TroubleTask:
-    """Scores a completion by what it says: a number is the reward; a name of `TROUBLES` or an exception happens; others raise."""
+    """Does what a completion says: a number is the reward; a name of `TROUBLES` or of an exception happens; other text raises."""
 
     def verify(self, prompt, completion):
         if completion in TROUBLES:
@@ -56,7 +56,7 @@ TROUBLES = {
 
 
 class DoomedTask:
-    """Ends its process over everything."""
+    """Ends its process in every verification."""
 
     def verify(self, prompt, completion):
         os._exit(1)
@@ -73,7 +73,7 @@ class BrokenTask:
 
 
 class Unreadable:
-    """Can be sent to another process, but not read there."""
+    """Can be pickled for another process, but cannot be unpickled there."""
 
     def __reduce__(self):
         return refuse, ()
@@ -84,12 +84,13 @@ def refuse():
 
 
 class CoinEngine:
-    """Succeeds with the rate prompt[0] by the request's seed, after a delay by the seed; `reproducible` as asked.
+    """Succeeds with probability prompt[0], decided by the request's seed.
 
     Args:
         capacity: rollouts in flight.
-        order: seeds the order in which rollouts finish; None is first in, first out.
-        fails: (request, earlier attempts at it) -> it fails.
+        order: seeds the order in which rollouts finish; None: first in, first out.
+        reproducible: the engine's attribute of this name.
+        fails: called with (request, number of earlier attempts at it); whether this attempt fails.
     """
 
     def __init__(self, capacity=64, *, order=None, reproducible=True, fails=lambda request, attempts: False):
@@ -136,10 +137,11 @@ END = 1  # the token that FakeServer's completions end with
 
 
 class FakeServer(http.server.ThreadingHTTPServer):
-    """Answers as a vLLM server does, at `url`: a prompt with its own tokens and END.
+    """Answers at `url` as a vLLM server does: every completion is the prompt's own tokens and END.
 
-    What it does instead is `trouble`'s to say: (path, body, calls of that path before) -> None, an HTTP status, "cut" (the body
-    ends too early), "hang" (until the server is closed), or the bytes of another body. `calls` are the paths and bodies so far.
+    `trouble` is called with (path, body, number of earlier calls of that path) and chooses the answer: None (the usual one), an
+    HTTP status, "cut" (the body ends too early), "hang" (no answer until the server is closed), or the bytes of another body.
+    `calls` lists the paths and bodies so far.
     """
 
     daemon_threads = True
@@ -176,7 +178,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         text = json.dumps({"error": "no"} if isinstance(trouble, int) else self.reply(body)).encode()
         text = trouble if isinstance(trouble, bytes) else text
-        with contextlib.suppress(OSError):  # whoever asked may be gone
+        with contextlib.suppress(OSError):  # the client may be gone
             self.send_response(trouble if isinstance(trouble, int) else 200)
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()

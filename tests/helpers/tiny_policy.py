@@ -8,7 +8,7 @@ CHARACTERS = "0123456789+= "
 
 
 def tiny_tokenizer():
-    """A token a character."""
+    """A tokenizer with one token per character."""
     words = {"<pad>": 0, "<eos>": 1} | {character: i + 2 for i, character in enumerate(CHARACTERS)}
     inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")

@@ -1,4 +1,4 @@
-"""One process of test_token_statistics_ranks.py, in a module that a fresh process can import."""
+"""One process of test_token_statistics_ranks.py, as a module that a fresh process can import."""
 
 import os
 
@@ -17,7 +17,7 @@ def layer():
 
 
 def logits():
-    """Of which some rows have their only finite logits on one rank, and a maximum on both."""
+    """(TOKENS, VOCABULARY) logits. Some rows have finite logits on one rank only, and one row has its maximum on two ranks."""
     x = draw(3, TOKENS, VOCABULARY)
     x[0, : VOCABULARY // 2] = -torch.inf
     x[1, VOCABULARY // 2 :] = -torch.inf
@@ -34,7 +34,7 @@ def targets():
 
 
 def results(tensors, part, group):
-    """Statistics and gradients from the logits, then from the hidden states, of a rank's part of the vocabulary."""
+    """Statistics and gradients for a rank's part of the vocabulary, from the logits and then from the hidden states."""
     x = logits()[:, part].clone().requires_grad_()
     made = [statistics_and(x, {}, (x,), group)]
     hidden, weight, bias = tensors
@@ -60,5 +60,5 @@ def work(rank, folder, ranks):
         except ValueError as error:
             errors.append(str(error))
     torch.save((made, errors), f"{folder}/{rank}.pt")
-    dist.barrier()  # a rank that leaves early takes the others' connections down
-    os._exit(0)  # gloo's own taking down now and then aborts a process that has nothing left to do
+    dist.barrier()  # a rank that leaves early closes the others' connections
+    os._exit(0)  # gloo's threads sometimes abort an interpreter that is shutting down

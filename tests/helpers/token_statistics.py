@@ -1,4 +1,4 @@
-"""Logits for tests of token statistics, and what must hold of them by any backend."""
+"""Logits for tests of token statistics, and what every backend must compute from them."""
 
 import math
 
@@ -9,7 +9,7 @@ from v05.ops import token_statistics
 from v05.ops.token_statistics import IGNORED
 from v05.reference import tokens
 
-TINY = torch.finfo(torch.float32).tiny  # smaller numbers have fewer digits
+TINY = torch.finfo(torch.float32).tiny  # numbers below this have fewer digits
 STATISTICS = ("logprob", "entropy", "sum_pi_squared")
 
 
@@ -22,10 +22,12 @@ def ids(seed, vocabulary, *shape):
 
 
 def assert_specified(logits, targets, temperature=1.0, *, in_place=False, rounding=0.0, backend=None, device="cpu"):
-    """Statistics and gradients of `logits` (..., V), weighed by numbers that differ from token to token. `rounding` is what the
-    dtype of the logits adds to the error of their gradient.
+    """Statistics and gradients of `logits` (..., V) equal the specification's.
+
+    The gradients are of sums with weights that differ from token to token. `rounding` is added to the tolerance of the gradient,
+    for the dtype of the logits.
     """
-    leaf = logits.detach().to(device).requires_grad_()  # with the strides of the logits
+    leaf = logits.detach().to(device).requires_grad_()  # keeps the strides of the logits
     out = token_statistics(
         leaf * 1 if in_place else leaf, targets.to(device), temperature=temperature, inplace_backward=in_place, backend=backend
     )
@@ -48,7 +50,7 @@ def assert_specified(logits, targets, temperature=1.0, *, in_place=False, roundi
     assert gradient.dtype == logits.dtype
     parts = (of_logprob, expected.gradient_of_logprob), (of_entropy, expected.gradient_of_entropy)
     wanted = sum(weight.double().numpy().reshape(-1, 1) * each for weight, each in parts)
-    size = np.abs(wanted).max(1, keepdims=True, initial=0)  # of each token
+    size = np.abs(wanted).max(1, keepdims=True, initial=0)  # largest entry of each token's gradient
     seen = gradient.cpu().double().numpy().reshape(wanted.shape)
     np.testing.assert_allclose(seen / np.maximum(size, 1e-30), wanted / np.maximum(size, 1e-30), rtol=0, atol=1e-5 + rounding)
 

@@ -1,4 +1,4 @@
-"""What stands in for verl's LLM server and reward workers, in a module that Ray's processes can import."""
+"""Stand-ins for verl's LLM server and reward workers, in a module that Ray's processes can import."""
 
 
 class FakeServer:
@@ -11,7 +11,7 @@ class FakeServer:
 
 
 class FakeRewards:
-    """A reward worker: what a rollout is worth is known from its prompt; every second one of "fair" succeeds, "broken" raises."""
+    """A reward worker whose reward depends on the prompt: every second rollout of "fair" succeeds, and "broken" raises."""
 
     def __init__(self):
         self.seen = 0
