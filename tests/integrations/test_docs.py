@@ -1,4 +1,6 @@
-"""The blocks of docs/hosts/ and docs/losses.md where their hosts are: Python runs, options are read as the host does."""
+"""The blocks of docs/hosts/ and docs/losses.md where their host is installed: Python runs, and options are read as the host reads
+them.
+"""
 
 import copy
 import importlib
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 
 def named(path):
-    """What slime's options name, found as slime does."""
+    """The object that an option of slime names, found as slime finds it."""
     module, _, attribute = path.rpartition(".")
     return getattr(importlib.import_module(module), attribute)
 
@@ -49,7 +51,7 @@ def test_slime(monkeypatch):
 
 @pytest.fixture
 def short_runs(tmp_path, monkeypatch):
-    """TRL trains for two steps on the CPU."""
+    """Let TRL train for only two steps, on the CPU."""
     if not find_spec("trl"):
         return
     import datasets
@@ -65,7 +67,7 @@ def short_runs(tmp_path, monkeypatch):
 
 @pytest.mark.host
 def test_python(tmp_path, monkeypatch, short_runs):
-    """TRL's and SkyRL's blocks, in the environment of each."""
+    """The blocks of TRL's and SkyRL's pages run, for the hosts that this environment has."""
     hosts = [host for host in ("trl", "skyrl") if find_spec(host)]
     if not hosts:
         pytest.skip("needs trl or skyrl")
@@ -78,7 +80,7 @@ def test_python(tmp_path, monkeypatch, short_runs):
         monkeypatch.setattr(AdvantageEstimatorRegistry, "_functions", dict(AdvantageEstimatorRegistry._functions))
         monkeypatch.setattr(BasePPOExp, "get_generator", lambda *_: "SkyRL's")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TRL's asynchronous trainer says that it is experimental
+        warnings.simplefilter("ignore")  # TRL warns that its asynchronous trainer is experimental
         pages = {host: run_page(HOSTS / f"{host}.md") for host in hosts}
     assert not any(f"needs {host}" in reason for host, (_, left_out) in pages.items() for reason in left_out.values())
     if "trl" in hosts:
@@ -136,7 +138,7 @@ def test_the_example_of_a_budget_in_verl(tmp_path):
 
 @pytest.mark.host
 def test_statistics_in_trl(tmp_path, monkeypatch, short_runs):
-    """The trainer of the page trains, and has the log-probabilities, entropies and gradients of TRL's own."""
+    """The page's trainer trains. Its log-probabilities, entropies and gradients equal those of TRL's trainer."""
     trl = pytest.importorskip("trl", exc_type=ImportError)
     monkeypatch.chdir(tmp_path)
     make_inputs(tmp_path)
@@ -149,7 +151,7 @@ def test_statistics_in_trl(tmp_path, monkeypatch, short_runs):
 
     ids = torch.randint(2, 15, (6, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
-    mask[0, :3], mask[1, -2:] = 0, 0  # a short prompt, a short completion
+    mask[0, :3], mask[1, -2:] = 0, 0  # a short prompt and a short completion
     for bf16, tolerance in ((False, 1e-5), (True, 2e-2)):
         args = trl.GRPOConfig(output_dir="runs/bf16", num_generations=8, beta=0.1, bf16=bf16, temperature=0.7)
         made = []
@@ -167,7 +169,7 @@ def test_statistics_in_trl(tmp_path, monkeypatch, short_runs):
 
 @pytest.fixture
 def page_in_verl(monkeypatch):
-    """The namespace of the page, where verl is; what it registers is gone afterwards."""
+    """The page's namespace. What the page registers in verl is removed afterwards."""
     pytest.importorskip("verl", exc_type=ImportError)
     from verl.trainer.ppo import core_algos
     from verl.workers.engine import EngineRegistry
@@ -201,7 +203,7 @@ def test_a_loss_in_verl(page_in_verl):
 @pytest.mark.host
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sums_of_squares_in_verl(page_in_verl, monkeypatch, temperature):
-    """The page's engine gives what verl's own computes of logits, and its gradients."""
+    """The page's engine gives the same values and gradients as verl's engine, which computes them from logits."""
     from tensordict import TensorDict
     from verl.utils import tensordict_utils as tu
     from verl.utils.torch_functional import entropy_from_logits

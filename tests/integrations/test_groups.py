@@ -1,4 +1,4 @@
-"""What the integrations share, without a host."""
+"""The code that the integrations share, tested without a host."""
 
 import json
 import math
@@ -27,14 +27,14 @@ def advantages_of(case, priors, **options):
 
 
 def opened(case, prior=None):
-    """The table after the prompts of a situation were drawn; a group's prompt is its id."""
+    """The table after the prompts of a situation were drawn. The id of a group serves as its prompt."""
     priors = PromptPriors(prior or FixedPrior(case.priors))
     groups = [group for group in dict.fromkeys(case.ids) if group != "pad0"]
     priors.open(groups, groups)
     return priors
 
 
-# Nobody tells a padded estimator which rows are of one trajectory.
+# A padded estimator is not told which rows are of one trajectory.
 @pytest.mark.parametrize("case", situations("trajectory"))
 def test_padded_estimators(case):
     advantages, returns = advantages_of(case, opened(case))
@@ -43,7 +43,7 @@ def test_padded_estimators(case):
 
 
 def test_a_reward_outside_the_mask_counts():
-    """An agent loop may end with a tool's token, which the mask leaves out; its reward stands there."""
+    """An agent loop may end with a tool's token, which the mask leaves out. The reward is at that token."""
     rewards, mask = torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.tensor([[1, 0], [1, 0]])
     advantages, _ = outcome_advantages(
         rewards, mask, ["a", "a"], settings=Settings("dr_grpo"), priors=PromptPriors(), normalize=True, remedy=""
@@ -72,7 +72,7 @@ def test_the_prior_learns_what_its_groups_came_to():
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
 def test_a_rejected_row_has_no_say_and_teaches_nothing(dtype):
-    """A mask without a token is how hosts and users reject a rollout."""
+    """Hosts and users reject a rollout by a mask without a token."""
     prior = FixedPrior({"x": 0.25})
     priors = PromptPriors(prior)
     priors.open(["a", "b"], ["x", "y"])
@@ -87,7 +87,7 @@ def test_a_rejected_row_has_no_say_and_teaches_nothing(dtype):
 
 @pytest.mark.parametrize("method", ["v05", "calibrated"])
 def test_a_prior_may_say_nothing_of_an_open_group(method):
-    """NaN is no prior, as V0's before the first outcomes, and no group that somebody forgot to open."""
+    """A prediction of NaN, such as V0's before the first outcomes, means no prior. A group that was never opened is an error."""
     priors = PromptPriors(FixedPrior({"x": math.nan}))
     priors.open(["a"], ["x"])
     given = dict(settings=Settings(method), priors=priors, normalize=True, remedy="")
@@ -104,7 +104,7 @@ def test_only_padding_of_the_hosts_is_left_out():
 
 
 def test_calibrated_advantages_follow_the_groups_that_were_closed():
-    """A prior that promises 0.9 where half succeed is believed less after 100 groups."""
+    """A prior that promises 0.9 where half succeed is trusted less after 100 groups."""
     priors = PromptPriors(FixedPrior({"x": 0.9}))
     rewards = torch.tensor([[1.0], [0.0], [1.0], [0.0]])
     given = dict(settings=Settings("calibrated"), priors=priors, normalize=True, remedy="")
@@ -118,7 +118,7 @@ def test_calibrated_advantages_follow_the_groups_that_were_closed():
 
 
 def test_a_calibration_is_fitted_as_the_method_that_learns_reads_it():
-    """Also where another method's settings came first, as where a host has not said yet which estimator it asks."""
+    """It is fitted so even if another method's settings were settled first, as in a host that names its estimator late."""
     rng = np.random.default_rng(0)
     ids = [f"{g}" for g in range(400)]
     rewards = torch.from_numpy(rng.random((400, 8)) < rng.beta(2.0, 2.0, (400, 1))).float().reshape(-1, 1)
@@ -137,7 +137,9 @@ def test_a_calibration_is_fitted_as_the_method_that_learns_reads_it():
 
 
 def train(priors, steps, settings):
-    """Steps of the method "calibrated" on two prompts; returns what it predicts of them after each, and the calibration then."""
+    """Take steps of the method "calibrated" on two prompts. Returns the predictions for both at each step, and the last
+    calibration.
+    """
     predicted = []
     for step in steps:
         priors.settle(settings)
@@ -206,7 +208,7 @@ def test_a_file_that_cannot_be_written_is_refused_at_once_and_endured_later(tmp_
 
 
 def test_a_group_that_an_earlier_process_finished_is_judged_by_its_mean(caplog):
-    """A resumed host may hand over what it had sampled before."""
+    """A resumed host may hand over groups that it sampled before."""
     priors = PromptPriors(FixedPrior({"x": 0.9}))
     priors.open(["new"], ["x"])
     advantages, _ = outcome_advantages(
@@ -228,7 +230,7 @@ def test_a_group_keeps_its_prediction_while_it_is_open():
     priors.open(["a", "a"], ["x", "x"])
     prior.rates["x"] = 0.9
     assert priors.open(["a"], ["x"]).tolist() == [0.2]
-    priors.open(["b", "c"], ["x", "x"])  # more than the table holds: the first goes
+    priors.open(["b", "c"], ["x", "x"])  # more groups than the table holds: the oldest is dropped
     assert priors.rates(["a", "b", "c"]).tolist() == pytest.approx([math.nan, 0.9, 0.9], nan_ok=True)
 
 
@@ -244,7 +246,7 @@ def test_a_group_that_was_dropped_opens_anew():
 
 def test_a_prior_of_other_settings_is_refused():
     priors = PromptPriors()
-    priors.open(["a", "b"], ["x", "y"])  # nobody settled it: a prior of the defaults
+    priors.open(["a", "b"], ["x", "y"])  # without settings, the prior is that of the defaults
     given = dict(priors=priors, normalize=True, remedy="")
     for settings in (Settings(outcomes="eval.jsonl"), Settings(prior="v0")):
         with pytest.raises(
@@ -252,10 +254,10 @@ def test_a_prior_of_other_settings_is_refused():
             match=r"v05\.(outcomes='eval.jsonl': the prior in PRIORS was made with None|prior='v0': .* with 'history'); give",
         ):
             outcome_advantages(torch.ones(1, 1), torch.ones(1, 1), ["a"], settings=settings, **given)
-    settings = Settings(chunk=2, reward_range=(-1.0, 1.0))  # which make no other prior
+    settings = Settings(chunk=2, reward_range=(-1.0, 1.0))  # these settings make the same prior
     advantages, _ = outcome_advantages(torch.ones(1, 1), torch.ones(1, 1), ["a"], settings=settings, **given)
     assert advantages.tolist() == [[1.0]]
-    priors.prior = FixedPrior()  # one's own is nobody's settings
+    priors.prior = FixedPrior()  # a prior of the user's own is checked against no settings
     outcome_advantages(torch.ones(1, 1), torch.ones(1, 1), ["b"], settings=Settings(outcomes="eval.jsonl"), **given)
 
 
@@ -279,7 +281,7 @@ def test_settings_and_texts():
     assert Settings.read(None) == Settings()
     assert Settings.read({"reward_range": [-1, 1], "chunk": 2}) == Settings(reward_range=(-1.0, 1.0), chunk=2)
     assert Settings.read({"chunk": "look"}).estimator(maximum=16).allocator().would_ask([4], [0], [1.0]).tolist() == [12]
-    assert Settings.read({"method": "ebpo"}).prior == "mean"  # what its paper shrinks to
+    assert Settings.read({"method": "ebpo"}).prior == "mean"  # the prior that EBPO's paper shrinks to
     assert Settings.read({"prior": "history"}, method="ebpo").prior == "history"
     assert prompt_text("2+2=") == "2+2="
     parts = [{"type": "text", "text": "2+2="}]
@@ -287,7 +289,7 @@ def test_settings_and_texts():
     assert prompt_text(messages) == "Add.\n2+2=\n2+2="
     calls = [{"role": "assistant", "content": None, "tool_calls": []}, {"role": "assistant", "tool_calls": []}]
     assert prompt_text([*calls, *messages[:1]]) == "Add."
-    image = {"type": "image", "text": None}  # as Arrow gives back a part that had no text
+    image = {"type": "image", "text": None}  # the form in which Arrow returns a part without text
     assert prompt_text([{"role": "user", "content": [image, *parts]}]) == "2+2="
 
 
@@ -302,7 +304,7 @@ def test_settings_of_the_prior():
 
 @pytest.fixture(params=["history", "spo", "v0"])
 def prior_settings(request, tmp_path, monkeypatch):
-    """Settings that make a prior of either kind."""
+    """Settings that make a prior of each kind."""
     from helpers.tiny_policy import tiny_model, tiny_tokenizer
 
     if request.param != "v0":

@@ -1,4 +1,4 @@
-"""The table of hosts agrees with the folder, the extras and the docs, and serves a Makefile that has nothing installed yet."""
+"""The table of hosts agrees with the folder, the extras and the docs. The Makefile can read it before anything is installed."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ SCRIPT = ROOT / "v05" / "integrations" / "hosts.py"
 
 
 def printed(*arguments):
-    command = [sys.executable, "-I", "-S", str(SCRIPT), *arguments]  # without any installed package
+    command = [sys.executable, "-I", "-S", str(SCRIPT), *arguments]  # hides all installed packages
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
 

@@ -1,4 +1,4 @@
-"""The losses, importance weights and KL estimators against verl's and TRL's own code, by the tables of docs/losses.md."""
+"""The losses, importance weights and KL estimators against verl's and TRL's own code, as the tables of docs/losses.md pair them."""
 
 import ast
 import shlex
@@ -12,16 +12,16 @@ from v05.ops import LOSSES, Importance, policy_loss
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("default")]
 PAGE = ROOT / "docs" / "losses.md"
 ROLLOUTS, LENGTH = 8, 12
-TOKEN = 5  # any
+TOKEN = 5  # any token would do
 
 
 def evaluated(cell):
-    """Arguments of `policy_loss`."""
+    """The arguments of `policy_loss` in a cell."""
     return eval(f"dict({cell.strip('`')})", {"Importance": Importance})
 
 
 def words(cell):
-    """Options of a host; None where it has no such loss."""
+    """The options of a host in a cell; None where the host has no such loss."""
     return {name: number_or_text(value) for name, value in (word.split("=") for word in shlex.split(cell.strip("`")))} or None
 
 
@@ -39,7 +39,7 @@ LOSS_ROWS, OPTION_ROWS = (
 
 
 def cases(host):
-    """(arguments, options of the host) of each loss, alone and with each of the options."""
+    """(arguments, options of the host) of each loss, alone and with each further option."""
     pairs = [(loss, option) for loss in LOSS_ROWS for option in ({"ours": {}, host: {}}, *OPTION_ROWS) if option[host] is not None]
     return [
         pytest.param(
@@ -57,7 +57,7 @@ def test_every_loss_is_compared():
 
 
 class Batch:
-    """Rollouts: one with a hole, one without tokens, some whose ratios are near 1 for the bounds of gspo."""
+    """Rollouts: one has a hole in its mask, one has no tokens, and some have ratios near 1, where the bounds of gspo lie."""
 
     def __init__(self):
         generator = torch.Generator().manual_seed(0)
@@ -70,12 +70,12 @@ class Batch:
         self.old = -0.05 - 3 * torch.rand(ROLLOUTS, LENGTH, generator=generator)
         self.new = self.old + noise(0.6)
         self.new[5:] = self.old[5:] + noise(1e-3)[5:]
-        self.new[2] += 1.5  # past the bounds of cispo and the dual clip
+        self.new[2] += 1.5  # beyond the bounds of cispo and of the dual clip
         self.sampler, self.reference = self.old + noise(0.6), self.new + noise(0.5)
         self.advantages = torch.tensor([1.0, -0.5, -1.5, -0.7, 0.3, 0.0, 0.9, -0.4])
 
     def ours(self, *, importance=None, kl_coefficient=0.0, **options):
-        """(loss, gradient, figures)."""
+        """(loss, gradient, figures) of `policy_loss` on the batch."""
         if importance is not None:
             options |= {"sampler_logprob": self.sampler, "importance": importance}
         if kl_coefficient:
@@ -102,7 +102,9 @@ def test_the_batch_meets_every_bound():
 
 @pytest.fixture
 def verl():
-    """(loss, gradient, what verl logs) of a batch under options of verl, as its workers compute them."""
+    """A function that gives (loss, gradient, verl's logged metrics) of a batch under options of verl, computed as by verl's
+    workers.
+    """
     pytest.importorskip("verl", exc_type=ImportError)
     from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, kl_penalty
     from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
@@ -157,7 +159,9 @@ def test_equals_verl(verl, arguments, options):
 
 @pytest.fixture
 def trl(tmp_path):
-    """(loss, gradient) of a batch under options of TRL: its trainer with a model and an engine that know the batch's numbers."""
+    """A function that gives (loss, gradient) of a batch under options of TRL. TRL's trainer gets a model and an engine that return
+    the batch's numbers.
+    """
     pytest.importorskip("trl", exc_type=ImportError)
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -209,7 +213,7 @@ def test_equals_trl(trl, arguments, options):
     assert_equal(loss, their_loss)
     importance = arguments.get("importance")
     if arguments["loss"] == "gspo" and importance is not None and importance.level == "token":
-        # TRL's ratio of a rollout passes the gradient of each token's weight to all of them.
+        # TRL's ratio of a rollout spreads the gradient of each token's weight over all tokens.
         gradient = (gradient.sum(1) / batch.mask.sum(1).clamp(min=1))[:, None] * batch.mask
     assert_equal(gradient, their_gradient)
 

@@ -1,4 +1,4 @@
-"""The op in the situations that trainers got wrong; the tests beside this one put their hosts into the same."""
+"""The op in the situations that trainers computed wrongly. Other tests in this folder put their hosts into the same situations."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,9 @@ def test_nothing_explodes():
 
 
 def test_dapos_filter_reads_the_verifiers_score():
-    """Shaping tells rollouts of different lengths apart that are alike to the verifier; such a group has no signal."""
+    """Shaping gives different rewards to rollouts that differ only in length. A group that the verifier scores alike has no signal
+    all the same.
+    """
     lengths = [2, 8, 2, 8]
     batch = RolloutBatch(
         prompts=[Prompt("easy", "1", None), Prompt("fair", "1", None)],

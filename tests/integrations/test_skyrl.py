@@ -1,4 +1,4 @@
-"""The estimators in SkyRL's registry, against its own; `make test-integrations` installs it where Python is 3.12."""
+"""The estimators in SkyRL's registry, against SkyRL's own. `make test-integrations` installs SkyRL where Python is 3.12."""
 
 import asyncio
 import inspect
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("default")]
 
 @pytest.fixture
 def skyrl(monkeypatch):
-    """The integration with an empty registry of its own and a prior that the test sets."""
+    """The integration with a registry of its own, without v05's estimators, and a prior that the test sets."""
     from v05.integrations import skyrl
 
     monkeypatch.setattr(ppo_utils.AdvantageEstimatorRegistry, "_functions", dict(ppo_utils.AdvantageEstimatorRegistry._functions))
@@ -32,7 +32,7 @@ def skyrl(monkeypatch):
 
 
 def advantages(estimator, token_rewards, mask, ids, normalize=True, config=None):
-    """What SkyRL's trainer makes of a batch."""
+    """The advantages that SkyRL's trainer computes for a batch."""
     result, returns = ppo_utils.compute_advantages_and_returns(
         token_level_rewards=token_rewards,
         response_mask=mask,
@@ -86,7 +86,7 @@ class Echo:
 
 
 def test_the_generator_predicts_on_the_way(skyrl):
-    """Training prompts open their groups under the ids that SkyRL will give the estimator; evaluation's do not."""
+    """Training prompts open their groups under the ids that SkyRL later gives the estimator. Evaluation prompts open none."""
     from skyrl.train.generators.utils import prepare_generator_input
 
     skyrl.register()
@@ -109,7 +109,7 @@ def test_the_generator_predicts_on_the_way(skyrl):
 
 
 def test_a_prompt_that_a_filter_dropped_is_predicted_anew(skyrl):
-    """SkyRL's id of a prompt is the same in every epoch, and no estimator is told of the groups that its filter drops."""
+    """SkyRL's id of a prompt is the same in every epoch, and the estimator never sees the groups that SkyRL's filter drops."""
     from skyrl.train.generators.utils import prepare_generator_input
 
     skyrl.register()
@@ -136,11 +136,11 @@ def test_sampling_that_repeats_rollouts_is_refused(skyrl, kind):
             advantages("v05", *given, config=config)
     else:
         assert advantages("v05", *given, config=config).flatten().tolist() == [0.5, -0.5]
-    assert advantages("v05_rloo", *given, config=config).flatten().tolist() == [1.0, -1.0]  # as SkyRL's own
+    assert advantages("v05_rloo", *given, config=config).flatten().tolist() == [1.0, -1.0]  # as with SkyRL's own estimator
 
 
 def test_the_estimators_reach_other_processes_by_reference(skyrl):
-    """SkyRL sends them pickled; there they must find that process's table, not a copy of this one's."""
+    """SkyRL sends estimators pickled. In another process they must use that process's table, not a copy of this process's."""
     import cloudpickle
 
     skyrl.register()
@@ -151,13 +151,13 @@ def test_the_estimators_reach_other_processes_by_reference(skyrl):
 
 
 class Sampler:
-    """Answers with responses of any length, successes surer than failures, in the form of SkyRL's generator. Some are cut off, and
-    SkyRL's overlong filter keeps these from training.
+    """Answers like a generator of SkyRL, with responses of varying length. Tokens of successes are more likely than those of
+    failures. SkyRL's overlong filter keeps responses that are cut off from training.
 
     Attributes:
-        steps: of a trajectory; 0 where training is not step-wise.
-        energies, tokens, rewards: of the trajectories that it gave last, in order; `tokens` counts those trained on.
-        rows: how many of the output's rows each of them has.
+        steps: most steps of a trajectory; 0 where training is not step-wise.
+        energies, tokens, rewards: one value for each trajectory of the last answer; `tokens` counts those trained on.
+        rows: number of output rows of each of these trajectories.
     """
 
     def __init__(self, steps):
@@ -195,8 +195,9 @@ class Sampler:
 @pytest.mark.parametrize("steps", [0, 3], ids=["whole", "step-wise"])
 @pytest.mark.parametrize("method", ["optimal", "otb", "batch_energy", "opo", "ebpo", "rloo"])
 def test_what_the_generator_knows_reaches_the_advantages_and_the_calibration(skyrl, method, steps):
-    """Through SkyRL's trainer, from sampling to advantages: energies, lengths, and which rollouts train at all. There are two
-    steps: what the calibration has learnt in the first moves the baselines of the second."""
+    """SkyRL's trainer hands on energies, lengths, and which rollouts train, from sampling to advantages. In the second of two steps
+    the calibration learnt in the first changes the baselines.
+    """
     from skyrl.train.config import SkyRLTrainConfig
     from skyrl.train.generators.utils import prepare_generator_input
     from skyrl.train.trainer import RayPPOTrainer
@@ -208,7 +209,7 @@ def test_what_the_generator_knows_reaches_the_advantages_and_the_calibration(sky
     cfg.trainer.algorithm.advantage_estimator = f"v05_{method}"
     cfg.trainer.train_batch_size = cfg.trainer.policy_mini_batch_size = 100
     cfg.generator.n_samples_per_prompt, cfg.generator.step_wise_trajectories = 4, bool(steps)
-    trainer = RayPPOTrainer.__new__(RayPPOTrainer)  # without GPUs it has no workers
+    trainer = RayPPOTrainer.__new__(RayPPOTrainer)  # without GPUs there are no workers to make
     sampler = Sampler(steps)
     trainer.cfg, trainer.generator, trainer.all_metrics = cfg, skyrl.PromptedGenerator(sampler), {}
     trainer.tokenizer, trainer.dispatch = SimpleNamespace(pad_token_id=0), SimpleNamespace(get_lcm_dp_size=lambda: 7)
@@ -247,7 +248,9 @@ def test_what_the_generator_knows_reaches_the_advantages_and_the_calibration(sky
 
 
 def test_a_part_of_a_group_has_no_energies(skyrl):
-    """`optimal` is `calibrated` then, which leaves each rollout out too, and learns nothing of energies; `otb` is refused."""
+    """For a part of a group, `optimal` equals `calibrated` with each rollout left out, and learns nothing about energies. `otb` is
+    refused.
+    """
     skyrl.register(leave_one_out=True)
     given = torch.tensor([[1.0], [0.0]]), torch.ones(2, 1), ["a", "a"]
     found = []
@@ -263,7 +266,7 @@ def test_a_part_of_a_group_has_no_energies(skyrl):
 
 
 def test_repeated_groups_repeat_what_is_known_of_them(skyrl):
-    """Dynamic sampling may put a group in another's place, for methods without a prior."""
+    """Dynamic sampling may replace a group by a copy of another, for methods without a prior."""
     skyrl.register()
     skyrl.ROLLOUTS["a"] = [(1, 3.0), (1, 1.0), (0, 0.0)]
     rewards = torch.tensor([[1.0], [0.0], [1.0]] * 2)
@@ -272,7 +275,7 @@ def test_repeated_groups_repeat_what_is_known_of_them(skyrl):
 
 @pytest.mark.parametrize("settings", [{}, {"prior": "mean"}])
 def test_the_prior_of_a_method_that_has_its_own_is_named_when_it_is_registered(skyrl, monkeypatch, settings):
-    """SkyRL says which estimator it asks only when the groups have been predicted."""
+    """SkyRL names its estimator only after the groups have been predicted."""
     monkeypatch.setattr(skyrl, "PRIORS", PromptPriors())
     skyrl.register(**settings)
     skyrl.PRIORS.open(["a"], ["x"])

@@ -1,4 +1,6 @@
-"""slime's hooks on objects with the attributes of its Sample and arguments (source of release 0.4.0); slime itself is not run."""
+"""slime's hooks, called with objects that have the attributes of its Sample and arguments (source of release 0.4.0). slime itself
+is not run.
+"""
 
 import enum
 import math
@@ -62,7 +64,7 @@ def test_situations(case, prior):
     args = arguments(method=case.method, leave_one_out=case.leave_one_out, reward_range=list(case.reward_range))
     raw, advantages = slime.custom_reward_post_process(args, samples)
     assert advantages == pytest.approx(case.expected, abs=TOLERANCE)
-    # What slime logs, and what its dynamic sampling filter reads, stays what the verifier gave.
+    # slime logs the verifier's rewards, and its dynamic sampling filter reads them: they stay unchanged.
     np.testing.assert_array_equal(raw, case.rewards)
     assert [sample.reward for sample in samples] == raw
 
@@ -74,13 +76,13 @@ def test_aborted_removed_and_unscored_samples_are_left_out(prior):
     samples.append(Sample(0, 1.0, loss_mask=[]))
     _, advantages = slime.custom_reward_post_process(arguments(method="dr_grpo"), samples)
     assert advantages == [0.5, -0.5, 0.0, 0.0, 0.0, 0.0, 0.0]
-    assert prior.learnt == {}  # a method without a prior has nothing to teach
+    assert prior.learnt == {}  # with a method without a prior, the prior learns nothing
     slime.custom_reward_post_process(arguments(method="v05"), samples)
     assert prior.learnt == {"": (1.0, 2.0)}
 
 
 def test_a_split_over_ranks_changes_nothing(prior):
-    """slime splits what the hook returns, by length as it likes; each rank spreads its own."""
+    """slime splits the hook's result over ranks, in any way that suits the lengths. Each rank expands its own part to tokens."""
     samples = [Sample(group, reward) for group, reward in zip([0, 1] * 3, [1.0, 0.0, 0.0, 0.0, 1.0, 1.0], strict=True)]
     _, advantages = slime.custom_reward_post_process(arguments(), samples)
     for rank in (0, 1):
@@ -125,7 +127,7 @@ def test_what_is_missing_is_named(prior):
 
 
 def test_log_probabilities_of_the_engine_tell_energies(prior):
-    """Those of tokens that are trained on; with one sample that has none nothing is learnt of energies."""
+    """Only tokens that are trained on count. If one sample has no log-probabilities, no energies are learnt."""
     samples = [Sample(0, 1.0, rollout_log_probs=[-0.1, -5.0], loss_mask=[1, 0]), Sample(0, 0.0, rollout_log_probs=[-2.0])]
     slime.custom_reward_post_process(arguments(method="optimal"), samples)
     energies = slime.PRIORS.settle(Settings("optimal")).calibrator.state_dict()["energies"]
@@ -137,7 +139,7 @@ def test_log_probabilities_of_the_engine_tell_energies(prior):
 
 @pytest.mark.parametrize("known", [True, False], ids=["log-probabilities", "none"])
 def test_lengths_are_what_opo_weighs_by(prior, known):
-    """Whether or not energies are known: the tokens that are trained on."""
+    """opo weighs by the number of tokens that are trained on, whether or not energies are known."""
     samples = [
         Sample(0, 1.0, response_length=4, loss_mask=[1, 0, 0, 0], rollout_log_probs=[-3.0] * 4 if known else None),
         Sample(0, 0.0, response_length=3, rollout_log_probs=[-0.1] * 3 if known else None),

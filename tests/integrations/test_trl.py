@@ -1,4 +1,4 @@
-"""V05Trainer in TRL, on CPU with a tiny model, against GRPOTrainer; `make test-integrations` installs it."""
+"""V05Trainer in TRL, on the CPU with a tiny model, against GRPOTrainer. `make test-integrations` installs TRL."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def tokenizer():
 
 
 def starts_with_a_low_digit(completions, **_):
-    """Success rates near a half under a random policy, learnt in a few steps."""
+    """A reward with success rates near 1/2 under a random policy, which learns it in a few steps."""
     return [float(completion[:1] in "01234" and completion != "") for completion in completions]
 
 
@@ -63,7 +63,7 @@ def make(kind, config, tokenizer, folder, reward=starts_with_a_low_digit, **opti
 
 @pytest.mark.parametrize("scale", [("grpo", "group"), ("dr_grpo", "none")])
 def test_parity_with_grpo_trainer(tokenizer, tmp_path, scale):
-    """The same completions, a reward that now and then is None: the advantages of GRPOTrainer, to 1e-6."""
+    """With the same completions, and rewards some of which are None, the advantages equal GRPOTrainer's to 1e-6."""
     method, scale_rewards = scale
     batches = []
     for kind, config, more in (
@@ -87,7 +87,7 @@ def test_parity_with_grpo_trainer(tokenizer, tmp_path, scale):
 
 @pytest.mark.parametrize("method", ["v05", "calibrated"])
 def test_twenty_steps(tokenizer, tmp_path, method):
-    """It trains: the reward rises, and prompts that are settled take the fewest completions."""
+    """The reward rises in training, and groups have different sizes."""
     settings = {"method": method, "max_steps": 20, "initial_generations": 2}
     trainer = make(V05Trainer, V05Config, tokenizer, tmp_path, settings=settings)
     trainer.train()
@@ -96,7 +96,7 @@ def test_twenty_steps(tokenizer, tmp_path, method):
     assert np.mean([entry["reward"] for entry in log[-5:]]) > np.mean([entry["reward"] for entry in log[:5]]) + 0.1
     sizes = [entry["v05/group_size"] for entry in log]
     assert 2 <= min(sizes) < max(sizes) <= 8
-    assert (trainer.calibrator.calibration != Calibration()) == (method == "calibrated")  # of 80 groups, from 64 on it is fitted
+    assert (trainer.calibrator.calibration != Calibration()) == (method == "calibrated")  # fitted after 64 of 80 groups
 
 
 def adaptive_batch(trainer):
@@ -116,12 +116,12 @@ def test_rounds_ask_where_prior_and_rewards_disagree(tokenizer, tmp_path):
     trainer = make(V05Trainer, V05Config, tokenizer, tmp_path, by_prompt, prior=prior, settings={"initial_generations": 2})
     batch = adaptive_batch(trainer)
     sizes = {prompt: trials for prompt, (_, trials) in prior.learnt.items()}
-    assert len(sizes) == 4  # prompts of the batch
+    assert len(sizes) == 4  # one entry for each prompt of the batch
     for prompt, (successes, trials) in prior.learnt.items():
-        # All succeed as predicted: 2 are enough. All fail against it: up to the last.
+        # A prompt that succeeds as predicted stops after 2. A prompt that fails against its prior goes on to 8.
         assert (successes, trials) == ((2, 2) if int(prompt[0]) % 2 else (0, 8)), prompt
     assert len(calls[0]) == 2 * 4
-    assert sum(map(len, calls)) == sum(sizes.values())  # every completion scored once, no padding row ever
+    assert sum(map(len, calls)) == sum(sizes.values())  # every completion is scored once, and no padding row is
     sampled = int(sum(sizes.values()))
     rows = len(batch["advantages"])
     assert sampled <= rows < sampled + trainer.args.steps_per_generation
@@ -134,7 +134,7 @@ def test_rounds_ask_where_prior_and_rewards_disagree(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("method", ["v05", "calibrated"])
 def test_rounds_may_be_unbiased(tokenizer, tmp_path, method):
-    """Advantages are those of path counting over the completions that took place, and prompts weigh alike in the loss."""
+    """The advantages are those of path counting over the sampled completions, and prompts have equal weight in the loss."""
     from v05.path_counting import path_counting_advantages
 
     scored = {}
@@ -165,7 +165,7 @@ def test_rounds_may_be_unbiased(tokenizer, tmp_path, method):
 
 @pytest.mark.parametrize("method", ["optimal", "otb", "opo"])
 def test_energies_come_from_the_log_probabilities_that_trl_has(tokenizer, tmp_path, method):
-    """It has some where a batch is used for two updates."""
+    """TRL has log-probabilities if a batch is used for two updates."""
     adaptive = 2 if method == "optimal" else None
     settings = {"method": method, "initial_generations": adaptive, "num_iterations": 2, "leave_one_out": True}
     trainer = make(V05Trainer, V05Config, tokenizer, tmp_path, settings=settings)
@@ -186,7 +186,9 @@ def test_unbiased_advantages_want_rounds_and_prompts_that_weigh_alike(tokenizer,
 
 
 def test_what_reward_functions_log_stands_in_its_rows(tokenizer, tmp_path):
-    """TRL's table of completions after rounds: whole columns, a value beside the completion that it was logged of."""
+    """TRL's table of completions after rounds: columns are complete, and each value is beside the completion for which it was
+    logged.
+    """
     calls = []
 
     def logging(prompts, completions, log_extra, **_):
@@ -226,7 +228,7 @@ def test_padding_rows_change_neither_loss_nor_gradient(tokenizer, tmp_path):
     settings = {"initial_generations": 2, "per_device_train_batch_size": 32, "gradient_accumulation_steps": 1}
     trainer = make(V05Trainer, V05Config, tokenizer, tmp_path, random_reward, settings=settings, prior=FixedPrior())
     kept = []
-    trainer._without_padding = lambda output, padding: kept.append(padding) or output  # leave all of them in
+    trainer._without_padding = lambda output, padding: kept.append(padding) or output  # keeps all padding rows
     batch = adaptive_batch(trainer)
     (padding,) = kept
     assert 0 < padding.sum() < 32
@@ -244,13 +246,13 @@ def test_padding_rows_change_neither_loss_nor_gradient(tokenizer, tmp_path):
     assert with_padding[1].abs().max() > 0
 
 
-# TRL's groups are of one size, in adjacent rows, a rollout a row; sizes differ after rounds, and where completions have no reward.
+# In TRL, groups have one size and adjacent rows, and each row is a rollout. Sizes differ only after rounds and for missing rewards.
 @pytest.mark.parametrize(
     "case", situations("uneven", "singleton", "adjacent", "trajectory", "padding", "reject", "all alike", "nearly")
 )
 def test_situations(tokenizer, tmp_path, case):
     size = len(case.rewards) // len(set(case.groups))
-    tolerance = 5e-4 if case.method == "grpo" else TOLERANCE  # TRL's eps
+    tolerance = 5e-4 if case.method == "grpo" else TOLERANCE  # covers TRL's eps
     assert situated(case, size, tokenizer, tmp_path) == pytest.approx(case.expected, abs=tolerance)
 
 
@@ -261,7 +263,7 @@ def test_nearly_equal_rewards_at_a_large_offset(tokenizer, tmp_path):
 
 
 def situated(case, size, tokenizer, folder):
-    """V05Trainer's advantages when the completions of a batch get the rewards of a situation."""
+    """V05Trainer's advantages if the completions of a batch get the rewards of a situation."""
     count = len(case.rewards)
     settings = {
         "method": case.method,
@@ -282,7 +284,7 @@ def situated(case, size, tokenizer, folder):
 
 @pytest.mark.parametrize("initial", [None, 2])
 def test_completions_that_are_masked_have_no_say(tokenizer, tmp_path, initial):
-    """TRL masks those that were cut off, where it is told to; the test of the rounds does not see their rewards either."""
+    """On request TRL masks completions that are cut off. Their rewards are hidden from the budget rule too."""
 
     def succeed(completions, **_):
         return [1.0] * len(completions)
@@ -313,7 +315,7 @@ def test_an_interrupted_run_keeps_its_prior(tokenizer, tmp_path):
 
 
 def test_groups_split_over_processes(tmp_path):
-    """Every process judges whole groups and hands on its own rows; all learn the same, and go on from one checkpoint."""
+    """Every process judges whole groups and passes on its own rows. All learn the same, and resume from one checkpoint."""
     script = Path(__file__).with_name("trl_rank_script.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(tmp_path)]
     paths = os.pathsep.join(filter(None, sys.path))

@@ -1,4 +1,4 @@
-"""The asynchronous rollout loop of TRL with V_0.5, on a fake vLLM server; `make test-integrations` installs it."""
+"""TRL's asynchronous rollout loop with V_0.5, on a fake vLLM server. `make test-integrations` installs TRL."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # that experimental interfaces may change
+    warnings.simplefilter("ignore")  # TRL warns that experimental interfaces may change
     from trl.experimental.async_grpo import async_rollout_worker as host
 
     from v05.integrations import trl_async
@@ -39,20 +39,20 @@ def tokenizer():
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-    tokenizer.response_template = {"version": 1}  # TRL would look for a known chat template's
+    tokenizer.response_template = {"version": 1}  # without it TRL looks for the template of a known model
     return tokenizer
 
 
 def judge(prompts, completions, answer, **_):
-    assert len(prompts) == len(completions) == len(answer) == 1  # one conversation at a time, as it ends
+    assert len(prompts) == len(completions) == len(answer) == 1  # the loop scores one conversation at a time, as soon as it ends
     return [None if answer[0] == "unknown" else float(completions[0][-1]["content"] == answer[0])]
 
 
 @pytest.fixture
 def loop(tokenizer, monkeypatch):
-    """A loop that has prompts with known success rates, and a server that always says yes."""
+    """Makes loops over the given prompts, with a server that always says yes."""
 
-    PartialState(cpu=True)  # as TRL's process does; its log wants it
+    PartialState(cpu=True)  # TRL's process does this, and its log needs it
     loops = []
 
     def make(prompts, prior=None, settings=None, generations=8, reward_funcs=(judge,), **more):
@@ -92,14 +92,14 @@ def loop(tokenizer, monkeypatch):
 
 
 def collect(loop, groups):
-    """Run TRL's generation and scoring loops until the first `groups` have reached the buffer; their samples by group."""
+    """Run TRL's generation and scoring loops until the first `groups` groups are in the buffer. Returns their samples by group."""
     taken = defaultdict(list)
 
     async def run():
         stop = asyncio.Event()
 
         async def watch():
-            while not taken.keys() >= set(range(groups)):  # whole, in any order; more follow
+            while not taken.keys() >= set(range(groups)):  # groups arrive whole and in any order, and more follow
                 await asyncio.sleep(0.01)
                 while not loop.rollout_buffer.empty():
                     sample = loop.rollout_buffer.get()
@@ -114,7 +114,7 @@ def collect(loop, groups):
 
 
 def change_version(loop):
-    """The policy's weights are new, and the next group is opened."""
+    """Announce new weights of the policy, and open the next group."""
     loop._model_version_value.value += 1
     next(loop._repeat_iterator())
 
@@ -129,7 +129,7 @@ def test_the_doors_have_the_shape_they_were_written_for():
 def test_groups_take_what_they_need(loop):
     prior = FixedPrior({"sure": 0.95, "hopeless": 0.95, "fair": 0.5})
     made = loop([("sure", "yes"), ("hopeless", "no"), ("fair", "unknown")], prior)
-    made.dataset = made.dataset.select(range(2))  # the next round's prompts
+    made.dataset = made.dataset.select(range(2))  # leaves "fair" for the next round
     samples = collect(made, 2)
     assert len(samples[0]) == 2
     assert len(samples[1]) == 8
@@ -143,7 +143,7 @@ def test_groups_take_what_they_need(loop):
 
 @pytest.mark.parametrize("method", ["v05", "calibrated"])
 def test_rounds_may_be_unbiased(loop, method):
-    """By the rule of the method, as it trusted the prior when the group was opened."""
+    """Advantages count paths by the method's rule, with the calibration from the time when the group was opened."""
     settings = Settings(method, initial=2, unbiased=True, group_weighting="prompt")
     prior = FixedPrior({"hopeless": 0.9})
     made = loop([("hopeless", "no"), ("sure", "yes")], prior, settings)
@@ -162,7 +162,7 @@ def test_energies_come_from_the_tokens_that_are_trained_on(loop):
     samples = collect(made, 2)
     change_version(made)
     energies = made._estimator.calibrator.state_dict()["energies"]
-    of_one = 2 * 2 * (1 - np.exp(-0.5)) ** 2  # both tokens of each
+    of_one = 2 * 2 * (1 - np.exp(-0.5)) ** 2  # energy of one completion: both tokens count
     assert energies.sum(axis=0)[:2] == pytest.approx([of_one * len(samples[0]), of_one * len(samples[1])])
 
 
@@ -172,7 +172,7 @@ def test_a_method_without_a_test_is_refused(loop):
 
 
 def test_a_prompts_own_past_outlives_an_epoch(loop):
-    """The prior forgets with every step that it learns: those are versions of the policy, not groups."""
+    """The prior forgets with every step that it learns. A step is a version of the policy here, not a group."""
     prior = HistoryPrior()
     prompts = [(f"{a}+{b}=", "yes" if (a + b) % 2 else "no") for a in range(8) for b in range(8)]
     made = loop(prompts, prior)
@@ -184,7 +184,7 @@ def test_a_prompts_own_past_outlives_an_epoch(loop):
     assert set(json.loads(learnt["past_prompts"].tobytes())) == {text for text, _ in prompts}
     assert (learnt["past_trials"] >= 2).all()
     change_version(made)
-    assert prior.state_dict()["step"] == 1  # nothing was scored since
+    assert prior.state_dict()["step"] == 1  # nothing was scored in between
 
 
 def test_a_new_process_goes_on_from_what_was_learnt(loop, tmp_path):
@@ -200,7 +200,7 @@ def test_a_new_process_goes_on_from_what_was_learnt(loop, tmp_path):
 
 
 class Game:
-    """An environment that owns its reward."""
+    """An environment that computes its own reward."""
 
     def reset(self, **_):
         return None
@@ -222,13 +222,13 @@ def test_rewards_that_would_train_on_nothing_are_refused(loop, given, message):
         loop([("fair", "yes")], **given)
 
 
-# The worker's method is v05; with a prior that agrees, rows of one trajectory get what a mean would give them.
+# The worker's method is v05. With a prior that agrees, rows of one trajectory get the same advantages as with the group's mean.
 REACHED = [case for case in situations("padding") if case.values[0].method == "v05" or case.values[0].trajectories]
 
 
 @pytest.mark.parametrize("case", REACHED)
 def test_situations(loop, case):
-    """The loop's own scoring of one group, the first of each situation; several sequences are one conversation's."""
+    """The loop's own scoring of the first group of each situation. Rows of one trajectory are sequences of one conversation."""
     first = [i for i, group in enumerate(case.groups) if group == case.groups[0]]
     conversations = list(dict.fromkeys(first if case.trajectories is None else case.trajectories))
     made = loop([("fair", "yes")], FixedPrior({"fair": case.priors.get(case.groups[0], 0.5)}), generations=len(conversations))

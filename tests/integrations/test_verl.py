@@ -1,4 +1,4 @@
-"""The estimators in verl's registry and on its data, against verl's own; `make test-integrations` installs it."""
+"""The estimators in verl's registry and on its data, against verl's own. `make test-integrations` installs verl."""
 
 import inspect
 import json
@@ -24,7 +24,7 @@ def host():
 
     class Host:
         def advantages(self, estimator, token_rewards, mask, ids, **algorithm):
-            """What verl's trainer makes of a batch under `algorithm.adv_estimator=estimator`."""
+            """The advantages that verl's trainer computes for a batch under `algorithm.adv_estimator=estimator`."""
             data = DataProto.from_single_dict(
                 {
                     "token_level_rewards": token_rewards,
@@ -52,7 +52,7 @@ def prior(monkeypatch):
 
 
 def test_verl_finds_the_estimators_by_itself():
-    """In a fresh process that has never heard of v05, as verl's workers are."""
+    """They are found in a fresh process that has never imported v05, as verl's workers are."""
     script = (
         "import verl; from verl.trainer.ppo.core_algos import get_adv_estimator_fn as find; print(*(find(n).args[0] for n in %r))"
     )
@@ -69,7 +69,7 @@ def test_the_doors_have_the_shape_they_were_written_for(host):
 
 
 def random_batch(seed):
-    """Uneven groups of at least two, rows in any order, responses of any length."""
+    """Uneven groups of at least two rollouts, with shuffled rows and responses of any length."""
     generator = torch.Generator().manual_seed(seed)
     ids = [f"uid{g}" for g in range(40) for _ in range(2 + int(torch.randint(8, (), generator=generator)))]
     ids = [ids[i] for i in torch.randperm(len(ids), generator=generator).tolist()]
@@ -136,4 +136,4 @@ def test_a_manager_of_ones_own_settles_the_prior_of_the_configuration(host, monk
         advantages()
     monkeypatch.setattr(verl, "PRIORS", PromptPriors())
     verl.PRIORS.settle(verl.Settings.read(config["v05"]))
-    assert (advantages().abs() < 0.1).all()  # it was told that this prompt succeeds
+    assert (advantages().abs() < 0.1).all()  # the prior knows that this prompt succeeds

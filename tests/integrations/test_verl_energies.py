@@ -1,5 +1,5 @@
-"""Energies in verl: the steps of its trainer between sampling and advantages, on rollouts in its TransferQueue, on a local Ray;
-`make test-integrations` installs them.
+"""Energies in verl: the steps of its trainer from sampling to advantages, on rollouts in its TransferQueue and a local Ray. `make
+test-integrations` installs them.
 """
 
 from dataclasses import astuple
@@ -24,7 +24,7 @@ PAD = f"pad{'0f' * 16}"
 
 @pytest.fixture(scope="module")
 def config():
-    """verl's own defaults, but that the log-probabilities of the rollouts are not computed again, which needs the policy."""
+    """verl's defaults, but log-probabilities of the rollouts are not recomputed, because that needs the policy."""
     import verl
     from omegaconf import OmegaConf
 
@@ -54,7 +54,7 @@ def priors(monkeypatch):
 
 
 class Rollouts:
-    """100 groups of four, successes surer than failures, in the order of a batch: any.
+    """100 groups of four rollouts in shuffled order. Tokens of successes are more likely than those of failures.
 
     Attributes:
         told_apart: the rollouts of a group have different lengths.
@@ -77,7 +77,9 @@ class Rollouts:
         self.energies = [completion_energy(p[mask != 0]) for p, mask in zip(self.logprobs, self.masks, strict=True)]
 
     def put(self):
-        """Into the queue, as verl's workers do, group by group, and a row that fills up the batch; the keys of the batch."""
+        """Put the rollouts into the queue as verl's workers do, group by group, with a row of padding. Returns the keys of the
+        batch.
+        """
         from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
         rows = sorted(zip(self.keys, self.uids, self.masks, self.rewards, self.logprobs, strict=True), key=lambda row: row[0])
@@ -97,7 +99,7 @@ class Rollouts:
 
 
 def trainers_advantages(config, estimator, keys):
-    """What verl's trainer writes into the queue, by key."""
+    """The advantages that verl's trainer writes into the queue, by key."""
     from omegaconf import OmegaConf
     from verl.trainer.ppo.v1 import PPOTrainer
 
@@ -111,8 +113,9 @@ def trainers_advantages(config, estimator, keys):
 
 @pytest.mark.parametrize("method", ["optimal", "otb", "batch_energy"])
 def test_energies_reach_the_advantages_and_the_calibration(config, queue, priors, method):
-    """Over two steps: what the first has learnt of energies shifts the baselines of the second. Rollouts that verl does not tell
-    apart change nothing for the methods that sum energies over the successes and the failures of a group."""
+    """In the second of two steps, the energies learnt in the first change the baselines. Even if verl cannot tell the rollouts of a
+    group apart, methods that sum energies over a group's successes and failures give the same result.
+    """
     calibrator = Calibrator()
     reference = Settings(method, reward_range=(-1.0, 1.0)).estimator(priors.prior, calibrator)
     for step in range(2):

@@ -1,4 +1,4 @@
-"""The recipe's configuration as verl composes and checks it: the printed commands, run up to where a GPU would be needed."""
+"""The recipe's configuration as verl composes and checks it: the printed commands run up to the point where they need a GPU."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from v05.integrations.settings import Settings
 pytest.importorskip("verl", exc_type=ImportError)
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("default")]
 ROOT = Path(__file__).parents[2]
-ADDED = {  # what verl's own configuration does not list, and reads
+ADDED = {  # verl reads these, but its own configuration does not list them
     "algorithm.v05",
     "actor_rollout_ref.rollout.agent.agent_loop_manager_class",
     "reward.reward_kwargs",
@@ -24,7 +24,7 @@ ADDED = {  # what verl's own configuration does not list, and reads
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A tiny model, and data as the recipe writes it."""
+    """A tiny model, and data in the form that the recipe writes."""
     from helpers.tiny_policy import tiny_model, tiny_tokenizer
 
     folder = tmp_path_factory.mktemp("made")
@@ -42,7 +42,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["v05", "grpo", "dapo"])
 def composed(request, made):
-    """A method's name and what hydra composes of the command that the script prints."""
+    """A method's name, and the configuration that hydra composes from the script's printed command."""
     from omegaconf import OmegaConf
 
     environment = {**os.environ, "OUT": str(made), "MODEL": str(made / "model")}
@@ -57,7 +57,7 @@ def composed(request, made):
 
 
 def paths(config, prefix=""):
-    """The dotted names of all values."""
+    """The dotted names of all values in a configuration."""
     for name, value in config.items():
         if isinstance(value, dict) and value:
             yield from paths(value, f"{prefix}{name}.")
@@ -77,7 +77,7 @@ def test_every_key_is_one_that_verl_knows(composed):
 
 
 def test_verl_accepts_it(composed):
-    """Its own checks, and its conversions to what the workers are given."""
+    """verl's own checks pass, and its conversions to the workers' configurations work."""
     from verl.trainer.ppo.core_algos import get_adv_estimator_fn
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import omega_conf_to_dataclass, validate_config
@@ -108,7 +108,7 @@ def test_verl_accepts_it(composed):
 
 
 def test_its_data_and_rewards(composed, made):
-    """verl's data set reads the files; its reward managers take a boxed answer, and stay within v05's range."""
+    """verl's data set reads the files. Its reward managers accept a boxed answer, and their rewards lie in v05's range."""
     import asyncio
 
     import numpy as np

@@ -1,5 +1,5 @@
 """The sequential agent loop manager with verl's workers and TransferQueue, a fake LLM server and a fake reward worker, on a local
-Ray; `make test-integrations` installs them. The trainer between sampling and advantages is written out: it needs GPUs.
+Ray. `make test-integrations` installs them. The trainer needs GPUs, so its steps from sampling to advantages are written out here.
 """
 
 import json
@@ -17,13 +17,13 @@ from v05.integrations.groups import PromptPriors
 pytest.importorskip("verl", exc_type=ImportError)
 pytest.importorskip("transfer_queue", exc_type=ImportError)
 pytestmark = [pytest.mark.host, pytest.mark.filterwarnings("default")]
-PATIENCE = 300  # seconds until all groups are there
-PROMPTS = {"sure": 0.95, "hopeless": 0.95, "fair": 0.5, "broken": 0.5}  # prompt -> its prior
+PATIENCE = 300  # seconds until all groups must be there
+PROMPTS = {"sure": 0.95, "hopeless": 0.95, "fair": 0.5, "broken": 0.5}  # the prior of each prompt
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """verl's own defaults, a small model, and what a user of v05 sets."""
+    """verl's defaults, a small model, and the settings that a user of v05 makes."""
     import verl
     from omegaconf import OmegaConf
 
@@ -64,7 +64,8 @@ def manager(config):
     from verl.utils.import_utils import load_class_from_fqn
 
     path = {"PYTHONPATH": str(Path(verl_fakes.__file__).parents[1])}
-    ray.init(num_cpus=16, include_dashboard=False, runtime_env={"env_vars": path})  # 16 by Ray's count; every actor takes some
+    # Actors claim some cores each, and Ray does not check that the machine has 16.
+    ray.init(num_cpus=16, include_dashboard=False, runtime_env={"env_vars": path})
     tq.init(config.transfer_queue)
     name = config.actor_rollout_ref.rollout.agent.agent_loop_manager_class
     yield load_class_from_fqn(name, "AgentLoopManager").create(
@@ -75,7 +76,9 @@ def manager(config):
 
 
 def draw(manager, prompts, prefix="uid", **more):
-    """Submit prompts as verl's trainer does, wait for their groups; uid of each, and all keys with their tags."""
+    """Submit prompts as verl's trainer does, and wait for their groups. Returns the uid of each prompt, and all keys with their
+    tags.
+    """
     import transfer_queue as tq
     from verl.utils import tensordict_utils as tu
 
@@ -120,8 +123,8 @@ def sessions(uid, items):
 
 def test_prompts_get_the_rollouts_they_need(drawn):
     _, uids, items = drawn
-    assert len(sessions(uids["sure"], items)) == 2  # as predicted: no more than the first
-    assert len(sessions(uids["hopeless"], items)) == 8  # against all prediction: up to rollout.n
+    assert len(sessions(uids["sure"], items)) == 2  # as predicted: only the initial ones
+    assert len(sessions(uids["hopeless"], items)) == 8  # against the prediction: up to rollout.n
     assert 2 <= len(sessions(uids["fair"], items)) <= 8
     assert {uid: items[uid]["status"] for uid in uids.values()} == {
         uid: "failure" if prompt == "broken" else "finished" for prompt, uid in uids.items()
@@ -129,7 +132,7 @@ def test_prompts_get_the_rollouts_they_need(drawn):
 
 
 def test_the_trainer_gets_v05s_advantages(drawn, config):
-    """What verl's trainer does with these groups, to which it adds padding rows."""
+    """verl's trainer adds padding rows to these groups before it computes advantages."""
     import transfer_queue as tq
     from verl import DataProto
     from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
@@ -146,7 +149,7 @@ def test_the_trainer_gets_v05s_advantages(drawn, config):
     compute_advantage_for_multi_trajectories(batch, keys, "v05", config=config.algorithm)
     advantages = batch.batch["advantages"]
     assert advantages.shape == (len(keys), 3)
-    assert advantages[:2].flatten().tolist() == pytest.approx([0.1] * 6)  # 1 less the prior, 0.9
+    assert advantages[:2].flatten().tolist() == pytest.approx([0.1] * 6)  # reward 1 minus the prior 0.9
     assert (advantages[2:10] < 0).all()
     assert (advantages[-1] == 0).all()
     fair = len(keys) - 11
@@ -155,7 +158,7 @@ def test_the_trainer_gets_v05s_advantages(drawn, config):
 
 @pytest.fixture
 def calibrated(config, manager, monkeypatch):
-    """A manager beside the first, on its workers' Ray, with another estimator; and what its estimator is configured by."""
+    """A second manager on the first one's Ray, with another estimator, and its configuration."""
     import ray
     from omegaconf import OmegaConf
 
@@ -174,7 +177,7 @@ def calibrated(config, manager, monkeypatch):
 
 
 def test_calibrated_rounds_may_be_unbiased(calibrated):
-    """The calibration travels to the workers, which stop by it, and back to the estimator, which counts the paths to there."""
+    """The workers stop groups by the calibration that they are sent, and the estimator counts paths by the same one."""
     import transfer_queue as tq
     from verl import DataProto
     from verl.trainer.ppo import ray_trainer
@@ -247,7 +250,7 @@ def test_the_settings_say_what_the_prior_is_and_has_learnt(config, tmp_path, mon
     (tmp_path / "outcomes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     refused(
         "enable_resource_pool=False", outcomes=str(tmp_path / "outcomes.jsonl")
-    )  # as there are no rewards, but then it is settled
+    )  # no reward workers: refused, but only after the prior is settled
     sure, hopeless = verl_rollout.PRIORS.prior.predict(["sure", "hopeless"])
     assert sure > 0.7
     assert hopeless < 0.3

@@ -1,4 +1,4 @@
-"""What test_trl.py has torchrun start: V05Trainer in several processes, each of which has a part of every group.
+"""The script that test_trl.py starts with torchrun: V05Trainer in several processes, each with a part of every group.
 
 torchrun --nproc-per-node 2 trl_rank_script.py FOLDER    # writes FOLDER/RANK.pt and FOLDER/run
 """
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from test_trl import V05Config, V05Trainer, make, tiny_tokenizer
 
-SIZE = 8  # completions of a prompt
+SIZE = 8  # completions per prompt
 STEPS = 3
 
 
@@ -44,8 +44,8 @@ def main(folder: Path) -> None:
         {"batches": batches, "weights": weights, "learnt": trainer.prior.state_dict(), "resumed": again.prior.state_dict()},
         folder / f"{os.environ['RANK']}.pt",
     )
-    dist.barrier()  # a rank that leaves early takes the others' connections down
-    os._exit(0)  # gloo's threads now and then abort an interpreter that is torn down
+    dist.barrier()  # a rank that leaves early closes the others' connections
+    os._exit(0)  # gloo's threads sometimes abort an interpreter that is shutting down
 
 
 if __name__ == "__main__":
