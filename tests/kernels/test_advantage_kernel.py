@@ -18,7 +18,7 @@ from v05.ops import AdvantageOutput, fused_advantage
 from v05.ops.advantage.options import SCALES
 from v05.ops.advantage.stats import STATISTICS
 
-# Four groups of 1 to 7 rollouts in shuffled rows; a prior that is right, one that is wrong, one that is missing.
+# Four groups of 1 to 7 rollouts in shuffled rows. One prior is right, one is wrong, and one is missing.
 IDS = torch.tensor([2, 0, 1, 1, 0, 2, 1, 0, 2, 1, 3, 1, 0, 1, 1])
 REWARDS = torch.tensor([1, 0, 1, 1, 0.5, 1, 0, 1, 1, 0.25, 0.75, 1, 0, 1, 0.5])
 PRIOR = torch.tensor([0.4, 0.05, math.nan, 0.6], dtype=torch.float64)
@@ -32,7 +32,7 @@ def run(rewards=REWARDS, prior=PRIOR, ids=IDS, **options) -> AdvantageOutput:
 
 
 def expect(rewards=REWARDS, prior=PRIOR, ids=IDS, **options):
-    """(advantages (N,), statistics of each group) of the reference, on the same numbers."""
+    """The reference's (advantages (N,), statistics of each group) for the same numbers."""
     return reference.advantages(rewards.double().numpy(), ids.numpy(), prior, **options)
 
 
@@ -122,7 +122,7 @@ def test_contiguous_groups():
 
 @pytest.mark.parametrize("layout", ["padded", "packed", "per-rollout"])
 def test_more_work_than_programs_and_blocks(layout, monkeypatch):
-    """Groups beyond one block of rows, rows beyond one block of tokens, and fewer programs than either."""
+    """Groups larger than a block of rows, rows longer than a block of tokens, and fewer programs than groups or rows need."""
     monkeypatch.setattr(launch, "MAX_BLOCK_ROWS", 16)
     monkeypatch.setattr(launch, "BLOCK_T", 32)
     monkeypatch.setattr(launch, "ENOUGH_PROGRAMS", 4)
@@ -151,9 +151,9 @@ def test_more_work_than_programs_and_blocks(layout, monkeypatch):
 @pytest.mark.parametrize("method", ["v05", "rloo", "grpo"])
 @pytest.mark.parametrize("scale", ["none", "batch"])
 def test_valid_and_trajectories(method, scale):
-    """Rows of one trajectory count once; invalid rows do not take part, whatever their reward is."""
+    """Rows of one trajectory count once. Invalid rows do not count, whatever their reward."""
     trajectories = torch.arange(N)
-    trajectories[4] = trajectories[1] = 1  # both of group 0
+    trajectories[4] = trajectories[1] = 1  # both are rows of group 0
     rewards = REWARDS.clone()
     rewards[4] = rewards[1]
     rewards[3] = math.nan
@@ -179,7 +179,7 @@ def test_token_rewards(dtype):
     assert_advantages(out.advantages, tokens_of(torch.from_numpy(wanted), mask))
     assert_stats(out.stats, stats)
 
-    token_rewards[5, 3] = math.inf  # within the mask: this one is left out
+    token_rewards[5, 3] = math.inf  # inside the mask: this row is left out
     out = run(token_rewards, response_mask=mask)
     assert out.stats.nonfinite.sum() == 1
     assert out.stats.count.tolist() == [4, 7, 2, 1]
@@ -189,7 +189,7 @@ def test_token_rewards(dtype):
 @pytest.mark.parametrize("T", [None, 20], ids=["per-rollout", "padded"])
 @pytest.mark.parametrize("scale", SCALES)
 def test_nonfinite_rewards_are_left_out_and_counted_once(scale, T, monkeypatch):
-    monkeypatch.setattr(launch, "BLOCK_T", 16)  # several programs a row
+    monkeypatch.setattr(launch, "BLOCK_T", 16)  # several programs per row
     rewards = REWARDS.clone()
     rewards[[0, 6, 9]] = torch.tensor([math.nan, math.inf, -math.inf])
     valid = rewards.isfinite()
@@ -204,11 +204,11 @@ def test_nonfinite_rewards_are_left_out_and_counted_once(scale, T, monkeypatch):
 @pytest.mark.parametrize("T", [None, 20], ids=["per-rollout", "padded"])
 @pytest.mark.parametrize("scale", SCALES)
 def test_values_outside_the_range_are_clipped_and_counted_once(scale, T, monkeypatch):
-    monkeypatch.setattr(launch, "BLOCK_T", 16)  # several programs a row
+    monkeypatch.setattr(launch, "BLOCK_T", 16)  # several programs per row
     rewards = REWARDS.double()
     rewards[[0, 6]] = torch.tensor([1.5, -7.0], dtype=torch.float64)
     prior = torch.tensor([0.4, 1.2, math.nan, 0.6], dtype=torch.float64)
-    options = {"scale": scale, "reward_range": (0.1, 0.9)}  # neither bound is a float32
+    options = {"scale": scale, "reward_range": (0.1, 0.9)}  # float32 represents neither bound exactly
     mask = None if T is None else torch.ones(N, T, dtype=torch.bool)
     out = run(rewards, prior, response_mask=mask, dtype=torch.float64, **options)
     wanted, stats = expect(rewards.clamp(0.1, 0.9), prior.clamp(0.1, 0.9), **options)
@@ -262,7 +262,7 @@ def test_a_group_of_one(method, scale, singleton):
 
 @pytest.mark.parametrize("scale", ["group", "batch"])
 def test_equal_rewards_have_exactly_their_mean_and_are_not_scaled(scale):
-    rewards = torch.full((7,), 0.1, dtype=torch.float64)  # seven of it do not sum to 0.7
+    rewards = torch.full((7,), 0.1, dtype=torch.float64)  # the floating-point sum of seven of these is not 0.7
     ids = torch.tensor([0, 0, 0, 1, 1, 1, 1])
     out = run(rewards, torch.tensor([0.1, 0.9]), ids, method="grpo", scale=scale)
     assert out.stats.mean.tolist() == [0.1, 0.1]
@@ -271,7 +271,7 @@ def test_equal_rewards_have_exactly_their_mean_and_are_not_scaled(scale):
 
 @pytest.mark.parametrize(
     ("dtype", "rtol"),
-    # The interpreter truncates to bfloat16, where a GPU rounds to nearest.
+    # The interpreter truncates to bfloat16, but a GPU rounds to the nearest.
     [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 2**-7)],
     ids=str,
 )
@@ -297,7 +297,7 @@ def test_budget_rule_arguments():
 
 def test_the_rule_of_optimal_wants_what_the_reference_and_the_core_want():
     settings = {"method": "optimal", "calibration": Calibration(0.3, 0.8, 6.0, 0.2, -0.3, 1.4)}
-    rewards = torch.cat([REWARDS, torch.full((1,), math.nan)])  # a fifth group, without a rollout that counts
+    rewards = torch.cat([REWARDS, torch.full((1,), math.nan)])  # a fifth group, without a valid rollout
     ids, prior = torch.cat([IDS, torch.tensor([4])]), torch.cat([PRIOR, torch.full((1,), 0.5)])
     wanted = []
     for options in ({}, {"cost": 0.002}, {"cost": 0.012}, {"cost": 0.03}, {"cost": 0.002, "max_rollouts": 4}):
@@ -364,7 +364,7 @@ def test_numbers_of_the_scales():
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("tokens", [False, True], ids=["outcomes", "token rewards"])
 def test_a_mask_that_is_neither_zero_nor_one_counts_as_zero(tokens, dtype):
-    """A kernel cannot refuse it, and -100 is no token."""
+    """A kernel cannot reject such a value, and -100 marks a token that does not count."""
     flags = torch.arange(37) < torch.arange(N)[:, None] + 5
     mask = flags.to(dtype)
     mask[:, 30:] = torch.tensor([-100, 2, 7, -1, 100, 3, 0], dtype=dtype)
@@ -386,7 +386,7 @@ def test_a_deviation_that_rounds_to_zero_divides_nothing(scale):
 
 
 def test_what_is_known_of_the_groups_of_a_batch():
-    """Groups of 4, 7, 3, 1 and 0 rollouts, of which the last two say nothing of chance."""
+    """Groups of 4, 7, 3, 1 and 0 rollouts. The last two have no variance within the group."""
     offsets = torch.tensor([0, 4, 11, 14, 15, 15])
     moments = torch.empty(3, 5, dtype=torch.float64)
     group_moments_kernel[(5,)](REWARDS, offsets, None, None, None, moments, -math.inf, math.inf, BLOCK_ROWS=16)

@@ -9,7 +9,7 @@ import pytest
 
 
 def aot(*arguments: str, cwd, **environment: str) -> subprocess.CompletedProcess:
-    """In a process of its own, for this one interprets, and outside the repository, whose v05/ lacks the core."""
+    """Run in a process of its own, because this one uses the interpreter, and outside the repository, whose v05/ lacks the core."""
     others = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "v05.kernels.aot", *arguments]
     return subprocess.run(command, cwd=cwd, env=others | environment, capture_output=True, text=True)
@@ -47,11 +47,11 @@ def test_no_spills(reports):
 
 
 def test_tokens_move_128_bits_at_a_time(reports):
-    """A warp of gfx942 has 64 threads, so that a block gives each 8 tokens, 8 bytes of a uint8 mask."""
+    """On gfx942 a warp has 64 threads, so each thread of a block gets only 8 tokens: 64 bits of a uint8 mask."""
     for report in reports:
         loads_mask = report["variant"].startswith("padded")
         narrow_mask = report["target"] == "gfx942" and not report["variant"].endswith(("int64-mask", "float32-mask"))
-        narrow_mask |= report["variant"].endswith("bits-mask")  # 32 tokens a load
+        narrow_mask |= report["variant"].endswith("bits-mask")  # a load of 32 bits holds 32 tokens
         if report["kernel"] == "sum_token_rewards_kernel" or (loads_mask and not narrow_mask):
             assert report["ld128"] > 0, report
         if loads_mask or report["variant"].startswith("packed"):
@@ -67,17 +67,17 @@ def test_traffic_is_near_its_floor(reports):
         assert report["floor_bytes"] <= report["bytes"], report
         of_rollouts = report["kernel"] in ("group_moments_kernel", "group_rows_kernel")
         by_token = not (of_rollouts or report["variant"].startswith("per-rollout"))
-        # A ratio or a weight of the sequence takes a first pass over a rollout's own tokens, which are then in the cache.
+        # A ratio or weight per sequence needs a first pass over a rollout's own tokens, which the second pass finds in the cache.
         twice = report["kernel"] == "policy_loss_kernel" and any(name in report["variant"] for name in ("sequence", "everything"))
-        if by_token:  # the few bytes of the others are mostly a group's rewards, read twice or thrice
+        if by_token:  # all other kernels read few bytes, mostly a group's rewards, and read these two or three times
             assert report["bytes"] < (1.8 if twice else 1.1) * report["floor_bytes"], report
 
 
 def test_registers_leave_warps_resident(reports):
     for report in reports:
         if report["kernel"] == "fused_advantage_kernel":
-            # The mask of the next rollout is on its way while one is stored, so that few warps keep memory busy: the fewer, the
-            # more bytes of it lie in registers.
+            # The mask of the next rollout is loaded while one is stored, so that few warps keep the memory busy. The fewer the
+            # warps, the more bytes of the mask lie in registers.
             many = ("calibrated", "least-variance", "int64-mask")
             assert report["occupancy"] >= (0.25 if any(name in report["variant"] for name in many) else 0.3125), report
 

@@ -1,4 +1,4 @@
-"""The device functions of `kernels/advantage/fusion.py`, each run by a tiny kernel, against `v05.reference`."""
+"""The device functions of `kernels/advantage/fusion.py`, each called by a tiny kernel, against `v05.reference`."""
 
 import math
 from dataclasses import astuple
@@ -72,7 +72,7 @@ def calibrated_kernel(
 
 
 def columns() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The cases, mean and prior in reward units."""
+    """Counts, means and priors of the cases, in reward units."""
     count, mean, prior = (torch.tensor(column, dtype=torch.float64) for column in zip(*CASES, strict=True))
     return count.to(torch.int64), (mean + 1) * HALF_RANGE + LOW, (prior + 1) * HALF_RANGE + LOW
 
@@ -124,7 +124,7 @@ def test_baseline_of(rule):
 )
 @pytest.mark.parametrize("all_ends", [False, True], ids=["fractions", "whole"])
 def test_calibrated_fusion(calibration, all_ends):
-    """Against the core, which tests/budget/test_calibrated.py holds to arithmetic of 400 digits."""
+    """Compared with the core, which tests/budget/test_calibrated.py compares with arithmetic of 400 digits."""
     samples = [(0, 0.0), (1, 0.0), (1, 1.0), (4, 0.0), (4, 2.5), (4, 4.0), (16, 1.0), (17, 17.0), (300, 7.0), (1024, 700.25)]
     if all_ends:
         samples = [(count, successes) for count, successes in samples if successes == int(successes)]
@@ -135,6 +135,6 @@ def test_calibrated_fusion(calibration, all_ends):
     numbers = (calibration.alpha, calibration.beta, calibration.kappa, math.log1p(-calibration.eps) - math.log(calibration.eps))
     calibrated_kernel[(len(cases),)](count.long(), mean, prior, got, len(cases), *numbers, ALL_ENDS=all_ends)
     core = np.array([_core.calibrated(*case, astuple(calibration))[:3] for case in cases]).T
-    # A log-likelihood near count * log(count * kappa) is right to its last digits, and so is what follows from it.
+    # A log-likelihood near count * log(count * kappa) is right only to its last digits, and so are the values computed from it.
     np.testing.assert_allclose(got[[0, 2, 3]].numpy(), core, rtol=2e-10, atol=1e-300)
     np.testing.assert_allclose((got[0] + got[1]).numpy(), 1.0, rtol=1e-14)

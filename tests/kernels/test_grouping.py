@@ -1,4 +1,4 @@
-"""Rows in the order of their groups: by the kernel, in the interpreter, and by a sort."""
+"""Rows sorted by group: by the kernel, in the interpreter, and by torch's sort."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def expect(ids: list[int], valid: list[bool], groups: int) -> tuple[list[int], l
 @pytest.mark.parametrize("rows", [launch.group_rows, launch.by_sorting], ids=["kernel", "sort"])
 @pytest.mark.parametrize(("n", "groups", "programs"), [(0, 1, 256), (1, 1, 256), (70, 7, 256), (70, 7, 2), (40, 60, 9), (40, 3, 1)])
 def test_group_rows(n, groups, programs, rows, monkeypatch):
-    """With more rows than a block, more groups than programs, ids of no group, and rows that are not valid."""
+    """More rows than a block, more groups than programs, ids that name no group, and invalid rows."""
     monkeypatch.setattr(launch, "ENOUGH_PROGRAMS", programs)
     monkeypatch.setattr(launch, "TILE", 32)
     draw = np.random.default_rng(n + groups)
@@ -34,7 +34,7 @@ def test_group_rows(n, groups, programs, rows, monkeypatch):
 def test_more_rows_and_groups_than_the_kernel_takes_are_sorted(monkeypatch):
     ids = torch.tensor([2, 0, 1, 2])
     wanted = [part.tolist() for part in launch.group_rows(ids, None, 3)]
-    monkeypatch.setattr(launch, "_group_rows", None)  # which would be called
+    monkeypatch.setattr(launch, "_group_rows", None)  # a call of the kernel would fail
     for bound in ("MOST_ROWS", "MOST_GROUPS"):
         with monkeypatch.context() as patch:
             patch.setattr(launch, bound, 2)

@@ -1,4 +1,6 @@
-"""Whether a launch runs a kernel that is compiled already, or goes Triton's own way: with a kernel and a driver that take notes."""
+"""Whether a launch runs a kernel that is compiled already, or takes Triton's own path. The kernel and the driver are fakes that
+record calls.
+"""
 
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -13,21 +15,21 @@ pytestmark = pytest.mark.skipif(not hasattr(triton, "knobs"), reason="before Tri
 GRID = (2, 3, 4)
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 VALUES = torch.zeros(64)
-PARAMETERS = {"p_in": "", "p_out": "", "T": "", "most": "", "eps": "fp64", "BLOCK": ""}  # and what they are annotated with
+PARAMETERS = {"p_in": "", "p_out": "", "T": "", "most": "", "eps": "fp64", "BLOCK": ""}  # parameters and their annotations
 
 
 class Kernel:
-    """Of two pointers, an integer that the compiler looks at, one that it does not, a float, and a constant."""
+    """A fake kernel of two pointers, an integer that Triton specializes on, one that it does not, a float, and a constant."""
 
     def __init__(self) -> None:
         self.params = [
             SimpleNamespace(name=name, annotation_type=kind, do_not_specialize=name == "most", is_constexpr=name == "BLOCK")
             for name, kind in PARAMETERS.items()
         ]
-        self.compiled: list[tuple] = []  # what was given to launches that went Triton's own way
-        self.ran: list[tuple] = []  # and to the others
-        self.current = [0]  # the device
-        self.devices: list[int] = []  # that was the current one at each launch
+        self.compiled: list[tuple] = []  # arguments of launches on Triton's own path
+        self.ran: list[tuple] = []  # arguments of all other launches
+        self.current = [0]  # stack of devices; the last is the current one
+        self.devices: list[int] = []  # the current device at each launch
 
     def __getitem__(self, grid):
         return lambda *given, **_: self._compile(grid, *given)

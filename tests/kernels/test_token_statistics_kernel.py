@@ -1,4 +1,4 @@
-"""The passes over logits by Triton, in the interpreter, against the float64 specification."""
+"""Triton's passes over logits, in the interpreter, against the float64 specification."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from v05.kernels.token_statistics import launch
 from v05.ops import token_statistics
 from v05.ops.token_statistics import IGNORED
 
-# The interpreter computes with NumPy, which warns where a GPU does not.
+# The interpreter computes with NumPy, which gives warnings that a GPU does not.
 pytestmark = pytest.mark.filterwarnings(
     *(f"ignore:{what}:RuntimeWarning" for what in ("invalid value", "overflow", "divide by zero", "underflow"))
 )
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(autouse=True, scope="module")
 def _small_tiles():
-    """So that a row has several."""
+    """Make tiles so small that a row has several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "TILE", 32)
         yield
@@ -52,7 +52,7 @@ def test_situations(situation, target):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("strides", STRIDES)
 def test_strides(strides, dtype):
-    """Of views, whose memory outside the gradient is left alone; a view may begin at any address."""
+    """The logits are views that may begin at any address. Memory outside the gradient must stay unchanged."""
     for in_place in (False, True):
         memory = draw(2, 2, 3, 47, dtype=dtype)
         logits, whole = STRIDES[strides](memory), memory.clone()
@@ -87,7 +87,7 @@ def test_any_shape(shape, vocabulary, scale, temperature, in_place, seed):
 
 
 def test_from_hidden_states():
-    """The same as on the CPU."""
+    """The results equal those of the CPU backend."""
     made = []
     for backend in ("triton", "cpu"):
         hidden, weight, bias = (
