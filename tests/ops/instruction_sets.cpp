@@ -29,11 +29,11 @@ v05::Buffer buffer(std::vector<T>& values, v05::Dtype dtype) {
 template <class Real>
 constexpr v05::Dtype kReal = sizeof(Real) == sizeof(float) ? v05::Dtype::kFloat32 : v05::Dtype::kFloat64;
 
-// Token rewards to padded advantages and statistics.
+// Computes padded advantages and statistics from token rewards.
 template <class Real, class Mask>
 void run(v05::Dtype mask_dtype, v05::Baseline baseline, bool leave_one_out, v05::Scale scale) {
   constexpr std::size_t kRows = 211;
-  constexpr std::size_t kTokens = 75;  // no multiple of any vector
+  constexpr std::size_t kTokens = 75;  // not a multiple of any vector's length
   constexpr std::int64_t kGroups = 50;
   std::mt19937_64 random(0);
   std::vector<Real> tokens(kRows * kTokens);

@@ -45,7 +45,7 @@ def test_golden(case, dtype):
         **golden_options(case),
     )
     expected, statistics = case["expect"]["advantages"], case["expect"]["stats"]
-    if case["id"] == "near-equal rewards at a large offset":  # float32 rounds the input: the page is applied to what is left
+    if case["id"] == "near-equal rewards at a large offset":  # float32 rounds these rewards, so the reference gets the rounded ones
         expected, statistics = reference.advantages(
             rewards.double().numpy(), case["group_ids"], case["prior"], **golden_options(case)
         )
@@ -81,7 +81,7 @@ def batches(draw):
         "max_rollouts": draw(st.integers(1, 32)),
         "cost": draw(
             st.sampled_from([0.00123, 0.0101010203, 0.1234567])
-        ),  # no gain of few rollouts is one of these but for rounding
+        ),  # for few rollouts no gain equals one of these
     }
 
 
@@ -144,7 +144,7 @@ def test_packed(ragged):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("start", [0, 1, 7, 15])
 def test_packed_rows_of_any_length_and_place(dtype, start):
-    """A row is filled to its first cache line, and from there on: neither reaches into what is not its own."""
+    """The first cache line of a row and the rest of the row are filled separately. Neither may write outside the row."""
     lengths = torch.tensor([0, 1, 15, 16, 17, 63, 64, 0, 65, 200, 3, 130])
     total = int(lengths.sum())
     cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
@@ -182,7 +182,7 @@ def test_group_forms_agree(ragged):
     by_id = fused_advantage(rewards, prior, group_ids=ids, num_groups=4)
     by_offset = fused_advantage(rewards[order], prior, group_offsets=offsets)
     torch.testing.assert_close(by_offset.advantages, by_id.advantages[order])
-    # Without num_groups, groups stand in order of first appearance: 2, 0, 1, 3.
+    # Without num_groups, groups are in order of first appearance: 2, 0, 1, 3.
     appearance = torch.tensor([2, 0, 1, 3])
     names = [f"prompt-{i}" for i in ids.tolist()]
     dense, groups = factorize(names)
@@ -327,7 +327,7 @@ def test_bounds_forgive_float32_rounding():
 @pytest.mark.parametrize("scale", ["group", "batch"])
 def test_large_rewards_do_not_explode(scale):
     rewards = torch.tensor([1e150, -1e150, 1e150, 0.0], dtype=torch.float64)
-    for size in (1.0, 1e4, 1e10):  # squares of the first overflow where there are many
+    for size in (1.0, 1e4, 1e10):  # for size 1 a sum of many more squares would overflow
         out = fused_advantage(rewards.repeat(3) / size, group_offsets=[0, 12], method="grpo", scale=scale, dtype=torch.float64)
         assert out.advantages.abs().max() < 2
         assert (out.advantages[:4] * rewards >= 0).all()
@@ -344,15 +344,15 @@ def test_singletons():
         raw = fused_advantage([0.7], group_offsets=[0, 1], method=method, singleton="raw")
         assert raw.advantages.item() == pytest.approx(0.7)
     alone = fused_advantage([1.0], [0.25], group_offsets=[0, 1], method="v05", leave_one_out=True)
-    assert alone.advantages.item() == 0.75  # the prior is all that is left
+    assert alone.advantages.item() == 0.75  # without other rollouts, the baseline is the prior
 
 
 def test_calibrated_has_a_baseline_for_every_rollout():
     fused = dict(group_offsets=[0, 1, 2, 2], leave_one_out=True, method="calibrated", dtype=torch.float64)
     calibration = Calibration(0.0, 1.0, 4.0, 0.2)
     out = fused_advantage([1.0, 1.0], [0.25, math.nan, 0.25], calibration=calibration, **fused)
-    calibrated_prior = 0.8 * 0.25 + 0.2 * 0.5  # of a rollout that is alone, and of a group without one
-    assert out.advantages.tolist() == pytest.approx([1 - calibrated_prior, 0.5])  # no prior: the vague one, which is even
+    calibrated_prior = 0.8 * 0.25 + 0.2 * 0.5  # the baseline of a lone rollout, and the statistic of an empty group
+    assert out.advantages.tolist() == pytest.approx([1 - calibrated_prior, 0.5])  # without a prior: the vague prior, with mean 1/2
     assert out.stats.baseline[2].item() == pytest.approx(calibrated_prior)
     assert out.stats.hallucination.tolist() == pytest.approx([0.2 * 0.5 / (0.2 * 0.5 + 0.8 * 0.25), 1.0, 0.2])
     assert out.stats.take_more.all()
@@ -364,7 +364,7 @@ def test_calibrated_has_a_baseline_for_every_rollout():
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.0, 5.0), (0.1, 0.7), (1000.0, 1001.0), (-0.3, 0.0)])
 def test_calibrated_sums_are_whole_where_rewards_are_binary(low, high):
-    """A certain prior: 1e-16 of a success where there is none would be taken for one."""
+    """The prior is certain, so that a rounding error of 1e-16 of a success would count as evidence."""
     rng = np.random.default_rng(0)
     sizes = np.repeat([3, 7, 49, 1024], 4)
     wins = [rng.permutation(size) < count for size, count in zip(sizes, [0, 1, 2, 3] * 4, strict=True)]
@@ -383,7 +383,7 @@ def test_calibrated_sums_are_whole_where_rewards_are_binary(low, high):
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-3.0, 5.0)])
 def test_calibrated_leaves_out_rewards_of_any_kind(low, high):
-    """Groups of binary rewards, of none, of both, with whole and with broken sums; small and large."""
+    """Groups with binary rewards, fractional rewards, and both, with whole and with fractional sums, small and large."""
     rng = np.random.default_rng(0)
     half, third = np.tile([0.0, 0.5, 0.5, 1.0], 5), rng.random(20)
     groups = [source[:size] for size in (1, 2, 3, 4, 16, 17, 18, 20) for source in (half, third, np.round(third), third**9)]

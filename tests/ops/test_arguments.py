@@ -1,4 +1,4 @@
-"""What the op, the allocator and the methods take as an argument, and the message where it is something else."""
+"""Arguments that the op, the allocator and the methods accept, and the message for those that they refuse."""
 
 import contextlib
 import math
@@ -30,7 +30,7 @@ def paths(**options):
     return path_counting_advantages(R4, [0.5], [0, 4], **dict(method="v05", initial=4, maximum=4) | options)
 
 
-HUGE = 10**5000  # of more digits than Python prints
+HUGE = 10**5000  # Python refuses to print so many digits
 REFUSED = {
     "leave_one_out a string": (lambda: call(leave_one_out="no"), "leave_one_out='no'; give True or False"),
     "leave_one_out a number": (lambda: call(leave_one_out=1), "leave_one_out=1; give True or False"),
@@ -326,7 +326,7 @@ def test_a_deviation_that_would_round_to_zero_is_refused(scale):
     torch.testing.assert_close(smallest.abs(), torch.full((4,), math.sqrt(3) / 2, dtype=torch.float64))
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch's own
+@pytest.mark.filterwarnings("ignore")  # torch's own warnings
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
 def test_transforms_of_torch_func_are_refused(transform):
     rewards = torch.tensor([R4, R4])
@@ -344,7 +344,7 @@ def test_transforms_of_torch_func_are_refused(transform):
             transformed(of_it)
     with pytest.raises(ValueError, match=r"rewards: torch.func's vmap or grad makes tensors of them, .*; call outside of them"):
         torch.func.grad(lambda weight: (call().advantages * weight).sum())(rewards[0])
-    inside = torch.func.vmap(lambda weight: (call().advantages * weight).sum())(rewards)  # what is not transformed is read
+    inside = torch.func.vmap(lambda weight: (call().advantages * weight).sum())(rewards)  # no argument is transformed
     assert inside.tolist() == [1.0, 1.0]
 
 
@@ -376,7 +376,7 @@ def test_ranks_know_ids_of_any_kind(alone):
 
 @pytest.mark.parametrize("argument", ["group_ids", "factorized", "group_offsets", "cu_seqlens", "trajectory_ids"])
 def test_another_thread_changes_what_was_checked(argument):
-    """What was read is within the buffers, whatever another thread writes; results and errors are then anything."""
+    """If another thread writes to an argument during the call, reads stay within the buffers. The result is then arbitrary."""
     rows = 200_000
     offsets, ids = torch.arange(rows + 1), torch.arange(rows) // 2
     array, options = {

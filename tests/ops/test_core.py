@@ -1,4 +1,4 @@
-"""The compiled core: the same bits on any thread count and instruction set, numbering of awkward ids, digits that survive."""
+"""The compiled core: the same bits on every thread count and instruction set, the numbering of unusual ids, and error bounds."""
 
 import hashlib
 import shutil
@@ -23,7 +23,7 @@ INT64 = np.iinfo(np.int64)
 
 
 def digest() -> str:
-    """Of everything the op writes, for uneven groups in random order and enough work to be shared among threads."""
+    """A hash of everything the op writes, for uneven groups in random order, with enough work to be shared among threads."""
     rng = np.random.default_rng(0)
     n, t, groups = 3001, 75, 700
     ids, prior = torch.from_numpy(rng.integers(0, groups, n)), torch.from_numpy(rng.random(groups))
@@ -84,9 +84,9 @@ def test_the_form_of_the_groups_does_not_change_a_bit(scale):
 @pytest.mark.parametrize("method", ["v05", "grpo"])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 16, 17])
 def test_groups_side_by_side_have_the_bits_of_groups_alone(size, method, scale):
-    """Groups of one size are judged four at a time, which one group never is."""
+    """Groups of one size are computed four at a time. A group alone never is, and must have the same bits."""
     rng = np.random.default_rng(size)
-    groups = 45  # no multiple of four
+    groups = 45  # not a multiple of four
     rewards = torch.from_numpy(rng.choice([0.0, 0.25, 1.0], (groups, size)) + rng.choice([0.0, 1e-9], (groups, 1)))
     rewards[7] = 1.0
     prior = torch.from_numpy(rng.random(groups))
@@ -105,7 +105,7 @@ def test_groups_side_by_side_have_the_bits_of_groups_alone(size, method, scale):
 
 
 def test_groups_of_one_size_among_others():
-    """Runs of them begin and end anywhere, also in the middle of four."""
+    """Runs of groups of one size begin and end anywhere, also between two multiples of four."""
     rng = np.random.default_rng(0)
     sizes = np.concatenate([np.full(count, size) for size, count in [(4, 9), (3, 2), (8, 17), (0, 1), (4, 8), (16, 3), (2, 30)]])
     rewards, prior = torch.from_numpy(rng.random(sizes.sum())), torch.from_numpy(rng.random(len(sizes)))
@@ -144,7 +144,7 @@ def test_instruction_set_does_not_change_a_bit(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32], ids=str)
 @pytest.mark.parametrize("tokens", [1, 15, 17, 63, 64, 65, 128, 200])
-@pytest.mark.parametrize("share", [1.0, 0.02], ids=["dense", "sparse"])  # blocks of zeros are passed over
+@pytest.mark.parametrize("share", [1.0, 0.02], ids=["dense", "sparse"])  # blocks of zeros are skipped
 def test_token_sums_are_exact(dtype, mask_dtype, tokens, share):
     rng = np.random.default_rng(tokens)
     rewards = torch.from_numpy(rng.integers(-64, 64, (24, tokens)) / 8).to(dtype)  # every partial sum is exact
@@ -159,7 +159,7 @@ def test_token_sums_are_exact(dtype, mask_dtype, tokens, share):
 
 
 def numbered(keys):
-    """Keys by first appearance, as a dict does it."""
+    """The number of each key by first appearance, as a dict assigns it."""
     slots = {}
     return [slots.setdefault(key, len(slots)) for key in keys]
 
@@ -195,7 +195,7 @@ def test_any_ids_are_numbered_by_appearance(ids):
 
 
 class Sticky:
-    """All of them collide; equality is Python code."""
+    """Keys that all have the same hash, and whose equality runs Python code."""
 
     def __init__(self, name):
         self.name = name
@@ -249,7 +249,7 @@ NUMERICS = {
 @pytest.mark.parametrize(("centre", "spread"), NUMERICS.values(), ids=NUMERICS.keys())
 @pytest.mark.parametrize("scale", ["none", "group", "batch"])
 def test_digits_survive(centre, spread, dtype, scale):
-    """The bounds of the docstring, with the rewards as their dtype holds them."""
+    """The error bounds of the op's docstring hold for rewards as rounded to their dtype."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 20, 400)
     rewards = torch.from_numpy(centre + spread * rng.random(400)).to(dtype)
@@ -259,7 +259,7 @@ def test_digits_survive(centre, spread, dtype, scale):
     bounds = {torch.float64: 1e-12, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
     for out_dtype, bound in bounds.items():
         out = fused_advantage(rewards, group_ids=ids, num_groups=20, method="grpo", scale=scale, dtype=out_dtype)
-        # A mean near `centre` holds 2^-53 of it, whatever is done next; in units of the divisor where there is one.
+        # A mean near `centre` is only known to 2^-53 of `centre`. With a scale, the error is divided by the divisor.
         divisor = 1.0 if scale == "none" else rewards.double().std().item() + 1e-6
         floor = 8 * 2.0**-53 * centre / divisor + 2 * torch.finfo(out_dtype).smallest_normal
         np.testing.assert_allclose(out.advantages.double().numpy(), exact, rtol=1.01 * bound + 1e-12, atol=floor)
@@ -267,7 +267,7 @@ def test_digits_survive(centre, spread, dtype, scale):
 
 @pytest.mark.parametrize("size", [4, 64, 1024, 16_384])
 def test_the_error_bound_of_large_groups(size):
-    """As the docstring states it; the first reward, from which deviations are taken, lies outside the others."""
+    """The bound of the op's docstring holds, even if the first reward, from which deviations are taken, lies far from the others."""
     rng = np.random.default_rng(size)
     for first in (0.0, 1.0, 1e3):
         rewards = np.concatenate(([first], rng.random(size - 1)))

@@ -1,4 +1,4 @@
-"""The policy loss on both backends against the specification in float64, and torch's own view of it."""
+"""The policy loss on both backends against the specification in float64, and as torch's operators and autograd see it."""
 
 import math
 
@@ -53,7 +53,7 @@ def test_rows_of_any_length(lengths, seed, loss, layout, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_blocks_of_long_rows_and_many_rollouts(backend):
     assert_specified(Batch((1500, 3, 513), 1504), "padded", backend, "gspo", Importance(level="sequence"))
-    assert_specified(Batch((2,) * 300, 3), "packed", backend)  # more rows of sums than are added up at once
+    assert_specified(Batch((2,) * 300, 3), "packed", backend)  # more rows of partial sums than one step adds up
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -116,7 +116,7 @@ def test_micro_batches_add_up(backend):
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_importance_weights_make_up_for_the_engines_own_policy(level):
-    """The expected gradient under the engine's samples, weighted, is the policy's own; unweighted it is not."""
+    """The weighted expected gradient under the engine's samples is the policy's own. Without weights it differs."""
     logits = torch.tensor([0.3, -0.2, 0.9], requires_grad=True)
     advantages = torch.tensor([1.0, -0.5, 0.2])
     engine = torch.log_softmax(torch.tensor([0.1, 0.5, 0.4]), dim=0)

@@ -1,4 +1,4 @@
-"""Statistics of tokens against the float64 specification, at the ends of what floating point holds, and from hidden states."""
+"""Statistics of tokens against the float64 specification: at the limits of floating point, and from hidden states."""
 
 import math
 
@@ -32,11 +32,11 @@ def test_half_precision_is_read_exactly(dtype):
 @pytest.mark.parametrize("target", [0, 3, 4, 5])
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_situations(situation, target):
-    """Of one row; the rows beside it are as usual."""
+    """One row has the situation, and the rows beside it are ordinary."""
     logits = draw(5, 3, 13)
     logits[1] = SITUATIONS[situation](logits[1])
     assert_specified(logits, torch.tensor([4, target, IGNORED]))
-    assert_specified(logits[[0, 2, 1]], torch.tensor([4, 2, IGNORED]))  # what is ignored may hold anything
+    assert_specified(logits[[0, 2, 1]], torch.tensor([4, 2, IGNORED]))  # an ignored row may hold any logits
 
 
 @settings(max_examples=60, deadline=None)
@@ -59,7 +59,7 @@ def test_any_shape(shape, vocabulary, block, scale, temperature, seed):
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("strides", STRIDES)
 def test_strides(strides, in_place):
-    """Of views, whose memory the gradient must not leave."""
+    """The logits are views. The gradient must not write outside their memory."""
     base, twin = (draw(2, 4, 6, 31).requires_grad_() for _ in range(2))
     out = []
     for leaf, view in ((base, lambda x: x), (twin, torch.clone)):
@@ -72,7 +72,7 @@ def test_strides(strides, in_place):
 
 
 def test_in_place():
-    """The gradient lies where the logits lay, and what else would read them for its gradient is told."""
+    """The gradient takes the memory of the logits. A backward pass that needs the old logits raises an error."""
     leaf, targets = draw(3, 5, 11).requires_grad_(), ids(3, 11, 5)
     logits = leaf * 1
     seen = []
@@ -137,7 +137,7 @@ def test_from_hidden_states(shape, bias, chunk):
 
 
 def test_of_hidden_states_only_what_is_needed(monkeypatch):
-    """A frozen layer has no gradient; rows that are ignored or have no upstream gradient are left out of the products."""
+    """A frozen layer gets no gradient. Rows that are ignored or have no upstream gradient are left out of the products."""
     hidden, weight, targets = draw(1, 6, 4).requires_grad_(), draw(2, 9, 4), ids(3, 9, 6)
     targets[1] = IGNORED
     rows = []
@@ -152,7 +152,7 @@ def test_of_hidden_states_only_what_is_needed(monkeypatch):
 
 
 def test_upstream_gradients_that_are_one_number():
-    """As a sum has, whose gradient is expanded and lies in memory once."""
+    """The upstream gradient of a sum is one number in memory, expanded to all tokens."""
     hidden, weight, targets = draw(1, 6, 4), draw(2, 9, 4), ids(3, 9, 6)
     weighed, summed = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
     out = token_statistics(summed, targets, weight=weight)
@@ -163,7 +163,7 @@ def test_upstream_gradients_that_are_one_number():
 
 
 def test_weights_of_another_dtype():
-    """Gradients come in the dtype of what they are of, and are rounded once."""
+    """Each gradient has the dtype of its own tensor, and is rounded once."""
     hidden, weight, targets = draw(1, 50, 8, dtype=torch.bfloat16).requires_grad_(), draw(2, 9, 8).requires_grad_(), ids(3, 9, 50)
     loss_of(token_statistics(hidden, targets, weight=weight, chunk=7)).backward()
     wide, exact = hidden.detach().float().requires_grad_(), weight.detach().clone().requires_grad_()
@@ -174,10 +174,10 @@ def test_weights_of_another_dtype():
 
 
 def test_products_of_half_precision(monkeypatch):
-    """As on a GPU: the gradient of the logits is rounded to the dtype of the products, sums are not."""
+    """As on a GPU, the gradient of the logits is rounded to the dtype of the products, but sums are not."""
     computed_in = linear.computed_in
     monkeypatch.setattr(linear, "computed_in", lambda *layer: linear.Layer(*(tensor.bfloat16() for tensor in computed_in(*layer))))
-    monkeypatch.setattr(linear, "_WIDE_PRODUCTS", False)  # the CPU has none
+    monkeypatch.setattr(linear, "_WIDE_PRODUCTS", False)  # the CPU has no wide products
     monkeypatch.setattr(linear, "_WIDE_SUMS", False)
     leaves = [draw(seed, *shape, scale=1.0, dtype=torch.bfloat16) for seed, shape in enumerate(((40, 16), (9, 16), (9,)))]
     made = []
@@ -194,7 +194,7 @@ def test_products_of_half_precision(monkeypatch):
 
 
 def test_logits_of_all_tokens_never_exist():
-    """The memory that operations take and leave, which the profiler counts at each."""
+    """No operation allocates the logits of all tokens. The profiler counts the memory that each operation allocates and frees."""
     hidden, weight, targets = draw(1, 600, 16).requires_grad_(), draw(2, 1000, 16).requires_grad_(), ids(3, 1000, 600)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         loss_of(token_statistics(hidden, targets, weight=weight, chunk=20)).backward()

@@ -1,4 +1,4 @@
-"""token_statistics under torch.compile and fake tensors, and its operators as torch checks them."""
+"""token_statistics under torch.compile and with fake tensors, and torch's own checks of its operators."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from helpers.token_statistics import draw, ids
 from v05.ops import token_statistics
 from v05.ops.token_statistics import IGNORED
 
-# Inductor's and the tracer's own imports and autotuning are not ours to keep free of warnings.
+# Imports and autotuning of Inductor and of the tracer give warnings that this project cannot prevent.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 VOCABULARY, WIDTH = 19, 8
@@ -30,7 +30,7 @@ def _fresh_compiler():
 
 
 def operands(shape, kind, dtype=torch.float32):
-    """What the statistics are made of, and the targets, one of which is ignored."""
+    """The tensors from which the statistics are computed, and the targets. One target is ignored."""
     targets = ids(1, VOCABULARY, *shape)
     targets[(0,) * len(shape)] = IGNORED
     if kind == "logits":

@@ -1,4 +1,4 @@
-"""A vocabulary in shards over processes has the statistics and gradients of one process."""
+"""A vocabulary in shards over several processes gives the statistics and gradients of one process."""
 
 import pytest
 import torch

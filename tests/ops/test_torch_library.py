@@ -1,4 +1,4 @@
-"""fused_advantage under torch.compile, torch.export and fake tensors: the graph is whole, and says what the eager call says."""
+"""fused_advantage under torch.compile, torch.export and with fake tensors: the graph is whole, and results equal the eager call's."""
 
 import math
 from dataclasses import astuple
@@ -13,7 +13,7 @@ from v05.methods import METHODS, Baseline, Calibration
 from v05.ops import AdvantageOutput, fused_advantage
 from v05.ops.advantage.stats import STATISTICS
 
-# Inductor's and the tracer's own imports and autotuning are not ours to keep free of warnings.
+# Imports and autotuning of Inductor and of the tracer give warnings that this project cannot prevent.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 IDS = torch.tensor([2, 0, 1, 2, 2, 0, 3, 1, 2, 0])
@@ -57,7 +57,7 @@ def assert_same(seen: AdvantageOutput, expected: AdvantageOutput) -> None:
 
 
 def operands(layout, grouping="offsets", *, stats=True, baseline=2):
-    """Arguments of the operator itself, in the dtypes that `fused_advantage` hands over."""
+    """The arguments of the operator itself, in the dtypes that `fused_advantage` passes."""
     extra = LAYOUTS[layout]()
     mask, cu_seqlens = extra.get("response_mask"), extra.get("cu_seqlens")
     out = torch.zeros(N) if not extra else torch.zeros(TOKENS) if mask is None else torch.zeros(N, 5)
@@ -70,7 +70,7 @@ def operands(layout, grouping="offsets", *, stats=True, baseline=2):
         torch.arange(N).double(),
         4,
         *((OFFSETS, None) if grouping == "offsets" else (None, IDS)),
-        PRIOR.nan_to_num(0.5).double(),  # opcheck holds NaN for unequal to itself
+        PRIOR.nan_to_num(0.5).double(),  # opcheck counts NaN as unequal to itself
         out,
     )
     scale, leave_one_out, raw_singleton, exclude_nonfinite = 0, False, False, False
@@ -242,7 +242,7 @@ def test_what_cannot_be_traced_breaks_the_graph(arguments, message):
 
     with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
         torch.compile(call, fullgraph=True, backend="eager")(REWARDS)
-    if arguments.get("backend") != "triton":  # what follows the break would be the tracing of Triton's interpreter
+    if arguments.get("backend") != "triton":  # after the break torch would trace Triton's interpreter
         torch.testing.assert_close(torch.compile(call, backend="eager")(REWARDS), call(REWARDS))
 
 
@@ -265,7 +265,7 @@ def test_export_round_trip(grouping, strict, method, tmp_path):
         def forward(self, rewards, prior, groups, mask):
             named = {"group_offsets": groups} if grouping == "offsets" else {"group_ids": groups, "num_groups": 4}
             out = fused_advantage(rewards, prior, response_mask=mask, method=method, **named)
-            return out.advantages, out.stats  # a plain tuple: torch.export cannot save a named one
+            return out.advantages, out.stats  # a plain tuple, because torch.export cannot save a named tuple
 
     groups = next(iter(GROUPINGS[grouping].values()))
     arguments = (REWARDS, PRIOR, groups, torch.arange(5) < LENGTHS[:, None])
@@ -303,7 +303,7 @@ def test_an_exported_program_reads_inputs_of_any_form():
 
 @pytest.mark.parametrize("name", ["rewards", "prior", "valid", "group_offsets", "response_mask", "out"])
 def test_tensors_without_memory_are_refused(name):
-    """What collectives and DTensor return wraps the tensor that has the values."""
+    """The results of collectives and of DTensor are wrappers: another tensor has the values."""
     arguments = dict(rewards=REWARDS, prior=PRIOR.double(), valid=REWARDS > -1, group_offsets=OFFSETS)
     arguments |= dict(response_mask=torch.ones(N, 5, dtype=torch.bool), out=torch.empty(N, 5))
     arguments[name] = TwoTensor(arguments[name], arguments[name].clone())

@@ -1,5 +1,6 @@
-"""The policy gradient of methods that leave a rollout's own reward out of its baseline: unbiased, by enumeration of all that a
-softmax policy can do."""
+"""Methods that leave a rollout's own reward out of its baseline have an unbiased policy gradient. All actions of a softmax policy
+are enumerated.
+"""
 
 import itertools
 import math
@@ -12,10 +13,10 @@ from v05.methods import METHODS, Calibration
 from v05.ops import fused_advantage
 
 CALIBRATION = Calibration(0.3, 0.8, 6.0, 0.2, 0.4, 2.0)
-REWARDS = np.array([1.0, 0.0, 0.25])  # of the three actions
-POLICIES = np.array([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]])  # of two prompts
-SIZES = (2, 3)  # rollouts of each
-# As they are published OPO, OTB and group means hold the rollout's own reward; how far js shrinks depends on it.
+REWARDS = np.array([1.0, 0.0, 0.25])  # rewards of the three actions
+POLICIES = np.array([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]])  # action probabilities of the two prompts
+SIZES = (2, 3)  # rollouts of each prompt
+# As published, OPO, OTB and group means include the rollout's own reward. In js the shrinkage depends on it.
 BIASED = ("js",)
 UNBIASED = [name for name, method in METHODS.items() if (method.leave_one_out or name in ("none", "prior")) and name not in BIASED]
 
@@ -39,12 +40,14 @@ def test_leave_one_out_is_unbiased(name):
 
 
 def test_the_energy_of_a_batch_tells_the_baseline_of_least_second_moment():
-    """Of all constants; and with success rates and energies that are known, no baseline of a prompt is better than `optimal`'s."""
+    """The baseline of batch_energy is the best constant. With known success rates and energies, no baseline per prompt is better
+    than that of `optimal`.
+    """
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, 2, 200_000)
     rates = np.array([0.8, 0.3])
     rewards = (rng.random(len(prompts)) < rates[prompts]).astype(float)
-    calibration = Calibration(0.0, 1.0, 1e12, 1e-12, -0.5, 1.0)  # the prior is right
+    calibration = Calibration(0.0, 1.0, 1e12, 1e-12, -0.5, 1.0)  # trusts the prior completely
     ratio = np.exp(-0.5 + np.log(1 - rates))
     energy = np.where(rewards == 1, ratio[prompts], 1.0) * rng.exponential(size=len(prompts))
     one_each = dict(group_offsets=np.arange(len(prompts) + 1), energy=energy, calibration=calibration, dtype=torch.float64)

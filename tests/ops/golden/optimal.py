@@ -1,8 +1,8 @@
-"""Makes optimal.json: `python tests/ops/golden/optimal.py > tests/ops/golden/optimal.json`. Fifty digits, and nothing of v05.
+"""Makes optimal.json: `python tests/ops/golden/optimal.py > tests/ops/golden/optimal.json`. It uses fifty digits and no v05.
 
-The success rate has a Beta density around the calibrated prior, mixed with a vague one; its mean given a group's rewards is the
-ratio of two integrals. The baseline of least variance is the share of the energy that successes have: with w a success's energy
-over a failure's, p w / (p w + 1 - p).
+The success rate has a Beta density around the calibrated prior, mixed with a vague one. Its mean given a group's rewards is the
+ratio of two integrals. The baseline of least variance is the successes' share of the energy: p w / (p w + 1 - p), where w is the
+ratio of a success's energy to a failure's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PRIOR = [0.9, 0.15, 0.6, 0.001, math.nan]
 
 
 def success_rate(rewards: list[float], prior: float) -> float:
-    """The mean of its density given rewards in [0, 1]."""
+    """The mean of the success rate given rewards in [0, 1]."""
     successes = math.fsum(rewards)
     failures = len(rewards) - successes
     parts = [(mp.mpf(1), mp.mpf("0.5"), mp.mpf("0.5"))]
@@ -32,7 +32,7 @@ def success_rate(rewards: list[float], prior: float) -> float:
         parts = [(eps, *parts[0][1:]), (1 - eps, CALIBRATION["kappa"] * q, CALIBRATION["kappa"] * (1 - q))]
 
     def integral(power: int) -> mp.mpf:
-        """Of p^(successes + power) (1 - p)^failures under the mixture, a Beta integral for each part."""
+        """The integral of p^(successes + power) (1 - p)^failures over the mixture, one Beta integral for each part."""
         return sum(share * mp.beta(a + successes + power, b + failures) / mp.beta(a, b) for share, a, b in parts)
 
     return float(integral(1) / integral(0))

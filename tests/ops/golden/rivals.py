@@ -1,9 +1,12 @@
-"""Makes rivals.json: `python tests/ops/golden/rivals.py > tests/ops/golden/rivals.json`. Exact fractions, and nothing of v05.
+"""Makes rivals.json: `python tests/ops/golden/rivals.py > tests/ops/golden/rivals.json`. It uses exact fractions and no v05.
 
-Cases of none, batch, batch_energy, opo, otb, js, ebpo and maxrl, worked out from their definitions: the energy-weighted mean of a
-group is sum(e r) / sum(e), of its others with both sums short of the rollout's own; the batch's is the mean of all other rollouts,
-plain or weighted; that of js is the mean of the group's others, shrunk towards the mean of the other groups' means by v / (v + s).
-That of ebpo is (1 - S) mean + S prior with S = (s2 / k) / (s2 / k + tau2), and maxrl divides what is above the mean by it.
+The cases of none, batch, batch_energy, opo, otb, js, ebpo and maxrl follow from their definitions:
+
+- opo, otb: the energy-weighted mean of a group, sum(e r) / sum(e). With leave-one-out both sums are without the rollout's own.
+- batch, batch_energy: the plain or energy-weighted mean of all other rollouts of the batch.
+- js: the mean of the group's other rollouts, shrunk towards the mean of the other groups' means by v / (v + s).
+- ebpo: (1 - S) mean + S prior with S = (s2 / k) / (s2 / k + tau2).
+- maxrl: the group's mean. The difference between reward and mean is divided by the mean.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ def variance(values: list[Fraction]) -> Fraction:
 
 
 def shrunk(g: int, without: int | None, rewards: list[Fraction], ids: list[int]) -> Fraction | None:
-    """js: the baseline of group g, of its rollout `without` where one is left out; None where there is nothing to compare with."""
+    """js: the baseline of group g, for its rollout `without` if one is left out. None if there is nothing to compare with."""
     groups = {i: [r for r, of in zip(rewards, ids, strict=True) if of == i] for i in set(ids)}
     others = [mean(members) for i, members in groups.items() if i != g]
     own = [r for i, r in enumerate(rewards) if ids[i] == g and i != without]
@@ -73,7 +76,7 @@ def case(name: str, method: str, rewards: list[Fraction], ids: list[int], energy
 
 
 def fused(own: list[Fraction], prior: Fraction | None, within: Fraction, among: Fraction) -> Fraction | None:
-    """ebpo: the baseline of rollouts with these rewards; None where there is nothing to compare with."""
+    """ebpo: the baseline of rollouts with these rewards. None if there is nothing to compare with."""
     if not own:
         return prior
     share = (within / len(own)) / (within / len(own) + among)
