@@ -1,5 +1,5 @@
-// Several threads lease, report, fail, expire, count, snapshot and drain one allocator at once. In the end every rollout
-// must have been counted exactly once. Built with a sanitizer by tests/budget/test_threads.py; prints "ok".
+// Several threads lease, report, fail, expire, count, snapshot and drain one allocator at once. In the end every
+// rollout must have been counted exactly once. Built with a sanitizer by tests/budget/test_threads.py; prints "ok".
 #include <atomic>
 #include <cmath>
 #include <cstdint>

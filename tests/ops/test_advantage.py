@@ -79,9 +79,7 @@ def batches(draw):
         "reward_range": (low, high),
         "calibration": draw(st.none() | CALIBRATIONS),
         "max_rollouts": draw(st.integers(1, 32)),
-        "cost": draw(
-            st.sampled_from([0.00123, 0.0101010203, 0.1234567])
-        ),  # for few rollouts no gain equals one of these
+        "cost": draw(st.sampled_from([0.00123, 0.0101010203, 0.1234567])),  # for few rollouts no gain equals one of these
     }
 
 

@@ -267,7 +267,7 @@ def test_digits_survive(centre, spread, dtype, scale):
 
 @pytest.mark.parametrize("size", [4, 64, 1024, 16_384])
 def test_the_error_bound_of_large_groups(size):
-    """The bound of the op's docstring holds, even if the first reward, from which deviations are taken, lies far from the others."""
+    """The bound of the op's docstring holds, even if the first reward, from which deviations are taken, is far from the others."""
     rng = np.random.default_rng(size)
     for first in (0.0, 1.0, 1e3):
         rewards = np.concatenate(([first], rng.random(size - 1)))

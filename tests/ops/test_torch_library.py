@@ -1,4 +1,4 @@
-"""fused_advantage under torch.compile, torch.export and with fake tensors: the graph is whole, and results equal the eager call's."""
+"""fused_advantage under torch.compile, torch.export and with fake tensors: the graph is whole, and results are the eager call's."""
 
 import math
 from dataclasses import astuple
