@@ -1,4 +1,4 @@
-"""The calibrator finds the numbers that made the data, follows a drift, and keeps its last good fit."""
+"""The calibrator recovers the numbers that made the data, follows a drift, and keeps its last good fit."""
 
 import math
 
@@ -13,7 +13,7 @@ from v05.reference import betaln, calibrated
 
 
 def draw(rng, groups, truth):
-    """(successes, counts, priors) of groups of 1 to 16 from the model itself."""
+    """(successes, counts, priors) of groups of 1 to 16 rollouts, drawn from the calibrator's own model."""
     logits = rng.normal(0.0, 2.0, groups)
     q = expit(truth.alpha + truth.beta * logits)
     vague = rng.random(groups) < truth.eps
@@ -64,7 +64,7 @@ def test_value_is_the_marginal_likelihood_and_the_gradient_its_slope(theta):
 
 
 def test_settled_groups_do_not_decide_for_the_others():
-    """Priors near 0 and 1 that are right, and priors near 1/2 that say nothing: one eps for both, and the latter need it."""
+    """One eps serves right priors near 0 and 1 and uninformative priors near 1/2. It must suit the latter."""
     rng = np.random.default_rng(9)
     priors = np.concatenate([np.full(1800, 0.01), rng.uniform(0.3, 0.7, 200)])
     rates = np.concatenate([np.full(1800, 0.01), rng.beta(0.5, 0.5, 200)])
@@ -93,7 +93,7 @@ def test_follows_a_policy_on_the_move():
             calibrator.fit()
     assert forgetful.calibration.alpha == pytest.approx(1.5, abs=0.4)
     assert forgetful.calibration.beta == pytest.approx(0.5, abs=0.2)
-    assert faithful.calibration.alpha < 0.5  # what no forgetting would have believed
+    assert faithful.calibration.alpha < 0.5  # without forgetting, the old groups still weigh
 
 
 def test_the_window_drops_the_oldest():
@@ -173,7 +173,7 @@ def test_goes_on_from_its_state():
     for one in (calibrator, again):
         one.observe(*more)
     assert again.fit() == calibrator.fit()
-    assert state["groups"].shape == (3, 300)  # a state is a copy
+    assert state["groups"].shape == (3, 300)  # the state is a copy: more groups were observed since
 
 
 @pytest.mark.parametrize(
@@ -202,10 +202,10 @@ def test_bad_settings(arguments, message):
 
 
 def energies_of(rng, successes, counts, priors, delta0, delta1):
-    """(2, G) sums, of energies whose mean is exp(delta0 + delta1 log(1 - v)) times as large for a success as for a failure."""
+    """(2, G) sums of energies. The mean energy of a success is exp(delta0 + delta1 log(1 - v)) times that of a failure."""
     ratio = np.exp(delta0 + delta1 * np.log(1 - priors))
     drawn = [[rng.gamma(0.5, 2.0, int(n)).sum() for n in kind] for kind in (successes, counts - successes)]
-    return np.array([ratio * drawn[0], drawn[1]]) * 37.0  # whatever the unit
+    return np.array([ratio * drawn[0], drawn[1]]) * 37.0  # an arbitrary unit
 
 
 @pytest.mark.parametrize(("delta0", "delta1"), [(0.0, 0.0), (-1.0, 0.0), (0.2, 1.5)])
@@ -270,7 +270,7 @@ def test_recovers_the_variances_that_ebpo_shrinks_by(kappa, mean):
     calibrator.observe(
         rng.binomial(counts.astype(int), rng.beta(kappa * mean, kappa * (1 - mean), 4096)), counts, np.full(4096, mean)
     )
-    # Of a Beta, E[p (1 - p)] / Var[p] = kappa.
+    # E[p (1 - p)] / Var[p] of a Beta density is its kappa.
     fit = calibrator.fit(by_variances=True)
     assert fit.kappa == pytest.approx(kappa, rel=0.3)
     assert fit == Calibration(kappa=fit.kappa)
@@ -279,9 +279,9 @@ def test_recovers_the_variances_that_ebpo_shrinks_by(kappa, mean):
 def test_variances_that_cannot_be_told():
     alone, alike = Calibrator(), Calibrator()
     alone.observe(np.arange(100) % 2, np.ones(100), np.full(100, 0.5))
-    assert alone.fit(by_variances=True) == Calibration()  # one rollout a prompt says nothing of the variance within
+    assert alone.fit(by_variances=True) == Calibration()  # one rollout per prompt says nothing about the variance within a prompt
     alike.observe(np.full(100, 2.0), np.full(100, 4.0), np.full(100, 0.5))
-    # Prompts differ less than by chance: the mean of all is worth any number of rollouts.
+    # Prompts differ less than chance would explain: the mean of all is worth any number of rollouts.
     assert alike.fit(by_variances=True).kappa > 1e5
 
 

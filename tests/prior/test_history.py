@@ -12,7 +12,7 @@ def log_loss(p, truth):
 
 
 def prompts_and_rates(rng, count):
-    """Additions mostly succeed, products mostly fail; longer is harder."""
+    """Most additions succeed and most products fail. Longer ones are harder."""
     prompts, rates = [], []
     for _ in range(count):
         digits, sign = int(rng.integers(1, 4)), str(rng.choice(["+", "*"]))
@@ -91,13 +91,13 @@ def test_a_prior_goes_on_from_its_state():
     again = HistoryPrior(capacity=100)
     again.load_state_dict({name: value.copy() for name, value in state.items()})
     prompts, rates = prompts_and_rates(rng, 64)
-    for one in (prior, again):  # what follows is the same to the last bit, and forgets the same prompts
+    for one in (prior, again):  # both learn and forget the same prompts, to the last bit
         observe(one, prompts, rates, np.random.default_rng(4))
     assert list(again._past) == list(prior._past)
     probe = [*prompts, *list(prior._past), "never seen"]
     assert np.array_equal(prior.predict(probe), again.predict(probe))
     assert not np.array_equal(prior.predict(probe), HistoryPrior().predict(probe))
-    assert int(state["step"]) == 6  # a state is a copy: learning on has not changed it
+    assert int(state["step"]) == 6  # the state is a copy, which later outcomes do not change
 
 
 def test_constant_prior_knows_nothing():
@@ -110,7 +110,7 @@ def test_the_mean_prior_is_the_discounted_mean_of_all_outcomes():
     prior = MeanPrior(forgetting=0.5)
     assert np.isnan(prior.predict(["a", "b"])).all()
     prior.observe(["a"], np.zeros(1), np.zeros(1))
-    assert np.isnan(prior.predict(["a"])).all()  # a group without a trial has no outcome
+    assert np.isnan(prior.predict(["a"])).all()  # a group without a rollout has no outcome
     prior.observe(["a", "b"], np.array([3.0, 0.0]), np.array([4.0, 2.0]))
     assert prior.predict(["a", "never seen"]) == pytest.approx([0.5, 0.5])
     prior.observe(["a"], np.array([5.0]), np.array([5.0]))

@@ -1,4 +1,4 @@
-"""AUC, Brier and cross-entropy against scikit-learn's, and the interval against itself."""
+"""AUC, Brier score and cross-entropy against scikit-learn and results by hand, and the interval of AUC."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def test_auc_is_the_usual_one_within_each_policy():
     pairs = np.array([(rates[p] > 0.5).sum() * (rates[p] <= 0.5).sum() for p in parts])
     each = np.array([roc_auc_score(rates[p] > 0.5, predicted[p]) for p in parts])
     assert auc(predicted, rates, groups) == pytest.approx((pairs * each).sum() / pairs.sum())
-    shifted = predicted + 10.0 * groups  # what sets policies apart says nothing about prompts
+    shifted = predicted + 10.0 * groups  # a difference between policies says nothing about prompts
     assert auc(shifted, rates, groups) == auc(predicted, rates, groups)
 
 

@@ -1,4 +1,4 @@
-"""SPO's tracker: a prompt's own outcomes, discounted by its visits."""
+"""SPO's tracker: a prompt's own outcomes, discounted at each visit."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def test_a_visit_discounts_the_prompts_own_past():
     visit(prior, "a", 1)
     assert prior.predict(["a"]) == pytest.approx([(0.8 * 0.5 + 1) / (0.8 + 1)])
     for _ in range(3):
-        visit(prior, "b", 0)  # says nothing of "a", and ages nothing of it
+        visit(prior, "b", 0)  # a visit to "b" neither informs nor ages "a"
     visit(prior, "a", 0, 1, 1)
     assert prior.predict(["a"]) == pytest.approx([(0.8**2 * 0.5 + 0.8 + 2) / (0.8**2 + 0.8 + 3)])
     assert prior.predict(["never seen", "a"])[0] == 0.5
@@ -27,7 +27,7 @@ def test_it_follows_a_policy_on_the_move():
     for rate in (0.1, 0.9):
         for _ in range(30):
             prior.observe(prompts, rng.binomial(1, rate, 200).astype(float), np.ones(200))
-        # Of 1 / (1 - rho) = 8 visits: the variance of such a mean is rate (1 - rate) (1 - rho) / (1 + rho).
+        # Memory of 1 / (1 - rho) = 8 visits: the variance of such a mean is rate (1 - rate) (1 - rho) / (1 + rho).
         predicted = prior.predict(prompts)
         assert abs(predicted.mean() - rate) < 0.03
         assert predicted.var() == pytest.approx(rate * (1 - rate) * 0.125 / 1.875, rel=0.4)

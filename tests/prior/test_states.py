@@ -1,4 +1,4 @@
-"""What priors and calibrators take back is what they gave: a damaged state is refused, and nothing has changed then."""
+"""Priors and calibrators resume from their own states. A damaged state is refused and changes nothing."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from v05.prior.history import HistoryPrior
 from v05.prior.spo import SpoPrior
 from v05.prior.v0.context import History
 
-ROUNDS = 80  # groups, more than a fit needs
+ROUNDS = 80  # number of groups, more than a fit needs
 
 
 def history_prior():
@@ -54,7 +54,7 @@ FRESH = {"prior": HistoryPrior, "mean": MeanPrior, "spo": SpoPrior, "history": H
 
 
 def first(value):
-    """Put `value` in the first place."""
+    """Damage an array by setting its first element to `value`."""
 
     def damage(array):
         array = array.copy()
@@ -123,7 +123,7 @@ def test_every_missing_array_is_named(name):
     for key in state:
         with pytest.raises(ValueError, match=f"{key} is missing"):
             FRESH[name]().load_state_dict({other: values for other, values in state.items() if other != key})
-    FRESH[name]().load_state_dict(FRESH[name]().state_dict())  # of one that has learnt nothing
+    FRESH[name]().load_state_dict(FRESH[name]().state_dict())  # the state of a learner that has learnt nothing
 
 
 def damaged_file(path, **changes):

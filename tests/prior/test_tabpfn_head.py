@@ -1,4 +1,4 @@
-"""TabPFN behind the head's protocol, with a checkpoint of the right shape and random weights. Needs the package tabpfn."""
+"""TabPFN as a head, with a checkpoint of the right shape and random weights. Needs the package tabpfn."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""V0: what a context holds, what the features mean, and that the head, the adapter and the prior keep their promises."""
+"""V0: the contents of a context, the meaning of the features, and the contracts of head, adapter and prior."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from v05.train.policy import character_decoder, character_tokenizer
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny random Qwen3 that reads characters."""
+    """A tiny random Qwen3 with one token per character."""
     path = tmp_path_factory.mktemp("backbone")
     torch.manual_seed(0)
     tokenizer = character_tokenizer()
@@ -45,7 +45,7 @@ def backbone(folder):
 
 
 def sums(rng, count):
-    """Prompts, and the success rates of a policy that adds well, and better with small numbers."""
+    """Prompts, and the success rates of a policy that is good at sums, and best with small numbers."""
     a, b = rng.integers(0, 1000, (2, count))
     sign = rng.choice(["+", "*"], count)
     prompts = [f"{x}{s}{y}=" for x, s, y in zip(a, sign, b, strict=True)]
@@ -87,7 +87,7 @@ def test_a_prompts_past_is_what_came_before():
     history.extend(["c"], np.array([0.0]), np.array([4.0]))
     context = history.context(2)
     assert context.prompts == ["c", "a"]
-    assert context.rate.tolist() == [0.5, 0.0]  # of the newest version; c's two halves pooled
+    assert context.rate.tolist() == [0.5, 0.0]  # of the newest version; both outcomes of "c" are pooled
     assert context.age.tolist() == [0.0, 0.0]
     assert context.past.trials.tolist() == [0.0, 4.0]
     assert context.past.surplus[1] == pytest.approx((1.0 - history.levels[0]) * 4 / 6)
@@ -167,7 +167,7 @@ def test_contexts_of_one_row_or_one_class_are_survived(rates):
     logits = load_head().infer(views, context, nothing(4), np.full(4, -1))
     assert torch.isfinite(logits).all()
     if len(rates) == 30:
-        assert torch.sigmoid(logits).min() > 0.85  # thirty of thirty: no silent one half
+        assert torch.sigmoid(logits).min() > 0.85  # thirty successes in thirty must not give 1/2
 
 
 def test_a_context_may_come_in_any_order_and_queries_do_not_see_each_other():
@@ -209,7 +209,7 @@ def test_runs_are_tasks_to_train_the_head_on(folder, tmp_path):
     for (task, truth), (same, _) in zip(tasks, again, strict=True):
         assert len(task.rows) == len(task.labels) + len(truth)
         torch.testing.assert_close(task.rows, same.rows)
-    seen = [bool((task.rows[len(task.labels) :, -6] > 0).all()) for task, _ in tasks]  # trials of the past
+    seen = [bool((task.rows[len(task.labels) :, -6] > 0).all()) for task, _ in tasks]  # whether all queries have past trials
     assert set(seen) == {True, False}
     predicted = torch.cat([task.base[-len(truth) :] for task, truth in tasks]).numpy()
     assert np.corrcoef(predicted, np.concatenate([truth for _, truth in tasks]))[0, 1] > 0.7
@@ -223,7 +223,7 @@ def test_an_untrained_head_predicts_what_the_regressions_do():
 def test_calibrated_predictions_are_the_mean_of_the_fitted_mixture(backbone):
     prior = V0Prior(backbone, load_head())
     raw = np.array([0.0, 0.3, 1.0])
-    assert np.array_equal(prior.calibrated(raw), raw)  # nothing was fitted yet
+    assert np.array_equal(prior.calibrated(raw), raw)  # the calibrator has not been fitted yet
     prior.calibrator.calibration = Calibration(alpha=0.0, beta=1.0, kappa=4.0, eps=0.2)
     assert prior.calibrated(raw) == pytest.approx([0.8 * 0.005 + 0.1, 0.8 * 0.3 + 0.1, 0.8 * 0.995 + 0.1])
 
@@ -244,7 +244,7 @@ def test_features_are_read_once_and_kept_on_disk(folder, tmp_path, monkeypatch):
     features = first.features(prompts)
     assert np.array_equal(features[0], features[3])
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), [1, 1, 0, 1], rtol=1e-5)
-    np.testing.assert_allclose(Backbone(folder).features(prompts[:1])[0], features[0], atol=1e-5)  # padding changes nothing
+    np.testing.assert_allclose(Backbone(folder).features(prompts[:1])[0], features[0], atol=1e-5)  # alone, without padding
     again = Backbone(folder, tmp_path)
     monkeypatch.setattr(again, "token_states", lambda prompts: pytest.fail("read again"))
     assert np.array_equal(again.features(prompts), features)
@@ -267,7 +267,7 @@ def test_long_prompts_are_cut_and_counted(folder, tmp_path):
     backbone = Backbone(folder, tmp_path)
     features = backbone.features([*prompts, "2" * backbone.limit])
     assert np.array_equal(features[1], features[2])
-    for reader in (backbone, Backbone(folder, tmp_path)):  # counted, whether their features are kept already or not
+    for reader in (backbone, Backbone(folder, tmp_path)):  # long prompts are counted whether or not their features are in the cache
         assert reader.longer_than_limit(prompts) == 1
 
 
@@ -411,7 +411,7 @@ def test_a_sentence_model_without_a_number_of_tokens_is_named(limit, folder, tmp
     copy = shutil.copytree(folder, tmp_path / "model")
     (copy / "sentence_bert_config.json").write_text(f'{{"max_seq_length": {limit}}}')
     if limit in ("0", "[]"):
-        assert Backbone(copy).limit == Backbone(folder).limit  # none is given
+        assert Backbone(copy).limit == Backbone(folder).limit  # a limit of 0 or [] counts as none
         return
     with pytest.raises(ValueError, match=r"sentence_bert_config\.json: max_seq_length=.* is no number of tokens"):
         Backbone(copy)
@@ -453,7 +453,7 @@ def test_the_prior_learns_from_the_runs_own_outcomes(backbone, diverse):
     rng = np.random.default_rng(0)
     prior = V0Prior(backbone, load_head(), context_size=128, diverse=diverse)
     prompts, rates = sums(rng, 300)
-    assert np.isnan(prior.predict(prompts)).all()  # no outcome yet: no prior
+    assert np.isnan(prior.predict(prompts)).all()  # no prior before the first outcome
     observed(prior, rng)
     predicted = prior.predict(prompts)
     assert np.mean((predicted - rates) ** 2) < 0.6 * np.var(rates)
@@ -465,7 +465,7 @@ def test_a_prompt_that_came_before_brings_its_own_outcomes(backbone):
     rng = np.random.default_rng(0)
     prior = V0Prior(backbone, load_head())
     prompts, _ = sums(rng, 60)
-    luck = rng.choice([0.0, 1.0], 60)  # which nothing in the text tells
+    luck = rng.choice([0.0, 1.0], 60)  # the texts do not tell which prompts succeed
     for _ in range(4):
         prior.observe(prompts, 4 * luck, np.full(60, 4.0))
     predicted = prior.predict(prompts)
@@ -490,7 +490,7 @@ def test_a_prior_goes_on_from_its_state(backbone):
 
 def test_a_miscalibrated_head_is_set_right_on_the_stream(backbone):
     class Sure:
-        """Says the same as the shipped head, five times as sure."""
+        """Gives the logits of the shipped head times five."""
 
         def infer(self, *task):
             return 5 * load_head().infer(*task)
@@ -531,7 +531,7 @@ def test_walking_logs_leaks_nothing(tmp_path):
         now = {p for p, age in zip(task.context.prompts, task.context.age, strict=True) if age == 0}
         earlier = {row.prompt for row in rows if row.step < float(version) and row.split != "test"}
         assert not test & set(task.context.prompts)
-        assert not now & set(asked)  # its own outcome is not in the context
+        assert not now & set(asked)  # a prompt's own outcome is not in the context
         if task.setting == "seen":
             assert set(asked) <= earlier
             assert (task.past.trials > 0).all()
