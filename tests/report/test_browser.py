@@ -1,4 +1,6 @@
-"""The page in headless Chromium, from a file: no complaint, no request, every chart drawn, completions that can be searched."""
+"""The page in headless Chromium, opened from a file: no complaint and no request, every chart is drawn, and completions can be
+searched.
+"""
 
 import pytest
 
@@ -38,7 +40,7 @@ def drawn(place, title, file):
 
 @pytest.fixture
 def open_page(browser):
-    """Open a file; at the end nothing may have been complained of or asked for."""
+    """Opens a file. In the end there may be no message in the console, no error, no dialog and no request."""
     complaints, contexts = [], []
 
     def open_page(file, **context):
@@ -64,7 +66,7 @@ def ours(url, file):
 
 
 def marks(page):
-    """How many lines, bars and points each chart has drawn."""
+    """The number of lines, bars and points that each chart has drawn."""
     return page.evaluate(
         """() => Object.fromEntries([...document.querySelectorAll(".chart")].map((chart) =>
             [chart.id, chart.querySelectorAll(".js-line, .barlayer .point, .scatterlayer .point").length]))"""
@@ -116,7 +118,7 @@ def test_completions_are_searched(file, open_page):
     assert page.locator(".sample").count() == 24
     page.locator("#filter-text").fill("onerror")
     assert page.locator(".sample .completion", has_text="onerror").first.locator(".text").text_content() == HOSTILE
-    assert page.title() == TITLE  # the completion's script has not run
+    assert page.title() == TITLE  # the script in the completion has not run
     assert page.locator("#samples img").count() == 0
     page.locator("#filter-text").fill("")
     page.locator("#filter-run").select_option("v05@4..16-seed1")
@@ -136,7 +138,7 @@ def test_light_dark_and_paper(file, open_page):
     page.wait_for_function("before => document.querySelector('#chart-accuracy .js-line').style.stroke !== before", arg=light[0])
     assert not set(colours(page)) & set(light)
     assert len(page.pdf(format="A4")) > 50_000
-    assert not set(colours(page)) & set(light)  # back from paper
+    assert not set(colours(page)) & set(light)  # still dark after printing
 
 
 def test_a_page_of_old_runs_alone(tmp_path, open_page):

@@ -1,4 +1,4 @@
-"""What the page shows is what the runs recorded: figures, names, what is missing, what is refused."""
+"""The page shows what the runs recorded. Missing records and refused runs are named."""
 
 import base64
 import gzip
@@ -33,7 +33,7 @@ def document_of(*places, baseline=None):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Two methods of two finished seeds, one unfinished one."""
+    """Two methods with two finished seeds each, and one unfinished run."""
     place = tmp_path_factory.mktemp("runs")
     for spec in ("grpo@8", "v05@4..16"):
         for seed in (0, 1):
@@ -44,7 +44,7 @@ def place(tmp_path_factory):
 
 def test_curves_are_means_over_seeds(place):
     groups = {group["name"]: group for group in document_of(place)["groups"]}
-    assert list(groups) == ["v05@4..16", "grpo@8", "calibrated@4..16"]  # the order of the methods
+    assert list(groups) == ["v05@4..16", "grpo@8", "calibrated@4..16"]  # in the order of the methods
     evaluations = [read_metrics(place / f"v05@4..16-seed{seed}", "evaluation") for seed in (0, 1)]
     accuracy = np.array([[e["accuracy"] for e in of_run] for of_run in evaluations])
     found = groups["v05@4..16"]["accuracy"]
@@ -95,7 +95,7 @@ def test_the_lead_is_over_the_rival_that_ends_highest(place, tmp_path):
     write_run(tmp_path / "dr_grpo@4-seed0", "dr_grpo@4", 0)
     groups = {group["name"]: group for group in document_of(place, tmp_path)["groups"]}
     ends = {name: group["final"] for name, group in groups.items()}
-    assert ends["v05@4..16"] > ends["dr_grpo@4"] > ends["grpo@8"]  # v05 is no rival
+    assert ends["v05@4..16"] > ends["dr_grpo@4"] > ends["grpo@8"]  # v05 does not count as a rival
     found = groups["v05@4..16"]["lead"]
     assert {group["lead"]["rival"] for group in groups.values()} == {"dr_grpo@4"}
     expected = np.subtract(groups["v05@4..16"]["accuracy"]["mean"], groups["dr_grpo@4"]["accuracy"]["mean"])
@@ -195,7 +195,7 @@ def test_nothing_that_a_policy_wrote_is_markup(place, tmp_path):
     assert any(c["text"] == HOSTILE for sample in page["samples"] for c in sample["completions"])
     write_page(page, HOSTILE, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
-    assert text.count("<script") == text.count("</script>") == 3  # the page's own
+    assert text.count("<script") == text.count("</script>") == 3  # the three scripts of the page itself
     assert "<img" not in text
     packed = re.search(r'id="document">(.*?)</script>', text)[1]
     assert json.loads(gzip.decompress(base64.b64decode(packed)))["title"] == HOSTILE
@@ -277,7 +277,7 @@ def test_a_damaged_run_is_named_and_keeps_no_other_from_the_page(damage, tmp_pat
 
 
 def test_a_run_with_nothing_measured_is_drawn(tmp_path):
-    """Rewards of a run whose rollouts all failed are none, and null stands for NaN."""
+    """If all rollouts failed, there are no rewards, and the records have null for NaN."""
     write_run(tmp_path / "run", "v05@4..16", 0, steps=12, of=12)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     empty = dict.fromkeys(("group_size", "weight", "prior_rejected", "grad_norm", "entropy", "prior_auc", "baseline_mse", "mean"))
@@ -317,7 +317,7 @@ def test_the_page_runs_its_own_scripts_and_asks_for_nothing(place, tmp_path):
     plotly = gzip.decompress(base64.b64decode(re.search(r'id="plotly">(.*?)</script>', text)[1])).decode()
     hashes = [f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in (own, plotly)]
     assert policy["script-src"].split() == hashes
-    assert not policy.keys() & {"connect-src", "font-src", "frame-src", "worker-src"}  # default-src stands
+    assert not policy.keys() & {"connect-src", "font-src", "frame-src", "worker-src"}  # default-src applies to these
 
 
 def test_the_command(place, tmp_path):
