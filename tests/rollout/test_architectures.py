@@ -1,4 +1,4 @@
-"""Architectures: what is sampled and trained on is what a plain forward pass computes, or the model is refused by name."""
+"""Architectures: sampled and trained log-probabilities equal those of a plain forward pass, or the model is refused by name."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ MAMBA |= {"state_size": 8, "bos_token_id": None}
 MAMBA_2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 8, "mamba_chunk_size": 8}
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8}
 
-# Those whose every layer keeps keys and values.
+# Architectures in which every layer keeps keys and values.
 ATTENTION = {
     "Qwen3Config": {"head_dim": 8},
     "LlamaConfig": {},
@@ -53,7 +53,7 @@ ATTENTION = {
     "DeepseekV3Config": LATENT | {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1}
     | {"topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1},
 }  # fmt: skip
-# Those with a recurrent or convolutional state, in some layers or in all.
+# Architectures with a recurrent or convolutional state in some or all layers.
 STATE = {
     "Qwen3_5TextConfig": DELTA,
     "Qwen3_5MoeTextConfig": DELTA | EXPERTS | {"shared_expert_intermediate_size": 16},
@@ -77,7 +77,7 @@ STATE = {
     "FalconMambaConfig": None,
     "Mamba2Config": {"num_heads": 4, "head_dim": 16, "n_groups": 2, "chunk_size": 8},
 }  # fmt: skip
-# Those whose state is kept in another way than the engine's.
+# Architectures that keep their state in a way that the engine does not support.
 REFUSED = {
     "RwkvConfig": {"attention_hidden_size": 32, "context_length": 128},
     "MiniMaxConfig": HALF | {"head_dim": 8, "num_local_experts": 2, "block_size": 8},
@@ -87,7 +87,9 @@ REFUSED = {
 
 
 def model_of(name, settings):
-    """A model with weights that are large enough for a mistake in any layer to show; as transformers draws them all is flat."""
+    """A model whose weights are so large that a mistake in any layer shows. With transformers' initial weights all logits are
+    nearly equal.
+    """
     if not hasattr(transformers, name):
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     sizes = MAMBA if name in ("MambaConfig", "FalconMambaConfig", "Mamba2Config") else SIZES
@@ -105,7 +107,7 @@ def requests(count):
 
 
 def plain_logprobs(model, prompt, tokens):
-    """(L,) by a forward pass over one sequence, without a cache."""
+    """(L,) log-probabilities from a forward pass over one sequence, without a cache."""
     logits = model(input_ids=torch.tensor([[*prompt, *tokens.tolist()]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
     return torch.log_softmax(logits.float(), dim=-1).gather(-1, torch.from_numpy(tokens)[:, None]).squeeze(-1)
 
@@ -118,7 +120,7 @@ def gradient(model, loss):
 
 @pytest.mark.parametrize(("name", "settings"), (ATTENTION | STATE).items(), ids=(ATTENTION | STATE).keys())
 def test_sampled_and_trained_log_probabilities_are_those_of_a_plain_pass(name, settings):
-    """Rollouts join midway and leave; prompts differ in length."""
+    """Rollouts join and leave midway, and prompts differ in length."""
     model = model_of(name, settings)
     engine = TransformersEngine(model, tiny_tokenizer(), max_new_tokens=2 * JOIN_EVERY, capacity=4)
     wanted = requests(10)
@@ -143,7 +145,7 @@ def test_an_architecture_whose_state_is_not_kept_is_refused_by_name(name, settin
 
 
 def test_a_time_step_below_its_bound_is_sampled_as_it_is_trained():
-    """In a step by one token transformers forgets the bound, which these models often reach."""
+    """When transformers computes a single token, it ignores the bound of the time step. These models often reach this bound."""
     model = model_of("NemotronHConfig", STATE["NemotronHConfig"] | {"time_step_min": 0.05})
     engine = TransformersEngine(model, tiny_tokenizer(), max_new_tokens=12)
     wanted = requests(5)
@@ -155,15 +157,15 @@ def test_a_time_step_below_its_bound_is_sampled_as_it_is_trained():
 
 @pytest.mark.parametrize("fault", ["slots", "slots and rows", "trained"])
 def test_the_self_check_finds_a_wrong_pass(fault, monkeypatch):
-    """An architecture for which slots are wrong is sampled in rows, or refused."""
+    """An architecture for which slots are wrong is sampled in rows. If rows are wrong too, it is refused."""
     model = tiny_model()
     with torch.no_grad():
         model.lm_head.weight *= 20
     assert isinstance(TransformersEngine(model, tiny_tokenizer(), max_new_tokens=8)._batch, SlotBatch)
-    if "slots" in fault:  # a step writes beside the column that it should
+    if "slots" in fault:  # a step writes one column too far
         right_place = _SlotCache.go_to
         monkeypatch.setattr(_SlotCache, "go_to", lambda cache, at, columns: right_place(cache, at + 1, columns))
-    if "rows" in fault:  # positions that count the padding
+    if "rows" in fault:  # positions also count the padding
         monkeypatch.setattr(Rows, "_widen", lambda rows, width: setattr(rows, "mask", rows.mask.new_ones(len(rows), width)))
     if fault == "trained":
         right = engine_module.completion_logprobs

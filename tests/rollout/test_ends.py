@@ -1,4 +1,4 @@
-"""Where completions end, which prompts fit, and policies that nothing can be sampled from."""
+"""Where completions end, which prompts fit, and policies that cannot be sampled."""
 
 import pytest
 import torch
@@ -9,14 +9,14 @@ from v05.rollout.transformers_engine import TransformersEngine
 
 
 def ending_model(generation_config_ids):
-    """Writes 4, the token 13, then sevens, whatever the prompt."""
+    """A model that writes 4, then "+", then only sevens, whatever the prompt."""
     model, tokenizer = tiny_model(), tiny_tokenizer()
     after = {
         tokenizer.convert_tokens_to_ids(a): tokenizer.convert_tokens_to_ids(b) for a, b in (("=", "4"), ("4", "+"), ("+", "7"))
     }
     after[tokenizer.convert_tokens_to_ids("7")] = tokenizer.convert_tokens_to_ids("7")
     with torch.no_grad():
-        for parameter in model.model.layers.parameters():  # the layers add nothing
+        for parameter in model.model.layers.parameters():  # the layers add nothing to the embeddings
             parameter.zero_()
         embedding = torch.eye(len(tokenizer), model.config.hidden_size)
         model.model.embed_tokens.weight.copy_(embedding)
@@ -52,7 +52,7 @@ def test_a_tokenizer_without_end_or_padding():
     without = generate(TransformersEngine(model, tokenizer, max_new_tokens=4), wanted)
     assert [c.tokens.tolist() for c in without] == [c.tokens.tolist() for c in expected]
     tokenizer.eos_token = None
-    TransformersEngine(model, tokenizer, max_new_tokens=4)  # the model's generation_config names one
+    TransformersEngine(model, tokenizer, max_new_tokens=4)  # the model's generation_config names an end token
     model.generation_config.eos_token_id = None
     with pytest.raises(ValueError, match=r"has no end-of-sequence token, and generation_config names none.*set eos_token in"):
         TransformersEngine(model, tokenizer, max_new_tokens=4)

@@ -1,4 +1,4 @@
-"""Every answer has a deadline and a largest size, and comes from the server at the address."""
+"""Every answer has a deadline and a maximum size, and comes from the server at the given address."""
 
 import contextlib
 import http.client
@@ -17,8 +17,9 @@ LIMIT = 1.0  # seconds
 
 @contextlib.contextmanager
 def serving(*parts, pause=0.0):
-    """The address of a server that answers every request with these bytes, one part after the other; an endless iterator is sent
-    until nobody reads on. Yields also what it was asked."""
+    """A server that answers every request with these parts, one after another. An iterator may be endless: it is sent until the
+    client stops reading. Yields the server's address and the list of requests.
+    """
     asked = []
     over = threading.Event()
 
@@ -28,7 +29,7 @@ def serving(*parts, pause=0.0):
                 connection, _ = listener.accept()
                 with connection:
                     request = connection.recv(1 << 16)
-                    if request.startswith(b"POST"):  # the body may come later
+                    if request.startswith(b"POST"):  # the body may arrive later than the head
                         request += connection.recv(1 << 16) if request.endswith(b"\r\n\r\n") else b""
                     asked.append(request)
                     for part in itertools.chain.from_iterable(part if not isinstance(part, bytes) else [part] for part in parts):
@@ -51,7 +52,7 @@ def dripping(data):
 
 
 def test_an_answer_and_what_is_asked(monkeypatch):
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody is there
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # no proxy listens there
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
     with serving(HEAD + b"Content-Length: 2\r\n\r\n{}") as (url, asked):

@@ -1,4 +1,4 @@
-"""What the Ray engine makes of an actor's answers, without a cluster: those of tests/rollout/test_ray_engine.py have one."""
+"""How the Ray engine treats an actor's answers, without a cluster. tests/rollout/test_ray_engine.py uses a cluster."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ class RayError(Exception):
 
 
 def engine_with(answer):
-    """An engine whose one actor had the rollouts 1 and 2, and has answered so."""
+    """An engine whose only actor had rollouts 1 and 2 and gave this answer."""
 
     def get(polled):
         if isinstance(polled, Exception):

@@ -1,4 +1,4 @@
-"""The Ray engine on a local cluster of two nodes; `make test-vllm` installs what it needs."""
+"""The Ray engine on a local cluster of two nodes. `make test-vllm` installs Ray."""
 
 import functools
 import os
@@ -22,7 +22,7 @@ from v05.train.policy import character_decoder, character_tokenizer
 from v05.train.presets import run_config
 from v05.train.trainer import train
 
-pytest.importorskip("ray.cluster_utils")  # which a folder that happens to be called ray has not
+pytest.importorskip("ray.cluster_utils")  # a folder that happens to be named ray does not have this
 import ray
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("default")]
@@ -45,7 +45,7 @@ def make_embedded():
 
 
 class SlowCoins:
-    """Rollouts of a tenth of a second, done one after another; what they come to is a function of their seed."""
+    """Rollouts of a tenth of a second, one after another. Their results depend on their seeds alone."""
 
     capacity, reproducible = 4, True
 
@@ -66,7 +66,7 @@ class SlowCoins:
 
 
 class HangsOnce(SlowCoins):
-    """The first of them, by a file that says so, hangs at its third poll."""
+    """The first instance hangs at its third poll. A file tells the instances which one is first."""
 
     def __init__(self, file):
         super().__init__()
@@ -101,7 +101,7 @@ class CoinsHere(SlowCoins):
 def cluster():
     from ray.cluster_utils import Cluster
 
-    # A worker finds this file's classes by name, as it would find an installed package's.
+    # Workers find this file's classes by name, as those of an installed package.
     os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))])
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     second = cluster.add_node(num_cpus=1)
@@ -125,12 +125,12 @@ def test_actors_sample_as_the_embedded_engine_does_and_follow_its_weights(cluste
     engine.submit([0], REQUESTS[:1])
     with pytest.raises(ValueError, match="rollouts are in flight"):
         engine.update_weights([])
-    # An actor that dies gives its rollout back and comes up again with the weights of the last sync.
+    # An actor that dies returns its rollout, and restarts with the weights of the last sync.
     victim = next(actor for actor in engine._actors if actor.due)
     ray.kill(victim.handle)
     ((key, result),) = engine.poll()
     assert key == 0
-    if isinstance(result, Failure):  # else it was quicker than the kill
+    if isinstance(result, Failure):  # otherwise the rollout was quicker than the kill
         assert "a rollout actor was lost" in result.error
     deadline = time.monotonic() + 120
     while len(engine._working()) < 2 and time.monotonic() < deadline:
@@ -169,7 +169,7 @@ def test_a_node_lost_in_mid_step_costs_no_rollout(cluster):
     assert hit.invalid == 0
     assert hit.rewards.tolist() == undisturbed.rewards.tolist()
     assert hit.offsets.tolist() == undisturbed.offsets.tolist()
-    assert len(engine._working()) == 1  # there is no room for the other until a node joins
+    assert len(engine._working()) == 1  # the other actor has no room until a node joins
     nodes.add_node(num_cpus=1)
     deadline = time.monotonic() + 120
     while len(engine._working()) < 2 and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""The continuous loop with engines whose rewards, delays and failures are known."""
+"""The continuous loop with engines whose rewards, order and failures are known."""
 
 import itertools
 
@@ -19,7 +19,7 @@ HALF = np.full(len(PROMPTS), 0.5)
 
 
 class LateVerifier(InlineVerifier):
-    """Holds results back for some polls that do not wait."""
+    """Holds back results at polls that do not wait, until there are more than 50."""
 
     most_under_way = 0
 
@@ -69,14 +69,14 @@ def test_the_engine_is_kept_full_and_tested_groups_go_first():
     engine = CoinEngine(8)
     prompts = [Prompt(str(i), "", None) for i in range(50)]
     priors = np.full(50, 0.999)
-    priors[0] = 0.05  # prompt 0 succeeds against its prior and gets 16 rollouts, the others stop at 4
+    priors[0] = 0.05  # prompt 0 succeeds against its prior and gets 16 rollouts; the other prompts stop at 4
     tokens = [(1.0, i) for i in range(50)]
     verifier = InlineVerifier(TroubleTask())
     batch = collect(RolloutAllocator(), engine, verifier, prompts, tokens, priors, first_group=0)
     assert np.diff(batch.offsets).tolist() == [16] + [4] * 49
     places = [i for i, prompt in enumerate(engine.submitted) if prompt[1] == 0]
     assert len(places) == 16
-    assert places[-1] < len(engine.submitted) / 2  # most prompts have not begun
+    assert places[-1] < len(engine.submitted) / 2  # most prompts have not begun then
     assert batch.in_flight > 7
 
 
@@ -120,7 +120,7 @@ def test_nothing_but_failures_ends_the_run():
 
 
 class FickleEngine(CoinEngine):
-    """Says something else at every attempt."""
+    """Gives another completion at every attempt."""
 
     def __init__(self):
         super().__init__(order=0, reproducible=False)
@@ -131,7 +131,7 @@ class FickleEngine(CoinEngine):
 
 
 class ImpatientAllocator(RolloutAllocator):
-    """Takes all leases back before every fifth report."""
+    """Lets all leases expire before every fifth report."""
 
     reports = 0
 
@@ -144,7 +144,7 @@ class ImpatientAllocator(RolloutAllocator):
 
 def test_of_leases_that_expire_the_report_that_counted_is_kept():
     allocator, engine, verifier = ImpatientAllocator(max_attempts=1000), FickleEngine(), LateVerifier(TroubleTask())
-    for first_group in (0, 100):  # what the first call left in flight would come back in the second
+    for first_group in (0, 100):  # rollouts that the first call left in flight would come back in the second
         batch = collect(allocator, engine, verifier, PROMPTS, [(0,)] * len(PROMPTS), HALF, first_group=first_group)
         assert batch.rewards.tolist() == [float(c.tokens[0]) for c in batch.completions]
         assert engine.in_flight == []
@@ -162,7 +162,7 @@ def test_nothing_but_expired_leases_ends_the_run():
 
 
 class WordEngine(CoinEngine):
-    """Now and then says something that the verifier chokes on."""
+    """Its completions decode first to the texts in `words`, which cause trouble in the verifier."""
 
     def decode(self, completion):
         return self.words.pop(0) if self.words else super().decode(completion)
@@ -177,7 +177,7 @@ def test_a_verifier_that_hangs_or_dies_costs_its_items():
     finally:
         pool.close()
     assert (pool.timed_out, pool.crashed) == (1, 1)
-    assert batch.failures == []  # nothing is tried again: what a completion does to its verifier is its own fault
+    assert batch.failures == []  # no completion is verified again: it caused the trouble itself
     assert batch.invalid == 0
     assert set(np.diff(batch.offsets)) == {4}
     assert batch.rewards[:6].tolist() == [1.0, 0.0, 0.0, 0.0, 0.0, 1.0]
@@ -220,8 +220,8 @@ def test_coming_rollouts_wait_for_the_first_rewards_and_give_way():
     engine = CoinEngine(300)
     run(engine=engine, ahead=[Request((2.0,), 7 + i) for i in range(40)])
     first, *others = [i for i, prompt in enumerate(engine.submitted) if prompt == (2.0,)]
-    assert first >= 4 * len(PROMPTS)  # after the first rollouts of every group
-    assert others[-1] < len(engine.submitted) - 1  # and not when all else is over
+    assert first >= 4 * len(PROMPTS)  # after the initial rollouts of every group
+    assert others[-1] < len(engine.submitted) - 1  # but before all other rollouts are done
 
 
 def test_what_is_ready_is_verified_and_not_sampled_again():

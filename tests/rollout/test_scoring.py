@@ -1,4 +1,4 @@
-"""Statistics of completions: from hidden states where the output layer is all that stands between these and the logits."""
+"""Statistics of completions. They come from hidden states if the model's logits are just those of its output layer."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def completions_of(lengths, vocabulary):
     ("name", "settings", "is_all"),
     [
         ("Qwen3Config", {}, True),
-        ("Gemma2Config", {}, False),  # a soft cap
+        ("Gemma2Config", {}, False),  # caps its logits
         ("Gemma2Config", {"final_logit_softcapping": None}, True),
         ("CohereConfig", {"logit_scale": 0.25}, False),
         ("GraniteConfig", {"logits_scaling": 8.0}, False),
@@ -64,7 +64,7 @@ def test_what_else_is_done_to_logits_is_done(name, settings, is_all):
 
 
 class Largest(TorchDispatchMode):
-    """The bytes of the largest tensor that is made within."""
+    """Records the bytes of the largest tensor that is made inside this context."""
 
     bytes = 0
 
@@ -118,7 +118,7 @@ def test_checkpointing_keeps_the_gradient_and_little_else(name, settings):
 
 
 class Kept(torch.autograd.graph.saved_tensors_hooks):
-    """The bytes that are kept within for backward passes, a tensor counted as often as it is kept."""
+    """Records the bytes kept for backward passes inside this context. A tensor counts as often as it is kept."""
 
     def __init__(self):
         super().__init__(self.keep, lambda tensor: tensor)

@@ -1,4 +1,6 @@
-"""Slots: what is sampled is what a plain pass over each rollout computes, whoever joins and leaves, and a step fits a graph."""
+"""Slots: log-probabilities equal those of a plain pass over each rollout, whatever rollouts join and leave, and a step fits a CUDA
+graph.
+"""
 
 import numpy as np
 import pytest
@@ -14,12 +16,12 @@ from v05.rollout.scoring import completion_statistics
 from v05.rollout.slots import LOOK_EVERY, Capturable, SlotBatch, fits_slots
 from v05.rollout.transformers_engine import JOIN_EVERY, TransformersEngine
 
-POSITIONS = 64  # of tiny_model
+POSITIONS = 64  # positions of tiny_model
 PROMPTS = [(3, 4, 5), (6, 7, 8, 9, 10, 11, 12, 13, 14), (2,), (8, 8, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 3, 4, 5)]
 
 
 class AsOnCuda:
-    """What stands in for graphs: it runs the steps, of few sizes and several between two looks, as a CUDA device would."""
+    """A stand-in for CUDA graphs. It runs the same steps: of few sizes, and several between two looks at the results."""
 
     def __init__(self):
         self.sizes, self.addresses = [], []
@@ -41,7 +43,7 @@ def model():
 
 @pytest.fixture(params=["as on the CPU", "as on CUDA"])
 def engine_of(request, model):
-    """engine_of(max_new_tokens=..., ...): an engine with slots."""
+    """engine_of(max_new_tokens=..., ...): makes an engine with slots."""
 
     def make(model=model, **settings):
         engine = TransformersEngine(model, tiny_tokenizer(), **settings)
@@ -58,7 +60,7 @@ def requests(count):
 
 
 def assert_plain(model, wanted, completions, tolerance=1e-4):
-    """Log-probabilities and sums of squares are those of a pass over each sequence without a cache."""
+    """Log-probabilities and sums of squares equal those of a pass over each sequence without a cache."""
     for request, completion in zip(wanted, completions, strict=True):
         logits = model(input_ids=torch.tensor([[*request.prompt, *completion.tokens]]), use_cache=False).logits[0].detach()
         log_p = torch.log_softmax(logits[len(request.prompt) - 1 : -1].double(), dim=-1)
@@ -104,7 +106,7 @@ def test_a_prompt_that_leaves_just_enough_positions(engine_of, model):
     wanted = [Request(longest, 0), Request((3, 4), 1), Request(longest[:-1], 2)]
     with torch.no_grad():
         bias = model.lm_head.weight[1].clone()
-        model.lm_head.weight[1] = 0  # never ends by itself
+        model.lm_head.weight[1] = 0  # this model never ends a completion itself
     completions = generate(engine_of(max_new_tokens=new), wanted)
     assert max(len(c.tokens) for c in completions) == new
     assert_plain(model, wanted, completions)
@@ -113,7 +115,7 @@ def test_a_prompt_that_leaves_just_enough_positions(engine_of, model):
 
 
 def test_longer_prompts_and_more_rollouts_than_before(engine_of, model):
-    """Slots grow in number and length while others are in use."""
+    """Slots grow in number and in length while some are in use."""
     engine = engine_of(max_new_tokens=24, capacity=200)
     first, rest = requests(1), [Request(tuple(2 + i % 13 for i in range(5 + n % 35)), 10 + n) for n in range(120)]
     wanted = [*first, *rest]
@@ -148,7 +150,7 @@ def test_weights_that_change_between_polls_are_read(replaced, engine_of):
     while engine.poll():
         pass
     assert_plain(model, wanted, generate(engine, wanted))
-    if isinstance(engine._batch._graphs, AsOnCuda):  # graphs are made anew where weights are elsewhere
+    if isinstance(engine._batch._graphs, AsOnCuda):  # new addresses of weights need new graphs
         seen = engine._batch._graphs.addresses
         assert (seen[0] == seen[-1]) != replaced
         assert seen[-1] == addresses
@@ -179,7 +181,7 @@ def test_sizes_are_few(engine_of):
 
 
 def test_after_a_policy_that_is_not_finite(engine_of):
-    """What the slots held of it is not seen by a good one."""
+    """A good policy does not see what the slots hold of a bad one."""
     model = tiny_model().eval()
     engine, wanted = engine_of(model, max_new_tokens=12), requests(4)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -194,7 +196,7 @@ def test_after_a_policy_that_is_not_finite(engine_of):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 0.1)])
 def test_log_probabilities_are_the_trainers(dtype, tolerance, engine_of):
-    """In bfloat16 an activation is rounded to 1 in 256, here and there otherwise where kernels add up in another order."""
+    """In bfloat16 an activation is rounded to 1 in 256. It may round differently where kernels add in another order."""
     torch.manual_seed(0)
     config = Qwen3Config(vocab_size=700, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4)
     config.num_key_value_heads, config.head_dim, config.eos_token_id, config.pad_token_id = 2, 16, 1, 0
@@ -257,7 +259,7 @@ def test_which_models_have_slots(model):
 
 @pytest.mark.parametrize("vocabulary", [7, BLOCK, BLOCK + 1, 5 * BLOCK - 3])
 def test_inverse_cdf_of_a_long_vocabulary(vocabulary):
-    """Against the float64 definition, at uniforms that are no closer to a border than rounding."""
+    """Compared with the float64 definition, except where a uniform number lies within rounding of a border."""
     random = np.random.default_rng(0)
     pi = np.exp(3 * random.standard_normal((40, vocabulary)))
     pi[:, ::3] = 0

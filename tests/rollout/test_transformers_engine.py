@@ -1,4 +1,4 @@
-"""The embedded engine: seeds, log-probabilities, ends, and the distribution it samples from."""
+"""The embedded engine: seeds, log-probabilities, ends, and the distribution of its samples."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def policy():
     torch.manual_seed(0)
     tokenizer = character_tokenizer()
     model = character_decoder(PolicyConfig(hidden_size=32, layers=2, heads=2, intermediate_size=64), len(tokenizer))
-    with torch.no_grad():  # make the end-of-sequence token likely enough to be seen
+    with torch.no_grad():  # make the end-of-sequence token likely enough to occur
         model.model.embed_tokens.weight *= 8
     return model, tokenizer
 
@@ -213,7 +213,7 @@ def test_temperature_and_top_p_shape_what_is_sampled_from(policy):
     prompt = tuple(tokenizer("1+1=")["input_ids"])
     logits = model(input_ids=torch.tensor([prompt])).logits[0, -1].detach() / 0.5
     probabilities, order = torch.softmax(logits, -1).sort(descending=True)
-    kept = order[probabilities.cumsum(-1) - probabilities < 0.9]  # the fewest tokens that hold 0.9
+    kept = order[probabilities.cumsum(-1) - probabilities < 0.9]  # the fewest tokens that together have probability 0.9
     expected = torch.softmax(logits[kept], -1)
     wanted = [Request(prompt, seed) for seed in range(2000)]
     completions = generate(engine(policy, max_new_tokens=1, temperature=0.5, top_p=0.9), wanted)

@@ -1,4 +1,4 @@
-"""The verifier pool: rewards come back under their keys whatever hangs, dies or raises."""
+"""The verifier pool: rewards come back under their keys, whatever hangs, dies or raises."""
 
 import functools
 import itertools
@@ -48,7 +48,7 @@ def test_trouble_costs_its_items_and_no_others(pool):
     assert (pool.timed_out, pool.crashed) == (3, 2)
     for key, completion in enumerate(completions):
         assert results[key] == (float(completion) if completion.isdigit() else 0.0)
-    assert results_of(pool, ["1", "0"]) == {0: 1.0, 1: 0.0}  # and it goes on
+    assert results_of(pool, ["1", "0"]) == {0: 1.0, 1: 0.0}  # the pool still works
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_a_process_that_is_lost_before_its_items_costs_none(pool):
     while not all(worker.ready for worker in pool._workers):
         pool.poll(wait=False)
     for worker in pool._workers:
-        os.kill(worker.process.pid, signal.SIGSTOP)  # they cannot begin
+        os.kill(worker.process.pid, signal.SIGSTOP)  # stopped before they begin
     pool.submit([Item(key, PROMPT, "1") for key in range(4)])
     assert all(worker.items for worker in pool._workers)
     for worker in pool._workers:
@@ -152,7 +152,7 @@ def test_a_process_that_is_lost_before_its_items_costs_none(pool):
 
 
 def test_nothing_is_waited_for_unasked(pool):
-    results_of(pool, ["1"])  # a process is ready
+    results_of(pool, ["1"])  # now a process is ready
     pool.submit([Item(0, PROMPT, "hang")])
     assert pool.poll(wait=False) == []
     assert pool.poll(wait=True) == [(0, 0.0)]

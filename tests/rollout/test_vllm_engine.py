@@ -1,4 +1,4 @@
-"""vLLM in process and behind a server, against the embedded engine's model; `make test-vllm` installs what it needs."""
+"""vLLM in this process and behind a server, against the embedded engine. `make test-vllm` installs vLLM."""
 
 import json
 import os
@@ -23,12 +23,12 @@ from v05.train.presets import run_config
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 LIMIT = 12
-TOLERANCE = 1e-4  # float32, sums in another order
+TOLERANCE = 1e-4  # float32, with sums in another order
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small random Qwen3 whose end token is likely enough to be seen."""
+    """A small random Qwen3 whose end token is likely enough to occur."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("policy")
     tokenizer = character_tokenizer()
@@ -93,7 +93,7 @@ def test_seeds_ends_and_log_probabilities(engine, folder):
         assert ends[-1] == completion.finished
         assert len(completion.tokens) == len(completion.logprobs)
         assert completion.finished or len(completion.tokens) == LIMIT
-    again = generate(engine, wanted[::-1])[::-1]  # in another order, and beside others
+    again = generate(engine, wanted[::-1])[::-1]  # in another order, and beside other rollouts
     assert [c.tokens.tolist() for c in again] == [c.tokens.tolist() for c in completions]
     others = generate(engine, [Request(r.prompt, r.seed + 1000) for r in wanted])
     assert [c.tokens.tolist() for c in others] != [c.tokens.tolist() for c in completions]
@@ -124,7 +124,7 @@ def test_weights_are_updated_in_place_the_tied_head_too(engine, folder):
             parameter += 0.3 * parameter.std() * torch.randn_like(parameter)
     update, engine.update_weights = engine.update_weights, lambda state: None
     try:
-        with pytest.raises(RuntimeError, match="after a sync, log-probabilities of engine and trainer differ"):  # stale
+        with pytest.raises(RuntimeError, match="after a sync, log-probabilities of engine and trainer differ"):  # stale weights
             sync_weights(engine, model, wanted, pad, TOLERANCE)
     finally:
         engine.update_weights = update
@@ -153,7 +153,7 @@ def test_a_prompt_too_long_fails_alone(engine, folder):
 
 
 def test_half_precision_is_refused_until_it_is_meant(in_process, folder):
-    # The trainer's weights rounded to bfloat16 stand for an engine in half precision; one process holds one vLLM engine.
+    # The trainer's weights, rounded to bfloat16, imitate an engine in half precision: a process can hold only one vLLM engine.
     model, tokenizer = load_policy(folder)
     rounded = {name: tensor.bfloat16().float() for name, tensor in model.state_dict().items()}
     update, in_process.update_weights = in_process.update_weights, lambda state: update(rounded.items())
@@ -177,7 +177,7 @@ if __name__ == "__main__":
 
 
 def test_a_training_run(folder, tmp_path):
-    # In a process of its own: vLLM holds one engine a process.
+    # The run gets a process of its own, because a process can hold only one vLLM engine.
     (tmp_path / "run.py").write_text(SCRIPT)
     for kind, settings in (("vllm", {"kv_cache_gib": 0.1}), ("transformers", {})):
         config = run_config(
@@ -196,13 +196,13 @@ def test_a_training_run(folder, tmp_path):
     assert len(steps) >= 2
     assert all(s["sync_difference"] < TOLERANCE and s["mismatch"] < TOLERANCE for s in steps)
     assert all(s["capped_fraction"] == 0 and s["invalid"] == 0 for s in steps)
-    # Other random numbers, the same policy.
+    # The two engines draw different random numbers from the same policy.
     entropy = [read_metrics(tmp_path / kind, "evaluation")[0]["entropy"] for kind in ("vllm", "transformers")]
     assert entropy[0] == pytest.approx(entropy[1], abs=0.1)
 
 
 def test_an_evaluation_samples_what_the_embedded_engine_does(folder, tmp_path):
-    """In processes of their own, as users start them: an engine has the process to itself."""
+    """Each command runs in a process of its own, as users start it, because an engine needs the process to itself."""
     (tmp_path / "sums.jsonl").write_text("".join(f'{{"problem": "{i}+1=", "answer": {i + 1}}}\n' for i in range(8)))
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
     found = {}

@@ -1,4 +1,4 @@
-"""The engine of a vLLM server, against a server that answers as vLLM does, or misbehaves."""
+"""The engine of a vLLM server, against a fake server that answers as vLLM does, or misbehaves."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def engine_of(server, folder, **settings):
 
 
 def answer(trouble, folder):
-    """What becomes of one rollout."""
+    """Sample one rollout from a server with this trouble. Returns the engine, the server, and the rollout's result."""
     with FakeServer(lambda path, body, before: trouble if path == "/v1/completions" else None) as server:
         engine = engine_of(server, folder)
         engine.submit([7], [Request((5, 6), seed=3)])
@@ -50,7 +50,7 @@ def test_a_completion_and_what_is_asked_for_it(tmp_path):
     assert isinstance(completion, Completion)
     assert completion.tokens.tolist() == [5, 6, END]
     assert completion.logprobs.tolist() == [-0.5] * 3
-    assert completion.energy == pytest.approx(6 * (1 - math.exp(-0.5)) ** 2)  # of the sampled tokens alone
+    assert completion.energy == pytest.approx(6 * (1 - math.exp(-0.5)) ** 2)  # from the sampled tokens alone
     assert completion.finished
     assert engine.decode(completion) == "5 6"
     asked = server.calls[-1][1]
@@ -85,7 +85,7 @@ def test_a_rollout_that_fails_comes_back(trouble, error, tmp_path):
 
 
 def choice(**changes):
-    """A completion as vLLM answers it, with changes."""
+    """The body of vLLM's answer with one completion, with changes."""
     answered = {"token_ids": [5, 6, END], "logprobs": {"token_logprobs": [-0.5, -0.5, 0]}, "finish_reason": "stop"} | changes
     return json.dumps({"choices": [{name: value for name, value in answered.items() if value is not ...}]}).encode()
 
@@ -97,7 +97,7 @@ def logprobs(*values):
 def test_what_a_completion_may_be(tmp_path):
     full = choice(token_ids=[5] * 8, logprobs=logprobs(*[-1.0] * 8), finish_reason="length")
     assert [answer(reply, tmp_path)[2].finished for reply in (choice(), full)] == [True, False]
-    ended = choice(token_ids=[5] * 7 + [END], logprobs=logprobs(*[-1.0] * 8), finish_reason="length")  # both at once
+    ended = choice(token_ids=[5] * 7 + [END], logprobs=logprobs(*[-1.0] * 8), finish_reason="length")  # ends with the last token
     assert answer(ended, tmp_path)[2].finished
 
 
@@ -194,7 +194,7 @@ def test_a_folder_behind_a_link_stays(tmp_path):
     (precious / "notes.txt").touch()
     (tmp_path / "weights").symlink_to(precious)
     with FakeServer() as server:
-        engine_of(server, tmp_path).close()  # before the first sync
+        engine_of(server, tmp_path).close()  # closed before the first sync
         engine = engine_of(server, tmp_path)
         engine.update_weights(STATE.items())
         engine.close()
@@ -211,7 +211,7 @@ def test_a_folder_behind_a_link_stays(tmp_path):
 def test_weights_beside_which_a_server_would_read_others_are_refused(tmp_path):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "model-00001-of-00002.safetensors").touch()
-    (tmp_path / "weights" / "model.safetensors").touch()  # of a life that was killed
+    (tmp_path / "weights" / "model.safetensors").touch()  # left by a process that was killed
     with FakeServer() as server:
         engine = engine_of(server, tmp_path)
         with pytest.raises(ValueError, match=r"holds model-00001-of-00002\.safetensors, which this engine did not write"):
@@ -229,7 +229,7 @@ def umask():
 
 @pytest.mark.parametrize("trouble", [404, "cut"])
 def test_a_server_that_reloads_no_weights_is_explained(trouble, tmp_path):
-    # 404: it does not run in development mode.
+    # A server answers 404 if it is not in development mode.
     with (
         FakeServer(lambda path, body, before: trouble if path == "/collective_rpc" else None) as server,
         pytest.raises(RuntimeError, match="VLLM_SERVER_DEV_MODE=1"),
