@@ -1,4 +1,6 @@
-"""Logs of other trainers and of v05 eval are read as they are written; their columns here are those of the real files."""
+"""Logs of other trainers and of v05 eval are read in the form in which they are written. The tests' columns are those of real
+files.
+"""
 
 import json
 from pathlib import Path
@@ -223,7 +225,7 @@ def test_folders_of_v05_eval(tmp_path):
     assert cells(tmp_path / "eval") == cells(tmp_path) == [(0, 0, 2, 2), (0, 1, 1, 2), (1, 0, 1, 2), (1, 1, 0, 2)]
     assert read_outcomes(tmp_path / "eval").source == "samples of v05 eval"
     write_evaluation(tmp_path / "eval" / "again", "small", [[1.0, 1.0]], seed=1)
-    assert (0, 0, 3, 4) in cells(tmp_path / "eval")  # one model, whatever its seed
+    assert (0, 0, 3, 4) in cells(tmp_path / "eval")  # the seed does not make another model
 
 
 def test_evaluations_beside_runs_are_left_out_and_named(tmp_path):

@@ -1,4 +1,4 @@
-"""Outcome files are read as a stream, checked, and say what is wrong with them."""
+"""Outcome files are read as a stream and checked. Messages name what is wrong with a file."""
 
 import json
 
@@ -140,7 +140,7 @@ def test_equal_outcomes_have_a_population():
 
 
 def grid(rng, models, questions, trials=8):
-    """Outcomes of the item-response model itself, and the true rates."""
+    """Outcomes drawn from the item-response model itself, and the true rates."""
     model, question = np.divmod(np.arange(models * questions), questions)
     rates = expit(rng.normal(size=models)[model] - 2.0 * rng.normal(size=questions)[question])
     counts = np.full(len(model), float(trials))
@@ -163,7 +163,7 @@ def test_a_prior_never_sees_its_own_cell():
         flipped[cell] = outcomes.trials[cell] - flipped[cell] if 2 * flipped[cell] != outcomes.trials[cell] else 0.0
         after = cross_fitted(Outcomes(outcomes.model, outcomes.question, flipped, outcomes.trials), np.random.default_rng(3))
         assert after[cell] == before[cell]
-        assert np.abs(after - before).max() > 1e-3  # others do see it
+        assert np.abs(after - before).max() > 1e-3  # the priors of other cells do change
 
 
 def test_a_lone_cell_has_an_undecided_prior():

@@ -1,4 +1,4 @@
-"""The replay draws what it says it draws, spends what it says it spends, and measures what can be worked out on paper."""
+"""The replay draws the rollouts and spends the budgets that it names. Its errors are those computed by hand."""
 
 import json
 
@@ -26,7 +26,7 @@ def outcomes(successes, trials, priors=None):
 
 
 def spread(cells=300, seed=0):
-    """Success rates of every kind, with a prior that is right about half of what matters."""
+    """Outcomes with success rates of all sizes, and a prior that is half the success rate and half noise."""
     rng = np.random.default_rng(seed)
     rates = rng.beta(0.5, 0.5, cells)
     return outcomes(rng.binomial(10, rates), np.full(cells, 10), np.clip(0.5 * rates + 0.5 * rng.random(cells), 0, 1))
@@ -52,11 +52,11 @@ def test_superpopulation_draws_bernoulli_rewards_from_rates_near_the_outcomes():
 def test_finite_draws_the_recorded_trials():
     recorded = outcomes([0, 3, 6, 8], [8, 8, 8, 8])
     groups = Source(recorded, 0.0, "finite", 8, np.random.default_rng(0)).draw(400)
-    assert sorted(groups.rewards.sum(axis=1)) == sorted([0, 3, 6, 8] * 100)  # each cell as often as any other
+    assert sorted(groups.rewards.sum(axis=1)) == sorted([0, 3, 6, 8] * 100)  # every cell is drawn equally often
     assert np.array_equal(groups.rewards.mean(axis=1), groups.rates)
     three = groups.rewards[groups.rates == 3 / 8]
-    assert three.mean(axis=0) == pytest.approx(np.full(8, 3 / 8), abs=0.2)  # in any order
-    assert groups.priors == pytest.approx(groups.rates)  # no noise
+    assert three.mean(axis=0) == pytest.approx(np.full(8, 3 / 8), abs=0.2)  # the trials are shuffled
+    assert groups.priors == pytest.approx(groups.rates)  # the prior has no noise
 
 
 def test_finite_leaves_out_cells_of_too_few_trials():
@@ -86,7 +86,7 @@ def test_errors_are_those_on_paper():
         assert grpo.mse == pytest.approx(4 / 8 / size, rel=0.1)  # p ~ Beta(1/2, 1/2) has E p (1 - p) = 1/8
         assert 0 < grpo.mse_standard_error < 0.05 * grpo.mse
         assert by["calibrated", f"{size} each"].mse < grpo.mse
-    # With nothing to share out, the budget changes nothing.
+    # If the mean equals the lowest or the highest size, there is nothing to share out: the budget changes nothing.
     for size in (4, 6):
         assert by["mean+budget", f"{size} on average"].mse == pytest.approx(by["grpo", f"{size} each"].mse)
         assert by["calibrated+budget", f"{size} on average"].mse == pytest.approx(by["calibrated", f"{size} each"].mse)
@@ -163,7 +163,7 @@ def test_command_prints_draws_and_writes(file, tmp_path, prior):
         assert text in result.output
     needed = {row.split("│")[1].strip(): row.split("│")[-2].strip() for row in result.output.splitlines() if row.startswith("│")}
     assert needed["grpo"] == "5.0"
-    if prior == "0.6":  # better with the fewest rollouts there are than grpo with the most
+    if prior == "0.6":  # better with the fewest rollouts than grpo with the most
         assert needed["calibrated+budget"] == "≤ 4.0"
     assert (out / "plot.png").stat().st_size > 10_000
     records = json.loads((out / "new" / "records.json").read_text())

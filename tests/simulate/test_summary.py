@@ -1,4 +1,4 @@
-"""What the command says in words is what the figures give."""
+"""The command's sentences agree with its figures."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Files of every dialect are read, and what cannot be read is named with its line."""
+"""Files of every dialect are read. An unreadable line is named with its number."""
 
 import json
 
