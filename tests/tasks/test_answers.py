@@ -1,4 +1,4 @@
-"""What completions earn: right ones in whatever spelling, and nothing that only looks like the reference."""
+"""Rewards of completions: right answers count in any spelling, and nothing counts that only looks like the reference."""
 
 import itertools
 import threading
@@ -11,7 +11,7 @@ from v05.tasks.answers import TIME_LIMIT, read_answer, verify_answer
 from v05.tasks.numbers import arithmetic, read_number, same_number
 from v05.tasks.statements import one_spelling, statements
 
-# A reference, completions that are right, completions that are wrong.
+# Each case is a reference, right completions, and wrong completions.
 CASES = [
     (
         "41",
@@ -187,7 +187,7 @@ def test_rewards(reference, right, wrong):
         assert verify_answer(answer, completion) == 0.0, completion
 
 
-# Answers as the files of each data set have them.
+# Answers in the form in which the files of each data set have them.
 STYLES = {
     "gsm8k": [
         "She sold 48/2 = <<48/2=24>>24 clips in May.\nAltogether 48+24 = <<48+24=72>>72.\n#### 72",
@@ -360,7 +360,7 @@ HOSTILE = {
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_text_is_wrong_and_quick(text):
     references = [read_answer(reference) for reference in REFERENCES]
-    formulas.readable("x")  # the process is up
+    formulas.readable("x")  # starts the process
     started = time.monotonic()
     assert [verify_answer(reference, text) for reference in references] == [0.0] * len(references)
     assert time.monotonic() - started < TIME_LIMIT * len(references)
@@ -382,8 +382,8 @@ def test_a_formula_beyond_computing_ends_at_the_limit_in_any_thread(formula, mon
     thread.join()
     ((reward, seconds),) = rewards
     assert reward == 0.0
-    assert seconds < 10  # a second, and what a busy machine adds
-    assert verify_answer(read_answer("\\sqrt{8}"), "\\boxed{2\\sqrt{2}}") == 1.0  # another process has taken its place
+    assert seconds < 10  # one second, and the delays of a busy machine
+    assert verify_answer(read_answer("\\sqrt{8}"), "\\boxed{2\\sqrt{2}}") == 1.0  # a new process has replaced the old one
 
 
 def test_slow_formulas_keep_no_right_answer_waiting(monkeypatch):
@@ -393,7 +393,7 @@ def test_slow_formulas_keep_no_right_answer_waiting(monkeypatch):
     for thread in slow:
         thread.start()
     assert verify_answer(root, "\\boxed{2\\sqrt{2}}") == 1.0
-    assert all(thread.is_alive() for thread in slow)  # they are still at it
+    assert all(thread.is_alive() for thread in slow)  # they are still being computed
     for thread in slow:
         thread.join()
 

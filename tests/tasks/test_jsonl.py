@@ -1,4 +1,4 @@
-"""Tasks from JSON-lines files: rows as published files have them, the bad one named, epochs."""
+"""Tasks from JSON-lines files: rows in the form of published files, messages that name a bad row, and epochs."""
 
 import codecs
 import itertools

@@ -1,4 +1,4 @@
-"""Completions that attack: nothing of what they say is run, whatever the data set, and none is right for what it does."""
+"""Completions that attack their verifier: with every data set, nothing in them is run, and none of them is right."""
 
 import builtins
 import itertools
@@ -53,7 +53,7 @@ def prompts_of(task, count):
 
 
 def test_every_data_set_was_read():
-    """A new release of reasoning-gym may add data sets: read their `score_answer`, and those that changed, then add them."""
+    """A new release of reasoning-gym may add or change data sets. Read their `score_answer` before you add them."""
     assert COMPARED | EXAMINED | REFUSED.keys() == DATASETS.keys()
     assert not COMPARED & EXAMINED
     assert not (COMPARED | EXAMINED) & REFUSED.keys()
@@ -73,7 +73,7 @@ def test_a_data_set_that_was_not_read_is_refused_by_name(monkeypatch):
 
 @pytest.fixture
 def evaluated(monkeypatch):
-    """What Python's `eval` was given meanwhile."""
+    """The sources that Python's `eval` was called with."""
     sources = []
 
     def record(source, *scope):
@@ -92,7 +92,7 @@ def test_attacks_run_nothing_and_are_wrong(dataset, evaluated, tmp_path):
     (prompt,) = prompts_of(task, 1)
     item = repr(prompt.item)
     evaluated.clear()
-    # The others are verified in processes with a time limit.
+    # Processes with a time limit verify the other data sets.
     stalls = [*STALLS, *HUGE] if dataset in COMPARED else [text[:3000] for text in HUGE]
     for attack in [*(text.format(file=tmp_path / "written") for text in ATTACKS), *stalls, *JUNK]:
         before = time.monotonic()
@@ -137,7 +137,7 @@ def test_a_verifier_that_writes_to_its_item_writes_to_a_copy(monkeypatch):
 
 
 def spellings(prompt, other):
-    """Right and wrong answers, as honest policies write them."""
+    """Right and wrong answers in the spellings of honest policies."""
     answer = prompt.answer
     return [
         answer,
@@ -163,7 +163,7 @@ def test_verdicts_on_honest_answers_are_reasoning_gyms(dataset):
         assert task.verify(prompt, prompt.answer) == 1.0
         for answer in spellings(prompt, other):
             if dataset == "puzzle24" and answer is other.answer:
-                continue  # of other numbers than the question's, which reasoning-gym lets pass
+                continue  # these are not the question's numbers, but reasoning-gym accepts them
             expected = float(theirs.score_answer(answer.strip(), prompt.item[1]) == 1.0)
             assert task.verify(prompt, answer) == expected, (answer, prompt)
 
@@ -174,7 +174,7 @@ def test_a_number_is_right_by_its_value_and_with_its_sign():
         for right in (prompt.answer, f" {prompt.answer}.0\n", f"{int(prompt.answer):,}"):
             assert task.verify(prompt, right) == 1.0
         for wrong in (f"-{prompt.answer}", f"{prompt.answer} + 1", f"{prompt.answer} or 7", f"{prompt.answer}1"):
-            assert task.verify(prompt, wrong) == 0.0  # reasoning-gym takes the first three
+            assert task.verify(prompt, wrong) == 0.0  # reasoning-gym accepts the first three
 
 
 @pytest.mark.parametrize(

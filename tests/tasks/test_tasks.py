@@ -1,4 +1,4 @@
-"""Prompts, splits and verifiers: right answers pass, junk never does, nothing raises."""
+"""Prompts, splits and verifiers: right answers pass, junk never passes, and nothing raises."""
 
 import itertools
 
@@ -19,7 +19,7 @@ def test_preset_verifiers_take_answers_and_refuse_junk(preset):
     for _, prompt in itertools.islice(task.prompts("train"), 300):
         assert task.verify(prompt, prompt.answer) == 1.0
         for junk in [*JUNK, prompt.answer + "x", prompt.answer + " 1", prompt.answer * 2 + "1"]:
-            right = junk.strip() == prompt.answer == ""  # symbols can cancel out until nothing is left
+            right = junk.strip() == prompt.answer == ""  # symbols can cancel out until the answer is empty
             assert task.verify(prompt, junk) == float(right), (prompt, junk)
 
 
@@ -64,7 +64,7 @@ def test_prompts_of_a_size_return_in_another_order():
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
     assert epochs[0] != epochs[1] != epochs[2]
     assert [p.text for _, p in itertools.islice(task.prompts("train", start=53), 5)] == stream[53:58]
-    heldout = {p.text for p in heldout_set(task, 100)}  # which are not limited
+    heldout = {p.text for p in heldout_set(task, 100)}  # `size` does not limit held-out prompts
     assert len(heldout) == 100
     assert heldout.isdisjoint(stream)
 
