@@ -1,4 +1,4 @@
-"""One warm start for all tests that train."""
+"""All tests that train share one cached warm start."""
 
 import pytest
 

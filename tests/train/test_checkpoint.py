@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, and a run that goes on from one is the run it would have been."""
+"""A checkpoint is complete or absent, and a resumed run equals an uninterrupted one."""
 
 import errno
 import gc
@@ -106,12 +106,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_takes_its_place(damage
     assert len(lines) == 1
     assert "checkpoint-00000002: " in lines[0]
     assert message in lines[0]
-    write_checkpoint(tmp_path, 2, made_up(2))  # its place is free again
+    write_checkpoint(tmp_path, 2, made_up(2))  # the deleted checkpoint may be written again
     assert steps_of(tmp_path) == [1, 2]
 
 
 def test_only_what_was_written_here_is_read_or_deleted(tmp_path):
-    """Other trainers, and people, put things into a run's directory whose names begin alike."""
+    """Other trainers and people put files and folders with similar names into a run's directory."""
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     write_checkpoint(run_of(elsewhere), 9, made_up(9))
     run_of(run)
@@ -181,12 +181,12 @@ def test_a_newer_format_is_refused(tmp_path):
 
 
 class DeathError(BaseException):
-    """The process ends here: no handler runs."""
+    """Stands for the end of the process, which no handler catches."""
 
 
 @pytest.fixture
 def fail_at(monkeypatch):
-    """Write checkpoint 3 and have the n-th thing that this takes raise."""
+    """Write checkpoint 3, and let the n-th call that writes to disk raise an error."""
 
     def fail_at(n, error, directory):
         calls = itertools.count()
@@ -232,17 +232,17 @@ def test_death_at_any_point_of_writing_leaves_a_sound_checkpoint(fail_at, tmp_pa
 def test_an_error_at_any_point_of_writing_is_explained(error, fail_at, tmp_path):
     for step in (1, 2):
         write_checkpoint(tmp_path, step, made_up(step))
-    for n in range(12):  # up to the rename
+    for n in range(12):  # the calls up to the rename
         with pytest.raises(
             OSError, match=rf"00000003 cannot be written .*{error.strerror}.*00000002 is intact and the run goes on"
         ):
             fail_at(n, error, tmp_path)
         assert steps_of(tmp_path) == [1, 2]
-        assert not list(tmp_path.glob("*.partial"))  # room for others
+        assert not list(tmp_path.glob("*.partial"))  # no partial checkpoint takes up space
 
 
 def test_a_full_disk(tmp_path):
-    # As the system reports it, to safetensors as to Python: files may not grow beyond a limit.
+    # A limit on the size of files gives safetensors and Python the errors of a full disk.
     write_checkpoint(tmp_path, 1, made_up(1))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -265,7 +265,7 @@ def test_checkpoints_stay_below_their_share_of_the_time(monkeypatch):
     now = 0.0
     monkeypatch.setattr(module.time, "monotonic", lambda: now)
     schedule = CheckpointSchedule(10)
-    assert schedule.due()  # the first at once
+    assert schedule.due()  # the first checkpoint is due at once
     schedule.written(cost=0.05)
     now = 9.9
     assert not schedule.due()
@@ -282,12 +282,12 @@ def test_checkpoints_stay_below_their_share_of_the_time(monkeypatch):
 
 
 def train(config, directory, until=None):
-    """Run to the end or to step `until`; returns what was reported."""
+    """Run to the end, or to step `until`. Returns the lines that were reported."""
     lines = []
     for done, _ in enumerate(Trainer(config, directory, lines.append).run()):
         if done == until:
             break
-    gc.collect()  # lets go of the directory
+    gc.collect()  # releases the directory
     return lines
 
 
@@ -298,14 +298,14 @@ def test_an_interrupted_run_goes_on(method, settings, tmp_path):
     assert train(config, tmp_path / "halves", until=3) == []
     recorded = read_metrics(tmp_path / "halves")
     with (tmp_path / "halves" / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "step", "step": 3')  # of a step that was under way
+        file.write('{"kind": "step", "step": 3')  # an interrupted step left half a record
     rollouts = max(record["rollouts"] for record in recorded)
     assert train(config, tmp_path / "halves") == [f"going on from step 3, rollout {rollouts} of 512"]
     assert read_metrics(tmp_path / "halves")[: len(recorded)] == recorded
     assert untimed(tmp_path / "halves") == untimed(tmp_path / "whole")
     assert policy_digest(tmp_path / "halves") == policy_digest(tmp_path / "whole")
     seconds = [record["seconds"] for record in read_metrics(tmp_path / "halves", "step")]
-    assert seconds == sorted(seconds)  # goes on counting
+    assert seconds == sorted(seconds)  # the resumed run goes on counting
     assert not find_checkpoints(tmp_path / "halves")
 
 
@@ -343,7 +343,7 @@ def test_two_processes_do_not_write_one_run(tmp_path):
     for other in (smoke(2), smoke(2, "grpo")):
         with pytest.raises(ValueError, match="is being written by another process; wait for it or stop it"):
             Trainer(other, tmp_path, ignored)
-    assert json.loads((tmp_path / "config.json").read_text())["method"] == "v05"  # the second start left it alone
+    assert json.loads((tmp_path / "config.json").read_text())["method"] == "v05"  # the second trainer did not change it
     assert list(first.run())[-1].rollouts > 128 - 64 / 2
 
 
@@ -359,11 +359,11 @@ def test_a_disk_that_fills_up_under_the_metrics(tmp_path, monkeypatch):
 
 
 def test_nine_kills_lose_nothing(tmp_path):
-    """`make soak` and tests/helpers/kill_and_resume.py kill as often as is wanted."""
+    """`make soak` and tests/helpers/kill_and_resume.py kill more often."""
     runner, config = Runner(), smoke(54)
     runner.finish(config, tmp_path / "whole")
     injected = runner.kill_and_resume(config, tmp_path / "killed", kills=9)
     assert injected.exit_codes == [-9] * 9
-    assert injected.in_checkpoint >= 3  # one in three is aimed there
+    assert injected.in_checkpoint >= 3  # one kill in three is aimed at a checkpoint
     assert injected.resumed >= 4
     assert not any(lost(tmp_path / "whole", tmp_path / "killed").values())

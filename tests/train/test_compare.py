@@ -1,4 +1,4 @@
-"""The figures of a comparison, on runs made up to have known answers."""
+"""The figures of a comparison, on made-up runs with known answers."""
 
 import json
 
@@ -53,12 +53,12 @@ def test_summary():
     assert [(r["label"], r["seed"], r["accuracy_after"]) for r in runs][3] == ("v05@4..16", 1, 0.7)
     assert methods["v05@4..16"]["accuracy_after"] == pytest.approx(0.65)
     assert methods["v05@4..16"]["gain"] == pytest.approx(0.125)
-    assert methods["v05@4..16"]["rollouts_to_baseline"] == pytest.approx(500)  # both seeds are at 0.55 there
+    assert methods["v05@4..16"]["rollouts_to_baseline"] == pytest.approx(500)  # both seeds reach 0.55 there
     assert methods["grpo@16"]["rollouts_to_baseline"] == pytest.approx(1000)
     interval = [methods["v05@4..16"][f"rollouts_to_baseline_{end}"] for end in ("low", "high")]
-    assert interval == pytest.approx([1000 / 3, 2000 / 3])  # of the first seed alone, 0.5, and of the second, 0.6
+    assert interval == pytest.approx([1000 / 3, 2000 / 3])  # where the first seed reaches 0.5, and where the second reaches 0.6
     assert "gain" not in methods["grpo@16"]
-    assert methods["grpo@16"]["baseline_mse"] == pytest.approx(0.03)  # the probe before any learning is left out
+    assert methods["grpo@16"]["baseline_mse"] == pytest.approx(0.03)  # without the probe from before any learning
     assert methods["grpo@16"]["grad_norm"] == pytest.approx(1.5)
     assert methods["grpo@16"]["grad_norm_std"] == pytest.approx(0.5, abs=0.02)
     assert methods["grpo@16"]["thrown_away"] == 60
@@ -71,7 +71,7 @@ def test_summary_without_grpo_has_nothing_to_be_timed_against():
 
 
 def test_rollouts_are_counted_on_the_seeds_that_both_have():
-    assert rollouts_to(RUNS[:1], RUNS[2:]).at == pytest.approx(1000 / 3)  # 0.5 on the first seed's way to 0.55
+    assert rollouts_to(RUNS[:1], RUNS[2:]).at == pytest.approx(1000 / 3)  # where the first seed is at 0.5, on its way to 0.55
     assert rollouts_to(RUNS[:1], RUNS[3:]) is None
 
 
@@ -91,16 +91,16 @@ def test_a_run_is_neither_repeated_nor_overwritten(tmp_path):
     run_all({"one": config}, tmp_path, 1, states.append)
     assert (tmp_path / "one" / "metrics.jsonl").stat().st_mtime_ns == written
     stored = json.loads((tmp_path / "one" / "config.json").read_text())
-    del stored["chat"]  # as an earlier version left it
+    del stored["chat"]  # as in a file of an earlier version
     (tmp_path / "one" / "config.json").write_text(json.dumps(stored))
     assert is_finished(config, tmp_path / "one")
-    (tmp_path / "one" / "config.json").write_text(json.dumps(stored | {"later": 1}))  # of a version to come
+    (tmp_path / "one" / "config.json").write_text(json.dumps(stored | {"later": 1}))  # as in a file of a later version
     assert not is_finished(config, tmp_path / "one")
     (tmp_path / "one" / "config.json").write_text(json.dumps(stored))
     other = run_config("smoke", "grpo", total_rollouts=128)
     with pytest.raises(ValueError, match="one holds a finished run; give another directory"):
         run_all({"one": other}, tmp_path, 1, states.append)
-    (tmp_path / "one" / "result.json").unlink()  # as if interrupted
+    (tmp_path / "one" / "result.json").unlink()  # as if the run had been interrupted
     with pytest.raises(ValueError, match="differs in total_rollouts"):
         run_all({"one": other}, tmp_path, 1, states.append)
     assert (tmp_path / "one" / "metrics.jsonl").stat().st_mtime_ns == written

@@ -1,4 +1,4 @@
-"""A run whose files are damaged is named and left as it is, and keeps no other from being compared or going on."""
+"""A run with damaged files is named and left unchanged. Other runs can still be compared and resumed."""
 
 import json
 
@@ -13,7 +13,7 @@ from v05.train.trainer import Trainer
 
 
 def written(directory, **settings):
-    """A finished run, and its configuration."""
+    """Write a finished run. Returns its configuration."""
     write_run(directory, "grpo@8", settings.get("seed", 0), steps=6, of=6)
     return run_config("tiny", "grpo@8", seed=settings.get("seed", 0), total_rollouts=6 * 512)
 
@@ -79,7 +79,7 @@ def test_a_result_without_what_a_comparison_needs_is_named(tmp_path):
     config = written(tmp_path / "run")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     (tmp_path / "run" / "result.json").write_text(json.dumps(result | {"heldout_successes": None}))
-    assert read_result(tmp_path / "run")["heldout_successes"] is None  # the page does without
+    assert read_result(tmp_path / "run")["heldout_successes"] is None  # the report's page does not need it
     with pytest.raises(ValueError, match=r"result\.json has no heldout_samples or heldout_successes"):
         load_run("grpo@8", tmp_path / "run")
     assert run_all({"run": config}, tmp_path, 1, lambda states: None) == ["run"]

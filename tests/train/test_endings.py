@@ -1,4 +1,4 @@
-"""A command ends with status 0 only with a result, whatever ends it."""
+"""Whatever ends a command, its exit status is 0 only if there is a result."""
 
 import pytest
 from typer.testing import CliRunner

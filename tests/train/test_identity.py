@@ -1,4 +1,4 @@
-"""A run goes on with the settings and the data that it began with, and is known by them wherever its files lie."""
+"""A run resumes only with the settings and data that it began with. Its files are recognised by content, wherever they lie."""
 
 import gc
 import json
@@ -44,7 +44,7 @@ def train(config, directory, until=None):
     for done, _ in enumerate(Trainer(config, directory, ignored).run()):
         if done == until:
             break
-    gc.collect()  # lets go of the directory
+    gc.collect()  # releases the directory
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def policy(tmp_path_factory):
 
 @pytest.fixture
 def begun(policy, tmp_path):
-    """A run that was interrupted: its configuration and directory. Its prompts and its policy are files of this test's own."""
+    """The configuration and directory of an interrupted run. Its prompts and its policy are files that a test may change."""
     shutil.copytree(policy, tmp_path / "policy")
     config = run_of(write_sums(tmp_path / "sums.jsonl", 1), tmp_path / "policy")
     train(config, tmp_path / "run", until=2)
@@ -143,13 +143,13 @@ def test_a_warm_start_is_kept_by_the_content_of_its_prompts(tmp_path, monkeypatc
     assert folders[0] == folders[1] != folders[2]
     readable = folders[0].stat().st_mode & 0o777
     (tmp_path / "plain").mkdir()
-    assert readable == (tmp_path / "plain").stat().st_mode & 0o777  # a cache may be shared
+    assert readable == (tmp_path / "plain").stat().st_mode & 0o777  # users may share a cache
     assert {file.stat().st_mode & 0o777 for file in folders[0].iterdir()} == {readable & 0o666}
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 class Saved:
-    """Saves itself as a file that its owner alone may read, as safetensors does."""
+    """Saves a file that only its owner may read, as safetensors does."""
 
     def __init__(self, name):
         self.name = name
@@ -160,7 +160,7 @@ class Saved:
 
 @pytest.mark.parametrize("name", ["config.json", "policy"])
 def test_what_no_run_wrote_is_not_replaced(name, tmp_path):
-    """A run into the folder of a model, or into the folder that one's configuration lies in, would replace them."""
+    """A run replaces config.json and policy/. It must not do so in the folder of a model, or beside a user's own configuration."""
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match=f"holds {name} of something else, which the run would replace; give another directory"):
         Trainer(smoke(1), tmp_path, ignored)

@@ -1,4 +1,4 @@
-"""Policies of which an adapter is trained, against what peft and transformers make of the same weights."""
+"""Policies with a trained adapter, against peft and transformers with the same weights."""
 
 import copy
 import sys
@@ -21,7 +21,7 @@ PROMPTS = [(2, 3, 4), (5, 6)]
 
 
 def adapted(seed=0, trained=True, **settings):
-    """A model with an adapter; with one that has learnt something if `trained`."""
+    """A model with an adapter. If `trained`, the adapter changes the model."""
     model = tiny_model().eval()
     add_adapter(model, LoraConfig(rank=4, **settings), seed)
     torch.manual_seed(1)
@@ -95,11 +95,13 @@ def test_the_loss_and_the_engine_take_it_for_a_transformers_model():
     rows = completion_logprobs(model, PROMPTS, completions, 0)
     for row, completion in zip(rows, completions, strict=True):
         np.testing.assert_allclose(completion.logprobs, row[: len(completion.tokens)].detach().numpy(), atol=1e-5)
-    assert output_layer(adapted(target_modules=("lm_head",))) is None  # the logits are not those of one linear layer any more
+    assert output_layer(adapted(target_modules=("lm_head",))) is None  # here the logits do not come from one linear layer
 
 
 def test_gradients_are_those_of_the_plain_model():
-    """By the chain rule from the gradients of merged float64 weights: dL/dB = dL/dW A^T alpha / rank, dL/dA likewise."""
+    """The chain rule gives the expected gradients from those of merged float64 weights: dL/dB = dL/dW A^T alpha / rank, and dL/dA
+    likewise.
+    """
     model = adapted()
     logprobs_of(model).sum().backward()
     plain = tiny_model().eval().double()

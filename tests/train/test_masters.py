@@ -1,4 +1,4 @@
-"""A policy in bfloat16: its masters in float32 against float64, its runs, and its rounding."""
+"""A policy in bfloat16: its float32 masters against float64, its runs, and its rounding."""
 
 import copy
 import shutil
@@ -39,7 +39,7 @@ def test_small_updates_add_up():
     start = copy.deepcopy(layer).double()
     expected = copy.deepcopy(start)
     masters = MasterWeights(layer)
-    settings = {"lr": 1e-5, "weight_decay": 0.1}  # an update is a hundredth of what a bfloat16 weight of 0.3 can change by
+    settings = {"lr": 1e-5, "weight_decay": 0.1}  # an update is a hundredth of the smallest step of a bfloat16 weight of 0.3
     optimizer = torch.optim.AdamW(masters.parameters.values(), **settings)
     reference = torch.optim.AdamW(expected.parameters(), **settings)
     for _ in range(100):
@@ -63,7 +63,7 @@ def test_small_updates_add_up():
 def test_gradients_of_several_passes_add_up_in_float32():
     layer = torch.nn.Linear(4, 1, bias=False).to(torch.bfloat16)
     masters = MasterWeights(layer)
-    for part in (1.0, *[2.0**-9] * 256):  # each less than half of what a bfloat16 number at 1 can change by
+    for part in (1.0, *[2.0**-9] * 256):  # each is less than half of the smallest step of a bfloat16 number at 1
         layer.weight.grad = torch.full_like(layer.weight, part)
         masters.take_gradients()
     assert layer.weight.grad is None
@@ -88,7 +88,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(name, tmp_path):
     train(config, tmp_path / "halves")
     assert untimed(tmp_path / "halves") == untimed(tmp_path / "whole")
     assert policy_digest(tmp_path / "halves") == policy_digest(tmp_path / "whole")
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "halves" / "policy")  # whose config.json names the dtype
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "halves" / "policy")  # its config.json names the dtype
     assert saved.dtype == getattr(torch, config.policy.dtype)
     if config.policy.lora is None:
         masters = trainer.learner.masters.parameters
@@ -109,7 +109,7 @@ def test_a_policy_in_bfloat16_learns(tmp_path):
 
 @pytest.mark.parametrize("scale", [1.0, 4.0], ids=["flat", "peaked"])
 def test_the_engine_and_the_learner_agree_within_rounding(scale):
-    """Log-probabilities of sampled tokens in bfloat16: of the engine, of the learner and in float64."""
+    """Log-probabilities of sampled tokens in bfloat16, from the engine and from the learner, against float64."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**tiny_model().config.to_diff_dict() | {"num_hidden_layers": 8})).eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The memory that a run is expected to need: against true models, and against a process."""
+"""The expected memory of a run, against real models and a real process."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ from v05.train.presets import run_config
 BENCH = Path(__file__).parents[2] / "bench" / "memory.py"
 SMALL = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
 LAYERS = 5
-PROMPT, NEW, ROWS = 24, 40, 3  # of a micro-batch
+PROMPT, NEW, ROWS = 24, 40, 3  # sizes of a micro-batch
 
 
 def architecture(**settings):
@@ -57,7 +57,7 @@ def test_weights_masters_and_adamw_are_counted(tied, dtype, lora):
     optimizer = torch.optim.AdamW(trained)
     optimizer.step()
     assert found.weights == sum(p.nbytes for p in model.parameters())
-    assert found.reference == (plain if lora is None else 0)  # an adapter is switched off
+    assert found.reference == (plain if lora is None else 0)  # with an adapter, the policy without it is the reference
     assert found.masters == (0 if dtype == "float32" else sum(p.nbytes for p in trained))
     assert found.gradients == sum(p.grad.nbytes for p in trained)
     assert found.optimizer == sum(s[mean].nbytes for s in optimizer.state.values() for mean in ("exp_avg", "exp_avg_sq"))
@@ -65,7 +65,7 @@ def test_weights_masters_and_adamw_are_counted(tied, dtype, lora):
 
 @pytest.mark.parametrize("settings", [[], ["optimizer.gradient_checkpointing=true"], ["policy.lora.rank=4"]], ids=str)
 def test_activations_of_two_layers_tell_those_of_all(settings):
-    """Against what autograd keeps of a true model, each storage once."""
+    """Compared with the memory that autograd keeps of a real model. Each storage counts once."""
     run = run_of(*settings)
     one, two = (trace(run, architecture(), layers, ROWS, PROMPT + NEW) for layers in (1, 2))
     model = AutoModelForCausalLM.from_config(architecture()).eval()
@@ -80,7 +80,7 @@ def test_activations_of_two_layers_tell_those_of_all(settings):
     again = run.optimizer.gradient_checkpointing
     ids = torch.zeros(ROWS, PROMPT + NEW, dtype=torch.int64)
     mask = torch.ones_like(ids)
-    mask[0, 0] = 0  # as where a completion is read after a prompt, attention is given a mask
+    mask[0, 0] = 0  # with this, attention gets a mask, as when a completion is read after its prompt
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), computed_again(model) if again else nullcontext():
         hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     for tensor in (*model.parameters(), *model.buffers()):
@@ -113,12 +113,12 @@ def test_what_lowers_memory_lowers_what_is_expected():
     assert less("optimizer.gradient_checkpointing=true").backward < base.backward / 3
     assert less("optimizer.tokens_per_backward=640").backward < base.backward / 3
     assert less("policy.dtype=bfloat16").backward < 0.7 * base.backward
-    assert less("sampling_batch=700").sampling > 50 * base.sampling  # in place of 7
-    assert less("sampling_batch=700").slots == 11 * base.slots  # which come by 64
-    assert less(ranks=2).gradients == 2 * base.gradients  # DDP reduces copies
+    assert less("sampling_batch=700").sampling > 50 * base.sampling  # 700 instead of 7
+    assert less("sampling_batch=700").slots == 11 * base.slots  # the number of slots is a multiple of 64
+    assert less(ranks=2).gradients == 2 * base.gradients  # DDP reduces copies of the gradients
     sharded = less("distributed=fsdp2", ranks=4)
     assert sharded.optimizer == base.optimizer / 4
-    assert sharded.weights == base.weights * 5 / 4  # with the unsharded copy that is sampled from
+    assert sharded.weights == base.weights * 5 / 4  # the policy is sampled from an unsharded copy
 
 
 def test_a_run_that_needs_too_much_is_told_what_helps(monkeypatch):
@@ -127,7 +127,7 @@ def test_a_run_that_needs_too_much_is_told_what_helps(monkeypatch):
     assert "would lower" not in memory_report(run, architecture(), PROMPT, 1, "cpu")
     monkeypatch.setattr(memory, "memory_there_is", lambda device, ranks: 1 << 20)
     line = memory_report(run, architecture(), PROMPT, 1, "cpu")
-    setting = f"optimizer.tokens_per_backward={PROMPT + NEW}"  # a rollout at a time
+    setting = f"optimizer.tokens_per_backward={PROMPT + NEW}"  # one rollout per pass
     lower = expected_memory(run_of("rollouts_per_step=512", setting), architecture(), PROMPT)
     assert line.endswith(f"; --set {setting} would lower it most, to {lower.peak / (1 << 30):.2f} GiB")
     needs = expected_memory(run, architecture(), PROMPT)
@@ -144,12 +144,12 @@ def test_other_architectures_are_traced(name):
 
 def test_an_architecture_that_cannot_be_traced_is_named():
     sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 64, "num_experts": 4}
-    config = AutoConfig.for_model("qwen3_moe", **SMALL, **sizes)  # its experts' product has no fake in float32
+    config = AutoConfig.for_model("qwen3_moe", **SMALL, **sizes)  # torch has no fake version of its experts' product in float32
     assert "not known of model_type='qwen3_moe'" in memory_report(run_of(), config, PROMPT, 1, "cpu")
 
 
 def test_a_process_takes_what_is_expected():
-    """Of so small a policy, libraries' own memory is a part."""
+    """With a policy this small, the libraries' own memory matters."""
     command = [sys.executable, str(BENCH), "--policies", "tiny", "--cases", "float32"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr

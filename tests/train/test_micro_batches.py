@@ -1,4 +1,4 @@
-"""Micro-batches: every rollout once, no more tokens than allowed, as many parts for every rank."""
+"""Micro-batches hold every rollout once, stay within the limit of tokens, and are equally many on every rank."""
 
 import itertools
 

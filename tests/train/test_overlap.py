@@ -1,4 +1,4 @@
-"""The first rollouts of a step may be sampled within the step before: they are those rollouts, of an older policy."""
+"""The first rollouts of a step may be sampled during the step before, by the older policy. They are the same rollouts otherwise."""
 
 import json
 
@@ -45,7 +45,7 @@ def test_what_was_sampled_ahead_is_of_the_policy_before_its_update(tmp_path):
 
 
 def test_ratios_are_to_the_policy_that_was_sampled_from(tmp_path):
-    """Which the clipped loss sees: without a second pass its ratios are of two policies from the second step on."""
+    """From the second step on the ratios are to an older policy, so that some are clipped even with one update a step."""
     steps = train(tmp_path, overlap=True, optimizer=OptimizerConfig(learning_rate=3e-2))
     assert steps[0]["clip_fraction"] == 0
     assert max(step["clip_fraction"] or 0 for step in steps[1:]) > 0

@@ -1,9 +1,10 @@
 """Two ranks under torchrun train as one process does.
 
-The rollouts are the same to the last token: seeds go with the prompt's number in the run, and a token changes only where a
-uniform number falls within rounding of the border between two. Gradients are the same up to the order in which float32 numbers
-are added up; Adam turns that into relative differences of 1e-6 a step in the weights. Seen over the first ten steps: 3e-6 of the
-gradient norm, 2e-8 in the loss. In the long run the difference grows until a token does change, and the runs part.
+The rollouts are the same to the last token: their seeds depend on the prompt's number in the run, and a token changes only if a
+uniform number falls within rounding of the border between two tokens. Gradients are the same up to the order in which float32
+numbers are added. Adam turns that into relative differences of 1e-6 a step in the weights. In the first ten steps, the gradient
+norm differed by 3e-6 and the loss by 2e-8. In the long run the difference grows until a token does change, and then the runs
+diverge.
 """
 
 import json
@@ -29,7 +30,7 @@ FEW = {"tokens_per_backward": 120}  # so few that a step takes several passes
 CONFIGS = {
     "ddp": run_config("smoke", "v05", optimizer=FEW),
     "fsdp2": run_config("smoke", "v05", distributed="fsdp2", loss={"importance_cap": 2.0}, optimizer=FEW),
-    "refills": run_config(  # two prompts a step, and often one to replace
+    "refills": run_config(  # two prompts per step, and often one of them is replaced
         "smoke",
         "dapo",
         rollouts_per_step=32,
@@ -55,7 +56,7 @@ CONFIGS = {
     ),
     "torn": run_config("smoke", "v05", distributed="fsdp2", total_rollouts=512, checkpoint_seconds=0),
 }
-# Relative; all else is equal.
+# Relative tolerances. All other values must be equal.
 ROUNDED = {
     "grad_norm": 1e-4,
     "gradient_noise": 1e-4,
@@ -73,7 +74,7 @@ def torchrun(*arguments):
 
 
 def train(folder, name, out):
-    """`v05 train` in two ranks, which must end without tearing their interpreters down: gloo's threads now and then abort that."""
+    """Run `v05 train` in two ranks. They must not shut down their interpreters in the end: gloo's threads sometimes abort that."""
     command = folder / "command.py"
     command.write_text("import atexit, os, runpy; atexit.register(os.abort); runpy.run_module('v05', run_name='__main__')")
     return torchrun(command, "train", "--config", folder / f"{name}.json", "--out", out)
@@ -81,7 +82,9 @@ def train(folder, name, out):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The runs of two ranks in FOLDER/NAME, of one in FOLDER/NAME-alone, and how the two ranks ended."""
+    """The runs of two ranks in FOLDER/NAME, the runs of one process in FOLDER/NAME-alone, and the output and exit status of the two
+    ranks.
+    """
     folder = tmp_path_factory.mktemp("ranks")
     for name, config in CONFIGS.items():
         (folder / f"{name}.json").write_text(config.model_dump_json())
@@ -93,7 +96,7 @@ def folder(tmp_path_factory):
 
 
 def comparable(directory):
-    """Records without times and without how full the engine was: of two ranks each has fewer rollouts to fill it with."""
+    """Records without times and without the engine's load: with two ranks, each engine has fewer rollouts in flight."""
     return [{k: v for k, v in record.items() if k != "in_flight"} for record in untimed(directory)]
 
 
@@ -119,16 +122,16 @@ def test_two_ranks_train_as_one_process(name, folder):
     assert len(steps(folder / name)) >= 4
     if name == "refills":
         assert any(record["thrown_away"] for record in steps(folder / name))
-        assert any(record["spent"] % 32 for record in steps(folder / name))  # one prompt for two ranks
+        assert any(record["spent"] % 32 for record in steps(folder / name))  # some steps have one prompt for two ranks
     if name == "calibrated":
-        assert len({record["calibration_alpha"] for record in steps(folder / name)}) > 2  # the fit moves, on both alike
+        assert len({record["calibration_alpha"] for record in steps(folder / name)}) > 2  # the fit changes, and equally on both
     results = [json.loads((folder / run / "result.json").read_text()) for run in (name, f"{name}-alone")]
     assert results[0]["heldout_successes"] == results[1]["heldout_successes"]
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "bfloat16-fsdp2"])
 def test_two_ranks_in_bfloat16_train_as_one_process_within_its_rounding(name, folder):
-    """Products of matrices of other shapes round otherwise, and soon a token changes."""
+    """Matrix products of other shapes round differently, and soon a token changes."""
     ranks, alone = steps(folder / name), steps(folder / f"{name}-alone")
     assert ranks[0]["grad_norm"] == pytest.approx(alone[0]["grad_norm"], rel=2e-3)
     assert ranks[0]["loss"] == pytest.approx(alone[0]["loss"], rel=2e-3)
@@ -155,7 +158,7 @@ def test_what_two_ranks_began_goes_on(ranks, folder):
         assert result.returncode == 0, result.stderr
         output = result.stdout + result.stderr
         assert output.count("held-out accuracy") >= 1
-        assert output.count("; written to") == 1  # by one rank
+        assert output.count("; written to") == 1  # only one rank reports it
     else:
         lines = []
         list(Trainer(CONFIGS["torn"], torn, lines.append).run())

@@ -1,4 +1,4 @@
-"""Figures that leave the run directory stand once, also after an interruption; the live view says where a run stands."""
+"""Figures outside the run directory appear once, even after an interruption. The live view shows a run's progress."""
 
 import gc
 import io
@@ -19,7 +19,7 @@ from v05.train.sinks import TensorBoard, WeightsAndBiases, figures_of, interrupt
 from v05.train.state import Progress
 from v05.train.trainer import Trainer
 
-# One checkpoint, after the first step: what follows it is repeated after an interruption.
+# The only checkpoint is after the first step, so that all later steps are repeated after an interruption.
 CONFIG = smoke(5).model_copy(update={"checkpoint_seconds": 1e6})
 
 
@@ -27,7 +27,7 @@ def train(directory, sinks, until=None):
     for done, _ in enumerate(Trainer(CONFIG, directory, lambda line: None, sinks).run()):
         if done == until:
             break
-    gc.collect()  # lets go of the directory
+    gc.collect()  # releases the directory
 
 
 def test_tensorboard_shows_every_figure_once(tmp_path):
@@ -50,7 +50,7 @@ def test_tensorboard_shows_every_figure_once(tmp_path):
 
 @pytest.fixture
 def heeded():
-    """A shell that runs the tests in the background has them ignore Ctrl-C."""
+    """Restores Ctrl-C, which a shell that runs the tests in the background makes them ignore."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -80,7 +80,7 @@ def test_a_figure_may_come_from_any_thread():
 
 
 class FakeWandb:
-    """Takes runs as wandb does, and figures: those of the last step are merged, those of an earlier one dropped."""
+    """Accepts runs and figures as wandb does: figures of the last step are merged, and figures of an earlier step are dropped."""
 
     def __init__(self):
         self.starts, self.logged, self.finished = [], {}, 0
@@ -105,7 +105,7 @@ def test_weights_and_biases_go_on_under_one_id(tmp_path, monkeypatch):
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     train(tmp_path, [WeightsAndBiases(tmp_path, "mine", CONFIG)], until=4)
-    assert fake.finished == 1  # also where a run is broken off
+    assert fake.finished == 1  # an interrupted run is finished too
     train(tmp_path, [WeightsAndBiases(tmp_path, "mine", CONFIG)])
     assert fake.finished == 2
     assert [start["id"] for start in fake.starts] == [None, "run1"]

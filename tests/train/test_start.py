@@ -1,4 +1,4 @@
-"""What a run refuses before anything is sampled, what ends its completions, and what becomes of a policy that diverges."""
+"""What a run refuses before it samples, where completions end, and how a diverging policy is stopped."""
 
 import json
 import math
@@ -32,12 +32,12 @@ def folder(tmp_path):
 
 @pytest.fixture
 def trainer_of(tmp_path, folder):
-    """Trainers of the policy in `folder` on a JSON-lines file of sums, or of other prompts."""
+    """Makes trainers of the policy in `folder`, on a JSON-lines file of sums or of other prompts."""
 
     def make(prompts=tuple(f"{i}+1=" for i in range(40)), method="grpo@4", **overrides):
         rows = [{"prompt": prompt, "answer": "1"} for prompt in prompts]
         (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        inline = VerifierConfig(workers=0)  # whose task a test can change
+        inline = VerifierConfig(workers=0)  # a test can change its task
         overrides = {"policy": PolicyConfig(path=folder, max_new_tokens=4), "verifier": inline} | overrides
         config = run_config("smoke", method, task=JsonlConfig(path=tmp_path / "sums.jsonl"), **overrides)
         return Trainer(config, tmp_path / "run", lambda line: None)
@@ -80,7 +80,7 @@ def test_prompts_that_leave_no_room(folder, trainer_of, monkeypatch):
         trainer_of([*(f"{i}+1=" for i in range(40)), long])
     with pytest.raises(ValueError, match=r"max_new_tokens=62 after a prompt of [345] tokens does not fit the model's 64 positions"):
         trainer_of(policy=PolicyConfig(path=folder, max_new_tokens=62))
-    monkeypatch.setattr(trainer_module, "CHECKED_PROMPTS", 0)  # a prompt that comes late is refused when it is drawn
+    monkeypatch.setattr(trainer_module, "CHECKED_PROMPTS", 0)  # a long prompt is then refused only when it is drawn
     trainer = trainer_of([*(f"{i}+1=" for i in range(40)), long], total_rollouts=10_000)
     with pytest.raises(ValueError, match="max_new_tokens=4 after a prompt of 64 tokens does not fit the model's 64 positions"):
         list(trainer.run())
@@ -89,7 +89,7 @@ def test_prompts_that_leave_no_room(folder, trainer_of, monkeypatch):
 def test_tokens_that_a_tokenizer_lacks(folder, trainer_of):
     edit(folder / "tokenizer_config.json", eos_token=None, pad_token=None)
     _, tokenizer = load_policy(folder)
-    assert tokenizer.pad_token_id == 1  # any will do: it is masked
+    assert tokenizer.pad_token_id == 1  # any token will do, because it is masked
     trainer_of()
     edit(folder / "generation_config.json", eos_token_id=None)
     edit(folder / "config.json", eos_token_id=None)
@@ -106,7 +106,7 @@ def test_completions_end_at_every_id_of_the_generation_config(folder, trainer_of
     assert not any(set(c.tokens[:-1]) & {1, 5, 6} for c in completions)
     prompt = trainer.heldout[0]
     rates, _ = trainer.true_rewards([prompt], 4000, seed=2)
-    (chance,) = trainer.predict([prompt])  # by any of the three
+    (chance,) = trainer.predict([prompt])  # the end may be any of the three ids
     assert abs(rates.mean() - chance) < 5 * math.sqrt(chance * (1 - chance) / 4000)
     with FakeServer() as server:
         config = trainer.config.model_copy(update={"engine": EngineConfig(kind="vllm_server", url=server.url)})

@@ -1,4 +1,4 @@
-"""What a step records."""
+"""The figures that a step records."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,6 @@
-"""Suites: tuning picks what ended highest, rows carry all that tables and figures need, and a suite goes on where it stopped."""
+"""Suites: tuning picks the rate that ends highest, rows hold everything that tables and figures need, and a suite resumes where it
+stopped.
+"""
 
 import json
 from dataclasses import replace
@@ -88,17 +90,17 @@ def test_tuning_sees_no_prompt_that_counts(mix):
 def test_no_right_answer_is_punished_for_its_length(mix):
     config = run_config(mix, "dapo")
     limit = config.policy.max_new_tokens
-    lengths = [len(prompt.answer) for prompt in heldout_set(make_task(config.task), 1024)]  # a token a character
-    assert max(lengths) + 1 <= limit  # and the end
+    lengths = [len(prompt.answer) for prompt in heldout_set(make_task(config.task), 1024)]  # one token per character
+    assert max(lengths) + 1 <= limit  # plus the end token
     assert max(lengths) <= limit - config.overlong.tokens(limit)
 
 
 def test_tuning_takes_the_rate_whose_end_is_highest():
     suite = replace(HEADLINE, mixes=("arithmetic",), tuned={"grpo@4": ("grpo@4",)}, learning_rates=(1e-4, 1e-3))
     seed, total = tuning_runs(suite)[0].key[3], suite.tuning_rollouts
-    ends = {1e-4: (0.4, 0.6, 0.6), 1e-3: (0.4, 0.4, 0.7)}  # the last two evaluations decide
+    ends = {1e-4: (0.4, 0.6, 0.6), 1e-3: (0.4, 0.4, 0.7)}  # the mean of the last two evaluations decides
     rows = [made_up_row("grpo@4", seed, ends[rate], "tune", rate=rate, total=total) for rate in ends]
-    rows.append(made_up_row("grpo@4", 0, (0.4, 0.9, 0.9), rate=1e-3, total=total))  # counts, and must not tune
+    rows.append(made_up_row("grpo@4", 0, (0.4, 0.9, 0.9), rate=1e-3, total=total))  # a run that counts must not affect tuning
     assert tuned_rates(suite, rows) == {("arithmetic", "grpo@4"): 1e-4}
 
 
@@ -120,7 +122,7 @@ def test_rows_come_back_as_they_went(tmp_path):
         append_row(tmp_path, row)
     again = read_rows(tmp_path)
     assert [row.key for row in again] == [row.key for row in rows]
-    assert str(again) == str(rows)  # NaN is not itself
+    assert str(again) == str(rows)  # as text, because NaN is unequal to itself
     (tmp_path / "runs.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="columns"):
         read_rows(tmp_path)
@@ -137,9 +139,9 @@ def test_a_row_that_was_cut_is_named(tmp_path):
 @pytest.mark.parametrize(
     "damage",
     [
-        ("0.6,4.0", "nan,4.0"),  # accuracy_after
+        ("0.6,4.0", "nan,4.0"),  # the column accuracy_after
         ("2101", "21o1"),
-        (",2,2101", ",0,2101"),  # samples
+        (",2,2101", ",0,2101"),  # the column samples
         ('"[[0.0', '"[0.0'),
         ('"[[0.0', '"[[null'),
         ("\n", ",one more\n"),
@@ -168,7 +170,7 @@ def test_rows_of_another_suite_are_refused():
 
 
 def test_times_are_medians():
-    """A run that waited for something else takes long, and says nothing of its method."""
+    """A run that was delayed takes long, which says nothing about its method."""
     seconds = (3.0, 5.0, 600.0)
     rows = [replace(made_up_row("grpo@4", seed, (0.4, 0.5)), update_seconds=taken) for seed, taken in enumerate(seconds)]
     record = summarise(rows)[0]
@@ -180,7 +182,7 @@ def test_summary_compares_with_each_rival_at_its_best(tmp_path):
     rows = [
         *(made_up_row("grpo@4", seed, (0.4, 0.5, 0.6), successes="2110") for seed in range(2)),
         *(made_up_row("grpo@16", seed, (0.4, 0.45, 0.5), successes="1110") for seed in range(2)),
-        made_up_row("grpo@2", 0, (0.4, 0.9, 0.9)),  # best of one seed: the sizes are compared on seeds that all have
+        made_up_row("grpo@2", 0, (0.4, 0.9, 0.9)),  # the highest on seed 0, the only one that all sizes have
         *(made_up_row("v05@4..16", seed, (0.4, 0.5, 0.7), successes="2211") for seed in range(2)),
     ]
     records = {record["label"]: record for record in summarise(rows)}
@@ -191,8 +193,8 @@ def test_summary_compares_with_each_rival_at_its_best(tmp_path):
     assert complete["over_grpo"] == pytest.approx(0.25)
     assert complete["over_grpo_low"] <= 0.25 <= complete["over_grpo_high"]
     assert complete["rollouts_to_grpo"] == pytest.approx(500)
-    assert complete["rollouts_to_grpo_low"] == complete["rollouts_to_grpo_high"] == pytest.approx(500)  # the seeds agree
-    assert "rollouts_to_grpo_low" not in {r["label"]: r for r in summarise(rows)}["grpo@2"]  # one seed
+    assert complete["rollouts_to_grpo_low"] == complete["rollouts_to_grpo_high"] == pytest.approx(500)  # both seeds agree
+    assert "rollouts_to_grpo_low" not in {r["label"]: r for r in summarise(rows)}["grpo@2"]  # one seed has no interval
     assert complete["tokens_to_grpo"] == pytest.approx(2500)
     assert "over_dapo" not in complete
     assert "over_grpo" not in {r["label"]: r for r in summarise(rows)}["grpo@2"]
@@ -210,7 +212,7 @@ def test_all_mixes_together_against_the_best_rival_of_each():
     rows = ends("arithmetic", **{"grpo@4": "1100", "dapo@4": "1110", "v05@2": "2210"})
     rows += ends("hard", **{"grpo@4": "2000", "dapo@4": "1000", "v05@2": "2100"})
     record = over_best_rival(rows, "v05@2")
-    assert record["over_best"] == pytest.approx((2 / 8 + 1 / 8) / 2)  # of dapo@4 and of grpo@4
+    assert record["over_best"] == pytest.approx((2 / 8 + 1 / 8) / 2)  # over dapo@4, and over grpo@4
     assert record["over_best_low"] < record["over_best"] < record["over_best_high"]
     assert over_best_rival(rows, "grpo@4")["over_best"] == pytest.approx(-1 / 16)
     assert over_best_rival(rows[:-2], "v05@2") == {}
@@ -249,7 +251,7 @@ def test_a_row_holds_what_the_run_came_to(tmp_path):
 
 
 def test_rloo_is_dr_grpo_where_groups_have_one_size(tmp_path):
-    """Why no suite runs both: the advantages differ by k / (k - 1), which AdamW divides out."""
+    """This is why no suite runs both: the advantages differ by the factor k / (k - 1), which AdamW cancels."""
     ends = {}
     for method in ("dr_grpo@4", "rloo@4"):
         trainer = Trainer(run_config("smoke", method), tmp_path / method, lambda line: None)

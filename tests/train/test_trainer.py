@@ -1,4 +1,4 @@
-"""Whole runs of the smoke preset: every method trains, repeats itself, and logs what it spent."""
+"""Whole runs of the smoke preset: every method trains, is reproducible, and logs what it spent."""
 
 import gc
 import json
@@ -51,7 +51,7 @@ def test_every_method_runs_to_its_budget(method, tmp_path):
     steps = read_metrics(tmp_path, "step")
     assert result["rollouts"] > 256 - 64 / 2
     if not config.max_refills:
-        assert min(step["prompts"] for step in steps) >= 64 / 2 / config.budget.maximum  # no step of what is left over
+        assert min(step["prompts"] for step in steps) >= 64 / 2 / config.budget.maximum  # no step is made of a small remainder
     assert result["rollouts"] == steps[-1]["rollouts"] == sum(s["spent"] for s in steps)
     assert result["steps"] == len(steps)
     assert sum(result["heldout_successes"]) / (16 * 2) == result["accuracy_after"]
@@ -86,7 +86,7 @@ def test_a_given_policy_has_the_limit_of_a_preset_for_language_models(tmp_path):
     limit = PRESETS["gsm"]["policy"].max_new_tokens
     assert given_policy("gsm", tmp_path) == PolicyConfig(path=tmp_path, max_new_tokens=limit)
     assert given_policy("gsm", tmp_path, 9).max_new_tokens == 9
-    assert given_policy("tiny", tmp_path).max_new_tokens == MAX_NEW_TOKENS  # that of tiny is for characters
+    assert given_policy("tiny", tmp_path).max_new_tokens == MAX_NEW_TOKENS  # the limit of tiny is meant for characters
     assert run_config("gsm", "optimal@1", policy=given_policy("gsm", tmp_path)).chat
     with pytest.raises(ValueError, match=r"policy.path is None, but chat=True.* give its folder: --policy FOLDER"):
         run_config("gsm", "optimal@1")
@@ -127,12 +127,12 @@ def test_training_moves_the_policy_towards_reward(method, tmp_path):
     assert np.mean([s["accuracy"] for s in steps[-5:]]) > np.mean([s["accuracy"] for s in steps[:5]]) + 0.3
     if method == "v05":
         errors = [s["prior_gap"] for s in steps]
-        assert np.median(errors[-5:]) < errors[0] / 2  # and the prior keeps up
+        assert np.median(errors[-5:]) < errors[0] / 2  # the prior follows the policy
 
 
 @pytest.mark.parametrize("spec", ["calibrated@2..8", "calibrated@2..8~3"])
 def test_the_budget_follows_the_fit(spec, tmp_path):
-    """Later steps allocate by what earlier ones have taught of the prior; a run that is resumed goes on by it."""
+    """Later steps allocate by the calibration fitted in earlier ones. A resumed run continues with the same fit."""
     config = run_config("smoke", spec, rollouts_per_step=256, total_rollouts=1600, checkpoint_seconds=0.0)
     trainer = Trainer(config, tmp_path / "torn", lambda line: None)
     run = trainer.run()
@@ -141,7 +141,7 @@ def test_the_budget_follows_the_fit(spec, tmp_path):
     fitted = trainer.estimator.calibrator.state_dict()
     assert trainer.estimator.calibrator.calibration != Calibration()
     del run, trainer
-    gc.collect()  # lets go of the run's files
+    gc.collect()  # releases the run's files
     resumed = Trainer(config, tmp_path / "torn", lambda line: None)
     for name, value in resumed.estimator.calibrator.state_dict().items():
         np.testing.assert_array_equal(value, fitted[name])
@@ -195,18 +195,18 @@ def test_steps_record_what_their_groups_came_to(method, tmp_path):
 
 
 def test_the_noise_is_that_of_the_advantages():
-    """Of rewards without a baseline it is the mean square of the rewards by energy, also where advantages are stretched."""
+    """Without a baseline, the noise is the energy-weighted mean square of the rewards, even if the advantages are scaled."""
     energies, rewards = np.array([0.5, 2.0, 1.0, 4.0]), np.array([1.0, 0.0, 1.0, 1.0])
     batch = fake_batch([0, 2, 4], [one_token(energy) for energy in energies])
     assert step_records.gradient_noise(batch, rewards, rewards, False) == pytest.approx(5.5 / 7.5)
     assert step_records.gradient_noise(batch, rewards, 3 * rewards, True) == pytest.approx(5.5 / 7.5)
     assert step_records.gradient_noise(batch, rewards, rewards - 0.5, False) == pytest.approx(0.25)
-    assert math.isnan(step_records.gradient_noise(batch, np.ones(4), np.zeros(4), True))  # no rewards to take a slope from
+    assert math.isnan(step_records.gradient_noise(batch, np.ones(4), np.zeros(4), True))  # equal rewards do not determine the scale
     assert math.isnan(step_records.gradient_noise(fake_batch([0], []), np.zeros(0), np.zeros(0), False))
 
 
 def one_token(energy):
-    """A completion of one token whose energy is known: (1 - pi)^2 + (sum of squares - pi^2)."""
+    """A completion of one token with known energy: (1 - pi)^2 + (sum of squares - pi^2)."""
     return Completion(np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.float32), True, np.array([1.0 + energy]))
 
 
@@ -228,7 +228,9 @@ def fake_batch(offsets, completions):
 
 @pytest.mark.parametrize("method", ["rloo@4", "grpo@4", "calibrated@2", "prior@1"])
 def test_the_probed_baseline_is_the_one_that_was_subtracted(method, tmp_path, monkeypatch):
-    """Rewards and truth made up: what is logged is the error of the group's other rewards, its mean, or the prior."""
+    """With made-up rewards and true rates, the logged error is that of the group's other rewards, of the group's mean, or of the
+    prior.
+    """
     config = run_config("smoke", method, evaluation={"probe_prompts": 4, "probe_samples": 2, "prompts": 4, "evaluations": 1})
     trainer = Trainer(config, tmp_path, print)
     step = trainer.sample
@@ -244,9 +246,9 @@ def test_the_probed_baseline_is_the_one_that_was_subtracted(method, tmp_path, mo
     monkeypatch.setattr(trainer, "true_rewards", lambda prompts, samples, seed: (np.full((len(prompts), samples), 0.25), []))
     trainer.step(probe=True)
     (probe,) = read_metrics(tmp_path, "probe")
-    alone, _ = reference.advantages([0.0, 1.0], [0, 0], [0.3], method="calibrated", leave_one_out=True)  # as in the first step
+    alone, _ = reference.advantages([0.0, 1.0], [0, 0], [0.3], method="calibrated", leave_one_out=True)  # not fitted yet
     expected = {
-        "rloo@4": np.mean([(2 / 3 - 0.25) ** 2, (1 / 3 - 0.25) ** 2]),  # of a reward 0 and of a reward 1
+        "rloo@4": np.mean([(2 / 3 - 0.25) ** 2, (1 / 3 - 0.25) ** 2]),  # for a reward 0 and for a reward 1
         "grpo@4": 0.25**2,
         "prior@1": 0.05**2,
         "calibrated@2": np.mean(([0.0, 1.0] - alone - 0.25) ** 2),
@@ -286,8 +288,8 @@ def test_a_groups_outcome_is_that_of_its_first_rollouts(tmp_path):
     )
     bins = prior_outcomes(batch, 2)
     assert bins[0] == [2, 0.05, 0.5]  # the later rewards of the second group do not count
-    assert bins[9] == [1, 1.0, 1.0]  # a group of one
-    assert sum(groups for groups, _, _ in bins) == 3  # the last has no prior
+    assert bins[9] == [1, 1.0, 1.0]  # a group of one rollout
+    assert sum(groups for groups, _, _ in bins) == 3  # the last group has no prior
     assert histogram(torch.tensor([0.0, 0.09, 0.1, 1.0, torch.nan])) == [2, 1, 0, 0, 0, 0, 0, 0, 0, 1]
 
 
@@ -301,7 +303,7 @@ def test_dynamic_sampling_throws_away_and_counts(tmp_path):
 
 @pytest.mark.parametrize("cap", [None, 2.0])
 def test_nothing_but_equal_groups_is_survived(cap, tmp_path):
-    # A policy that always fails: every group is thrown away, each step goes on with what there is.
+    # The policy always fails. Every group is thrown away, and each step goes on with an empty batch.
     config = run_config("smoke", "dapo", loss={"clip_high": 0.28, "importance_cap": cap})
     trainer = Trainer(config, tmp_path, lambda line: None)
     trainer.task.verify = lambda prompt, completion: 0.0
@@ -316,7 +318,7 @@ def test_overlong_shaping_is_daposs_ramp():
     def completion(length, finished=True):
         return Completion(np.zeros(length, dtype=np.int64), np.zeros(length, dtype=np.float32), finished)
 
-    completions = [completion(1), completion(7), completion(8), completion(8, finished=False)]  # the end does not count
+    completions = [completion(1), completion(7), completion(8), completion(8, finished=False)]  # the end token does not count
     shaped = shaped_rewards(np.ones(4), completions, OverlongConfig(buffer=2), limit=8)
     assert shaped.tolist() == [1.0, 1.0, 0.5, 0.0]
     assert shaped_rewards(np.ones(4), completions, None, limit=8).tolist() == [1.0] * 4
@@ -329,7 +331,7 @@ def test_leaving_out_rollouts_without_advantage_is_exact(tmp_path):
         trainer = Trainer(config, tmp_path / str(split), lambda line: None)
         batch, _ = trainer.sample()
         advantages = torch.from_numpy(batch.rewards - 0.5 * (np.arange(len(batch.rewards)) % 2)).float()
-        if not split:  # one pass over all rows; else many micro-batches, and rows without advantage left out
+        if not split:  # this side makes one pass over all rows; the other makes many micro-batches, without rows of advantage 0
             advantages = torch.where(advantages == 0, 1e-30, advantages)
         trainer.learner.optimizer.step = lambda: None
         trainer.learner.update(batch, advantages)
@@ -347,14 +349,14 @@ def test_kl_and_several_updates_a_step(tmp_path):
     train(config, tmp_path)
     steps = read_metrics(tmp_path, "step")
     assert steps[-1]["kl"] > 0
-    assert any(s["clip_fraction"] > 0 for s in steps)  # the second update is off-policy
+    assert any(s["clip_fraction"] > 0 for s in steps)  # the second update of a step is off-policy
 
 
 def test_clip_fraction_is_that_of_the_updates(tmp_path):
     optimizer = OptimizerConfig(updates_per_step=2, tokens_per_backward=60)
     trainer = Trainer(run_config("smoke", "v05@4", optimizer=optimizer), tmp_path, lambda line: None)
     batch, _ = trainer.sample()
-    for completion in batch.completions:  # as if sampled by a policy that was sure of the contrary: every ratio is huge
+    for completion in batch.completions:  # as if sampled by a policy of the opposite opinion: every ratio is huge
         completion.logprobs[:] -= 10
     assert trainer.learner.update(batch, torch.ones(len(batch.rewards)))["clip_fraction"] == pytest.approx(1.0)
 
@@ -365,7 +367,7 @@ def test_every_loss_is_that_of_its_row(kind, tmp_path):
     trainer = Trainer(run_config("smoke", "v05@4", loss=settings), tmp_path, lambda line: None)
     batch, _ = trainer.sample()
     learner, random = trainer.learner, np.random.default_rng(0)
-    rescored = learner.rescore(batch)  # of the policy that is updated
+    rescored = learner.rescore(batch)  # log-probabilities under the policy that is updated
     for completion in batch.completions:
         completion.logprobs[:] += 0.1 * random.normal(size=len(completion.logprobs))
     old = [row + 0.3 * random.normal(size=len(row)).astype(np.float32) for row in rescored]
@@ -413,7 +415,7 @@ def test_rescoring_the_engines_rollouts_changes_rounding_only(tmp_path):
 def test_the_value_model_is_the_prior_and_runs_leave_logs_for_it(tmp_path):
     train(run_config("smoke", "v05", prior="v0"), tmp_path)
     first, *later = read_metrics(tmp_path, "step")
-    assert first["prior_mean"] is None  # nothing is known before the first outcome
+    assert first["prior_mean"] is None  # there is no prior before the first outcome
     assert all(0 < s["prior_mean"] < 1 for s in later)
     before, *after = read_metrics(tmp_path, "evaluation")
     assert before["prior_brier"] is None
@@ -438,7 +440,9 @@ def first_rows(directory):
 
 
 def replica(trainer, factor=1.0):
-    """The embedded engine with a copy of the policy, as an engine elsewhere has it; `factor` spoils what it is sent."""
+    """The embedded engine with a copy of the policy, like an engine in another process. `factor` falsifies the weights that it is
+    sent.
+    """
     folder = policy_folder(trainer.config.policy, trainer.config.task, trainer.task, lambda line: None)
     engine = engine_of_folder("transformers", trainer.config, folder, {"max_new_tokens": 4, "capacity": 512})
     update = engine.update_weights
@@ -480,7 +484,7 @@ def test_an_error_closes_engine_and_verifier(tmp_path):
 
 def test_specs_and_presets():
     assert label_of(run_config("tiny", "v05")) == "v05@4..16"
-    assert label_of(run_config("tiny", "ebpo")) == "ebpo@4"  # whose prior is its own
+    assert label_of(run_config("tiny", "ebpo")) == "ebpo@4"  # its own prior is not part of the label
     assert label_of(run_config("tiny", "ebpo", prior="history")) == "ebpo@4+history"
     assert run_config("tiny", "v05@4").budget == BudgetConfig(rule="uniform", initial=4, maximum=4)
     assert run_config("tiny", "v05@2..8").budget == BudgetConfig(rule="osla", initial=2, maximum=8)
