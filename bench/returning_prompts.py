@@ -92,6 +92,8 @@ class WatchedTrainer(Trainer):
             for name, tracker in TRACKERS.items():
                 self.shadows[method, name] = replace(self.shadow(method, "spo"), prior=tracker())
         self.last: dict[str, Completion] = {}
+        self.collect = self.sampler.collect
+        self.sampler.collect = self.collect_and_watch  # type: ignore[method-assign]
         self.sums: dict[tuple[int, str, str], Array] = defaultdict(lambda: np.zeros(2))
 
     def shadow(self, method: str, prior: str) -> Estimator:
@@ -100,9 +102,9 @@ class WatchedTrainer(Trainer):
         assert config.policy.path is not None
         return make_estimator(config, config.policy.path)
 
-    def collect(self, count: int) -> RolloutBatch:
+    def collect_and_watch(self, count: int) -> RolloutBatch:
         quarter = QUARTERS * self.state.rollouts // self.config.total_rollouts
-        batch = super().collect(count)
+        batch = self.collect(count)
         self.watch(batch, quarter)
         return batch
 
@@ -149,7 +151,7 @@ class WatchedTrainer(Trainer):
 
 def exact_rates(trainer: Trainer, prompts: Sequence[Prompt]) -> Array:
     """(P,) probabilities of the reference answers."""
-    tokens, answers = [trainer.tokens_of(prompt) for prompt in prompts], [prompt.answer for prompt in prompts]
+    tokens, answers = [trainer.sampler.tokens_of(prompt) for prompt in prompts], [prompt.answer for prompt in prompts]
     return answer_probability(trainer.learner.sampled, trainer.tokenizer, tokens, answers, trainer.config.policy.max_new_tokens)
 
 

@@ -130,7 +130,7 @@ def test_a_killed_comparison_goes_on(environment, tmp_path):
     again = v05(*arguments, environment=environment, directory=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "going on where they stopped: v05@4..16-seed0" in again.stderr
-    assert "going on from step" in (run / "log.txt").read_text()
+    assert "resuming from step" in (run / "log.txt").read_text()
     steps = read_metrics(run, "step")
     assert [s["step"] for s in steps] == list(range(len(steps)))
 
@@ -281,7 +281,7 @@ def test_an_interrupted_run_is_readable_and_goes_on(environment, tmp_path):
     assert "Traceback" not in full.stderr
     again = v05(*arguments, environment=environment, directory=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert "going on from step " in again.stderr
+    assert "resuming from step " in again.stderr
     steps = read_metrics(tmp_path / "run", "step")
     assert [s["step"] for s in steps] == list(range(len(steps)))
     assert steps[-1]["rollouts"] > total - 64 / 2

@@ -87,7 +87,7 @@ class Runner:
             injected.in_checkpoint += any(directory.glob("checkpoint-*.partial"))
             injected.exit_codes.append(process.exitcode)
         self.finish(config, directory)
-        injected.resumed = (directory / "log.txt").read_text().count("going on from step")
+        injected.resumed = (directory / "log.txt").read_text().count("resuming from step")
         return injected
 
 

@@ -300,7 +300,7 @@ def test_an_interrupted_run_goes_on(method, settings, tmp_path):
     with (tmp_path / "halves" / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "step": 3')  # an interrupted step left half a record
     rollouts = max(record["rollouts"] for record in recorded)
-    assert train(config, tmp_path / "halves") == [f"going on from step 3, rollout {rollouts} of 512"]
+    assert train(config, tmp_path / "halves") == [f"resuming from step 3, rollout {rollouts} of 512"]
     assert read_metrics(tmp_path / "halves")[: len(recorded)] == recorded
     assert untimed(tmp_path / "halves") == untimed(tmp_path / "whole")
     assert policy_digest(tmp_path / "halves") == policy_digest(tmp_path / "whole")
@@ -323,7 +323,7 @@ def test_a_damaged_checkpoint_costs_a_run_one_step(tmp_path):
     flip(tmp_path / "damaged" / "checkpoint-00000003")
     lines = train(config, tmp_path / "damaged")
     assert "deleted, an earlier checkpoint takes its place" in lines[0]
-    assert "going on from step 2" in lines[1]
+    assert "resuming from step 2" in lines[1]
     assert untimed(tmp_path / "damaged") == untimed(tmp_path / "whole")
 
 

@@ -76,8 +76,8 @@ def test_prompts_are_looked_at_and_then_drawn():
 def test_requests_have_the_seeds_that_the_allocator_will_give(tmp_path):
     trainer = Trainer(run_config("smoke", "v05@2..4", seed=5), tmp_path, lambda line: None)
     made = requests_ahead([(1,), (2,), (3,)], 17, 2, seed=5)
-    trainer.allocator.open(np.arange(17, 20), np.full(3, 0.5))
-    leases = trainer.allocator.lease(6)
+    trainer.sampler.allocator.open(np.arange(17, 20), np.full(3, 0.5))
+    leases = trainer.sampler.allocator.lease(6)
     expected = {(g, i): seed for g, i, seed in zip(leases.group.tolist(), leases.index.tolist(), leases.seed.tolist(), strict=True)}
     assert [request.seed for request in made] == [expected[17 + i // 2, i % 2] for i in range(6)]
     assert [request.prompt for request in made] == [(1,), (1,), (2,), (2,), (3,), (3,)]

@@ -163,7 +163,7 @@ def test_what_two_ranks_began_goes_on(ranks, folder):
         lines = []
         list(Trainer(CONFIGS["torn"], torn, lines.append).run())
         output = lines[0]
-    assert f"going on from step {taken}, " in output
+    assert f"resuming from step {taken}, " in output
     assert_same(comparable(torn), comparable(folder / "torn-alone"))
     assert len(read_metrics(torn, "step")) == json.loads((torn / "result.json").read_text())["steps"]
 

@@ -101,12 +101,12 @@ def test_completions_end_at_every_id_of_the_generation_config(folder, trainer_of
     edit(folder / "generation_config.json", eos_token_id=[1, 5, 6])
     trainer = trainer_of(method="v05+oracle", policy=PolicyConfig(path=folder, max_new_tokens=30))
     trainer.task.verify = lambda prompt, completion: float(completion == prompt.answer)
-    _, completions = trainer.true_rewards(trainer.heldout, 40, seed=1)
+    _, completions = trainer.evaluator.true_rewards(trainer.heldout, 40, seed=1)
     assert {int(c.tokens[-1]) for c in completions if c.finished} == {1, 5, 6}
     assert not any(set(c.tokens[:-1]) & {1, 5, 6} for c in completions)
     prompt = trainer.heldout[0]
-    rates, _ = trainer.true_rewards([prompt], 4000, seed=2)
-    (chance,) = trainer.predict([prompt])  # the end may be any of the three ids
+    rates, _ = trainer.evaluator.true_rewards([prompt], 4000, seed=2)
+    (chance,) = trainer.sampler.predict([prompt])  # the end may be any of the three ids
     assert abs(rates.mean() - chance) < 5 * math.sqrt(chance * (1 - chance) / 4000)
     with FakeServer() as server:
         config = trainer.config.model_copy(update={"engine": EngineConfig(kind="vllm_server", url=server.url)})

@@ -104,7 +104,7 @@ def test_prompts_go_into_the_chat_template(tmp_path):
     tokenizer.save_pretrained(tmp_path / "start")
     trainer = Trainer(asked, tmp_path / "run", print)
     prompt = trainer.heldout[0]
-    assert tokenizer.decode(trainer.tokens_of(prompt)) == f"user:{prompt.text}:"
+    assert tokenizer.decode(trainer.sampler.tokens_of(prompt)) == f"user:{prompt.text}:"
     for _ in trainer.run():
         pass
     assert (tmp_path / "run" / "result.json").is_file()
@@ -158,7 +158,7 @@ def test_the_budget_follows_the_fit(spec, tmp_path):
 
 def test_paths_are_counted_where_they_can_be(tmp_path):
     trainer = Trainer(run_config("smoke", "calibrated@2..8"), tmp_path, lambda line: None)
-    batch, _ = trainer.sample()
+    batch, _ = trainer.sampler.sample()
     sizes = np.diff(batch.offsets)
     assert len(set(sizes.tolist())) > 1
     estimate = estimate_batch(trainer.estimator, batch, batch.rewards)
@@ -233,17 +233,20 @@ def test_the_probed_baseline_is_the_one_that_was_subtracted(method, tmp_path, mo
     """
     config = run_config("smoke", method, evaluation={"probe_prompts": 4, "probe_samples": 2, "prompts": 4, "evaluations": 1})
     trainer = Trainer(config, tmp_path, print)
-    step = trainer.sample
+    sample_step = trainer.sampler.sample
 
     def sample():
-        batch, thrown_away = step()
+        batch, thrown_away = sample_step()
         batch.rewards[:] = np.arange(len(batch.rewards)) % 2
         if trainer.estimator.of.needs_prior:
             batch.priors[:] = 0.3
         return batch, thrown_away
 
-    monkeypatch.setattr(trainer, "sample", sample)
-    monkeypatch.setattr(trainer, "true_rewards", lambda prompts, samples, seed: (np.full((len(prompts), samples), 0.25), []))
+    def true_rewards(prompts, samples, seed):
+        return np.full((len(prompts), samples), 0.25), []
+
+    monkeypatch.setattr(trainer.sampler, "sample", sample)
+    monkeypatch.setattr(trainer.evaluator, "true_rewards", true_rewards)
     trainer.step(probe=True)
     (probe,) = read_metrics(tmp_path, "probe")
     alone, _ = reference.advantages([0.0, 1.0], [0, 0], [0.3], method="calibrated", leave_one_out=True)  # not fitted yet
@@ -278,7 +281,7 @@ def test_completions_are_recorded_after_evaluations(tmp_path, monkeypatch):
 
 def test_a_groups_outcome_is_that_of_its_first_rollouts(tmp_path):
     trainer = Trainer(run_config("smoke", "v05"), tmp_path, lambda line: None)
-    batch, _ = trainer.sample()
+    batch, _ = trainer.sampler.sample()
     batch = replace(
         batch,
         prompts=batch.prompts[:4],
@@ -295,7 +298,7 @@ def test_a_groups_outcome_is_that_of_its_first_rollouts(tmp_path):
 
 def test_dynamic_sampling_throws_away_and_counts(tmp_path):
     trainer = Trainer(run_config("smoke", "dapo"), tmp_path, lambda line: None)
-    batch, thrown_away = trainer.sample()
+    batch, thrown_away = trainer.sampler.sample()
     assert has_signal(batch).all()
     assert trainer.state.rollouts == len(batch.rewards) + thrown_away
     assert trainer.state.groups >= len(batch.prompts)
@@ -329,7 +332,7 @@ def test_leaving_out_rollouts_without_advantage_is_exact(tmp_path):
     for split, tokens in ((True, 80), (False, 100_000)):
         config = run_config("smoke", "dr_grpo", rollouts_per_step=256, optimizer={"tokens_per_backward": tokens})
         trainer = Trainer(config, tmp_path / str(split), lambda line: None)
-        batch, _ = trainer.sample()
+        batch, _ = trainer.sampler.sample()
         advantages = torch.from_numpy(batch.rewards - 0.5 * (np.arange(len(batch.rewards)) % 2)).float()
         if not split:  # this side makes one pass over all rows; the other makes many micro-batches, without rows of advantage 0
             advantages = torch.where(advantages == 0, 1e-30, advantages)
@@ -355,7 +358,7 @@ def test_kl_and_several_updates_a_step(tmp_path):
 def test_clip_fraction_is_that_of_the_updates(tmp_path):
     optimizer = OptimizerConfig(updates_per_step=2, tokens_per_backward=60)
     trainer = Trainer(run_config("smoke", "v05@4", optimizer=optimizer), tmp_path, lambda line: None)
-    batch, _ = trainer.sample()
+    batch, _ = trainer.sampler.sample()
     for completion in batch.completions:  # as if sampled by a policy of the opposite opinion: every ratio is huge
         completion.logprobs[:] -= 10
     assert trainer.learner.update(batch, torch.ones(len(batch.rewards)))["clip_fraction"] == pytest.approx(1.0)
@@ -365,7 +368,7 @@ def test_clip_fraction_is_that_of_the_updates(tmp_path):
 def test_every_loss_is_that_of_its_row(kind, tmp_path):
     settings = LossConfig(kind=kind, importance_cap=1.1, importance_level="sequence")
     trainer = Trainer(run_config("smoke", "v05@4", loss=settings), tmp_path, lambda line: None)
-    batch, _ = trainer.sample()
+    batch, _ = trainer.sampler.sample()
     learner, random = trainer.learner, np.random.default_rng(0)
     rescored = learner.rescore(batch)  # log-probabilities under the policy that is updated
     for completion in batch.completions:
@@ -534,16 +537,16 @@ def test_specs_and_presets():
 def test_the_oracle_knows_the_success_rate(tmp_path):
     trainer = Trainer(run_config("smoke", "v05+oracle"), tmp_path, lambda line: None)
     prompts = trainer.heldout[:8]
-    rewards, _ = trainer.true_rewards(prompts, 1024, seed=1)
+    rewards, _ = trainer.evaluator.true_rewards(prompts, 1024, seed=1)
     rates = rewards.mean(-1)
-    assert np.abs(trainer.predict(prompts) - rates).max() < 4 * 0.5 / np.sqrt(1024)
+    assert np.abs(trainer.sampler.predict(prompts) - rates).max() < 4 * 0.5 / np.sqrt(1024)
     assert rates.max() > 0.02
 
 
 def test_the_useless_prior_is_useless_and_always_the_same(tmp_path):
     config = run_config("smoke", "v05@4+noise", seed=3)
     trainer, again = (Trainer(config, tmp_path / name, lambda line: None) for name in "ab")
-    predicted = trainer.predict(trainer.heldout)
+    predicted = trainer.sampler.predict(trainer.heldout)
     assert np.array_equal(predicted, again.predict(again.heldout))
     assert ((predicted > 0) & (predicted < 1)).all()
     assert 0.2 < predicted.std() < 0.4
