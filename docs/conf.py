@@ -1,4 +1,4 @@
-"""How `make docs` builds the pages in this folder, with the API reference from the package's docstrings."""
+"""Configuration of Sphinx, with which `make docs` builds the pages in this folder and the API reference from docstrings."""
 
 import re
 import subprocess
@@ -14,17 +14,19 @@ version = release = v05.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 myst_heading_anchors = 3
 
-default_role = "py:obj"  # a name in single backticks: a link where the reference has it, else code
+default_role = "py:obj"  # a name in single backticks becomes a link if the reference has it, else code
 autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
-autodoc_type_aliases = {name: name for name in ("Array", "ArrayLike", "GroupIds")}  # not what they stand for
-autodoc_mock_imports = ["accelerate", "ray", "skyrl", "tensordict", "transfer_queue", "trl", "verl"]  # trainers and theirs
+# Signatures show the names of these types instead of their definitions.
+autodoc_type_aliases = {name: name for name in ("Array", "ArrayLike", "GroupIds")}
+# The trainers and their dependencies are not installed where the pages are built.
+autodoc_mock_imports = ["accelerate", "ray", "skyrl", "tensordict", "transfer_queue", "trl", "verl"]
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
-napoleon_attr_annotations = False  # docstrings say the dtypes, and more of them
+napoleon_attr_annotations = False  # docstrings give dtypes, which say more than annotations
 
 PLAIN_SIDEBAR = {"color-sidebar-link-text--top-level": "var(--color-foreground-primary)"}
-html_theme = "furo"  # with its search, and dark where the reader's system is
+html_theme = "furo"  # has a search, and is dark if the reader's system is
 html_title = "v05"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
@@ -33,33 +35,33 @@ html_theme_options = {
     "dark_css_variables": {"color-brand-primary": "#f87171", "color-brand-content": "#f87171", **PLAIN_SIDEBAR},
     "navigation_with_keys": True,
 }
-copybutton_exclude = ".linenos, .gp, .go"  # prompts and output are no part of a command
+copybutton_exclude = ".linenos, .gp, .go"  # do not copy prompts and output
 html_copy_source = False
-html_use_index = html_domain_indices = False  # the search finds names, and no page links to an index
+html_use_index = html_domain_indices = False  # readers use the search, and no page links to an index
 html_show_copyright = False
 
 
 def insert_commands(_: Sphinx, page: str, source: list[str]) -> None:
-    """The command line's own help, as Markdown, where the page asks for it."""
+    """Replace the mark in the page command-line by the help texts of the commands, as Markdown."""
     if page == "command-line":
         command = [sys.executable, "-m", "typer", "v05.cli", "utils", "docs", "--name", "v05"]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         text = re.sub(r"^Example: (.*)$", r"Example: `\1`", text[text.index("## ") :], flags=re.MULTILINE)
         text = re.sub(
             r"(?<=[ (])--\w[\w-]*(?=[^`\n]*(`[^`\n]*`[^`\n]*)*$)", r"`\g<0>`", text, flags=re.MULTILINE
-        )  # not in code yet
+        )  # options that are not marked as code yet
         source[0] = source[0].replace("<!-- commands -->", text)
 
 
 def indented_is_code(_: Sphinx, kind: str, name: str, member: object, options: object, lines: list[str]) -> None:
-    """In docstrings, as in Markdown, an indented paragraph is code."""
+    """Mark indented paragraphs of docstrings as code, as Markdown does."""
     for i in reversed(range(2, len(lines))):
         if lines[i].startswith("    ") and not lines[i - 1] and lines[i - 2] and not lines[i - 2].startswith(" "):
             lines[i:i] = ["::", ""]
 
 
 def short_types(_: Sphinx, kind: str, name: str, member: object, options: object, *signature: str | None) -> tuple[str | None, ...]:
-    """Types of arguments and results as the source writes them."""
+    """Write the types of arguments and results as the source does."""
 
     def short(types: str) -> str:
         types = re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", types)
