@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from helpers import warm
 from helpers.rollout_fakes import CoinEngine
 from v05.benchmarks import (
     TEMPLATE,
@@ -358,6 +359,7 @@ def test_killed_from_the_command_line_it_goes_on(tmp_path, data, model):
         process.send_signal(signal.SIGKILL)
     kept = file.read_text().rpartition("\n")[0]
     assert 5 <= kept.count("\n") < 89
+    command[0] = warm.python()
     again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=600)
     assert again.returncode == 0, again.stderr
     assert "mean@15" in again.stdout

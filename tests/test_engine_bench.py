@@ -3,11 +3,12 @@
 import importlib
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from helpers import warm
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -20,7 +21,7 @@ def bench():
 
 
 def test_every_row_is_measured():
-    command = [sys.executable, str(BENCH / "engine.py"), "--seconds", "1", "--policy", "a preset's policy", "--size", "20,4"]
+    command = [warm.python(), str(BENCH / "engine.py"), "--seconds", "1", "--policy", "a preset's policy", "--size", "20,4"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = [re.match(r"a preset's policy +20 x 4 (.+?)  .* tokens/s, .* x floor", line) for line in done.stdout.splitlines()]

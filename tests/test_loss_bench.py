@@ -3,12 +3,13 @@
 import importlib
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+
+from helpers import warm
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -22,7 +23,7 @@ def bench():
 
 
 def test_every_row_is_measured():
-    command = [sys.executable, str(BENCH / "policy_loss.py"), "--seconds", "0.1", "--size", "64,50,0", "--size", "64,50,8"]
+    command = [warm.python(), str(BENCH / "policy_loss.py"), "--seconds", "0.1", "--size", "64,50,0", "--size", "64,50,8"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from helpers import warm
 from helpers.rollout_fakes import FakeServer
 from v05.cli import app
 from v05.methods import METHODS
@@ -30,7 +31,7 @@ def v05(*arguments, environment, directory, largest_file=None):
     """Run the command outside the repository, so that its root hides no package. `largest_file` bytes limit each file, like a full
     disk.
     """
-    command = [sys.executable, "-m", "v05", *map(str, arguments)]
+    command = [warm.python(), "-m", "v05", *map(str, arguments)]
     limit = None if largest_file is None else functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (largest_file,) * 2)
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=directory, timeout=300, preexec_fn=limit)
 
@@ -255,7 +256,7 @@ def test_settings_come_after_all_else_and_are_checked_together():
 def test_an_interrupted_run_is_readable_and_goes_on(environment, tmp_path):
     total = 16_000  # with 6,400 rollouts a run once ended before the signal arrived
     arguments = ("train", "--preset", "smoke", "--rollouts", total, "--out", "run")
-    command = [sys.executable, "-m", "v05", *map(str, arguments)]
+    command = [warm.python(), "-m", "v05", *map(str, arguments)]
     # A shell that runs the tests in the background makes them and their children ignore the signal.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path, preexec_fn=heed) as process:

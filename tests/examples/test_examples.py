@@ -6,12 +6,12 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 
 import nbclient
 import nbformat
 import pytest
 
+from helpers import warm
 from helpers.documents import ROOT
 from helpers.tiny_policy import tiny_model, tiny_tokenizer
 
@@ -23,7 +23,7 @@ def run(tmp_path):
     """Runs an example outside the repository, and returns its output."""
 
     def run(name, *arguments, status=0):
-        command = [sys.executable, EXAMPLES / name, *arguments]
+        command = [warm.python(), EXAMPLES / name, *arguments]
         environment = os.environ | {"V05_CACHE": str(tmp_path / "cache"), "COLUMNS": "200"}
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
         assert done.returncode == status, done.stdout + done.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers import warm
 from v05.train.compare import load_run
 from v05.train.config import PolicyConfig
 from v05.train.policy import character_decoder, character_tokenizer
@@ -38,7 +39,7 @@ def out(tmp_path_factory):
         part.save_pretrained(folder / "model")
     settings = "rollouts_per_step=64 evaluation.prompts=16 evaluation.evaluations=2"
     settings += " policy.max_new_tokens=4 task.size=32 verifier.workers=0"
-    environment = {"PYTHON": sys.executable, "MODEL": folder / "model", "ROLLOUTS": 400, "JOBS": 2, "SETTINGS": settings}
+    environment = {"PYTHON": warm.python(), "MODEL": folder / "model", "ROLLOUTS": 400, "JOBS": 2, "SETTINGS": settings}
     command = [ROOT / "examples" / "llm_on_one_gpu.sh", folder / "out"]
     environment = {**os.environ, **{name: str(value) for name, value in environment.items()}}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)

@@ -4,13 +4,13 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import typer
 
+from helpers import warm
 from v05.benchmarks import TEMPLATE
 from v05.cli import app
 from v05.prior.v0.logs import read_logs
@@ -27,9 +27,8 @@ AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
 
 
 def script(*arguments, **environment):
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = [SCRIPT, *arguments]
-    environment = {**os.environ, "PATH": path, "COLUMNS": "200", **{name: str(value) for name, value in environment.items()}}
+    environment = {**os.environ, "PATH": warm.path(), "COLUMNS": "200", **{name: str(value) for name, value in environment.items()}}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from helpers import warm
 from v05.methods import Calibration
 from v05.prior.v0 import V0Prior, farthest_first
 from v05.prior.v0.adapter import AdaptedBackbone, Adapter, load_adapter, save_adapter
@@ -576,7 +576,7 @@ def test_empty_logs_are_named(tmp_path):
 
 def test_fit_prior_reports_every_predictor_and_setting(folder, tmp_path):
     write_logs(tmp_path / "logs.jsonl", np.random.default_rng(0))
-    command = [sys.executable, "-m", "v05", "fit-prior", "logs.jsonl", "--backbone", str(folder), "--json", "scores.json"]
+    command = [warm.python(), "-m", "v05", "fit-prior", "logs.jsonl", "--backbone", str(folder), "--json", "scores.json"]
     environment = {**os.environ, "V05_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -11,14 +11,13 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from helpers import rank_script
+from helpers import rank_script, warm
 from helpers.kill_and_resume import untimed
 from v05.train.checkpoint import find_checkpoints
 from v05.train.distributed import World, join_world
@@ -69,7 +68,7 @@ ROUNDED = {
 
 
 def torchrun(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, arguments)]
+    command = [warm.python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
