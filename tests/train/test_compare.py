@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from v05.train import compare
 from v05.train.compare import Run, is_finished, rollouts_to, run_all, summarise
 from v05.train.plots import draw_all
 from v05.train.presets import run_config
@@ -104,6 +105,19 @@ def test_a_run_is_neither_repeated_nor_overwritten(tmp_path):
     with pytest.raises(ValueError, match="differs in total_rollouts"):
         run_all({"one": other}, tmp_path, 1, states.append)
     assert (tmp_path / "one" / "metrics.jsonl").stat().st_mtime_ns == written
+
+
+def test_no_time_is_lost_between_runs(tmp_path, monkeypatch):
+    wait, idle = compare.connection.wait, []
+
+    def counted(objects, timeout=None):
+        idle.extend([timeout] if not objects else [])
+        return wait(objects, timeout)
+
+    monkeypatch.setattr(compare.connection, "wait", counted)
+    configs = {str(seed): run_config("smoke", "grpo", seed=seed, total_rollouts=64) for seed in (0, 1)}
+    assert run_all(configs, tmp_path, 1, lambda states: None) == []
+    assert idle == []
 
 
 def test_a_failed_run_is_named_and_leaves_its_log(tmp_path):

@@ -68,13 +68,13 @@ def run_all(configs: Mapping[str, RunConfig], directory: Path, jobs: int, watch:
                 started = context.Process(target=run_one, args=(configs[name], directory / name), name=name)
                 started.start()
                 running[name] = started
+            connection.wait([process.sentinel for process in running.values()], POLL_SECONDS)
             for name, process in list(running.items()):
                 states[name] = _state(name, configs[name], directory / name, "running")
                 if process.exitcode is not None:
                     del running[name]
                     states[name] = _ended(states[name], process.exitcode, configs[name], directory / name)
             watch(list(states.values()))
-            connection.wait([process.sentinel for process in running.values()], POLL_SECONDS)
     finally:
         for process in running.values():
             process.terminate()
