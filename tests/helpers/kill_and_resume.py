@@ -97,12 +97,15 @@ def wait_at_random(process, directory: Path, rng: random.Random) -> bool:
     lines = rng.randrange(8)  # often enough records for a first checkpoint, so that a slow machine has one to resume from
     pause = rng.random() * 0.1
     before = measured(directory) if lines else 0
+    size = -1
     while lines and process.is_alive():
-        if metrics.exists() and measured(directory) >= before + lines:
+        time.sleep(0.005)
+        if not metrics.exists() or metrics.stat().st_size == size:
+            continue
+        size, now = metrics.stat().st_size, measured(directory)
+        if now >= before + lines:
             break
-        if metrics.exists():
-            before = min(before, measured(directory))  # on resuming, the file is cut back to the checkpoint
-        time.sleep(0.002)
+        before = min(before, now)  # on resuming, the file is cut back to the checkpoint
     time.sleep(pause)
     return process.is_alive()
 
@@ -123,6 +126,7 @@ def wait_inside_checkpoint(process, directory: Path) -> bool:
             if partials(directory) - before:
                 return True
             os.kill(process.pid, signal.SIGCONT)  # the checkpoint was complete before the process stopped: wait for the next one
+        time.sleep(0.0002)
     return False
 
 

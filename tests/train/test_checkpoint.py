@@ -358,12 +358,12 @@ def test_a_disk_that_fills_up_under_the_metrics(tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_nine_kills_lose_nothing(tmp_path):
+def test_six_kills_lose_nothing(tmp_path):
     """`make soak` and tests/helpers/kill_and_resume.py kill more often."""
-    runner, config = Runner(), smoke(54)
+    runner, config = Runner(), smoke(40)
     runner.finish(config, tmp_path / "whole")
-    injected = runner.kill_and_resume(config, tmp_path / "killed", kills=9)
-    assert injected.exit_codes == [-9] * 9
-    assert injected.in_checkpoint >= 3  # one kill in three is aimed at a checkpoint
-    assert injected.resumed >= 4
+    injected = runner.kill_and_resume(config, tmp_path / "killed", kills=6)
+    assert injected.exit_codes == [-9] * 6
+    assert injected.in_checkpoint >= 2  # one kill in three is aimed at a checkpoint
+    assert injected.resumed >= 3
     assert not any(lost(tmp_path / "whole", tmp_path / "killed").values())
