@@ -183,7 +183,7 @@ def test_goes_on_from_its_state():
         (([1.0, -1.0], [4.0, 4.0], [0.5, 0.5]), r"successes\[1\]=-1.0"),
         (([math.nan], [4.0], [0.5]), r"successes\[0\]=nan"),
         (([0.0], [-1.0], [0.5]), r"counts\[0\]=-1.0"),
-        (([1.0], [4.0], [1.5]), r"priors\[0\]=1.5 is out of bounds .* NaN is no prior"),
+        (([1.0], [4.0], [1.5]), r"priors\[0\]=1.5 is out of bounds .* NaN means no prior"),
         (([1.0], [4.0], [0.5, 0.5]), "shapes"),
         (([[1.0]], [[4.0]], [[0.5]]), "shapes"),
     ],
@@ -253,7 +253,7 @@ def test_the_shift_follows_the_stream_and_is_kept(tmp_path):
     ("energies", "message"),
     [
         ([[1.0], [1.0]], r"energies has shape \(2, 1\); give two numbers for each of 2 groups"),
-        ([[1.0, -1.0], [0.0, 0.0]], r"energies\[:, 1\]=\[-1.0, 0.0\] are no finite numbers of at least 0"),
+        ([[1.0, -1.0], [0.0, 0.0]], r"energies\[:, 1\]=\[-1.0, 0.0\] are not finite numbers of at least 0"),
         ([[1.0, np.inf], [0.0, 0.0]], r"energies\[:, 1\]=\[inf, 0.0\]"),
     ],
 )

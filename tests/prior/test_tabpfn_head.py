@@ -41,7 +41,7 @@ def test_it_predicts_from_a_local_checkpoint(checkpoint, monkeypatch):
 
 
 def test_what_does_not_fit_is_named(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="no such file; give a TabPFN classifier checkpoint"):
+    with pytest.raises(ValueError, match="no such file; download a TabPFN classifier checkpoint"):
         TabPFNHead(tmp_path / "none.ckpt")
     with pytest.raises(ValueError, match="context holds 8 prompts of one class, TabPFN needs both"):
         TabPFNHead(checkpoint).infer(*task(np.ones(8)))

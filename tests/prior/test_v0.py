@@ -367,7 +367,7 @@ def test_an_adapter_does_not_go_on_with_other_logs(backbone, tmp_path):
         tasks.append(list(walk(read_logs([tmp_path / "logs.jsonl"]), 200)))
     with pytest.raises(KeyboardInterrupt):
         train_adapter(backbone, load_head(), tasks[0], path, steps=40, seed=0, track=interrupted)
-    refused = r"adapter\.training is of another training, of other logs, or damaged; delete it, or give another file"
+    refused = r"adapter\.training belongs to another training or other logs, or is damaged; delete it, or give another file"
     with pytest.raises(ValueError, match=refused):
         train_adapter(backbone, load_head(), tasks[1], path, **settings)
     for damage in (b"", b"no file of torch", path.with_suffix(".training").read_bytes()[:-200]):
@@ -382,7 +382,7 @@ def test_weights_that_are_no_numbers_are_refused(backbone, tmp_path):
     with torch.no_grad():
         adapter.queries[0, 0] = torch.nan
     save_adapter(adapter, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"a\.safetensors holds weights that are no finite numbers; train one anew"):
+    with pytest.raises(ValueError, match=r"a\.safetensors holds weights that are not finite; train a new one"):
         load_adapter(tmp_path / "a.safetensors", backbone)
 
 
@@ -413,7 +413,7 @@ def test_a_sentence_model_without_a_number_of_tokens_is_named(limit, folder, tmp
     if limit in ("0", "[]"):
         assert Backbone(copy).limit == Backbone(folder).limit  # a limit of 0 or [] counts as none
         return
-    with pytest.raises(ValueError, match=r"sentence_bert_config\.json: max_seq_length=.* is no number of tokens"):
+    with pytest.raises(ValueError, match=r"sentence_bert_config\.json: max_seq_length=.* is not a number of tokens"):
         Backbone(copy)
 
 
@@ -437,7 +437,7 @@ def test_adapters_of_another_backbone_are_refused(backbone, tmp_path):
 def test_what_cannot_be_learnt_or_inferred_from_is_named(backbone):
     prior = V0Prior(backbone, load_head())
     for prompts, successes, trials, message in (
-        (["1", "2"], [1.0], [4.0], r"2 prompts, successes shaped \(1,\), trials \(1,\); give one number a prompt"),
+        (["1", "2"], [1.0], [4.0], r"2 prompts, successes shaped \(1,\), trials \(1,\); give one number per prompt"),
         (["1"], [5.0], [4.0], r"successes\[0\]=5.0 is out of bounds"),
         (["1"], [np.nan], [4.0], r"successes\[0\]=nan is out of bounds"),
     ):
@@ -557,7 +557,7 @@ def test_held_out_prompts_are_split_like_any_others(tmp_path):
         ('{"policy": "a", "prompt": "x", "score": 1.5, "trials": 4}', r"line 2: score=1.5 is outside \[-1, 1\]"),
         ('{"policy": "a", "prompt": "x", "score": NaN, "trials": 4}', r"line 2: score=nan is outside \[-1, 1\]"),
         ('{"policy": "a", "prompt": "x", "score": 0, "trials": 0}', "line 2: trials=0.0 is not a number of rollouts"),
-        ('{"policy": "a", "prompt": 3, "score": 0, "trials": 1}', "line 2: prompt=3 is no text"),
+        ('{"policy": "a", "prompt": 3, "score": 0, "trials": 1}', "line 2: prompt=3 is not text"),
         ("{", "line 2: Expecting property name"),
         ("[]", "line 2 holds no JSON object"),
     ],

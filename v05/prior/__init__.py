@@ -1,4 +1,4 @@
-"""Value priors: a guess at each prompt's mean reward before any rollout is bought, learnt from rollouts already paid for."""
+"""Value priors predict each prompt's mean reward before it is sampled. They learn from rollouts of earlier steps."""
 
 from __future__ import annotations
 
@@ -12,56 +12,59 @@ from numpy.typing import NDArray
 
 
 class ValuePrior(Protocol):
-    """Predicts the success rate of prompts under the current policy and learns from what its rollouts were worth."""
+    """Predicts the success rate of prompts under the current policy and learns from the rewards of the policy's rollouts."""
 
     def predict(self, prompts: Sequence[str]) -> NDArray[np.float64]:
-        """(G,) success rates in [0, 1] of G prompt texts; NaN is no prior."""
+        """(G,) success rates in [0, 1] of G prompt texts. NaN means that there is no prior for the prompt."""
         ...
 
     def observe(self, prompts: Sequence[str], successes: NDArray[np.float64], trials: NDArray[np.float64]) -> None:
-        """Learn that G prompts, (G,) successes out of (G,) trials each, went this way under the current policy."""
+        """Learn the outcomes of G prompts under the current policy: (G,) successes in (G,) trials."""
         ...
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """All that was learnt, as numeric arrays by name; a checkpoint keeps them."""
+        """Everything the prior has learnt, as numeric arrays by name, for a checkpoint."""
         ...
 
     def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
-        """Go on from what `state_dict` of a prior with the same settings gave: predictions are the same to the last bit.
+        """Resume from the `state_dict` of a prior with the same settings. Predictions are then bitwise the same.
 
-        Raises ValueError for what it never gave. Nothing has changed then.
+        Raises ValueError for a state that `state_dict` cannot have returned, and then changes nothing.
         """
         ...
 
 
 def kept_array(state: Mapping[str, NDArray[Any]], name: str, shape: tuple[int | None, ...]) -> NDArray[Any]:
-    """An array of a `state_dict`, of finite numbers; None in `shape` is any length. ValueError where it is missing or another."""
+    """The array `name` of a `state_dict`. None in `shape` allows any length.
+
+    Raises ValueError if the array is missing, has another shape, or holds values that are not finite numbers.
+    """
     if name not in state:
         raise ValueError(f"{name} is missing")
     values = np.asarray(state[name])
     if len(values.shape) != len(shape) or any(n is not None and n != m for n, m in zip(shape, values.shape, strict=True)):
         raise ValueError(f"{name} has the shape {values.shape}, not {shape}")
     if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
-        raise ValueError(f"{name} holds values of {values.dtype} that are no finite numbers")
+        raise ValueError(f"{name} holds values of {values.dtype} that are not finite numbers")
     return values
 
 
 def kept_texts(state: Mapping[str, NDArray[Any]], name: str) -> list[str]:
-    """Distinct texts that a `state_dict` has as the bytes of their JSON. ValueError where they are missing or others."""
+    """The distinct texts that a `state_dict` stores as a JSON list in bytes. ValueError if they are missing or invalid."""
     texts = json.loads(kept_array(state, name, (None,)).astype(np.uint8).tobytes())
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts) or len(set(texts)) < len(texts):
-        raise ValueError(f"{name} holds no list of distinct texts")
+        raise ValueError(f"{name} is not a list of distinct texts")
     return texts
 
 
 def refuse_values(name: str, bad: NDArray[np.bool_] | bool) -> None:
-    """ValueError if any is bad."""
+    """Raise ValueError if any value of the array `name` is bad."""
     if np.any(bad):
-        raise ValueError(f"{name} holds {int(np.sum(bad))} values that cannot be")
+        raise ValueError(f"{name} holds {int(np.sum(bad))} values that are out of bounds")
 
 
 class _UnteachablePrior:
-    """Learns nothing."""
+    """A prior that never changes."""
 
     def observe(self, prompts: Sequence[str], successes: NDArray[np.float64], trials: NDArray[np.float64]) -> None:
         pass
@@ -74,7 +77,7 @@ class _UnteachablePrior:
 
 
 class ConstantPrior(_UnteachablePrior):
-    """The same success rate for every prompt: the control that knows nothing."""
+    """Predicts a fixed success rate for every prompt. It is the control without information."""
 
     def __init__(self, value: float = 0.5) -> None:
         self.value = value
@@ -84,7 +87,7 @@ class ConstantPrior(_UnteachablePrior):
 
 
 class NoisePrior(_UnteachablePrior):
-    """A success rate between 0 and 1 that has nothing to do with the prompt but is always the same for it: the useless prior."""
+    """Predicts a random success rate in [0, 1), fixed for each prompt text. It is the control with useless information."""
 
     def __init__(self, seed: int = 0) -> None:
         self._key = seed.to_bytes(8, "little")
@@ -95,10 +98,10 @@ class NoisePrior(_UnteachablePrior):
 
 
 class MeanPrior:
-    """The same success rate for every prompt: the mean of all outcomes so far, recent ones counting more. NaN before the first.
+    """Predicts the mean of all past outcomes for every prompt, with more weight on recent ones. NaN before the first outcome.
 
     Args:
-        forgetting: factor a step on past outcomes; 0.98 is a memory of some 50 steps, 1 weighs all outcomes alike.
+        forgetting: factor per step on past outcomes. 0.98 remembers about 50 steps; 1 weighs all outcomes equally.
     """
 
     def __init__(self, forgetting: float = 0.98) -> None:
@@ -109,7 +112,7 @@ class MeanPrior:
         return np.full(len(prompts), self._successes / self._trials if self._trials else np.nan)
 
     def observe(self, prompts: Sequence[str], successes: NDArray[np.float64], trials: NDArray[np.float64]) -> None:
-        """Learn one step's outcomes; a step without a trial teaches nothing."""
+        """Learn one step's outcomes. A step without a trial changes nothing."""
         if np.sum(trials) > 0:
             self._successes = self._forgetting * self._successes + float(np.sum(successes))
             self._trials = self._forgetting * self._trials + float(np.sum(trials))

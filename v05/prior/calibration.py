@@ -1,15 +1,17 @@
-"""What finished groups say of the prior: the numbers of a `Calibration`, fitted to the stream of past groups.
+"""Fits the numbers of a `Calibration` to the stream of past groups, to learn how far the prior can be trusted.
 
-Success rates are modelled as a Beta around the calibrated prior, mixed with a vague Beta for priors that say nothing here
-(`v05.reference.calibrated`). The rewards of a group, their rate integrated out, then have a likelihood in closed form, and the
-four numbers that make recent groups likeliest are fitted to them (empirical Bayes; robust mixture priors: Schmidli et al. 2014).
+Success rates are modelled as a Beta distribution around the calibrated prior, mixed with a vague Beta for prompts where the prior
+carries no information (`v05.reference.calibrated`). With the success rate integrated out, the rewards of a group have a likelihood
+in closed form. The fit chooses the four numbers that maximise the likelihood of recent groups (empirical Bayes; robust mixture
+priors: Schmidli et al. 2014).
 
-The baseline that minimises the gradient's variance is not the success rate p but E[reward energy] / E[energy], whose log-odds are
-those of p and log(w1 / w0), w1 and w0 the mean energies of successes and of failures. So the shift delta0 + delta1 log(1 - p) is a
-logistic regression of the rewards in which every rollout weighs as much as its energy, beside p as the four numbers and the group's
-other rollouts have it. It is convex, and what it minimises is least where E[(reward - baseline)^2 energy] is. The energies differ
-where a policy is sure of its successes, hence log(1 - p) and not logit p, which would have them differ where it is sure to fail.
-The shift goes with groups of the sizes that it was fitted to: beside a belief that more rollouts made surer it is another.
+The baseline that minimises the gradient's variance is not the success rate p but E[reward energy] / E[energy]. Its log-odds are
+logit(p) + log(w1 / w0), where w1 and w0 are the mean energies of successes and of failures. The shift delta0 + delta1 log(1 - p)
+estimates log(w1 / w0). It is fitted as a logistic regression of the rewards with each rollout weighted by its energy; the offset is
+the logit of p, estimated from the four numbers and the group's other rollouts. The objective is convex, and its minimum is where
+E[(reward - baseline)^2 energy] is smallest. The regressor is log(1 - p) because energies differ most where a policy is sure of its
+successes; logit p would make them differ as much where the policy is sure to fail. The shift is valid for groups of the sizes that
+it was fitted on, because the estimate of p is more certain in larger groups.
 """
 
 from __future__ import annotations
@@ -27,38 +29,39 @@ from scipy.special import betaln, expit, gammaln, logit, psi
 from v05.methods import Calibration
 from v05.prior import kept_array, refuse_values
 
-FEWEST_GROUPS = 64  # below these the default stands
-LEAST_PRIOR = 0.005  # priors are kept within [0.005, 0.995], as in fusion.hpp
-RESTRAINT = 0.1  # what the pull to the default weighs, in groups: enough to settle what the data leave open
+FEWEST_GROUPS = 64  # with fewer groups the calibration keeps its default
+LEAST_PRIOR = 0.005  # priors are clipped to [0.005, 0.995], as in fusion.hpp
+RESTRAINT = 0.1  # weight of the pull towards the default, in groups; it decides only numbers that the data leave undetermined
 VAGUE = 0.5  # both parameters of the vague Beta
 MOST_SHIFT = 8.0  # as in fusion.hpp
 SHIFT_TOLERANCE = 1e-6
-SHIFT_RESTRAINT = 2.0  # what the pull of the shift to 0 weighs, in rollouts of average energy whose outcome is open
+SHIFT_RESTRAINT = 2.0  # factor of the penalty |shift|^2 / 2; a rollout of average energy has weight 1
 MAX_ITERATIONS = 200
-TOLERANCE = 1e-4  # of the gradient a group; sampling noise is fifty times that even with 4096 groups
-# Bounds of (alpha, beta, log kappa, logit eps). Data meet them only where they cannot tell what lies beyond.
+TOLERANCE = 1e-4  # of the mean gradient over groups; its sampling noise is fifty times larger even with 4096 groups
+# Bounds of (alpha, beta, log kappa, logit eps). A fit reaches them only where the data cannot distinguish larger values.
 BOUNDS = ((-20.0, 20.0), (-10.0, 10.0), (-5.0, 12.0), (-12.0, 12.0))
-ROUNDING = 1e-9  # by which a sum of rewards may leave [0, count]
+ROUNDING = 1e-9  # relative excess over [0, count] that is allowed for a sum of rewards
 
 Objective = Callable[[NDArray[np.float64]], tuple[float, NDArray[np.float64]]]
 
 
 class Calibrator:
-    """Keeps the latest groups and fits the `Calibration` to them that their rewards make likeliest.
+    """Keeps the latest groups and fits the `Calibration` that maximises the likelihood of their rewards.
 
-    A group with prior v weighs v (1 - v): squared error comes from groups that may go either way, and the many that are as good as
-    settled would otherwise have the last word where the model is too simple. A weight that depends on the prior alone changes
-    nothing where the model is right.
+    A group with prior v has weight v (1 - v). The baseline's squared error comes mostly from groups with an uncertain outcome;
+    without the weight, the many groups with a near-certain outcome would dominate the fit wherever the model is too simple. A
+    weight that depends on the prior alone does not bias the fit where the model is right.
 
-    `observe` is cheap; `fit` takes milliseconds and need not run before every step: a step uses the last fit.
+    `observe` is cheap. `fit` takes milliseconds and need not run before every step: steps use the last fit.
 
     Args:
-        window: groups that are kept; the oldest go first.
-        half_life: groups after which one counts half, so that a policy on the move is followed; None weighs all alike.
+        window: the number of groups kept; the oldest are dropped first.
+        half_life: a group's weight halves after this many newer groups, so that the fit follows a changing policy. None weighs all
+            groups equally.
 
     Attributes:
-        calibration: the last good fit; `Calibration()`, the default, until 64 groups were seen.
-        failed_fits: fits that did not converge since the start; the one before them stayed.
+        calibration: the last fit that converged; the default `Calibration()` until 64 groups have been seen.
+        failed_fits: the number of fits that did not converge. After such a fit the previous calibration stays in use.
 
     Raises:
         ValueError: an argument is out of bounds.
@@ -68,7 +71,7 @@ class Calibrator:
         if window < FEWEST_GROUPS:
             raise ValueError(f"window={window} holds fewer than the {FEWEST_GROUPS} groups that a fit needs; give more")
         if half_life is not None and not half_life > 0:
-            raise ValueError(f"half_life={half_life} is not a positive number of groups; None weighs all groups alike")
+            raise ValueError(f"half_life={half_life} is not a positive number of groups; None weighs all groups equally")
         self.calibration = Calibration()
         self.failed_fits = 0
         self._window = window
@@ -77,28 +80,28 @@ class Calibrator:
         self._energies = np.zeros((2, 0))  # of their successes and of their failures
 
     def observe(self, successes: ArrayLike, counts: ArrayLike, priors: ArrayLike, energies: ArrayLike | None = None) -> None:
-        """Remember G finished groups. Those without a prior (NaN) or without a rollout teach nothing and are left out.
+        """Remember G finished groups. Groups without a prior (NaN) or without a rollout are skipped.
 
         Args:
-            successes: (G,) sums of rewards, each scaled to [0, 1].
-            counts: (G,) valid rollouts.
-            priors: (G,) scaled to [0, 1], as they were before the rewards were seen.
+            successes: (G,) sums of each group's rewards, with rewards scaled to [0, 1].
+            counts: (G,) numbers of valid rollouts.
+            priors: (G,) priors scaled to [0, 1], as they were before the rewards were seen.
             energies: (2, G) sums over a group's rollouts of energy times reward, and of energy times 1 - reward (`v05.energy`).
-                Without them the groups have no say in the shift.
+                Groups without energies do not affect the shift.
 
         Raises:
-            ValueError: shapes differ, a sum is outside [0, count], a prior outside [0, 1], an energy is negative or not finite.
-                Nothing is remembered then.
+            ValueError: shapes differ, a sum is outside [0, count], a prior is outside [0, 1], or an energy is negative or not
+                finite. No group is remembered then.
         """
         columns = [np.asarray(values, dtype=np.float64) for values in (successes, counts, priors)]
         shapes = [values.shape for values in columns]
         if columns[0].ndim != 1 or len(set(shapes)) > 1:
-            raise ValueError(f"successes, counts and priors have shapes {shapes}; give one number a group in each")
+            raise ValueError(f"successes, counts and priors have shapes {shapes}; give one number per group in each")
         x, k, v = columns
         for name, values, bad, remedy in (
-            ("counts", k, ~((k >= 0) & np.isfinite(k)), "give the valid rollouts of each group"),
+            ("counts", k, ~((k >= 0) & np.isfinite(k)), "give the number of valid rollouts of each group"),
             ("successes", x, ~((x >= -ROUNDING) & (x <= k * (1 + ROUNDING))), "scale rewards to [0, 1] before they are summed"),
-            ("priors", v, (v < 0) | (v > 1), "scale them to [0, 1]; NaN is no prior"),
+            ("priors", v, (v < 0) | (v > 1), "scale them to [0, 1]; NaN means no prior"),
         ):
             if bad.any():
                 group = int(np.flatnonzero(bad)[0])
@@ -109,16 +112,17 @@ class Calibrator:
         wrong = ~((spent >= 0) & np.isfinite(spent)).all(axis=0)
         if wrong.any():
             group = int(np.flatnonzero(wrong)[0])
-            raise ValueError(f"energies[:, {group}]={spent[:, group].tolist()} are no finite numbers of at least 0")
+            raise ValueError(f"energies[:, {group}]={spent[:, group].tolist()} are not finite numbers of at least 0")
         teaches = (k > 0) & ~np.isnan(v)
         seen = np.stack([np.clip(x, 0.0, k), k, v])[:, teaches]
         self._groups = np.concatenate([self._groups, seen], axis=1)[:, -self._window :]
         self._energies = np.concatenate([self._energies, spent[:, teaches]], axis=1)[:, -self._window :]
 
     def fit(self, by_variances: bool = False) -> Calibration:
-        """Fit `calibration` anew, starting from the last. It stays as it is on too few groups or if the fit does not converge.
+        """Fit `calibration` again, starting from the last fit, and return it.
 
-        With `by_variances` kappa alone is fitted, as EBPO does (`kappa_of_variances`).
+        It stays unchanged if there are fewer than 64 groups or if the fit does not converge. With `by_variances` only kappa is
+        fitted, as in EBPO (`kappa_of_variances`).
         """
         if self._groups.shape[1] < FEWEST_GROUPS:
             return self.calibration
@@ -147,7 +151,7 @@ class Calibrator:
         return self.calibration
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """The groups kept, (3, groups), their energies, (2, groups), the last fit, how many failed: numeric arrays by name."""
+        """Numeric arrays by name: the kept groups (3, G), their energies (2, G), the last fit, and the number of failed fits."""
         return {
             "groups": self._groups.copy(),
             "energies": self._energies.copy(),
@@ -156,23 +160,23 @@ class Calibrator:
         }
 
     def load_state_dict(self, state: dict[str, NDArray[Any]]) -> None:
-        """Go on from what `state_dict` of a calibrator with the same settings gave: fits are the same to the last bit."""
+        """Resume from the `state_dict` of a calibrator with the same settings. Later fits are then bitwise the same."""
         groups, numbers = kept_array(state, "groups", (3, None)), kept_array(state, "calibration", (len(fields(Calibration)),))
         energies = kept_array(state, "energies", (2, groups.shape[1]))
         failed_fits = int(kept_array(state, "failed_fits", ()))
         successes, counts, priors = groups
         refuse_values("energies", energies < 0)
         refuse_values("groups", (counts <= 0) | (successes < 0) | (successes > counts) | (priors < 0) | (priors > 1))
-        self.calibration = Calibration(*map(float, numbers))  # which refuses numbers out of bounds
+        self.calibration = Calibration(*map(float, numbers))  # raises ValueError for numbers out of bounds
         self._groups, self._energies, self.failed_fits = groups.copy(), energies.copy(), failed_fits
 
 
 def kappa_of_variances(successes: NDArray[np.float64], counts: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
-    """How many rollouts the mean of all prompts is worth for one of them: s2 / tau2, the variance of rewards within a prompt over
-    that of success rates among prompts (EBPO, arXiv 2602.05165).
+    """kappa = s2 / tau2: the variance of rewards within a prompt over the variance of success rates among prompts.
 
-    Both are estimated by moments from groups of two rollouts or more, (G,) weighed; without such groups the default stands. EBPO
-    weighs all past groups alike, and so does nothing here where the policy stands still.
+    kappa says how many of a prompt's own rollouts the mean over all prompts is worth (EBPO, arXiv 2602.05165). Both variances are
+    moment estimates from the groups with at least two rollouts. `weights` are the (G,) weights of the groups; EBPO weighs all past
+    groups equally. Without a group of two rollouts the result is the default kappa.
     """
     several = counts > 1
     if not several.any():
@@ -181,7 +185,7 @@ def kappa_of_variances(successes: NDArray[np.float64], counts: NDArray[np.float6
     means = x / k
     within = float(w @ (x * (1 - means)) / (w @ (k - 1)))
     spread = float(w @ np.square(means - np.average(means, weights=w)) / w.sum())
-    among = spread - within * float(np.average(1 / k, weights=w))  # less what chance adds
+    among = spread - within * float(np.average(1 / k, weights=w))  # without the sampling noise of the means
     least, most = (math.exp(bound) for bound in BOUNDS[2])
     return min(max(within / among, least), most) if among > 0 else most
 
@@ -189,10 +193,11 @@ def kappa_of_variances(successes: NDArray[np.float64], counts: NDArray[np.float6
 def negative_log_likelihood(
     successes: NDArray[np.float64], counts: NDArray[np.float64], priors: NDArray[np.float64], weights: NDArray[np.float64]
 ) -> Objective:
-    """The function that a fit minimises: of theta = (alpha, beta, log kappa, logit eps), its value and (4,) gradient.
+    """The objective of a fit. It maps theta = (alpha, beta, log kappa, logit eps) to its value and its (4,) gradient.
 
-    It is the weighted mean over G groups, arguments (G,), of -log((1 - eps) m1 + eps m0), m1 and m0 the marginal likelihoods under
-    the calibrated and the vague Beta; plus (theta - default)^2 / 2, which weighs RESTRAINT times the heaviest group.
+    The value is the weighted mean of -log((1 - eps) m1 + eps m0) over G groups, where m1 and m0 are the marginal likelihoods under
+    the calibrated and the vague Beta. A penalty (theta - default)^2 / 2 is added; its weight is RESTRAINT times the largest weight
+    of a group. All arguments are (G,).
     """
     logits = logit(_clipped(priors))
     failures = counts - successes
@@ -234,23 +239,24 @@ def negative_log_likelihood(
 def fitted_shift(
     groups: NDArray[np.float64], energies: NDArray[np.float64], rates: Calibration, start: tuple[float, float]
 ) -> tuple[float, float]:
-    """(delta0, delta1): how far the log-odds of the least-variance baseline are from those of the success rate.
+    """(delta0, delta1) of the shift from the log-odds of the success rate to those of the least-variance baseline.
 
     Args:
         groups: (3, G) successes, counts and priors.
-        energies: (2, G) of successes and of failures, weighed by age; their unit says nothing.
-        rates: what the priors are trusted by. The success rate of a rollout is what is believed without it, leave-one-out.
-        start: where the search begins; the function is convex and Newton's method finds its least value.
+        energies: (2, G) energies of successes and of failures, weighted by age. Their unit does not matter.
+        rates: the calibration of the success rates. Each rollout's success rate is its leave-one-out posterior mean.
+        start: where Newton's method starts. The objective is convex.
 
-    Where there are no energies the shift is 0.
+    The shift is 0 if there are no energies.
     """
     total = energies.sum(axis=0)
     known = total > 0
     if not known.any():
         return 0.0, 0.0
     successes, counts, priors = groups[:, known]
-    weights = energies[:, known] * (counts.sum() / total[known].sum())  # a rollout of average energy weighs 1
-    others = np.stack([np.maximum(successes - 1, 0.0), np.minimum(successes, counts - 1)])  # of a success, and of a failure
+    weights = energies[:, known] * (counts.sum() / total[known].sum())  # a rollout of average energy has weight 1
+    # successes among the other rollouts, from the view of a success and of a failure
+    others = np.stack([np.maximum(successes - 1, 0.0), np.minimum(successes, counts - 1)])
     believed = posterior_means(others, counts - 1, priors, rates)
     features = np.stack([np.ones_like(believed), np.log1p(-believed)])
     log_odds = logit(believed)
@@ -271,7 +277,7 @@ def fitted_shift(
 def posterior_means(
     successes: NDArray[np.float64], counts: NDArray[np.float64], priors: NDArray[np.float64], rates: Calibration
 ) -> NDArray[np.float64]:
-    """What is believed of success rates, as `v05.reference.calibrated` has it; arguments that broadcast."""
+    """Posterior means of the success rates, as in `v05.reference.calibrated`. The array arguments broadcast."""
     logits = logit(_clipped(priors))
     a, b = rates.kappa * expit(rates.alpha + rates.beta * logits), rates.kappa * expit(-rates.alpha - rates.beta * logits)
     failures = counts - successes
@@ -288,5 +294,5 @@ def _clipped(priors: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _numbers(calibration: Calibration) -> NDArray[np.float64]:
-    """theta of a calibration."""
+    """The (4,) theta of a calibration."""
     return np.array([calibration.alpha, calibration.beta, math.log(calibration.kappa), float(logit(calibration.eps))])

@@ -1,8 +1,8 @@
-"""The default prior: what the policy's own recent rollouts say about a prompt. No download, milliseconds a step.
+"""The default prior, learnt from the policy's own recent rollouts. It downloads nothing and takes milliseconds per step.
 
-Two kinds of evidence are put together. Prompts that read alike succeed alike: an online logistic model over hashed character
-n-grams predicts from the text. And a prompt seen before brings its own outcomes, discounted as the policy moves on. The text's
-prediction counts as `strength` rollouts against them.
+It combines two kinds of evidence. Prompts with similar text tend to have similar success rates, so an online logistic model over
+hashed character n-grams predicts from the text. A prompt that was seen before also has outcomes of its own, discounted with age
+because the policy changes. The text's prediction counts as `strength` rollouts against these outcomes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LONGEST_NGRAM = 4
 
 @dataclass
 class _Past:
-    """Discounted outcomes of one prompt as of step `step`."""
+    """Outcomes of one prompt, discounted to step `step`."""
 
     successes: float
     trials: float
@@ -35,13 +35,13 @@ class _Past:
 
 
 class HistoryPrior:
-    """Success rates from text features and each prompt's own past.
+    """Predicts success rates from text features and each prompt's own past outcomes.
 
     Args:
-        learning_rate: AdaGrad step of the logistic model.
-        forgetting: factor a step on everything learnt: squared gradients and past outcomes; 0.98 is a memory of some 50 steps.
-        strength: rollouts that the text's prediction is worth against a prompt's own past.
-        capacity: prompts whose own past is kept; the longest unseen goes first.
+        learning_rate: AdaGrad learning rate of the logistic model.
+        forgetting: factor per step on squared gradients and past outcomes. 0.98 remembers about 50 steps.
+        strength: how many of a prompt's own past rollouts the text's prediction is worth.
+        capacity: how many prompts' own outcomes are kept. The prompt that was not seen for longest is dropped first.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class HistoryPrior:
         return combined
 
     def observe(self, prompts: Sequence[str], successes: NDArray[np.float64], trials: NDArray[np.float64]) -> None:
-        """Learn one step's outcomes; groups without a trial teach nothing."""
+        """Learn one step's outcomes. Prompts without a trial are skipped."""
         known = np.asarray(trials) > 0
         prompts = [prompt for prompt, keep in zip(prompts, known, strict=True) if keep]
         successes, trials = np.asarray(successes, dtype=float)[known], np.asarray(trials, dtype=float)[known]
@@ -93,7 +93,7 @@ class HistoryPrior:
             self._past.popitem(last=False)
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """Arrays of the text model; of the P remembered prompts, oldest first, (P,) outcomes, steps and their texts as JSON."""
+        """Arrays of the text model, and (P,) outcomes, (P,) steps and the texts as JSON of the P kept prompts, oldest first."""
         past = self._past.values()
         return {
             "weights": self._weights.copy(),
@@ -133,7 +133,7 @@ class HistoryPrior:
         return hstack((self._features.transform(prompts), csr_matrix(np.ones((len(prompts), 1)))), format="csr")
 
     def _recall(self, prompt: str) -> tuple[float, float]:
-        """(successes, trials) of the prompt's own past, discounted to now."""
+        """(successes, trials) of the prompt's own past, discounted to the current step."""
         past = self._past.get(prompt)
         if past is None:
             return 0.0, 0.0

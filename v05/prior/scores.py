@@ -1,21 +1,23 @@
-"""How good predicted success rates are, against what rollouts came to."""
+"""Scores of predicted success rates against the observed ones."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-LEAST_CONFIDENT = 1e-3  # predictions are kept this far from 0 and 1 in a cross-entropy, so that one sure error does not decide it
+LEAST_CONFIDENT = 1e-3  # cross_entropy clips predictions this far from 0 and 1, so that one confident error does not decide it
 RESAMPLES = 1000
 INTERVAL = (2.5, 97.5)  # percentiles
 
 
 def auc(predicted: NDArray[np.float64], rates: NDArray[np.float64], groups: NDArray[np.int64] | None = None) -> float:
-    """How often a prompt of success rate above 1/2 is ranked above one that is not; ties count half. NaN without such a pair.
+    """How often a prompt with a success rate above 1/2 is predicted above one with a rate of at most 1/2. Ties count half.
+
+    NaN if there is no such pair.
 
     Args:
-        predicted, rates: (G,).
-        groups: (G,) policies; only pairs of one policy count, each policy by its pairs. None is one policy.
+        predicted, rates: (G,) predicted and observed success rates.
+        groups: (G,) policy of each prompt. Only pairs of the same policy count. None means one policy.
     """
     groups = np.zeros(len(rates), dtype=np.int64) if groups is None else groups
     right = pairs = 0.0
@@ -29,12 +31,12 @@ def auc(predicted: NDArray[np.float64], rates: NDArray[np.float64], groups: NDAr
 
 
 def brier(predicted: NDArray[np.float64], rates: NDArray[np.float64]) -> float:
-    """Mean squared error of the predictions against (G,) success rates, reward units squared. NaN for no prompt."""
+    """Mean squared error of (G,) predictions against (G,) success rates, in reward units squared. NaN without prompts."""
     return float(np.mean((predicted - rates) ** 2)) if len(rates) else float("nan")
 
 
 def cross_entropy(predicted: NDArray[np.float64], rates: NDArray[np.float64]) -> float:
-    """Mean cross-entropy of the predictions against (G,) success rates, nats. NaN for no prompt."""
+    """Mean cross-entropy of (G,) predictions against (G,) success rates, in nats. NaN without prompts."""
     p = np.clip(predicted, LEAST_CONFIDENT, 1 - LEAST_CONFIDENT)
     return float(-np.mean(rates * np.log(p) + (1 - rates) * np.log1p(-p))) if len(rates) else float("nan")
 
@@ -42,7 +44,7 @@ def cross_entropy(predicted: NDArray[np.float64], rates: NDArray[np.float64]) ->
 def auc_interval(
     predicted: NDArray[np.float64], rates: NDArray[np.float64], groups: NDArray[np.int64], seed: int = 0
 ) -> tuple[float, float]:
-    """95 % bootstrap interval of the AUC, prompts resampled within each policy; NaN where most resamples have no pair."""
+    """95 % bootstrap interval of the AUC, with prompts resampled within each policy. NaN if most resamples have no pair."""
     rng = np.random.default_rng(seed)
     members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
     resampled = []
@@ -57,7 +59,7 @@ def auc_interval(
 
 
 def calibration_curve(predicted: NDArray[np.float64], rates: NDArray[np.float64], bins: int = 5) -> list[tuple[float, float, int]]:
-    """(mean predicted, mean rate, prompts) of equally full bins of the predictions, lowest first."""
+    """(mean prediction, mean success rate, number of prompts) of bins with equally many prompts, lowest predictions first."""
     order = np.argsort(predicted, kind="stable")
     parts = [part for part in np.array_split(order, bins) if len(part)]
     return [(float(predicted[part].mean()), float(rates[part].mean()), len(part)) for part in parts]

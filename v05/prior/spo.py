@@ -1,18 +1,18 @@
-"""The tracker of SPO (Single-stream Policy Optimization, arXiv 2509.13232): a prompt's success rate, from its own visits alone.
+"""The tracker of SPO (Single-stream Policy Optimization, arXiv 2509.13232) predicts a prompt's success rate from its own visits.
 
-A visit turns the prompt's alpha into rho alpha + successes and its beta into rho beta + failures; alpha / (alpha + beta) is what it
-predicts. With one rollout a visit, rho is a memory of 1 / (1 - rho) visits.
+A visit sets the prompt's alpha to rho alpha + successes and its beta to rho beta + failures. The prediction is alpha / (alpha +
+beta). With one rollout per visit, the tracker remembers about 1 / (1 - rho) visits.
 
-Departures from the paper, as far as its authors' code (volcengine/verl, recipe/spo) shows them:
+Departures from the paper, as far as its authors' code (volcengine/verl, recipe/spo) shows the original:
 
-- rho is fixed. There it is 2^(-D / 0.06), kept within [0.875, 0.96]. D is by how much the log-probability of the prompt's last
-  completion has changed since that visit, the mean of absolute values over its tokens. To know it, a trainer has to keep the last
-  completion of every prompt and to score it again at the next visit. The default is the lower bound, which predicted as well on
-  the prompts of docs/training.md.
-- There alpha + beta starts from 1 / (1 - 0.875) = 8, filled by rollouts of each prompt before training. Here it starts from
-  alpha = beta = 1/2, as in that code without such rollouts. Outcomes observed before training count as one visit.
-- Only the tracker is here: not the advantages that are divided by the batch's deviation, and not the sampling of prompts by
-  sqrt(p (1 - p)).
+- rho is fixed. In SPO it is 2^(-D / 0.06), clipped to [0.875, 0.96], where D is the mean absolute change of the token
+  log-probabilities of the prompt's last completion since that visit. To know D, a trainer would have to keep the last completion of
+  every prompt and score it again at the next visit. The default here is the lower bound, which predicted as well on the prompts of
+  docs/training.md.
+- SPO starts with alpha + beta = 1 / (1 - 0.875) = 8, filled by rollouts of each prompt before training. Here alpha = beta = 1/2 at
+  the start, as in the authors' code without such rollouts. Outcomes that are observed before training count as one visit.
+- Only the tracker is implemented. SPO also divides advantages by the batch's standard deviation and samples prompts in proportion
+  to sqrt(p (1 - p)).
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ START = 0.5  # alpha and beta of a prompt without a visit
 
 
 class SpoPrior:
-    """Success rates from each prompt's own past; 1/2 for a prompt without one.
+    """Predicts success rates from each prompt's own past outcomes, and 1/2 for a prompt without any.
 
     Args:
-        forgetting: rho, the factor on a prompt's past at each of its visits.
+        forgetting: rho, the factor on a prompt's past outcomes at each of its visits.
     """
 
     def __init__(self, forgetting: float = 0.875) -> None:
@@ -46,14 +46,14 @@ class SpoPrior:
         return rates
 
     def observe(self, prompts: Sequence[str], successes: NDArray[np.float64], trials: NDArray[np.float64]) -> None:
-        """Learn one visit of each prompt; groups without a trial are none."""
+        """Learn one visit of each prompt. Prompts without a trial are skipped."""
         for prompt, s, n in zip(prompts, np.asarray(successes).tolist(), np.asarray(trials).tolist(), strict=True):
             if n > 0:
                 alpha, beta = self._counts.get(prompt, (START, START))
                 self._counts[prompt] = self.forgetting * alpha + s, self.forgetting * beta + n - s
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """(P, 2) alpha and beta of the P prompts that were visited, and their texts as JSON."""
+        """(P, 2) alpha and beta of the P visited prompts, and the prompts' texts as JSON."""
         return {
             "counts": np.array(list(self._counts.values()), dtype=np.float64).reshape(-1, 2),
             "prompts": np.frombuffer(json.dumps(list(self._counts)).encode(), dtype=np.uint8).copy(),

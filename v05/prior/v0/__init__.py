@@ -1,9 +1,9 @@
-"""V0, the generalist value model (arXiv 2602.03584): a prior that reads the policy's own history.
+"""V0, the generalist value model (arXiv 2602.03584), is a prior that reads the policy's own history.
 
-A prompt's success rate is inferred from a context of other prompts and what the policy came to on them. A frozen text backbone
-turns prompts into features (`backbone`), by way of a trained adapter if there is one (`adapter`); an in-context head, which was
-trained on other policies' histories, does the rest (`head`), after `features` has put the context in terms that fit any backbone.
-Nothing is trained while a policy trains but the calibration that the predictions go through.
+V0 infers a prompt's success rate from a context of other prompts and the policy's results on them. A frozen text backbone turns
+prompts into features (`backbone`), optionally with a trained adapter (`adapter`). `features` turns these and the context into
+inputs that mean the same for every backbone. An in-context head, trained on other policies' histories, predicts from them (`head`).
+While a policy trains, only the calibration of the predictions is fitted.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from v05.prior.v0.head import LARGEST_CONTEXT, Head, load_head
 from v05.prior.v0.surface import surface_features
 
 CONTEXT_SIZE = 256  # as in the paper
-CANDIDATES = 4  # contexts' worth of recent prompts that a diverse one is chosen from
+CANDIDATES = 4  # a diverse context is chosen from the latest CANDIDATES * context_size prompts
 
 
 class V0Prior:
     """The prior of a training run.
 
     Args:
-        backbone: what reads prompts, with a trained adapter or without.
+        backbone: the model that turns prompts into features, with or without a trained adapter.
         head: the in-context classifier.
-        context_size: rows of the context, the prompts seen last.
-        diverse: half of the context is chosen to cover what came before: of the latest prompts, again and again the one farthest
-            from those chosen.
+        context_size: the number of context rows. The context consists of the prompts seen last.
+        diverse: half of the context is chosen for diversity: from the latest 4 `context_size` prompts, each next prompt is the one
+            whose features are farthest from all chosen so far.
 
     Raises:
-        ValueError: the context size is out of bounds.
+        ValueError: `context_size` is out of bounds.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class V0Prior:
         self._context_size, self._diverse = context_size, diverse
         self.history = History()
         self.calibrator = Calibrator()
-        self._context: Context | None = None  # of the history as it stands
-        self._predicted: dict[str, float] = {}  # before the sigmoid, since the last outcomes
+        self._context: Context | None = None  # None: to be chosen from the current history
+        self._predicted: dict[str, float] = {}  # uncalibrated rates predicted since the last outcomes
 
     def predict(self, prompts: Sequence[str]) -> NDArray[np.float64]:
-        """(G,) success rates; NaN, which means no prior, before the first outcomes: without a context V0 knows nothing."""
+        """(G,) success rates. Before the first outcomes there is no context, so all are NaN, which means no prior."""
         if not prompts or not len(self.history):
             return np.full(len(prompts), np.nan)
         if self._context is None:
@@ -72,15 +72,15 @@ class V0Prior:
         return self.calibrated(np.array([self._predicted[prompt] for prompt in prompts]))
 
     def observe(self, prompts: Sequence[str], successes: NDArray[np.float64], trials: NDArray[np.float64]) -> None:
-        """Learn one step's outcomes; groups without a trial teach nothing.
+        """Learn one step's outcomes. Prompts without a trial are skipped.
 
         Raises:
-            ValueError: lengths differ, or successes are not between 0 and the trials. Nothing is learnt then.
+            ValueError: lengths differ, or successes are not between 0 and the trials. Nothing changes then.
         """
         successes, trials = np.asarray(successes, dtype=float), np.asarray(trials, dtype=float)
         if not (len(prompts),) == successes.shape == trials.shape:
             raise ValueError(
-                f"{len(prompts)} prompts, successes shaped {successes.shape}, trials {trials.shape}; give one number a prompt"
+                f"{len(prompts)} prompts, successes shaped {successes.shape}, trials {trials.shape}; give one number per prompt"
             )
         known = np.flatnonzero(trials > 0)
         if not len(known):
@@ -93,9 +93,9 @@ class V0Prior:
         self._context, self._predicted = None, {}
 
     def infer(self, context: Context, prompts: Sequence[str], past: Past) -> NDArray[np.float64]:
-        """(G,) success rates before the sigmoid, from a context of N >= 1 rows; `past` is of the G prompts."""
+        """(G,) uncalibrated success rates of G prompts, inferred from a context of N >= 1 rows and the G prompts' `past`."""
         if not len(context):
-            raise ValueError("context is empty; V0 infers from outcomes of the policy, observe some first")
+            raise ValueError("context is empty; V0 infers from outcomes of the policy, so call observe first")
         texts = [*context.prompts, *prompts]
         place = {prompt: i for i, prompt in enumerate(context.prompts)}
         same = np.array([place.get(prompt, -1) for prompt in prompts])
@@ -110,7 +110,7 @@ class V0Prior:
         return torch.from_numpy(self._backbone.features(prompts)).double()
 
     def calibrated(self, raw: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Predictions as past ones turned out to be meant: the mean of the fitted mixture; as they are until there is a fit."""
+        """(G,) calibrated success rates: the mean of the fitted mixture for each raw rate. Unchanged before the first fit."""
         fit = self.calibrator.calibration
         if fit == Calibration():
             return raw
@@ -119,7 +119,7 @@ class V0Prior:
         return rates
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """The history and the calibration; backbone and head never change."""
+        """The state of the history and of the calibrator. Backbone and head never change."""
         parts = {"history": self.history.state_dict(), "calibration": self.calibrator.state_dict()}
         return {f"{part}.{name}": value for part, state in parts.items() for name, value in state.items()}
 
@@ -139,9 +139,10 @@ class V0Prior:
 
 
 def load_v0(backbone: Path | None, adapter: Path | None = None, context_size: int = CONTEXT_SIZE, diverse: bool = False) -> V0Prior:
-    """V0 with the head that ships, a backbone's folder (None: the sentence model), and an adapter's file if there is one.
+    """V0 with the head that ships with the package.
 
-    Features are kept in $V05_CACHE or ~/.cache/v05. Raises ValueError where one cannot be loaded.
+    `backbone` is a model folder (None: the sentence model of the extra `value`), `adapter` the file of a trained adapter. Features
+    are cached in $V05_CACHE or ~/.cache/v05. Raises ValueError if backbone, adapter or head cannot be loaded.
     """
     base = Backbone(backbone, cache_root())
     reader = base if adapter is None else AdaptedBackbone(base, load_adapter(adapter, base))
@@ -149,7 +150,7 @@ def load_v0(backbone: Path | None, adapter: Path | None = None, context_size: in
 
 
 def farthest_first(features: NDArray[np.float64], size: int) -> NDArray[np.int64]:
-    """At most `size` of M rows, sorted: half as they come, then again and again the row farthest from all chosen."""
+    """Sorted indices of at most `size` rows: the first half in order, then repeatedly the row farthest from all chosen rows."""
     chosen = list(range(min((size + 1) // 2, len(features))))
     norms = (features**2).sum(1)
     distance = np.full(len(features), np.inf)

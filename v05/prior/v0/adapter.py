@@ -1,7 +1,8 @@
-"""The residual query adapter (arXiv 2602.03584): queries that read a prompt's token states, and the features they bring back.
+"""The residual query adapter (arXiv 2602.03584): learnt queries that extract features from a prompt's token states.
 
-A prompt is read by K static queries, the same for every prompt, plus an offset that is generated from the prompt itself and starts
-at zero. Multi-head cross-attention over the token states, padding masked, gives d numbers a query; K d = 1008 features in all.
+There are K static queries, the same for every prompt. Each gets an offset that is generated from the prompt and is zero at
+initialisation. Multi-head cross-attention over the token states, with padding masked, returns d numbers per query: K d = 1008
+features.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class Adapter(nn.Module):
     """(G, L, D) token states in, (G, 1008) features out.
 
     Args:
-        states: D, the backbone's width.
-        backbone: the key of the backbone that it belongs to.
+        states: D, the width of the backbone's token states.
+        backbone: the key of the backbone that the adapter belongs to.
     """
 
     def __init__(self, states: int, backbone: str) -> None:
@@ -41,7 +42,7 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.offset.bias)
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Args: states (G, L, D) and what is no padding, (G, L) bool with at least one token a prompt."""
+        """(G, 1008) features of (G, L, D) token states. `mask` (G, L) bool is True for tokens, at least one per prompt."""
         states = self.norm(states)
         kept = mask[..., None].to(states.dtype)
         mean = (states * kept).sum(1) / kept.sum(1)
@@ -53,7 +54,7 @@ class Adapter(nn.Module):
 
 
 class AdaptedBackbone:
-    """A backbone whose features are its own and, beside them, a frozen adapter's."""
+    """A backbone whose features are concatenated with those of a frozen adapter."""
 
     def __init__(self, backbone: Backbone, adapter: Adapter) -> None:
         self._backbone, self._adapter = backbone, adapter
@@ -71,7 +72,7 @@ class AdaptedBackbone:
 
 
 def joined(pooled: Tensor, read: Tensor) -> Tensor:
-    """(G, D + 1008) features: pooled ones of unit length and the adapter's, brought to unit length."""
+    """(G, D + 1008) features: the pooled ones, which have unit length, and the adapter's, normalised to unit length."""
     return torch.cat((pooled, nn.functional.normalize(read, dim=-1)), -1)
 
 
@@ -81,10 +82,10 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
 
 
 def load_adapter(path: Path, backbone: Backbone) -> Adapter:
-    """The adapter of a file, frozen.
+    """Load an adapter from a file and freeze it.
 
     Raises:
-        ValueError: no such file, damaged, or of another backbone.
+        ValueError: the file is missing or damaged, or the adapter was trained on another backbone.
     """
     adapter = Adapter(backbone.width, backbone.key)
     try:
@@ -100,5 +101,5 @@ def load_adapter(path: Path, backbone: Backbone) -> Adapter:
             f"adapter={path} cannot be read ({error}); train one with v05 fit-prior LOGS.jsonl --adapter FILE"
         ) from error
     if not all(value.isfinite().all() for value in adapter.state_dict().values()):
-        raise ValueError(f"adapter={path} holds weights that are no finite numbers; train one anew")
+        raise ValueError(f"adapter={path} holds weights that are not finite; train a new one")
     return adapter.requires_grad_(False).eval()

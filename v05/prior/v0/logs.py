@@ -1,8 +1,8 @@
-"""Histories of policies on disk: JSON lines of (policy, prompt, score, trials), V0's own format, and what they are split into.
+"""Reads histories of policies from disk and splits them into queries and contexts.
 
-`policy` is model@step; the versions of a model follow each other by step. `score` is the mean reward in [-1, 1] of `trials`
-rollouts. Where rows have a `split`, "test" are queries to report on, "train" queries to train on, all others context; where they
-have none, a prompt's split is a hash of its text.
+A file holds JSON lines with policy, prompt, score and trials, the format of V0. `policy` is model@step, and the versions of a model
+are ordered by step. `score` is the mean reward in [-1, 1] of `trials` rollouts. A row may have a `split`: "test" rows are queries
+to report on, "train" rows are queries to train on, and all other rows are context. Without it, a hash of the prompt's text decides.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from v05.files import read_objects
 from v05.prior.v0.context import Context, History, Past
 
-TEST_SHARE, TRAIN_SHARE = 0.2, 0.1  # of prompts, where the logs do not say
-SEEN_SHARE = 0.25  # of a version's context at most that is held back as queries seen before
+TEST_SHARE, TRAIN_SHARE = 0.2, 0.1  # shares of the prompts, for rows without a split
+SEEN_SHARE = 0.25  # largest share of a version's context rows that become "seen" queries
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Row:
     """Outcome of one prompt under one version of a policy.
 
     Attributes:
-        model, step: the policy's name before and after its last "@"; step is the order of appearance where it is no number.
+        model, step: the policy's name before and after its last "@". If the part after it is no number, the step is the policy's
+            order of appearance.
         rate: success rate in [0, 1].
         split: "context", "train" or "test".
     """
@@ -44,12 +45,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Queries:
-    """What is to be predicted under one version, from the context that the policy's history held then.
+    """Queries under one version of a policy, with the context to predict them from.
 
     Attributes:
         policy: model@step.
-        setting: "unseen", prompts that the history never held, or "seen", under earlier versions; "train", to train on.
-        rows: Q rows to predict.
+        setting: "unseen" for prompts that the history never held, "seen" for prompts that it held under earlier versions, "train"
+            for prompts to train on.
+        context: the context that the policy's history held at that version.
+        past: the past of the Q prompts before that version.
+        rows: the Q rows to predict.
     """
 
     policy: str
@@ -63,7 +67,7 @@ def read_logs(paths: Sequence[Path]) -> list[Row]:
     """The rows of JSON-lines files.
 
     Raises:
-        ValueError: names the file and line of a row that lacks a field or has a value out of bounds; there is no row.
+        ValueError: a row lacks a field or has a value out of bounds (the message names file and line), or there is no row.
         OSError: a file cannot be read.
     """
     rows: list[Row] = []
@@ -82,11 +86,11 @@ def _row(fields: dict[str, Any], where: str, order: dict[str, int]) -> Row:
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise ValueError(f"{where}: {error!r}; a line is a JSON object with policy, prompt, score and trials") from None
     if not isinstance(prompt, str):
-        raise ValueError(f"{where}: prompt={prompt!r} is no text; give the prompt as the policy reads it")
+        raise ValueError(f"{where}: prompt={prompt!r} is not text; give the prompt as the policy reads it")
     if not -1 <= score <= 1:
         raise ValueError(f"{where}: score={score} is outside [-1, 1]; give the mean of rewards scaled to -1 (wrong) and 1 (right)")
     if not (trials >= 1 and math.isfinite(trials)):
-        raise ValueError(f"{where}: trials={trials} is not a number of rollouts; leave prompts without a rollout out")
+        raise ValueError(f"{where}: trials={trials} is not a number of rollouts; leave out prompts without a rollout")
     model, _, step = policy.rpartition("@")
     appearance = order.setdefault(policy, len(order))
     split = fields.get("split")
@@ -102,20 +106,21 @@ def _is_number(text: str) -> bool:
 
 
 def share(text: str) -> float:
-    """A number in [0, 1), a hash of the text."""
+    """A hash of the text as a number in [0, 1)."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
 
 
 def _split_of(prompt: str) -> str:
-    number = share(f"split {prompt}")  # the bare text's hash chose what training runs hold out: of that, all would be "test"
+    # The prefix matters: training runs choose held-out prompts by the hash of the bare text, so all of those would be "test".
+    number = share(f"split {prompt}")
     return "test" if number < TEST_SHARE else "train" if number < TEST_SHARE + TRAIN_SHARE else "context"
 
 
 def walk(rows: Sequence[Row], context_size: int) -> Iterator[Queries]:
-    """The queries of every version of every model, each with the context of its moment: earlier versions and the rest of its own.
+    """The queries of every version of every model. Their context comes from earlier versions and the version's own context rows.
 
-    Test prompts never enter a history, so they stay unseen. Seen queries are rows of a version whose prompts the history has held
-    under earlier versions: at most a share of them, which its context then does without.
+    Test prompts never enter a history, so they stay unseen. "Seen" queries are rows of a version whose prompts the history already
+    holds from earlier versions. At most SEEN_SHARE of a version's context rows become "seen" queries, and the context omits them.
     """
     for model in dict.fromkeys(row.model for row in rows):
         history, held = History(), set[str]()
@@ -151,7 +156,7 @@ def _columns(rows: list[Row]) -> tuple[list[str], NDArray[np.float64], NDArray[n
 
 
 def _pooled(rows: list[Row]) -> list[Row]:
-    """One row a prompt: rollouts of a prompt that occurs several times are put together."""
+    """One row per prompt: the rollouts of a prompt that occurs several times are pooled."""
     pooled: dict[str, Row] = {}
     for row in rows:
         old = pooled.get(row.prompt)

@@ -1,4 +1,4 @@
-"""V0 beside three references on the same queries and contexts: the policy's mean, nearest neighbours, logistic regression."""
+"""Compares V0 with three references on the same queries: the policy's mean, nearest neighbours and logistic regression."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from v05.prior.v0 import V0Prior
 from v05.prior.v0.logs import Queries, Row
 
 NEIGHBOURS = 16
-FOLDS = 4  # of a context, each predicted from the others to calibrate on
+FOLDS = 4  # folds of a context; each is predicted from the others, to fit the calibration
 SETTINGS = ("unseen", "seen")
 
 Predictor = Callable[[Queries], NDArray[np.float64]]
@@ -24,7 +24,7 @@ Track = Callable[[Sequence[Queries], str], Iterable[Queries]]
 
 
 def predictors(prior: V0Prior) -> dict[str, Predictor]:
-    """By name: success rates of the queries from their context, (Q,)."""
+    """Predictors by name. Each returns the (Q,) success rates of queries, predicted from their context."""
 
     def features(queries: Queries) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         texts = [*queries.context.prompts, *(row.prompt for row in queries.rows)]
@@ -47,9 +47,9 @@ def predictors(prior: V0Prior) -> dict[str, Predictor]:
     def logistic(queries: Queries) -> NDArray[np.float64]:
         known, asked = features(queries)
         rate = queries.context.rate
-        if rate.max() == 0 or rate.min() == 1:  # one class: nothing to regress on
+        if rate.max() == 0 or rate.min() == 1:  # one class: a regression cannot be fitted
             return np.full(len(asked), rate.mean())
-        twice = np.repeat([True, False], len(known))  # every row once as a success and once as a failure, by its rate
+        twice = np.repeat([True, False], len(known))  # each row as a success and as a failure, weighted by its rate
         model = LogisticRegression(max_iter=1000).fit(np.tile(known, (2, 1)), twice, sample_weight=np.concatenate((rate, 1 - rate)))
         rates: NDArray[np.float64] = model.predict_proba(asked)[:, 1]
         return rates
@@ -58,7 +58,7 @@ def predictors(prior: V0Prior) -> dict[str, Predictor]:
 
 
 def calibrator_of(prior: V0Prior, queries: Queries) -> Calibrator:
-    """Fitted on the context's newest version, each fold of which is predicted from all other rows."""
+    """A calibrator fitted on the context's newest version. Each fold of it is predicted from all other context rows."""
     context = queries.context
     calibrator = Calibrator(half_life=None)
     newest = np.flatnonzero(context.age == 0)
@@ -73,9 +73,9 @@ def calibrator_of(prior: V0Prior, queries: Queries) -> Calibrator:
 
 
 def score_predictors(prior: V0Prior, tasks: Sequence[Queries], track: Track, seed: int = 0) -> list[dict[str, Any]]:
-    """A record a predictor and setting: auc with its interval, brier, cross_entropy, how many queries, the calibration curve.
+    """One record per predictor and setting, with the scores of `v05.prior.scores` and the numbers of prompts and policies.
 
-    AUC counts pairs of queries of one policy; the scores are those of `v05.prior.scores`. A setting without queries has no record.
+    The AUC counts only pairs of queries of the same policy. A setting without queries has no record.
     """
     asked = [queries for queries in tasks if queries.setting in SETTINGS]
     named = predictors(prior)

@@ -1,19 +1,19 @@
-"""Made the weights of the embedded head: synthetic policies with a latent skill profile, and the head that learns to infer them.
+"""Trains the in-context head whose weights ship with the package, on synthetic policies and on runs of real ones.
 
     python bench/unseen_policies.py  # leaves runs of four small policies in runs/unseen-policies
     python -m v05.prior.v0.pretrain --work runs/pretrain --out v05/prior/v0/head.safetensors --tasks 800 --epochs 10 \\
         runs/unseen-policies/tiny-* runs/unseen-policies/sums-*
 
-A synthetic policy succeeds on a prompt with log-odds level + skill(prompt) + difficulty: skill is a random function of the prompt's
-features (directions, bumps, clusters, letters), difficulty what no feature says, though prompts that are almost the same share it.
-How much of the spread is skill is drawn too, from almost nothing to almost all, so the head learns to shrink. Level, skill and
-difficulty drift from version to version, and some prompts come again. Half of the prompts are reasoning-gym's with the sentence
-model's features, half are random points. The target is the true success rate.
+A synthetic policy succeeds on a prompt with log-odds level + skill(prompt) + difficulty. Skill is a random function of the prompt's
+features (directions, bumps, clusters, letters). Difficulty does not depend on the features, but almost identical prompts share it.
+The share of skill in the spread is drawn at random, from almost none to almost all, so that the head learns to shrink. Level, skill
+and difficulty drift from version to version, and some prompts recur. Half of the tasks use reasoning-gym prompts with the sentence
+model's features, half use random points. The target is the true success rate.
 
-Real policies are the runs that are named: their histories, read by the policy that each began with, are tasks beside the synthetic
-ones. What the head learns from them is how far regressions can be trusted on text that the policy itself reads.
+Real policies are the runs named on the command line. Their histories, with the policy that each run started from as backbone, are
+tasks too. From them the head learns how far the regressions can be trusted on text that the policy itself reads.
 
-Tasks are made in shards and training goes epoch by epoch; interrupted, the same command goes on where it stopped.
+Tasks are made in shards, and training writes a checkpoint after every epoch. After an interruption, the same command resumes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ LEARNING_RATE = 2e-3
 
 @dataclass(frozen=True)
 class Points:
-    """P prompts: (P, D1) meaning, (P, D2) surface, (P,) cluster."""
+    """P prompts as points: (P, D1) meaning features, (P, D2) surface features, (P,) cluster index."""
 
     meaning: NDArray[np.float64]
     surface: NDArray[np.float64]
@@ -60,7 +60,7 @@ class Points:
 
 
 def gym_points(cache: Path) -> Points:
-    """Prompts of every second reasoning-gym dataset, as far as they can be had without further downloads. Kept in `cache`."""
+    """Prompts of every second reasoning-gym dataset that needs no further downloads. They are cached in the folder `cache`."""
     kept = cache / "points.npz"
     if kept.is_file():
         with np.load(kept) as arrays:
@@ -75,8 +75,8 @@ def gym_points(cache: Path) -> Points:
         try:
             dataset = reasoning_gym.create_dataset(name, size=PROMPTS_A_DATASET, seed=0)
             questions = [str(item["question"])[:400] for item in dataset]
-        except Exception as error:  # a few need packages or data of their own, and fail in their own ways
-            typer.echo(f"prompts of {name} are left out: {error!r}")
+        except Exception as error:  # a few datasets need further packages or data, and raise various errors
+            typer.echo(f"skipping the prompts of {name}: {error!r}")
             continue
         texts += questions
         clusters += [number] * len(questions)
@@ -86,7 +86,7 @@ def gym_points(cache: Path) -> Points:
 
 
 def random_points(rng: np.random.Generator, count: int) -> Points:
-    """A cloud of some clusters with a spectrum that falls like a power."""
+    """Random points in clusters, whose standard deviations fall by a power law over the dimensions."""
     dimensions = int(rng.integers(4, 65))
     spectrum = np.arange(1.0, dimensions + 1) ** -rng.uniform(0, 1.5)
     cluster = rng.integers(0, rng.integers(1, 30), count)
@@ -98,7 +98,7 @@ def random_points(rng: np.random.Generator, count: int) -> Points:
 
 
 def some_of(points: Points, rng: np.random.Generator, count: int) -> Points:
-    """`count` prompts of a few clusters."""
+    """At most `count` prompts of a few random clusters."""
     clusters = np.unique(points.cluster)
     few = rng.permutation(clusters)[: int(np.exp(rng.uniform(np.log(5), np.log(len(clusters)))))]
     rows = np.flatnonzero(np.isin(points.cluster, few))
@@ -107,7 +107,7 @@ def some_of(points: Points, rng: np.random.Generator, count: int) -> Points:
 
 
 def with_twins(points: Points, rng: np.random.Generator) -> tuple[Points, NDArray[np.int64]]:
-    """The points, some of which are now almost copies of another; and (P,) whose difficulty each has."""
+    """The points with some replaced by near copies of others, and the (P,) index of the point whose difficulty each shares."""
     count = len(points.cluster)
     original = np.arange(count)
     pairs = rng.permutation(count)[: 2 * int(count * rng.choice([0.0, rng.uniform(0, 0.15)]))].reshape(2, -1)
@@ -124,7 +124,7 @@ def with_twins(points: Points, rng: np.random.Generator) -> tuple[Points, NDArra
 
 
 def skill(points: Points, rng: np.random.Generator) -> NDArray[np.float64]:
-    """A random function of the prompts' features, of mean 0 and variance 1 over them."""
+    """(P,) values of a random function of the prompts' features, with mean 0 and variance 1 over the prompts."""
     meaning = points.meaning - points.meaning.mean(0)
     meaning = meaning / np.sqrt((meaning**2).sum(1).mean())
     directions = meaning @ rng.normal(size=meaning.shape[1])
@@ -142,12 +142,12 @@ def skill(points: Points, rng: np.random.Generator) -> NDArray[np.float64]:
 
 
 def synthetic_task(points: Points, rng: np.random.Generator) -> tuple[Task, NDArray[np.float64]]:
-    """A task of `QUERIES` queries, and their true success rates."""
+    """A random task of `QUERIES` queries, and their true success rates (QUERIES,)."""
     count = int(np.exp(rng.uniform(np.log(24), np.log(LARGEST))))
     pool = some_of(points, rng, 900) if rng.uniform() < 0.5 else random_points(rng, 900)
     pool, original = with_twins(pool, rng)
     prompts = len(pool.cluster)
-    wording = rng.uniform(0, 0.5)  # what twins differ by
+    wording = rng.uniform(0, 0.5)  # weight of the part of the difficulty that near copies do not share
 
     def drawn_difficulty() -> NDArray[np.float64]:
         shared, apart = rng.normal(size=(2, prompts))
@@ -155,14 +155,14 @@ def synthetic_task(points: Points, rng: np.random.Generator) -> tuple[Task, NDAr
         return result
 
     spread = np.exp(rng.uniform(np.log(0.4), np.log(6)))
-    share = rng.beta(0.6, 0.8)  # of the variance of the log-odds that is skill
+    share = rng.beta(0.6, 0.8)  # share of skill in the variance of the log-odds
     level, ability, difficulty = rng.normal(0, 1.3), skill(pool, rng), drawn_difficulty()
     versions = int(rng.integers(1, 5))
     drift = rng.uniform(0, 0.6, 3)
     recurrence = rng.choice([0.0, rng.uniform(0, 0.6)])
     trials = float(rng.choice([1, 2, 4, 4, 8, 10, 16]))
     sizes = rng.multinomial(count, rng.dirichlet(np.full(versions, 2.0))) + 1
-    ahead = rng.uniform() < 0.3  # queries are of the version after the context's, as in a trainer, else of the context's newest
+    ahead = rng.uniform() < 0.3  # queries belong to the version after the context, as in a trainer, or else to its newest version
     history = History()
     seen: list[int] = []
 
@@ -198,9 +198,10 @@ def synthetic_task(points: Points, rng: np.random.Generator) -> tuple[Task, NDAr
 
 
 def run_tasks(directory: Path, rng: np.random.Generator, draws: int) -> Iterator[tuple[Task, NDArray[np.float64]]]:
-    """Tasks from what a `v05 train` run left, read by the policy folder that it began with; their rates are of its rollouts.
+    """Tasks from the outcomes of a `v05 train` run, with the policy that the run started from as backbone.
 
-    A draw splits the prompts anew into context and queries, and takes one version and setting with a part of its context.
+    The targets are success rates of the run's rollouts. Each draw splits the prompts into context and queries at random, and takes
+    one version and setting with a random part of its context.
     """
     folder = read_object(directory / "config.json")["policy"]["path"]
     prior = V0Prior(Backbone(Path(folder), directory / "features"), InContextHead())
@@ -223,7 +224,7 @@ def run_tasks(directory: Path, rng: np.random.Generator, draws: int) -> Iterator
 
 
 def make_shard(path: Path, tasks: Iterable[tuple[Task, NDArray[np.float64]]]) -> None:
-    """Write tasks."""
+    """Write tasks and their success rates to a safetensors file, atomically."""
     tensors: dict[str, torch.Tensor] = {}
     for i, (task, rates) in enumerate(tasks):
         tensors |= {
@@ -243,21 +244,21 @@ def load_shard(path: Path) -> list[tuple[Task, torch.Tensor]]:
 
 
 def excess(logits: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the last Q predictions above that of the true rates, nats."""
+    """Mean cross-entropy of the last Q predictions minus that of the true rates, in nats."""
     floor = torch.nn.functional.binary_cross_entropy(rates, rates)
     return torch.nn.functional.binary_cross_entropy_with_logits(logits[-len(rates) :], rates) - floor
 
 
 @torch.no_grad()
 def validate(head: InContextHead, tasks: list[tuple[Task, torch.Tensor]]) -> tuple[float, float]:
-    """Mean excess of the head and of the base prediction."""
+    """Mean excess cross-entropy of the head and of the base prediction, in nats."""
     pairs = [(excess(head(task), rates).item(), excess(task.base, rates).item()) for task, rates in tasks]
     ours, base = np.mean(pairs, axis=0)
     return float(ours), float(base)
 
 
 def flipped(task: Task, generator: torch.Generator) -> Task:
-    """The same task with the signs of the principal components, which mean nothing, drawn anew."""
+    """The task with random signs of the principal components, because their signs are arbitrary."""
     signs = torch.ones(task.rows.shape[1], device="cpu")
     drawn = torch.randint(0, 2, (COORDINATES,), generator=generator, device="cpu")
     signs[FIRST_COORDINATE : FIRST_COORDINATE + COORDINATES] = drawn * 2.0 - 1
@@ -265,16 +266,14 @@ def flipped(task: Task, generator: torch.Generator) -> Task:
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="Where shards and checkpoints are kept.")],
+    work: Annotated[Path, typer.Option(help="The directory for shards and checkpoints.")],
     out: Annotated[Path, typer.Option(help="The weight file to write.")],
-    tasks: Annotated[int, typer.Option(help="Synthetic tasks.", min=SHARD)] = 1000,
+    tasks: Annotated[int, typer.Option(help="The number of synthetic tasks.", min=SHARD)] = 1000,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
-    runs: Annotated[
-        list[Path] | None, typer.Argument(help="Directories of `v05 train` runs, whose outcomes are tasks too.")
-    ] = None,
+    runs: Annotated[list[Path] | None, typer.Argument(help="Directories of `v05 train` runs to make tasks from.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Make tasks, train, write the weights."""
+    """Make the tasks, train the head, and write its weights."""
     torch.set_num_threads(1)
     work.mkdir(parents=True, exist_ok=True)
     shards = [work / f"tasks-{seed}-{i}.safetensors" for i in range(tasks // SHARD + VALIDATION_SHARDS)]
@@ -315,7 +314,7 @@ def main(
             optimizer.step()
             schedule.step()
         ours, base = validate(head, validation)
-        print(f"epoch {epoch + 1}: cross-entropy above the truth's {ours:.4f}, of the regressions alone {base:.4f}", flush=True)
+        print(f"epoch {epoch + 1}: excess cross-entropy {ours:.4f} nats, of the regressions alone {base:.4f} nats", flush=True)
         state = {
             "head": head.state_dict(),
             "optimizer": optimizer.state_dict(),

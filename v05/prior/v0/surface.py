@@ -1,4 +1,4 @@
-"""What a prompt looks like: letters, digits and lengths, which a sentence model overlooks."""
+"""Surface features of prompts (letters, digits, lengths), which a sentence model does not capture."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STATISTICS = len(COUNTED)
 
 
 def ngram_features(prompts: Sequence[str]) -> NDArray[np.float64]:
-    """(G, NGRAMS) log counts of character n-grams up to four long, signed hashes, rows of unit length."""
+    """(G, NGRAMS) log counts of hashed character n-grams of length 1 to 4, with the hash's sign. Rows have unit length."""
     hashing = HashingVectorizer(analyzer="char", ngram_range=(1, 4), n_features=NGRAMS, lowercase=False, norm=None)
     counts = hashing.transform(prompts).toarray()
     features: NDArray[np.float64] = np.sign(counts) * np.log1p(np.abs(counts))
@@ -27,10 +27,10 @@ def ngram_features(prompts: Sequence[str]) -> NDArray[np.float64]:
 
 
 def surface_features(prompts: Sequence[str]) -> NDArray[np.float64]:
-    """(G, NGRAMS + STATISTICS): both kinds, each of about unit length."""
+    """(G, NGRAMS + STATISTICS) n-gram features and statistics, each scaled to about unit length."""
     return np.hstack((ngram_features(prompts), statistics(prompts) / np.sqrt(STATISTICS)))
 
 
 def statistics(prompts: Sequence[str]) -> NDArray[np.float64]:
-    """(G, STATISTICS) log counts of what `COUNTED` finds: characters, words, digits, numbers and so on."""
+    """(G, STATISTICS) log counts of the matches of `COUNTED`: characters, words, digits, numbers and so on."""
     return np.log1p([[len(pattern.findall(prompt)) for pattern in COUNTED] for prompt in prompts]).reshape(-1, STATISTICS)

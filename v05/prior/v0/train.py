@@ -1,9 +1,10 @@
-"""Trains the residual query adapter on histories of policies; backbone and head stay as they are.
+"""Trains the residual query adapter on histories of policies. Backbone and head are frozen.
 
-A training task is one version of a policy: a few rows of its context to infer from, and queries: its training prompts and context
-rows that are left out. The loss is 0.25 Bradley-Terry over pairs of queries, where any bias of the context cancels, and 0.75
-cross-entropy (arXiv 2602.03584). Prompts of the validation share, a hash of their text, are never trained on; the adapter that
-predicts them best is kept, and none at all if that is no better than the backbone's own features.
+A training task is one version of a policy, with some rows of its context to infer from. The queries are its training prompts and
+other rows of its context. The loss is 0.25 times a Bradley-Terry loss over pairs of queries, in which any bias of the context
+cancels, plus 0.75 times the cross-entropy (arXiv 2602.03584). A share of the prompts, chosen by a hash of their text, is never
+trained on but used for validation. The adapter with the best validation loss is kept, or none if the backbone's own features are as
+good.
 """
 
 from __future__ import annotations
@@ -28,20 +29,21 @@ from v05.prior.v0.head import InContextHead
 from v05.prior.v0.logs import Queries, share
 from v05.prior.v0.surface import surface_features
 
-PAIRWISE, POINTWISE = 0.25, 0.75  # weights of the loss
-CONTEXT, QUERIES = 128, 48  # rows of a training task
-VALIDATION_SHARE = 0.25  # of prompts
+PAIRWISE, POINTWISE = 0.25, 0.75  # weights of the loss terms
+CONTEXT, QUERIES = 128, 48  # most context rows of a task, and most queries drawn from the context
+VALIDATION_SHARE = 0.25  # share of the prompts used for validation
 LEARNING_RATE = 1e-3
 STEPS_BETWEEN_VALIDATIONS = 20
-LEAST_GAIN = 1e-3  # nats by which an adapter must beat the backbone's own features to be kept
+LEAST_GAIN = 1e-3  # an adapter is kept if its loss is this far (nats) below that of the backbone's own features
 
 Track = Callable[[Sequence[int], str], Iterable[int]]
 
 
 def v0_loss(logits: Tensor, rates: Tensor) -> Tensor:
-    """0.25 pairwise + 0.75 soft cross-entropy of (Q,) log-odds against (Q,) success rates.
+    """0.25 pairwise loss + 0.75 soft cross-entropy of (Q,) log-odds against (Q,) success rates.
 
-    Pairwise: -log sigmoid of the difference of log-odds, weighted by the difference of rates, over pairs whose rates differ.
+    The pairwise loss is the mean of -log sigmoid of the difference of log-odds over pairs whose rates differ, weighted by the
+    difference of their rates.
     """
     pointwise = torch.nn.functional.binary_cross_entropy_with_logits(logits, rates)
     margins = (rates[:, None] - rates[None]).clamp(min=0)
@@ -50,7 +52,7 @@ def v0_loss(logits: Tensor, rates: Tensor) -> Tensor:
 
 
 class _TokenStates:
-    """Token states of all prompts of some tasks, half precision, computed once."""
+    """Token states of all prompts, computed once and kept in half precision."""
 
     def __init__(self, backbone: Backbone, prompts: Sequence[str], track: Track) -> None:
         ordered = sorted(set(prompts), key=len)
@@ -63,7 +65,7 @@ class _TokenStates:
         self.surface = dict(zip(ordered, torch.from_numpy(surface_features(ordered)), strict=True))
 
     def views(self, prompts: Sequence[str], adapter: Adapter | None) -> tuple[Tensor, Tensor]:
-        """What the head gets of the prompts, float64."""
+        """The (G, D1) meaning and (G, D2) surface features of G prompts that the head reads."""
         meaning = torch.stack([self.pooled[prompt] for prompt in prompts])
         if adapter is not None:
             kept = [self._states[prompt] for prompt in prompts]
@@ -74,7 +76,7 @@ class _TokenStates:
 
 
 class _Sample(NamedTuple):
-    """Some rows of a context, and prompts to predict with their success rates and pasts."""
+    """Some rows of a context, and Q prompts to predict with their success rates and pasts."""
 
     context: Context
     prompts: list[str]
@@ -83,7 +85,10 @@ class _Sample(NamedTuple):
 
 
 def _draw(task: Queries, rng: np.random.Generator, *, validation: bool) -> _Sample | None:
-    """A random part of a version: its queries are validation prompts or none is, context rows never are; None without either."""
+    """A random part of a version. None if it has too few context rows or no queries.
+
+    The queries are all validation prompts or all training prompts. Context rows are never validation prompts.
+    """
     context = task.context
     held_out = np.array([share(f"validation {prompt}") < VALIDATION_SHARE for prompt in context.prompts])
     order = rng.permutation(np.flatnonzero(~held_out))
@@ -108,16 +113,17 @@ def _draw(task: Queries, rng: np.random.Generator, *, validation: bool) -> _Samp
 def train_adapter(
     backbone: Backbone, head: InContextHead, tasks: Sequence[Queries], path: Path, *, steps: int, seed: int, track: Track
 ) -> dict[str, Any]:
-    """Train an adapter for `steps` updates and write the best to `path`; nothing is written if none is better than no adapter.
+    """Train an adapter for `steps` updates and write the best to `path`. Nothing is written if none is better than no adapter.
 
-    What was reached is kept beside `path` as a .training file; called again, an interrupted training goes on from there. The folder
-    of `path` is made if need be.
+    The state of the training is kept beside `path` in a .training file. After an interruption, the same call resumes from it. The
+    folder of `path` is created if it is missing.
 
     Returns:
-        `before` and `after`, the validation loss without an adapter and with the best; `kept`, whether that was written.
+        `before` and `after`: the validation loss in nats without an adapter and with the best one. `kept`: whether an adapter was
+        written.
 
     Raises:
-        ValueError: the histories hold too few prompts to train and validate on.
+        ValueError: the histories hold too few prompts to train and validate on, or the .training file is damaged or of another run.
         OSError: `path` cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,12 +168,12 @@ def train_adapter(
             best, first = float(state["best"]), int(state["step"])
         except (OSError, EOFError, RuntimeError, KeyError, TypeError, ValueError, UnpicklingError) as error:
             raise ValueError(
-                f"{resume} is of another training, of other logs, or damaged; delete it, or give another file"
+                f"{resume} belongs to another training or other logs, or is damaged; delete it, or give another file"
             ) from error
     for step in track(range(first, steps), "adapter"):
         draws = np.random.default_rng((seed, step))
         sample = _draw(trained_on[draws.integers(len(trained_on))], draws, validation=False)
-        assert sample is not None  # whatever is drawn: that depends on the version alone
+        assert sample is not None  # whether there is a sample depends on the version, not on the draw
         optimizer.zero_grad()
         loss_of(sample, adapter).backward()
         torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
@@ -190,7 +196,7 @@ def train_adapter(
 
 
 def _digest(tasks: Sequence[Queries]) -> str:
-    """A hash of what an adapter is trained on: the prompts and rates of all versions."""
+    """A hash of the training data: the prompts and rates of all versions."""
     digest = hashlib.sha256()
     for task in tasks:
         rows = [(row.prompt, row.rate, row.trials) for row in task.rows]
@@ -200,7 +206,7 @@ def _digest(tasks: Sequence[Queries]) -> str:
 
 
 def _write(state: dict[str, Any], path: Path) -> None:
-    """Whole or not at all."""
+    """Write the file atomically."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     with replacing(path) as scratch:
