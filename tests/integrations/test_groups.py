@@ -172,7 +172,7 @@ def test_what_another_prior_learnt_is_refused(tmp_path):
     mine.prior = HistoryPrior()
     mine.settle(settings)
     assert mine.prior.predict(["1+1="]) > 0.5
-    with pytest.raises(ValueError, match="prior keeps the one that is there; set another before the settings"):
+    with pytest.raises(ValueError, match="prior already stores another prior; set the prior before the settings"):
         mine.prior = HistoryPrior()
 
 
@@ -221,7 +221,7 @@ def test_a_group_that_an_earlier_process_finished_is_judged_by_its_mean(caplog):
         remedy="open them",
     )
     assert advantages.flatten().tolist() == pytest.approx([0.5, -0.5, 0.1])
-    assert "prior: none for 1 of 2 groups, the first is 'old'; their own means stand in" in caplog.text
+    assert "prior: none for 1 of 2 groups, the first is 'old'; their own means are used instead" in caplog.text
 
 
 def test_a_group_keeps_its_prediction_while_it_is_open():
@@ -296,7 +296,7 @@ def test_settings_and_texts():
 def test_settings_of_the_prior():
     with pytest.raises(ValueError, match=r"v05\.prior='v1' is unknown; choose one of history, mean, spo, v0"):
         Settings.read({"prior": "v1"})
-    with pytest.raises(ValueError, match=r"v05\.adapter='a' is of prior 'v0', not of 'history'; leave it out"):
+    with pytest.raises(ValueError, match=r"v05\.adapter='a' belongs to prior 'v0', not to 'history'; leave it out"):
         Settings.read({"adapter": "a"})
     with pytest.raises(ValueError, match=r"backbone=absent: no config\.json there"):
         prior_of(Settings.read({"prior": "v0", "backbone": "absent"}))

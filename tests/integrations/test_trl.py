@@ -217,7 +217,7 @@ def test_a_column_with_too_few_values_is_refused(tokenizer, tmp_path):
         log_extra("seen", completions[:1])
         return starts_with_a_low_digit(completions)
 
-    with pytest.raises(ValueError, match=r"log_extra\('seen', \.\.\.\): 1 values for 16 completions; give each one"):
+    with pytest.raises(ValueError, match=r"log_extra\('seen', \.\.\.\): 1 values for 16 completions; give one for each"):
         adaptive_batch(make(V05Trainer, V05Config, tokenizer, tmp_path, logging))
 
 
@@ -345,7 +345,7 @@ def test_groups_split_over_processes(tmp_path):
         ({"method": "grpo"}, r"initial_generations=4 with method='grpo'; choose a method with a prior, or give None"),
         ({"loss_type": "grpo"}, r"initial_generations=4 with loss_type='grpo'; choose dapo or cispo or vespo, or give None"),
         ({"method": "gpro"}, r"method='gpro' is unknown"),
-        ({"multi_objective_aggregation": "normalize_then_sum"}, "V_0.5 judges sums of rewards"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "V_0.5 works on sums of rewards"),
     ],
 )
 def test_what_does_not_go_together_is_refused(tokenizer, tmp_path, settings, message):

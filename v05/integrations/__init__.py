@@ -1,4 +1,5 @@
-"""v05 in the trainers people already run: one file a host, entered through the host's own door. Nothing in v05 imports them.
+"""Integrations of v05 with existing trainers ("hosts"). No other part of v05 imports them.
 
-`groups` holds what the hosts share and needs none of them; the others import their host, and say which releases were tested.
+Each host has its own modules, which extend the host through its public extension points. They import the host, and their docstrings
+name the tested release. `groups` holds the code that hosts share; it imports no host.
 """

@@ -1,4 +1,4 @@
-"""What the hosts share: groups that wait for their rewards under the host's ids, and advantages in a padded trainer's tensors."""
+"""Code that the hosts share: a table of groups that wait for their rewards, and advantages for trainers with padded tensors."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from v05.prior.calibration import Calibrator
 
 logger = logging.getLogger(__name__)
-OF_THE_PRIOR = ("prior", "backbone", "adapter", "outcomes", "learnt")  # settings that say which prior is made
+OF_THE_PRIOR = ("prior", "backbone", "adapter", "outcomes", "learnt")  # settings that determine the prior
 ESTIMATORS = {method.estimator: method.name for method in METHODS.values()}  # name in verl and SkyRL: method
-PADDING = re.compile(r"pad([0-9]+|[0-9a-f]{32})")  # group ids of the rows that fill up a batch, in SkyRL and in verl
+PADDING = re.compile(r"pad([0-9]+|[0-9a-f]{32})")  # group ids of rows that SkyRL and verl add to fill up a batch
 
 
 def prompt_text(prompt: Any) -> str:
-    """A prompt as the text a prior reads: itself, or the texts of its messages, one a line.
+    """The text of a prompt for the prior: the prompt itself, or the texts of its messages joined by newlines.
 
-    A tool call may come without a text, and a part that is an image with None for it: Arrow fills up fields that are missing.
+    Messages without text (a tool call) and parts whose text is None (an image, where Arrow fills up missing fields) are skipped.
     """
     if isinstance(prompt, str):
         return prompt
@@ -42,26 +42,26 @@ def prompt_text(prompt: Any) -> str:
 
 
 class _Open(NamedTuple):
-    """A group whose rewards are awaited."""
+    """A group that waits for its rewards."""
 
     prompt: str
-    rate: float  # predicted
-    calibration: Calibration | None  # what its rounds trust that by
+    rate: float  # predicted success rate
+    calibration: Calibration | None  # the calibration that the group's rounds are tested with
 
 
 class PromptPriors:
-    """Predicts a group's success rate when its prompt is drawn, keeps it until its rewards are there, and learns from them.
+    """Predicts a group's success rate when its prompt is drawn, keeps it until the rewards arrive, and learns from them.
 
-    Hosts name groups by ids and show their estimators no prompt: this is the table between the two.
+    Hosts identify groups by ids and do not pass prompts to their estimators. This table maps ids to prompts and predictions.
 
     Args:
-        prior: predicts and learns; None is that of the settings given to `settle`, or else a `HistoryPrior`.
-        capacity: groups remembered; those opened first, whose rewards never came, go first.
+        prior: the prior. None takes the prior of the settings given to `settle`, or a `HistoryPrior` without settings.
+        capacity: how many open groups are kept. The groups opened first are dropped first; their rewards never arrived.
     """
 
     def __init__(self, prior: ValuePrior | None = None, capacity: int = 1_000_000) -> None:
         self._prior = prior
-        self._settled: Settings | None = None  # what the prior was made with; None of one that was given
+        self._settled: Settings | None = None  # settings the prior was made with; None if the prior was given as an object
         self._calibrator: Calibrator | None = None
         self._learnt: LearntFile | None = None
         self._maximum: int | None = None
@@ -79,21 +79,25 @@ class PromptPriors:
     @prior.setter
     def prior(self, prior: ValuePrior) -> None:
         if self._learnt is not None:
-            raise ValueError(f"prior: {self._learnt.path} keeps the one that is there; set another before the settings are given")
+            raise ValueError(
+                f"prior: {self._learnt.path} already stores another prior; set the prior before the settings are given"
+            )
         self._prior, self._settled = prior, None
 
     def settle(self, settings: Settings, maximum: int | None = None) -> Estimator:
-        """Take the prior of these settings, unless there is one already; one that was given as an object stands. Whichever it is
-        goes on from the file `learnt`.
+        """Make the prior of these settings, unless there is a prior already, and return the estimator of the settings.
+
+        A prior that was given as an object is kept. The prior resumes from the file `settings.learnt` if there is one.
 
         Args:
-            maximum: the most rollouts of a prompt, from a host that samples in rounds; it stands for the calls that follow.
+            settings: the user's settings.
+            maximum: the most rollouts of a prompt, for a host that samples in rounds. It also applies to later calls without it.
 
         Returns:
-            the estimator of these settings, which learns with all others of this table.
+            the estimator of these settings. All estimators of this table share its prior and calibrator.
 
-        Raises ValueError where the prior at hand was made with other settings, or what `prior_of`, `LearntFile` and `Estimator`
-        raise.
+        Raises:
+            ValueError: the prior was made with other settings; also all errors of `prior_of`, `LearntFile` and `Estimator`.
         """
         if self._prior is None:
             self._prior, self._settled = prior_of(settings), settings
@@ -106,7 +110,7 @@ class PromptPriors:
                         "before its first use"
                     )
         if self._calibrator is None:
-            from v05.prior.calibration import Calibrator  # needs scipy, which methods without a prior do not
+            from v05.prior.calibration import Calibrator  # imported here because methods without a prior do not need scipy
 
             self._calibrator = Calibrator()
         if settings.learnt is not None and self._learnt is None:
@@ -115,10 +119,11 @@ class PromptPriors:
         return settings.estimator(self._prior, self._calibrator, maximum=self._maximum)
 
     def open(self, group_ids: Sequence[str], prompts: Sequence[Any], anew: bool = False) -> NDArray[np.float64]:
-        """(G,) predicted success rates of G prompts, texts or lists of messages, remembered under their ids.
+        """Predict the (G,) success rates of G prompts (texts or lists of messages) and keep them under the group ids.
 
-        A group that is open already keeps its prediction, so that rows of one group may come in several calls. With `anew` it gets
-        a new one: where a prompt's id is the same in every epoch, an open group may be one that was dropped in the last.
+        A group that is already open keeps its prediction, so rows of one group may come in several calls. With `anew` it gets a new
+        prediction. This is for hosts where a prompt has the same id in every epoch: there an open group may be left over from the
+        epoch before, in which it was dropped.
         """
         self.used = True
         if anew:
@@ -138,11 +143,11 @@ class PromptPriors:
         return group_id in self._open
 
     def rates(self, group_ids: Sequence[str]) -> NDArray[np.float64]:
-        """(G,) success rates predicted when the groups were opened; NaN for a group that was not, or whose prior says nothing."""
+        """(G,) success rates predicted when the groups were opened. NaN if a group is not open or has no prior."""
         return np.array([self._open[group].rate if group in self._open else np.nan for group in group_ids], dtype=np.float64)
 
     def calibrations(self, group_ids: Sequence[str]) -> list[Calibration | None]:
-        """(G,) what the rounds of each group trust its prior by; None for a group that was not opened, or where nothing fits it."""
+        """(G,) calibrations that each group was opened with. None if a group is not open or there was no calibrator."""
         return [self._open[group].calibration if group in self._open else None for group in group_ids]
 
     def close(
@@ -153,8 +158,10 @@ class PromptPriors:
         trials: NDArray[np.float64],
         energies: NDArray[np.float64] | None = None,
     ) -> None:
-        """Have the estimator learn what (G,) trials of each group came to, and forget the groups; those that are not open teach
-        nothing."""
+        """Let the estimator learn from (G,) successes in (G,) trials, and remove the groups from the table.
+
+        `energies` are (2, G), as in `Calibrator.observe`. Groups that are not open are skipped.
+        """
         learnt = [g for g, group in enumerate(group_ids) if group in self._open]
         if not learnt:
             return
@@ -177,24 +184,27 @@ def outcome_advantages(
     trains: NDArray[np.bool_] | None = None,
     energy: NDArray[np.float64] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advantages in the tensors that verl and SkyRL give their estimators; the groups' prior learns from the rewards.
+    """Compute advantages from the tensors that verl and SkyRL pass to their estimators. The prior learns from the rewards.
 
     Args:
-        token_level_rewards: (N, T), reward units. A rollout's reward is the sum of its whole row, as in the hosts: where the last
-            token is a tool's, or there is none, the reward stands outside the mask. A row that is not finite is left out.
-        response_mask: (N, T), 1 for the policy's own tokens. A row without any was rejected by the host or the user: it is left out
-            of its group's statistics and of what the prior learns.
-        index: (N,) ids of the groups, rows in any order. Rows whose id is one of `PADDING` fill up the batch and are left out.
-        normalize: False takes away the division by the deviation from a method that has one, as the hosts' own switches do.
-        remedy: what to do about groups that were not opened.
-        trains: (N,) False for a row of which no token is trained on, where the host's mask does not say so.
-        energy: (N,) of the rows, for a method that reads energies; None where the host has none.
+        token_level_rewards: (N, T) rewards of tokens, in reward units. A rollout's reward is the sum of its whole row, as in the
+            hosts, because the reward is outside the mask if the last token is a tool's or there is no token. A row with a reward
+            that is not finite is excluded.
+        response_mask: (N, T), 1 for the policy's own tokens. A row without such tokens was rejected by the host or the user. It is
+            excluded from its group's statistics, and the prior does not learn from it.
+        index: (N,) group ids, rows in any order. Rows whose id matches `PADDING` fill up the batch and are excluded.
+        settings: the user's settings.
+        priors: the table of open groups.
+        normalize: False disables the division by the standard deviation, as the hosts' own switches do.
+        remedy: the remedy that the error message gives if no groups were opened.
+        trains: (N,) False for rows without a trained token, for hosts whose mask does not show this.
+        energy: (N,) energies of the rows, for methods that read them. None if the host has none.
 
     Returns:
-        advantages and returns, both the same (N, T) float32 tensor.
+        advantages and returns, which are the same (N, T) float32 tensor.
 
     Raises:
-        ValueError: the method needs a prior, and no group was ever opened or the priors are not of these settings; a reward is
+        ValueError: the method needs a prior, and no group was ever opened or the prior was made with other settings; a reward is
             outside `settings.reward_range`.
     """
     ids = [str(group) for group in index]
@@ -205,7 +215,8 @@ def outcome_advantages(
             problem = f"prior: none for {len(missing)} of {len(groups)} groups, the first is {missing[0]!r}"
             if not priors.used:
                 raise ValueError(f"{problem}; {remedy}")
-            logger.warning("%s; their own means stand in", problem)  # a resumed host may hand over what it finished before
+            # A resumed host may pass groups that it sampled before the restart.
+            logger.warning("%s; their own means are used instead", problem)
         estimator = priors.settle(settings)
     else:
         estimator = settings.estimator()

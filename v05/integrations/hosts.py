@@ -1,9 +1,9 @@
-"""The table of hosts: the trainers that v05 is integrated with. The Makefile, `v05 doctor`, the docs' tests and the tests read it.
+"""The table of hosts, the trainers that v05 is integrated with. The Makefile, `v05 doctor` and the tests read it.
 
-    python v05/integrations/hosts.py                     names of those whose tests run with the Pythons of this machine
-    python v05/integrations/hosts.py FIELD NAME          a field of one: `requirements`, `alone` or `python`
+    python v05/integrations/hosts.py                     print the hosts whose tests can run with this machine's Python versions
+    python v05/integrations/hosts.py FIELD NAME          print a field of a host: `requirements`, `alone` or `python`
 
-It runs before anything is installed, and imports only what comes with Python.
+The Makefile runs this file before anything is installed, so it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Host:
-    """A trainer that takes v05.
+    """A trainer that v05 is integrated with.
 
     Attributes:
-        name: of its distribution, and of its module in this folder.
-        release: that the tests run with.
-        extra: of v05, in which it or what its door needs is installed.
-        requirements: what pip installs beside v05 for its tests, with a space between; empty for a trainer that the package index
-            does not have.
-        alone: what pip installs after that, without its requirements: they contradict each other, or need a GPU.
-        python: the command that makes the environment, where not any Python will do.
+        name: the name of its distribution, and of its module in this folder.
+        release: the release that the tests run with.
+        extra: the extra of v05 that installs the host or the integration's requirements.
+        requirements: the packages, separated by spaces, that pip installs next to v05 for its tests. Empty for a host that is not
+            on the package index.
+        alone: the packages that pip installs after that with --no-deps, because their requirements conflict or need a GPU.
+        python: the Python command that creates the environment. Empty if any supported Python works.
     """
 
     name: str
@@ -66,7 +66,7 @@ HOSTS = {
 
 
 def runnable() -> list[Host]:
-    """Those that the package index has, and a Python of this machine can run."""
+    """The hosts that are on the package index and run with a Python of this machine."""
     return [host for host in HOSTS.values() if host.requirements and (not host.python or shutil.which(host.python))]
 
 

@@ -1,4 +1,4 @@
-"""What priors and calibrators have learnt, in a file: in a host's checkpoint, or, where a host has no door for that, beside it."""
+"""Saves the state of priors and calibrators to a file, in a host's checkpoint or, for hosts without a hook for that, beside it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from v05.prior import ValuePrior
 if TYPE_CHECKING:
     from v05.prior.calibration import Calibrator
 
-    Learners = Mapping[str, ValuePrior | Calibrator]  # by the name that the file has for them
+    Learners = Mapping[str, ValuePrior | Calibrator]  # by their names in the file
 
 logger = logging.getLogger(__name__)
-OF_CLASS = "class of "  # with a learner's name, in the file's metadata: what it was
+OF_CLASS = "class of "  # prefix of a learner's name in the file's metadata; the value is the name of its class
 
 
 def keep_learnt(path: Path, learners: Learners) -> None:
-    """Write what learners have learnt. A file that is there is replaced whole, or stays.
+    """Write the states of the learners to a file. An existing file is replaced atomically.
 
-    Raises OSError where it cannot be written.
+    Raises OSError if the file cannot be written.
     """
     arrays = {f"{name}.{key}": value for name, part in learners.items() for key, value in part.state_dict().items()}
     with explained(path, "the run goes on from its last checkpoint"), replacing(path) as scratch:
@@ -33,9 +33,10 @@ def keep_learnt(path: Path, learners: Learners) -> None:
 
 
 def restore_learnt(path: Path, learners: Learners) -> None:
-    """Have learners go on from what the file has of them; where there is none, nothing happens.
+    """Load the states of the learners from a file. A missing file changes nothing.
 
-    Raises ValueError where it is another file, or one of them was another when it was written. Nothing is restored then.
+    Raises ValueError if the file is damaged or of another kind, or if a learner had another class when it was written. Nothing is
+    restored then.
     """
     if not path.exists():
         return
@@ -47,7 +48,7 @@ def restore_learnt(path: Path, learners: Learners) -> None:
         raise ValueError(f"{path} cannot be read ({error}); delete it, or give another path") from error
     known = {name: classes[OF_CLASS + name] for name in learners if OF_CLASS + name in classes}
     if not known:
-        raise ValueError(f"{path} is no file of what a prior has learnt; give another path")
+        raise ValueError(f"{path} does not hold the state of a prior; give another path")
     for name, was in known.items():
         now = type(learners[name]).__qualname__
         if was != now:
@@ -67,9 +68,10 @@ def restore_learnt(path: Path, learners: Learners) -> None:
 
 
 class LearntFile:
-    """A run's file, which its learners go on from and are kept in batch after batch.
+    """The file of a run's learners. They resume from it at the start, and it is replaced after every batch.
 
-    Raises ValueError as `restore_learnt` does, and OSError where it cannot be written: now, not after the first batch.
+    The file is also written at the start, so that an unwritable path raises OSError then and not after the first batch. Raises
+    ValueError as `restore_learnt` does.
     """
 
     def __init__(self, path: Path, learners: Learners) -> None:
@@ -81,7 +83,7 @@ class LearntFile:
         logger.info("what the prior learns is kept in %s, %s", path, "from which it goes on" if found else "a new file")
 
     def keep(self) -> None:
-        """Replace the file. One that cannot be written is no reason to end a run: it is logged, and the next may be."""
+        """Replace the file. A failure is logged and does not end the run; the next batch tries again."""
         try:
             keep_learnt(self.path, self._learners)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""What a user sets of v05 in a host's configuration, under the same names in all of them."""
+"""The settings of v05 in a host's configuration. They have the same names in all hosts."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ PRIOR_KINDS = ("history", "mean", "spo", "v0")
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user may set, under the name `v05` in the host's configuration.
+    """The settings that a user may give, under the name `v05` in the host's configuration.
 
     Attributes:
-        method: a name of `v05.methods.METHODS`. verl and SkyRL have it in the name of their estimator and need no other.
-        reward_range: (lo, hi) that holds all rewards, reward units.
-        leave_one_out: the baseline of a rollout is computed from the group's other rollouts.
-        initial: rollouts of a prompt before its first test, where the host samples in rounds.
-        chunk: rollouts added at a time after that, or "look", as many at once as the test is expected to ask for.
-        unbiased: the advantages of prompts that the test stopped come from counted paths (v05.path_counting), so that the stop does
-            not bias the gradient. Where the host samples in rounds, with group_weighting "prompt".
-        group_weighting: "prompt" has prompts weigh alike in a loss that averages over rollouts, however many each got: the
-            advantages of a group of k are multiplied by initial / k. "rollout" leaves them.
-        prior: "history", learnt in the run from texts and outcomes, "mean", the mean of the run's outcomes, "spo", each prompt's
-            own past alone (v05.prior.spo), or "v0", the generalist value model (v05.prior.v0); where it is left out, what the
-            method's paper has.
-        backbone: of v0, the model folder that reads prompts; None is the sentence model of the extra `value`.
-        adapter: of v0, a file that `v05 fit-prior` trained on that backbone.
-        outcomes: JSON lines of what the policy came to before training (`v05 eval` writes them), which the prior learns first.
-        learnt: a file, by its absolute path, for what the prior and its calibration have learnt, replaced after every batch; a run
-            that finds one goes on from it. One run, one file.
+        method: a name of `v05.methods.METHODS`. In verl and SkyRL the estimator's name already gives the method.
+        reward_range: (lo, hi), which must contain all rewards, in reward units.
+        leave_one_out: whether the baseline of a rollout is computed from the group's other rollouts only.
+        initial: rollouts of a prompt before its first test, for hosts that sample in rounds.
+        chunk: rollouts added at a time after the first test, or "look" to add as many at once as the test is expected to ask for.
+        unbiased: whether the advantages of prompts that the test stopped come from counted paths (v05.path_counting), so that
+            stopping does not bias the gradient. It needs a host that samples in rounds, and group_weighting "prompt".
+        group_weighting: "prompt" gives every prompt the same weight in a loss that averages over rollouts: the advantages of a
+            group of k rollouts are multiplied by initial / k. "rollout" does not change them.
+        prior: "history", learnt in the run from prompt texts and outcomes; "mean", the mean of the run's outcomes; "spo", each
+            prompt's own past (v05.prior.spo); or "v0", the generalist value model (v05.prior.v0). `read` sets the prior of the
+            method's paper if none is given.
+        backbone: the model folder that reads prompts, for prior "v0". None means the sentence model of the extra `value`.
+        adapter: a file that `v05 fit-prior` trained on that backbone, for prior "v0".
+        outcomes: a JSON-lines file with the policy's outcomes before training (`v05 eval` writes one). The prior learns it first.
+        learnt: the absolute path of a file that stores the state of the prior and its calibration after every batch. A run that
+            finds the file resumes from it. Every run needs a file of its own.
     """
 
     method: str = "v05"
@@ -61,7 +61,10 @@ class Settings:
 
     @classmethod
     def read(cls, given: Mapping[str, Any] | None, method: str | None = None) -> Settings:
-        """The settings of a mapping; a ValueError names what is not one. `method` is what the host already knows it to be."""
+        """The settings of a mapping. `method` is the method that the host already knows, from the estimator's name.
+
+        Raises ValueError for an unknown setting or an invalid value.
+        """
         known = {field.name for field in fields(cls)}
         given = dict(given or {})
         if method is not None and given.setdefault("method", method) != method:
@@ -82,8 +85,8 @@ class Settings:
             choice(f"v05.{name}", getattr(settings, name), choices)
         if settings.unbiased and settings.group_weighting != "prompt":
             raise ValueError(
-                f"v05.unbiased=True with v05.group_weighting={settings.group_weighting!r}: large groups would have more say, and "
-                "which are large depends on their rewards; set group_weighting to 'prompt'"
+                f"v05.unbiased=True with v05.group_weighting={settings.group_weighting!r}: large groups would have more "
+                "weight, and a group's size depends on its rewards; set group_weighting to 'prompt'"
             )
         if settings.learnt is not None and not Path(settings.learnt).is_absolute():
             raise ValueError(
@@ -92,7 +95,7 @@ class Settings:
         for name in ("backbone", "adapter"):
             if settings.prior != "v0" and getattr(settings, name) is not None:
                 raise ValueError(
-                    f"v05.{name}={getattr(settings, name)!r} is of prior 'v0', not of {settings.prior!r}; leave it out"
+                    f"v05.{name}={getattr(settings, name)!r} belongs to prior 'v0', not to {settings.prior!r}; leave it out"
                 )
         return settings
 
@@ -104,17 +107,19 @@ class Settings:
         maximum: int | None = None,
         scale: Scale | None = None,
     ) -> Estimator:
-        """Of these settings.
+        """The estimator of these settings.
 
         Args:
-            maximum: the most rollouts of a prompt where the host samples in rounds; None where it samples groups of one size.
+            prior: the prior, for methods that need one.
+            calibrator: the calibrator, for methods that have a calibration.
+            maximum: the most rollouts of a prompt, for hosts that sample in rounds. None means that all groups have one size.
             scale: as in `v05.ops.fused_advantage`.
 
-        Raises ValueError as `Estimator` does, and where paths are to be counted of groups of one size.
+        Raises ValueError as `Estimator` does, and if `unbiased` is set although all groups have one size.
         """
         if self.unbiased and maximum is None:
             raise ValueError(
-                "v05.unbiased=True: groups are of one size here, and leave_one_out=True is unbiased then; set that instead"
+                "v05.unbiased=True: all groups have one size here; set leave_one_out=True instead, which is unbiased for them"
             )
         return Estimator(
             self.method,
@@ -132,9 +137,9 @@ class Settings:
 
 
 def prior_of(settings: Settings) -> ValuePrior:
-    """A new prior by its settings, which has learnt `outcomes`.
+    """Make the prior of the settings and let it learn the file `outcomes`.
 
-    Raises ValueError and OSError where a folder or file of the settings cannot be read.
+    Raises ValueError or OSError if a folder or file of the settings cannot be read.
     """
     prior: ValuePrior
     if settings.prior == "v0":

@@ -4,16 +4,16 @@
 
     register(reward_range=(0.0, 1.0))       any of `v05.integrations.settings.Settings`
 
-SkyRL has no configuration of its own for estimators, so the settings are given when they are registered, in the process that
-trains. `v05_ebpo` wants `prior="mean"` there: the prior is made before SkyRL says which estimator it asks.
+SkyRL has no configuration for settings of estimators, so `register` takes the settings. Call it in the process that trains. For
+`v05_ebpo` give `prior="mean"`, because the prior is made before SkyRL selects the estimator.
 
-An estimator is shown no prompt, no log-probability and no loss mask. Wrap the generator in `PromptedGenerator`, which predicts the
-priors on the way and keeps, of every rollout, how many tokens are trained on and the energy. It has energies where
-`generator.sampling_params.logprobs` is not null, as by default. Masks that the trainer zeroes later, as its `zero_variance_filter`
-does, it does not see: the rewards of such groups count.
+SkyRL passes no prompts, log-probabilities or loss masks to an estimator. Wrap the generator in `PromptedGenerator`: it predicts the
+priors and keeps the number of trained tokens and the energy of every rollout. Energies need log-probabilities, which SkyRL returns
+unless `generator.sampling_params.logprobs` is null. The generator does not see masks that the trainer zeroes later, as its
+`zero_variance_filter` does, so the rewards of such groups still count.
 
-Dynamic sampling may filter: the groups that it drops teach the prior nothing. It may not replace, which repeats a group's rollouts
-under its id: the test would count them twice, and the prior learn them twice.
+Dynamic sampling of type "filter" works; the prior does not learn from the groups that it drops. Type "replace" does not work: it
+repeats a group's rollouts under the same id, so the test would count them twice and the prior would learn them twice.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from v05.methods import find_method
 
 
 class _Rollout(NamedTuple):
-    """What the generator's output says of a rollout, and SkyRL shows no estimator."""
+    """Properties of a rollout that are in the generator's output, but that SkyRL does not pass to estimators."""
 
-    tokens: int  # that are trained on
+    tokens: int  # number of trained tokens
     energy: float  # NaN without log-probabilities
 
 
 PRIORS = PromptPriors()
-ROLLOUTS: dict[str, list[_Rollout]] = {}  # of a prompt, which wait for their advantages, in SkyRL's order
+ROLLOUTS: dict[str, list[_Rollout]] = {}  # by prompt id, in SkyRL's order, until their advantages are computed
 REMEDY = "wrap the generator in v05.integrations.skyrl.PromptedGenerator"
 
 
 def register(**settings: Any) -> None:
-    """Register the estimators with these settings (`v05.integrations.settings.Settings`); once a process."""
+    """Register the estimators with these settings (`v05.integrations.settings.Settings`). Call it once per process."""
     PRIORS.settle(Settings.read(settings))
     for name, method in ESTIMATORS.items():
         register_advantage_estimator(name)(functools.partial(estimate, Settings.read(settings, method)))
@@ -64,9 +64,10 @@ def estimate(
     config: Any = None,
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(advantages, returns), each (B, T), of rewards (B, T), a mask (B, T) and (B,) uids; `config` is `trainer.algorithm`.
+    """SkyRL's estimator: (advantages, returns), each (B, T), from rewards (B, T), a mask (B, T) and (B,) uids.
 
-    Raises ValueError as `outcome_advantages` does, and where dynamic sampling replaces groups of a method with a prior.
+    `config` is `trainer.algorithm`. Raises ValueError as `outcome_advantages` does, and if dynamic sampling replaces groups while
+    the method has a prior.
     """
     sampling = getattr(getattr(config, "dynamic_sampling", None), "type", None)
     if sampling == "replace" and find_method(settings.method).needs_prior:
@@ -91,10 +92,10 @@ def estimate(
 def _taken(
     index: Sequence[Any] | NDArray[np.object_], response_mask: torch.Tensor
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(B,) tokens that are trained on, and (B,) energies, of rows by their uids, taken out of ROLLOUTS.
+    """Take the rows' rollouts out of ROLLOUTS by uid, and return their (B,) numbers of trained tokens and (B,) energies.
 
-    A prompt's n-th row is its n-th rollout, from the first again where dynamic sampling has repeated them. Where a prompt's rows
-    are not the rollouts that were generated, all tokens of the mask count, and the energies are NaN; those of padding rows are 0.
+    A prompt's n-th row is its n-th rollout, and the count starts again if dynamic sampling has repeated the rollouts. If a prompt's
+    rows do not match its rollouts, all tokens of the mask count and the energies are NaN. Energies of padding rows are 0.
     """
     ids = [str(group) for group in index]
     held = {group: (ROLLOUTS.pop(group, []), size) for group, size in Counter(ids).items()}
@@ -108,7 +109,7 @@ def _taken(
 
 
 def _rollouts(output: GeneratorOutput) -> list[_Rollout]:
-    """One for each trajectory. It has one row; in step-wise training it has one for each step."""
+    """One `_Rollout` per trajectory. A trajectory has one row, or one row per step in step-wise training."""
     masks, logprobs = output["loss_masks"], output.get("rollout_logprobs")
     rollouts, tokens, energy = [], 0, 0.0
     for row, (mask, is_last) in enumerate(zip(masks, output.get("is_last_step") or [True] * len(masks), strict=True)):
@@ -122,11 +123,10 @@ def _rollouts(output: GeneratorOutput) -> list[_Rollout]:
 
 
 class PromptedGenerator(GeneratorInterface):  # type: ignore[misc]
-    """A generator that predicts the prior of every prompt it is given for training, leaves the sampling to another, and keeps what
-    the estimators need to know of each rollout.
+    """A generator that wraps another one. It predicts the priors of training prompts and keeps `_Rollout`s for the estimators.
 
     Args:
-        generator: SkyRL's own, or any other.
+        generator: the generator that samples, SkyRL's own or any other.
     """
 
     def __init__(self, generator: GeneratorInterface) -> None:
@@ -136,7 +136,7 @@ class PromptedGenerator(GeneratorInterface):  # type: ignore[misc]
         phase, trajectories = input_batch["batch_metadata"], input_batch["trajectory_ids"]
         if trajectories is None or not (phase is None or phase.training_phase == "train"):
             return await self.generator.generate(input_batch, *args, **kwargs)
-        # An id is the prompt's place in the data set, and groups that a filter dropped are open still.
+        # `anew`: an id is the prompt's index in the data set, so groups that a filter dropped in an earlier epoch are still open.
         ids = [trajectory.instance_id for trajectory in trajectories]
         PRIORS.open(ids, input_batch["prompts"], anew=True)
         output = await self.generator.generate(input_batch, *args, **kwargs)

@@ -1,13 +1,16 @@
-"""V_0.5 in slime: two functions that its options name. slime is not on the package index; this was written against the source of
-release 0.4.0 and is tested with objects that have its attributes, not with slime itself.
+"""V_0.5 in slime: two functions to name in slime's options.
 
     --custom-reward-post-process-path v05.integrations.slime.custom_reward_post_process
     --custom-advantage-function-path v05.integrations.slime.custom_advantage
     --custom-config-path v05.yaml           with a mapping `v05`: any of `v05.integrations.settings.Settings`
 
-The first sees whole groups, in the process that samples, and turns rewards into advantages there; slime then splits them over its
-ranks. So a group may be split in any way, and sizes may differ, which slime's own normalisation takes for one group. The second
-spreads them over the tokens on each rank; with `--advantage-estimator grpo` slime does the same, unless told to whiten.
+slime is not on the package index. This module was written against the source of release 0.4.0 and is tested with objects that have
+slime's attributes, not with slime itself.
+
+The first function runs in the process that samples. It sees whole groups and turns their rewards into advantages, which slime then
+splits over its ranks. So a group may be split in any way, and group sizes may differ; slime's own normalisation would take groups
+of different sizes for one group. The second function runs on each rank and spreads the advantages over tokens. With
+`--advantage-estimator grpo` slime does the same, unless it is told to whiten.
 """
 
 from __future__ import annotations
@@ -26,26 +29,26 @@ PRIORS = PromptPriors()
 
 
 def custom_reward_post_process(args: Any, samples: list[Any]) -> tuple[list[Any], list[float]]:
-    """slime's hook between sampling and training.
+    """Turn the rewards of N samples into advantages. slime calls this hook between sampling and training.
 
     Args:
-        args: slime's arguments; `args.v05` is a mapping of settings, `args.reward_key` as in slime.
-        samples: N samples. Those of one `group_index` are a group, in any order. Those that share a `rollout_id` are one
-            trajectory and count once. A sample that was aborted or removed, whose `loss_mask` holds no token, or whose reward is
-            None or NaN, is left out: 0.
+        args: slime's arguments. `args.v05` is a mapping of settings, `args.reward_key` is slime's.
+        samples: N samples in any order. Samples with the same `group_index` are a group. Samples with the same `rollout_id` are one
+            trajectory and count once. A sample is excluded and gets the advantage 0 if it was aborted or removed, if its
+            `loss_mask` holds no token, or if its reward is None or NaN.
 
     Returns:
-        raw rewards (N,), untouched, which slime logs and its dynamic sampling filter reads, and advantages (N,), which go to
-        the trainer as `rewards`.
+        (N,) unchanged raw rewards, which slime logs and its dynamic sampling filter reads, and (N,) advantages, which slime passes
+        to the trainer as `rewards`.
 
     Raises:
-        ValueError: a sample has no `group_index`, or several rewards; a reward is outside `reward_range`; a setting is unknown.
+        ValueError: a sample has no `group_index` or has several rewards; a reward is outside `reward_range`; a setting is unknown.
     """
     estimator = PRIORS.settle(Settings.read(getattr(args, "v05", None)))
     groups = [sample.group_index for sample in samples]
     if None in groups:
         raise ValueError(
-            f"group_index: None for sample {groups.index(None)}; give the samples of a prompt one, as slime's data source"
+            f"group_index: None for sample {groups.index(None)}; give each prompt's samples one, as slime's data source does"
         )
     raw = [sample.get_reward_value(args) for sample in samples]
     if several := [i for i, reward in enumerate(raw) if isinstance(reward, dict)]:
@@ -71,18 +74,18 @@ def custom_reward_post_process(args: Any, samples: list[Any]) -> tuple[list[Any]
 
 
 def _has_a_say(sample: Any) -> bool:
-    """Whether a sample is trained on: slime trains on all tokens of one without a loss mask."""
+    """Whether a sample is trained on. slime trains on all tokens of a sample without a loss mask."""
     mask = getattr(sample, "loss_mask", None)
     return not sample.remove_sample and sample.status.value != "aborted" and (mask is None or any(mask))
 
 
 def _lengths(samples: list[Any]) -> NDArray[np.float64]:
-    """(N,) tokens that are trained on."""
+    """(N,) numbers of trained tokens."""
     return np.array([s.response_length if getattr(s, "loss_mask", None) is None else sum(s.loss_mask) for s in samples], np.float64)
 
 
 def _energies(samples: list[Any]) -> NDArray[np.float64] | None:
-    """(N,) by the log-probabilities that the engine gave of the tokens that are trained on; None unless it gave all."""
+    """(N,) energies from the engine's log-probabilities of the trained tokens. None if any log-probabilities are missing."""
     found = []
     for sample in samples:
         logprobs, mask = getattr(sample, "rollout_log_probs", None), getattr(sample, "loss_mask", None)
@@ -93,9 +96,9 @@ def _energies(samples: list[Any]) -> NDArray[np.float64] | None:
 
 
 def custom_advantage(args: Any, rollout_data: dict[str, Any]) -> None:
-    """Spread the advantages in `rewards`, one a sample, over the tokens that this rank holds of each sample.
+    """Spread each sample's advantage, which slime passes as its reward, over the sample's tokens on this rank.
 
-    Writes `advantages` and `returns`, lists of tensors shaped like the samples' log-probabilities.
+    Writes `advantages` and `returns` into `rollout_data`: the same list of float32 tensors, shaped like the log-probabilities.
     """
     log_probs = rollout_data["rollout_log_probs" if args.use_rollout_logprobs else "log_probs"]
     rollout_data["advantages"] = [

@@ -2,10 +2,10 @@
 
     trainer = V05Trainer(model=..., reward_funcs=..., train_dataset=..., args=V05Config(num_generations=16, initial_generations=4))
 
-What is replaced is the advantages, and, where sizes are adaptive, the sampling: a prompt starts with `initial_generations`
-completions and is tested after every round, up to `num_generations`. The places of completions that were not needed hold padding
-rows (the prompt and one token that the loss does not see). Once all is scored they are dropped, but for the few that make the batch
-divide into micro-batches. Evaluation is TRL's.
+`V05Trainer` replaces the advantages and, if group sizes are adaptive, the sampling. A prompt then starts with `initial_generations`
+completions and is tested after every round, up to `num_generations`. Padding rows (the prompt and one token outside the loss) take
+the places of completions that were not needed. They are dropped once all completions are scored, except for the few that make the
+batch divisible into micro-batches. Evaluation is unchanged.
 """
 
 from __future__ import annotations
@@ -30,37 +30,38 @@ from v05.methods import find_method
 from v05.prior import ValuePrior
 from v05.prior.calibration import Calibrator
 
-EPS = 1e-4  # what GRPOTrainer adds to a deviation
-LOSSES_BY_TOKEN = ("dapo", "cispo", "vespo")  # divided by `num_items_in_batch`; the others count rows, and padding rows with them
+EPS = 1e-4  # GRPOTrainer adds this to the standard deviation
+LOSSES_BY_TOKEN = ("dapo", "cispo", "vespo")  # divided by `num_items_in_batch`; other losses divide by rows, padding rows included
 PRIOR_FILE = "v05_prior.safetensors"
 
 
 @dataclass
 class V05Config(GRPOConfig):  # type: ignore[misc]
-    """GRPOConfig and what V_0.5 adds.
+    """GRPOConfig with the settings of V_0.5.
 
     Attributes:
-        method: a name of `v05.methods.METHODS`. It says how advantages are scaled; `scale_rewards` is not read.
-        reward_range: [lo, hi] that holds all weighted sums of rewards; read by methods with a prior.
-        leave_one_out: the baseline of a completion is computed from the prompt's other completions.
-        initial_generations: completions of a prompt before its first test, up to `num_generations`; None samples all of them.
-        chunk_generations: completions added at a time after that, or "look" (from Python), as many at once as the test is expected
-            to ask for.
-        unbiased: the advantages of prompts that the test stopped come from counted paths (v05.path_counting), so that the stop does
-            not bias the gradient. With adaptive sizes and group_weighting "prompt".
-        group_weighting: "prompt" has prompts weigh alike in the loss, however many completions each got: the advantages of a group
-            of k are multiplied by initial_generations / k. "rollout" leaves them.
+        method: a name of `v05.methods.METHODS`. The method determines how advantages are scaled; `scale_rewards` is ignored.
+        reward_range: [lo, hi], which must contain all weighted sums of rewards. Only methods with a prior read it.
+        leave_one_out: whether the baseline of a completion is computed from the prompt's other completions only.
+        initial_generations: completions of a prompt before its first test. Sizes are adaptive if this is below `num_generations`.
+            None samples all `num_generations` completions at once.
+        chunk_generations: completions added at a time after the first test, or "look" (only from Python) to add as many at once as
+            the test is expected to ask for.
+        unbiased: whether the advantages of prompts that the test stopped come from counted paths (v05.path_counting), so that
+            stopping does not bias the gradient. It needs adaptive sizes and group_weighting "prompt".
+        group_weighting: "prompt" gives every prompt the same weight in the loss: the advantages of a group of k completions are
+            multiplied by initial_generations / k. "rollout" does not change them.
 
     Raises:
-        ValueError: adaptive sizes with a method, a loss or a number of processes that they do not work with; unbiased advantages
-            without them.
+        ValueError: adaptive sizes with a method, a loss or a number of processes that does not support them; `unbiased` without
+            adaptive sizes or without group_weighting "prompt".
     """
 
     method: str = "v05"
     reward_range: list[float] = field(default_factory=lambda: [0.0, 1.0])
     leave_one_out: bool = False
     initial_generations: int | None = 4
-    chunk_generations: int | str = 1  # a union that HfArgumentParser reads, as int
+    chunk_generations: int | str = 1  # HfArgumentParser reads this union as int
     unbiased: bool = False
     group_weighting: GroupWeighting = "rollout"
 
@@ -69,14 +70,14 @@ class V05Config(GRPOConfig):  # type: ignore[misc]
         needs_prior = find_method(self.method).needs_prior
         if self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
-                f"multi_objective_aggregation={self.multi_objective_aggregation!r}: V_0.5 judges sums of rewards; "
+                f"multi_objective_aggregation={self.multi_objective_aggregation!r}: V_0.5 works on sums of rewards; "
                 "choose 'sum_then_normalize'"
             )
         if self.unbiased and not (self.adaptive and self.group_weighting == "prompt"):
             raise ValueError(
                 f"unbiased=True with initial_generations={self.initial_generations}, group_weighting={self.group_weighting!r}: it "
-                "is for sizes that depend on rewards, with prompts that weigh alike; set initial_generations below num_generations "
-                "and group_weighting='prompt', or leave_one_out=True instead"
+                "needs adaptive sizes and prompts of equal weight; set initial_generations below num_generations and "
+                "group_weighting='prompt', or set leave_one_out=True instead"
             )
         if not self.adaptive:
             return
@@ -97,12 +98,13 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
     """GRPOTrainer with V_0.5's advantages and, where `args` asks for it, its sequential budget.
 
     Args:
-        prior: predicts success rates from prompt texts and learns from the rewards; None is the method's own. Checkpoints hold
-            what it learnt, and what the method "calibrated" did.
+        prior: predicts success rates from prompt texts and learns from the rewards. None takes the method's own prior. Checkpoints
+            hold the state of the prior and of the calibrator.
         args: a V05Config. All other arguments are GRPOTrainer's.
 
     Raises:
-        ValueError: `args` is no V05Config; adaptive sizes with an environment or a rollout function, which sample by themselves.
+        ValueError: `args` is not a V05Config; adaptive sizes with an environment or a rollout function, which do their own
+            sampling.
     """
 
     def __init__(self, *args: Any, prior: ValuePrior | None = None, **kwargs: Any) -> None:
@@ -110,15 +112,15 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
         if not isinstance(self.args, V05Config):
             raise ValueError(f"args: {type(self.args).__name__}; give V05Trainer a V05Config")
         if self.args.adaptive and (self.environment_factories is not None or self.rollout_func is not None):
-            raise ValueError("initial_generations: environments and rollout functions sample by themselves; give None")
+            raise ValueError("initial_generations: environments and rollout functions do their own sampling; give None")
         method = find_method(self.args.method)
         self.prior = prior_of(Settings(method=method.name, prior=method.prior)) if prior is None else prior
-        self.calibrator = Calibrator()  # read by methods that have a calibration
-        self._batch: list[dict[str, Any]] = []  # the rows that are being sampled
-        self._rates = np.zeros(0)  # of their prompts
-        self._scored: torch.Tensor | None = None  # (N, functions), of rows that were scored while they were sampled
-        self._rewards = torch.zeros(0, device="cpu")  # (N, functions), of all processes' rows
-        self._padding: torch.Tensor | None = None  # (N,) rows that stand for completions that were not needed
+        self.calibrator = Calibrator()  # used by methods that have a calibration
+        self._batch: list[dict[str, Any]] = []  # rows that are being sampled
+        self._rates = np.zeros(0)  # predicted success rates of their prompts
+        self._scored: torch.Tensor | None = None  # (N, functions) rewards of rows that were scored during sampling
+        self._rewards = torch.zeros(0, device="cpu")  # (N, functions) rewards of the rows of all processes
+        self._padding: torch.Tensor | None = None  # (N,) bool, True for padding rows
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:
@@ -153,8 +155,11 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
         return output if self._padding is None else self._without_padding(output, self._padding)
 
     def _weights(self, output: dict[str, Any], mask: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor | None:
-        """What the method weighs the sampled rows of all processes by, or learns of them; None where it asks for neither, or TRL
-        has no log-probabilities of them: it has from vLLM, and where a batch is used for several updates."""
+        """Lengths or energies of the sampled rows of all processes, whichever the method reads.
+
+        None if the method reads neither, or if it reads energies and TRL has no log-probabilities. TRL has them with vLLM, or if a
+        batch is used for several updates.
+        """
         logprobs = output.get("sampling_per_token_logps", output.get("old_per_token_logps"))
 
         def energies() -> torch.Tensor | None:
@@ -170,7 +175,7 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
         return weights[sampled]
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
-        """(N, functions) of all processes' rows; remembered, since TRL hands on only what it made of them."""
+        """(N, functions) rewards of the rows of all processes. They are stored because TRL passes on only advantages."""
         if self._scored is None or not self.model.training:
             self._rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         else:
@@ -178,7 +183,7 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
         return self._rewards
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
-        """What TRL's method returns, with the completions sampled in rounds and padding rows in the places left over."""
+        """TRL's method, but with completions sampled in rounds, and padding rows in the places of those that were not needed."""
         if not (self.model.training and self.args.adaptive):
             return tuple(super()._generate(prompts))
         size = self.num_generations
@@ -214,19 +219,21 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
         return (*columns[:4], None if rows[0][4] is None else columns[4], {}, None, [])
 
     def _trains(self, ids: list[list[int]], tool_mask: list[list[int]]) -> list[bool]:
-        """Whether TRL will train on any token of completions; it may mask those that were cut off."""
+        """Whether TRL will train on any token of each completion. TRL may mask truncated completions."""
         ends = [*self.eos_token_ids, self._tokenizer.pad_token_id]
         whole = [not self.mask_truncated_completions or tokens[-1] in ends for tokens in ids]
         return [ended and any(mask) for ended, mask in zip(whole, tool_mask, strict=True)]
 
     def _place_logged(self, logged: dict[str, list[Any]], chosen: list[int], count: int) -> None:
-        """Move what reward functions logged of a round's rows into columns of all `count` rows, None where nothing was.
+        """Move the values that reward functions logged for a round's rows into columns of all `count` rows, None where missing.
 
-        TRL appends it as it comes, and its table wants a value for every row, in the order of rows.
+        TRL appends logged values in the order of calls, but its table needs one value per row, in row order.
         """
         for column, values in self._pending_extra_logs.items():
             if len(values) != len(chosen):
-                raise ValueError(f"log_extra({column!r}, ...): {len(values)} values for {len(chosen)} completions; give each one")
+                raise ValueError(
+                    f"log_extra({column!r}, ...): {len(values)} values for {len(chosen)} completions; give one for each"
+                )
             whole = logged.setdefault(column, [None] * count)
             for row, value in zip(chosen, values, strict=True):
                 whole[row] = value
@@ -235,12 +242,12 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
     def _generate_single_turn(
         self, prompt_ids: Any, images: Any, multimodal_fields: Any, num_generations: int, has_tool_images: bool = False
     ) -> tuple[Any, ...]:
-        """vLLM is told how many rows in a row are alike; those of a round are not."""
+        """TRL's method. It tells vLLM how many consecutive rows share a prompt; in adaptive rounds this number is 1."""
         alike = 1 if self.model.training and self.args.adaptive else num_generations
         return tuple(super()._generate_single_turn(prompt_ids, images, multimodal_fields, alike, has_tool_images))
 
     def _without_padding(self, output: dict[str, Any], padding: torch.Tensor) -> dict[str, Any]:
-        """The rows of `output` that were sampled, and as many padding rows as make it divide into micro-batches."""
+        """The sampled rows of `output`, and as many padding rows as make it divisible into micro-batches."""
         sampled = torch.nonzero(~padding).flatten()
         fill = torch.nonzero(padding).flatten()[: -len(sampled) % self.args.steps_per_generation]
         rows = torch.cat((sampled, fill))
@@ -251,7 +258,7 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
 
     @property
     def estimator(self) -> Estimator:
-        """By `args`, with this trainer's prior and calibration."""
+        """The estimator of `args`, with this trainer's prior and calibrator."""
         args = self.args
         low, high = args.reward_range
         return Estimator(
@@ -269,12 +276,12 @@ class V05Trainer(GRPOTrainer):  # type: ignore[misc]
         )
 
     def _total(self, rewards: torch.Tensor) -> torch.Tensor:
-        """(N,) weighted sums of (N, functions) rewards as GRPOTrainer takes them; NaN where no function gave one."""
+        """(N,) weighted sums of (N, functions) rewards, as in GRPOTrainer. NaN for rows that no function has scored."""
         total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         return torch.where(rewards.isnan().all(dim=1), torch.nan, total)
 
     def _learners(self) -> dict[str, ValuePrior | Calibrator]:
-        """What learns from the run and is kept in its checkpoints."""
+        """The learners whose states are kept in checkpoints."""
         return {"prior": self.prior, "calibrator": self.calibrator}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -3,10 +3,11 @@
     worker = V05RolloutWorker(settings=Settings(initial=4), reward_funcs=[...], num_generations=16, ...)
     trainer = AsyncGRPOTrainer(..., rollout_worker=worker)
 
-A prompt starts with `settings.initial` conversations, each scored as it ends, and gets more while the test asks for them. A sample
-carries its own advantage to the trainer, so groups differ in size and nothing is padded. A conversation that waits for its group's
-test holds one of `max_inflight_tasks`: raise that by num_generations / initial. The prior lives in the worker's process and
-learns whenever the policy's version has changed; it starts anew with that process unless `settings.learnt` names a file for it.
+A prompt starts with `settings.initial` conversations, and more follow while the test asks for them. Each conversation is scored
+when it ends. Each sample carries its own advantage to the trainer, so groups may differ in size and nothing is padded. A
+conversation that waits for its group's test occupies one of `max_inflight_tasks`: multiply that number by num_generations /
+initial. The prior lives in the worker's process and learns whenever the policy's version has changed. Its state is lost with that
+process unless `settings.learnt` names a file.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from v05.methods import Calibration, find_method
 from v05.prior import ValuePrior
 from v05.prior.calibration import Calibrator
 
-PER_CONVERSATION = (  # lists of a RolloutGroup; those that nothing fills stay empty
+PER_CONVERSATION = (  # fields of a RolloutGroup that are lists with one entry per conversation, or empty
     "prompts",
     "completions",
     "completions_ids",
@@ -41,11 +42,11 @@ PER_CONVERSATION = (  # lists of a RolloutGroup; those that nothing fills stay e
     "env_rewards",
     "rollout_rewards",
 )
-NOT_NEEDED: tuple[Any, ...] = (None, [], [], 0, 0, None)  # a conversation's result, when its group stopped before
+NOT_NEEDED: tuple[Any, ...] = (None, [], [], 0, 0, None)  # result of a conversation that never ran because its group had stopped
 
 
 class _Outcome(NamedTuple):
-    """What a group came to; arrays of one number."""
+    """The outcome of one group. Arrays are (1,) unless noted."""
 
     text: str
     rate: NDArray[np.float64]
@@ -56,12 +57,12 @@ class _Outcome(NamedTuple):
 
 @dataclass
 class _Group:
-    """A prompt whose conversations are under way."""
+    """A prompt whose conversations are running."""
 
     row: dict[str, Any]
     text: str
-    rate: NDArray[np.float64]  # (1,) predicted
-    calibration: Calibration | None  # what the test trusts that by
+    rate: NDArray[np.float64]  # (1,) predicted success rate
+    calibration: Calibration | None  # the calibration that the group is tested with
     allocator: RolloutAllocator
     started: int = 0
     leases: dict[int, int] = field(default_factory=dict)  # index of a conversation that may run -> its lease
@@ -73,16 +74,17 @@ class _Group:
 
 
 class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
-    """TRL's loop, in the worker's process, where conversations wait for the test and are scored one by one.
+    """TRL's rollout loop in the worker's process, with conversations that wait for their group's test and are scored one by one.
 
     Args:
-        settings: of v05; its method needs a prior.
-        reward_funcs: called with one conversation at a time, as soon as it ends.
-        prior: as in `V05Trainer`, picklable; that of the settings if None.
+        settings: the settings of v05, with a method that has a prior.
+        reward_funcs: reward functions. Each is called with one conversation at a time, as soon as it ends.
+        prior: a picklable prior, as in `V05Trainer`. None takes the prior of the settings.
+        num_generations: the most conversations of a prompt.
 
     Raises:
-        ValueError: no reward function, a method without a prior, or an environment that gives rewards itself, which TRL asks for
-            them too late for the test.
+        ValueError: there is no reward function; the method has no prior; or an environment computes rewards itself, which TRL would
+            ask for only after the test.
     """
 
     _provides_rollout_reward = True
@@ -102,11 +104,11 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
             raise ValueError(f"settings: method={settings.method!r} has no test of its own; choose a method with a prior")
         super().__init__(reward_funcs=[], num_generations=num_generations, **kwargs)
         if self._env_reward_types:
-            self._loop.close()  # opened above, and never to be run
+            self._loop.close()  # opened by super().__init__, and not needed
             self._tool_pool.shutdown()
             names = ", ".join(kind.__name__ for kind in self._env_reward_types)
             raise ValueError(
-                f"environment_factory: {names} has a get_reward, which TRL calls only after V_0.5's test; take it away and "
+                f"environment_factory: {names} has a get_reward, which TRL calls only after V_0.5's test; remove it and "
                 "score the conversation in reward_funcs"
             )
         self.reward_func_names.append("+".join(get_callable_name(function) for function in reward_funcs))
@@ -117,11 +119,11 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
         if settings.learnt is not None:
             self._learnt = LearntFile(Path(settings.learnt), {"prior": prior, "calibrator": calibrator})
         self._groups: dict[int, _Group] = {}
-        self._scored: list[_Outcome] = []  # and not learnt yet
+        self._scored: list[_Outcome] = []  # outcomes that the prior has not learnt yet
         self._learnt_version = self.model_version
 
     def _repeat_iterator(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """TRL's rows, `num_generations` times each; the group is opened when its first comes by."""
+        """TRL's rows, `num_generations` times each. A group is opened at its first row."""
         for group_id, row in super()._repeat_iterator():
             if group_id not in self._groups:
                 self._groups[group_id] = self._open(row)
@@ -136,7 +138,7 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
         return group
 
     def _learn(self) -> None:
-        """Teach the prior what was scored since the policy's version last changed, in one step: a prior forgets step by step."""
+        """Let the prior learn, in one step, the outcomes since the policy's version last changed. A prior forgets at every step."""
         if self.model_version == self._learnt_version:
             return
         self._learnt_version = self.model_version
@@ -149,7 +151,7 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
                 self._learnt.keep()
 
     async def _generate_one(self, prompt: Any, tool_dict: Any, tools: Any, group_id: int = 0) -> tuple[Any, ...]:
-        """A conversation and its reward, once its group wants it; NOT_NEEDED if the group stops first."""
+        """Run a conversation and score it once its group asks for it. Returns NOT_NEEDED if the group stops first."""
         group = self._groups[group_id]
         index = group.started
         group.started += 1
@@ -166,7 +168,7 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
         return (*result[:-1], reward)
 
     async def _judge(self, row: dict[str, Any], prompt: Any, completion: Any, completion_ids: list[int]) -> float | None:
-        """Sum of what the reward functions give; None if none of them gives anything."""
+        """The sum of the reward functions' values. None if no function returns a value."""
         columns = {name: [value] for name, value in row.items() if name not in ("prompt", "completion", "completion_ids")}
         given = dict(prompts=[prompt], completions=[completion], completion_ids=[completion_ids], **columns)
         rewards = [
@@ -177,7 +179,7 @@ class V05RolloutLoop(_AsyncRolloutLoop):  # type: ignore[misc]
         return float(sum(known)) if known else None
 
     async def _score_group(self, group: RolloutGroup) -> list[RolloutSample]:
-        """TRL's samples of the conversations that took place, with V_0.5's advantages."""
+        """TRL's samples of the conversations that ran, with V_0.5's advantages."""
         state = self._groups.pop(group.group_id)
         held = [i for i, completion in enumerate(group.completions) if completion is not None]
         group = replace(
@@ -209,12 +211,12 @@ def _trains(sequences: list[Any]) -> bool:
 
 
 def _energy(sequences: list[Any]) -> float:
-    """Of a conversation, by the log-probabilities of the tokens that are trained on."""
+    """The energy of a conversation, from the log-probabilities of its trained tokens."""
     trained = [p for s in sequences for p, trains in zip(s.old_log_probs, s.completion_mask, strict=True) if trains]
     return completion_energy(trained)
 
 
 class V05RolloutWorker(AsyncRolloutWorker):  # type: ignore[misc]
-    """TRL's worker with that loop in its process. Takes the loop's arguments."""
+    """TRL's worker with a `V05RolloutLoop` in its process. It takes the loop's arguments."""
 
     _loop_cls = V05RolloutLoop

@@ -1,18 +1,19 @@
 """V_0.5 in verl: estimators that `algorithm.adv_estimator` finds by name. Tested with verl 0.9.1.
 
-verl loads this file by itself, through the entry-point group `verl.plugins`, wherever `import verl` runs.
+verl loads this module automatically, through the entry-point group `verl.plugins`, whenever it is imported.
 
     algorithm.adv_estimator=v05
     +actor_rollout_ref.rollout.agent.agent_loop_manager_class=v05.integrations.verl_rollout.SequentialAgentLoopManager
     +algorithm.v05.reward_range=[-1,1]      any of `v05.integrations.settings.Settings`
-    +algorithm.v05.prior=v0                 for one: the generalist value model as the prior
+    +algorithm.v05.prior=v0                 for example, the generalist value model as the prior
 
-An estimator is shown no prompt, so the prior of a prompt is predicted where the prompts are drawn, by the agent loop manager,
-which runs in the trainer's process as the estimator does. Another manager can fill the table itself:
-`PRIORS.settle(Settings.read(config.algorithm.get("v05")))` once, and `PRIORS.open(uids, raw_prompts)` of every batch. An estimator
-is shown no log-probabilities either: methods that read energies have them from the queue of verl's V1 trainer
-(`v05.integrations.verl_energies`). Estimators are not told which rows are of one session: an agent loop with several outputs
-counts each of them.
+verl does not pass prompts to an estimator. So the agent loop manager, which runs in the same process as the estimator, predicts the
+priors when the prompts are drawn. Another manager can fill the table itself: call
+`PRIORS.settle(Settings.read(config.algorithm.get("v05")))` once, and `PRIORS.open(uids, raw_prompts)` for every batch.
+
+verl does not pass log-probabilities either. Methods that read energies get them from the queue of verl's V1 trainer
+(`v05.integrations.verl_energies`). Estimators also cannot tell which rows belong to one session, so each output of an agent loop
+with several outputs counts as a rollout.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ def estimate(
     config: Any = None,
     **_: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(advantages, returns), each (B, T), of rewards (B, T), a mask (B, T) and (B,) uids; `config` is verl's `algorithm`.
+    """verl's estimator: (advantages, returns), each (B, T), from rewards (B, T), a mask (B, T) and (B,) uids.
 
-    Raises ValueError as `outcome_advantages` does.
+    `config` is verl's `algorithm`. Raises ValueError as `outcome_advantages` does.
     """
     config = {} if config is None else config
     return outcome_advantages(

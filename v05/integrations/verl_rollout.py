@@ -1,13 +1,14 @@
-"""V_0.5's sequential rollouts in verl: an agent loop manager that gives every prompt the rollouts it needs. Tested with verl 0.9.1,
-its TransferQueue and a fake LLM server; not with its trainer on GPUs.
+"""V_0.5's sequential rollouts in verl: an agent loop manager that samples each prompt until the test stops it.
+
+Tested with verl 0.9.1, its TransferQueue and a fake LLM server, but not with its trainer on GPUs.
 
     +actor_rollout_ref.rollout.agent.agent_loop_manager_class=v05.integrations.verl_rollout.SequentialAgentLoopManager
     actor_rollout_ref.rollout.n=16          the most rollouts of a prompt
     +algorithm.v05.initial=4                rollouts before its first test
 
-A prompt's sessions start in rounds: `initial`, and `chunk` more as long as the test asks for them. Its group is published when the
-last has been scored, so verl sees groups of different sizes, which its batches pad with rows that the estimators leave out. The
-manager also predicts the priors, for the test and for `v05.integrations.verl`. Validation is verl's.
+A prompt's sessions start in rounds: first `initial` sessions, then `chunk` more as long as the test asks for them. The group is
+published when its last session has been scored. So verl sees groups of different sizes; it pads batches with rows that the
+estimators exclude. The manager also predicts the priors, for the test and for `v05.integrations.verl`. Validation is unchanged.
 """
 
 from __future__ import annotations
@@ -31,29 +32,30 @@ from v05.integrations.verl import PRIORS
 from v05.methods import Calibration, find_method
 
 logger = logging.getLogger(__name__)
-# On the way from the manager to a worker: a prompt's prior in reward units, and the numbers of the calibration it is trusted by.
+# Fields that the manager sends to a worker: a prompt's prior in reward units, and the numbers of the calibration for its test.
 PRIOR_FIELD, CALIBRATION_FIELD = "__v05_prior__", "__v05_calibration__"
-_Worker = AgentLoopWorkerTQ.__ray_metadata__.modified_class.__ray_actor_class__  # Ray's actor classes have no subclasses
+_Worker = AgentLoopWorkerTQ.__ray_metadata__.modified_class.__ray_actor_class__  # Ray's actor classes cannot be subclassed
 
 
 class SequentialAgentLoopWorker(_Worker):  # type: ignore[misc, valid-type]
-    """verl's worker, which runs the sessions of a prompt in rounds and tests after each."""
+    """verl's worker, but with the sessions of a prompt run in rounds and a test after each round."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # Ray sends an actor's methods by value, and with verl's own __init__ a copy of its class, in which `super()` finds no base.
+        # Needed because Ray pickles an actor's methods by value. An inherited __init__ would bring a copy of verl's class, in which
+        # `super()` fails.
         super().__init__(*args, **kwargs)
 
     async def _run_prompt(
         self, prompt: dict[str, Any], sampling_params: dict[str, Any], trajectory: Any, trace: bool = False
     ) -> None:
-        """Run the sessions of one prompt and publish it as finished, or as failure once a session raised, as verl does."""
+        """Run the sessions of one prompt and publish it as "finished", or as "failure" if a session raised, as verl does."""
         if trajectory["validate"]:
             await super()._run_prompt(prompt, sampling_params, trajectory, trace)
             return
         prior, uid = float(prompt.pop(PRIOR_FIELD)), prompt["uid"]
         fitted = prompt.pop(CALIBRATION_FIELD, None)
         maximum = int(prompt.pop("__rollout_n__", self.config.actor_rollout_ref.rollout.n))
-        prompt.pop("__do_sample__", None)  # for another estimator's greedy rollouts
+        prompt.pop("__do_sample__", None)  # only an estimator with greedy rollouts uses it
         estimator = _settings(self.config).estimator(maximum=maximum)
         allocator = estimator.allocator(calibration=None if fitted is None else Calibration(*fitted.tolist()))
         allocator.open([0], [prior])
@@ -72,12 +74,12 @@ class SequentialAgentLoopWorker(_Worker):  # type: ignore[misc, valid-type]
                         raise reward
                 allocator.report(leases.lease_id, np.array(rewards, dtype=np.float64))
             except Exception:
-                logger.exception("a session of uid=%s failed, or its reward", uid)
+                logger.exception("uid=%s: a session or its reward failed", uid)
                 status = "failure"
         await tq.async_kv_put(key=uid, partition_id="train", tag={"status": status})
 
     async def _agent_loop_postprocess(self, output: Any, validate: bool, **kwargs: Any) -> float:
-        """Publish a session as verl does; its reward, NaN if it came to nothing or no token of it is trained on."""
+        """Publish a session as verl does, and return its reward. NaN if it has no reward or no trained token."""
         await super()._agent_loop_postprocess(output, validate, **kwargs)
         outputs = output if isinstance(output, list) else [output]
         trains = any(any(part.response_mask) for part in outputs)
@@ -85,33 +87,36 @@ class SequentialAgentLoopWorker(_Worker):  # type: ignore[misc, valid-type]
 
 
 def _settings(config: Any) -> Settings:
-    """By verl's configuration. Rounds are tested by the rule of the estimator's method, and by V_0.5's where it has none or is not
-    ours."""
+    """The settings in verl's configuration.
+
+    Rounds are tested by the rule of the estimator's method, or by V_0.5's rule if the method has no prior or the estimator is not
+    one of v05's.
+    """
     method = ESTIMATORS.get(config.algorithm.adv_estimator, "v05")
     return Settings.read(config.algorithm.get("v05"), method if find_method(method).needs_prior else "v05")
 
 
 class SequentialAgentLoopManager(AgentLoopManagerTQ):  # type: ignore[misc]
-    """verl's manager with these workers. Takes its arguments.
+    """verl's agent loop manager with `SequentialAgentLoopWorker`s. It takes verl's arguments.
 
     Raises:
-        ValueError: a setting is unknown or out of bounds; the prior's model or outcomes cannot be read; rewards come from a model
-            that shares the rollouts' GPUs, and so after all rollouts.
+        ValueError: a setting is unknown or out of bounds; the prior's model or outcomes cannot be read; or rewards come from a
+            model on the rollouts' GPUs, which computes them only after all rollouts.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._estimator: Estimator = PRIORS.settle(_settings(self.config), maximum=self.config.actor_rollout_ref.rollout.n)
-        self._estimator.allocator()  # a worker that raises leaves verl waiting
+        self._estimator.allocator()  # raises for invalid settings here, because verl would hang if a worker raised
         if self.reward_loop_worker_handles is None:
             raise ValueError(
-                "reward.reward_model.enable_resource_pool=False: V_0.5 tests rewards while it samples, and a reward model on the "
-                "rollouts' GPUs gives none until then; set it to True, or use a reward function"
+                "reward.reward_model.enable_resource_pool=False: V_0.5 tests rewards while it samples, but a reward model on the "
+                "rollouts' GPUs computes them only afterwards; set it to True, or use a reward function"
             )
         self.agent_loop_workers_class = ray.remote(SequentialAgentLoopWorker)
 
     def generate_sequences(self, prompts: TensorDict) -> None:
-        """Predict the priors of the prompts and hand them to the workers; does not wait."""
+        """Predict the priors of the prompts and pass them to the workers, without waiting for the rollouts."""
         if not ("validate" in prompts and prompts["validate"]):  # noqa: RUF019  # so it is a bool
             rates = PRIORS.open(list(prompts["uid"]), list(prompts["raw_prompt"]))
             prompts[PRIOR_FIELD] = torch.from_numpy(self._estimator.in_reward_units(rates))
