@@ -131,7 +131,7 @@ def test_a_batch_that_trl_logs_again_counts_once(tmp_path):
         write_parquet(tmp_path / f"completions_{step:05d}.parquet", rows)
     read = read_outcomes(tmp_path)
     assert read.trials.sum() == 64
-    assert read.remarks == ("1 files left out, which log the batch of the step before again (completions_00002.parquet)",)
+    assert read.remarks == ("1 files left out, which repeat the batch of the step before (completions_00002.parquet)",)
 
 
 def test_parquet_says_what_to_install_and_which_file_is_damaged(tmp_path, monkeypatch):
@@ -198,7 +198,7 @@ def test_evaluations_of_skyrl_and_plain_rollouts(tmp_path):
         write_lines(tmp_path / "skyrl" / f"global_step_{step}_evals" / "sums.jsonl", [row, {**row, "score": 0.0}])
         write_lines(tmp_path / "skyrl" / f"global_step_{step}_evals" / "aggregated_results.jsonl", [{"eval/all/avg_score": 0.5}])
     assert cells(tmp_path / "skyrl") == [(0, 0, 1, 2), (1, 0, 1, 2)]
-    assert "2 files left out, which are no logs of rollouts" in read_outcomes(tmp_path / "skyrl").remarks[0]
+    assert "2 files left out, which are not logs of rollouts" in read_outcomes(tmp_path / "skyrl").remarks[0]
     assert cells(write_lines(tmp_path / "mine.jsonl", [{"prompt": "2+2?", "reward": 1}, {"prompt": "3+3?", "reward": 0}])) == [
         (0, 0, 1, 1),
         (0, 1, 0, 1),
@@ -242,7 +242,7 @@ def test_a_run_of_impossible_successes_is_named(tmp_path, successes):
     (tmp_path / "config.json").write_text(json.dumps({"task": {"kind": "sums"}}))
     (tmp_path / "result.json").write_text(json.dumps({"heldout_successes": successes, "heldout_samples": 4}))
     with pytest.raises(
-        ValueError, match=r"result\.json: heldout_successes is no list of whole numbers from 0 to heldout_samples=4"
+        ValueError, match=r"result\.json: heldout_successes is not a list of whole numbers from 0 to heldout_samples=4"
     ):
         read_outcomes(tmp_path)
 
@@ -289,7 +289,7 @@ def test_command_says_what_was_read_and_what_it_comes_to(tmp_path):
     assert result.exit_code == 0, result.output
     assert "read rollouts of verl: 96 rollouts in 24 groups, of 3 models or steps and 24 prompts" in result.output
     assert "3 rows without a reward left out" in result.output
-    assert "no prompt is in two groups, so the prior knows no prompt" in result.output
+    assert "no prompt is in two groups, so the prior cannot tell prompts apart" in result.output
     assert result.output.splitlines()[-1].startswith("On these logs, ")
 
 

@@ -62,7 +62,7 @@ def test_finite_draws_the_recorded_trials():
 def test_finite_leaves_out_cells_of_too_few_trials():
     source = Source(outcomes([0, 3, 6], [8, 4, 8]), 0.0, "finite", 8, np.random.default_rng(0))
     assert source.cells == 2
-    with pytest.raises(ValueError, match=r"maximum=9 trials; the most are 8: lower --maximum to that"):
+    with pytest.raises(ValueError, match=r"maximum=9 trials, but the largest cell has 8; lower"):
         Source(outcomes([0, 3], [8, 4]), 0.0, "finite", 9, np.random.default_rng(0))
 
 

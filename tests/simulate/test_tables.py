@@ -88,7 +88,11 @@ def test_a_csv_of_rollouts(tmp_path):
             b'{"task": {}, "traces": [1]}\n',
             r"traces\.jsonl, line 1: '\{\},\[1\]' lacks traces, task as in episodes of prime-rl",
         ),
-        ("a.csv", HEADER.encode("utf-16-le"), r"a\.csv is UTF-16 without a mark, or no text; convert the file to UTF-8"),
+        (
+            "a.csv",
+            HEADER.encode("utf-16-le"),
+            r"a\.csv is not text, or UTF-16 without a byte order mark; convert the file to UTF-8",
+        ),
         ("a.csv", b"\x1b[2Jmodel,x\n", r"it has '\\x1b\[2jmodel', x\. "),
         ("1.pt", b"PK\x03\x04", r"1\.pt is compressed or a pickle"),
         ("a.json", b'[{"input": "q"}]', r"a\.json holds a JSON array; write one object a line"),

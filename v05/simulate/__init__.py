@@ -1,6 +1,6 @@
-"""What a method and a budget would be worth, before a GPU hour is spent: recorded outcomes are replayed through the product.
+"""Replays recorded outcomes under each method and budget, to estimate what they would save before any GPU time is spent.
 
-`outcomes` reads them from logs: `tables` reads files, `logs` and `runs` know what is in them, `tally` adds it up. `item_response`
-makes a prior that never saw what it predicts, `replay` draws rollouts and measures the error of every baseline, `plot` draws it,
-`summary` says it. `v05 simulate` is the door; nothing here is imported by training.
+`outcomes` reads the outcomes from logs: `tables` reads files, `logs` and `runs` interpret their rows, `tally` sums them up.
+`item_response` makes a cross-fitted prior. `replay` draws rollouts and measures the error of every baseline. `plot` draws the
+errors and `summary` describes them. The command is `v05 simulate`; training imports nothing from here.
 """

@@ -1,8 +1,9 @@
-"""A prior from the outcomes themselves: the one-parameter logistic model of item response theory (Rasch 1960), cross-fitted.
+"""A cross-fitted prior from the outcomes: the one-parameter logistic model of item response theory (Rasch 1960).
 
     logit P(model m solves question q) = c + ability[m] - difficulty[q]
 
-The cells are shared out at random over folds, and each is predicted from the other folds: its own outcome never enters its prior.
+Each cell (a model and a question) belongs to a random fold and is predicted from the other folds, so its own outcome never enters
+its prior.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from scipy.special import expit
 from v05.simulate.outcomes import Outcomes
 
 FOLDS = 5
-SPREAD = 2.0  # standard deviation, in logits, of the normal that c, abilities and difficulties are drawn to
+SPREAD = 2.0  # standard deviation (logits) of the normal prior on c, abilities and difficulties
 MAX_ITERATIONS = 300
-TOLERANCE = 1e-7  # of the likelihood, relative
+TOLERANCE = 1e-7  # relative, of the likelihood
 
 
 def cross_fitted(outcomes: Outcomes, rng: np.random.Generator, progress: Callable[[], None] = lambda: None) -> NDArray[np.float64]:
-    """The (C,) priors of all cells; `progress` is called after each of FOLDS fits.
+    """The (C,) priors of all C cells. `progress` is called after each of FOLDS fits.
 
-    A cell with no other cell of its model and question gets the mean of all others; one that is alone gets 1/2.
+    A cell whose model and question have no other cell gets about the mean of all cells. A single cell gets 1/2.
     """
     priors = np.full(len(outcomes), np.nan)
     fold = rng.permutation(len(outcomes)) % FOLDS
@@ -42,19 +43,19 @@ def _models(outcomes: Outcomes) -> int:
 
 
 def _logits(theta: NDArray[np.float64], model: NDArray[np.int64], question: NDArray[np.int64], models: int) -> NDArray[np.float64]:
-    """theta is (c, abilities, difficulties)."""
+    """Log-odds of success. theta is (c, abilities, difficulties)."""
     logits: NDArray[np.float64] = theta[0] + theta[1 + model] - theta[1 + models + question]
     return logits
 
 
 def _fit(outcomes: Outcomes, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """theta by penalised likelihood. A cell weighs as one trial: its trials share what the model does not know of it."""
+    """theta by penalised likelihood. A cell counts as one trial, because the model's error for a cell is common to its trials."""
     model, question = outcomes.model[kept], outcomes.question[kept]
     models, questions = _models(outcomes), int(outcomes.question.max()) + 1
     rate = outcomes.successes[kept] / outcomes.trials[kept]
     precision = SPREAD**-2
     cells = np.concatenate([[len(rate)], np.bincount(model, minlength=models), np.bincount(question, minlength=questions)])
-    unit = (precision + cells / 8) ** -0.5  # about one over the root of the curvature: without it, many cells take many iterations
+    unit = (precision + cells / 8) ** -0.5  # about 1 / sqrt(curvature); without this scaling large data need many iterations
 
     def objective(scaled: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         theta = unit * scaled

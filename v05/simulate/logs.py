@@ -1,7 +1,8 @@
-"""Logs that are read: whose they are is told by their columns, and what their rows say of a policy and a question.
+"""The kinds of logs that can be read. A log's kind is recognised by its columns; each kind turns rows into outcomes.
 
-In a log of training the policy changes with the step, and so a step counts as a model of its own, a prompt's text as a question.
-The columns of verl, TRL, SkyRL, prime-rl and verifiers are those of their sources in August 2026, and prime-rl's earlier ones.
+In a training log the policy changes with every step, so each step counts as a model, and a prompt's text is the question. The
+columns of verl, TRL, SkyRL, prime-rl and verifiers are those in their sources of August 2026; earlier columns of prime-rl are known
+too.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from typing import Any, NamedTuple, TypeAlias
 from v05.files import read_object
 from v05.simulate.tables import SUFFIXES, NotANumberError, Row, column, listed, number
 
-EVAL_SAMPLES, EVAL_CONFIG = "samples.jsonl", "config.json"  # of a folder of v05 eval
+EVAL_SAMPLES, EVAL_CONFIG = "samples.jsonl", "config.json"  # files in a folder of v05 eval
 TRL = "completions of TRL"
 STEP = re.compile(r"step[_-]?(\d+)")  # in a path: prime-rl's step_12, SkyRL's global_step_12_evals
-# Columns of TRL's tables that are numbers and no rewards; the unnamed ones are those of an index.
+# Numeric columns of TRL's tables that are not rewards. The unnamed ones are index columns.
 NO_REWARDS = ("step", "epoch", "advantage", "advantages", "index", "", "unnamed: 0", "__index_level_0__")
 
 
 class Outcome(NamedTuple):
-    """What a row says. The `successes` of a rollout are its reward, in the log's scale; without trials it was not scored."""
+    """The outcome in a row. For a rollout, `successes` is its reward in the log's scale; `trials` is 0 if it was not scored."""
 
     model: str
     question: str
@@ -36,7 +37,7 @@ class Outcome(NamedTuple):
 
 
 class LogFile:
-    """A file below `root`, which is what the user named, and what its path says of the rows."""
+    """A file at or below `root`, the path that the user named. Its path may give the step and the run of its rows."""
 
     def __init__(self, path: Path, root: Path) -> None:
         self.path = path
@@ -46,17 +47,17 @@ class LogFile:
         self._run = parts[:place]
 
     def policy(self, step: Any) -> str:
-        """The policy of a row's step; of the path's, or of the file itself, where the row has none."""
+        """The policy of a row with this step. Without a step in the row, the path's step or else the file's name counts."""
         return _name(*self._run, self._step if step in (None, "") else step)
 
     @cached_property
     def evaluated(self) -> str:
-        """The model that v05 eval sampled from, and how: all of its settings but the seed."""
+        """The model of a v05 eval folder, named by all of its settings except the seed."""
         config = self.path.with_name(EVAL_CONFIG)
         return _name({**read_object(config), "seed": None}) if config.exists() else _name(*self._run)
 
 
-Reader: TypeAlias = "Callable[[Row, LogFile, str | None], Iterator[Outcome]]"  # the last is the user's column of rewards
+Reader: TypeAlias = "Callable[[Row, LogFile, str | None], Iterator[Outcome]]"  # the third argument is the user's reward column
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,11 @@ class Log:
     """A kind of log.
 
     Attributes:
-        name: whose it is, for the user.
-        columns: that it has, and by which it is known.
-        outcomes: what a row says.
-        numbers: the columns that must be numbers, for the message where they are not.
-        rewards: whether a row is a rollout with a reward, or else counts successes.
+        name: the name for messages.
+        columns: the columns that the kind is recognised by.
+        outcomes: the function that turns a row into outcomes.
+        numbers: the columns that must hold numbers, for the error message.
+        rewards: True if a row is a rollout with a reward, False if a row counts successes.
     """
 
     name: str
@@ -79,14 +80,14 @@ class Log:
 
 
 def _name(*parts: Any) -> str:
-    """One text for all parts."""
+    """A text that identifies the parts."""
     if len(parts) == 1 and isinstance(parts[0], str):
         return parts[0]
     return json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
 
 
 def _value(reward: Any) -> float | None:
-    """A reward as one number; None where the rollout was not scored. Rewards by token or name are added up with their weights."""
+    """A reward as one number, or None if the rollout was not scored. Rewards by token or by name are summed with their weights."""
     if isinstance(reward, dict) and reward and reward.keys() <= {"score", "weight"}:
         score = _value(reward["score"])
         return None if score is None else score * number(reward.get("weight", 1))
@@ -109,7 +110,7 @@ def _counts(row: Row, file: LogFile, reward: str | None) -> Iterator[Outcome]:
 
 
 def _mean_rewards(row: Row, file: LogFile, reward: str | None) -> Iterator[Outcome]:
-    """What `v05 fit-prior` reads; the mean reward is in [-1, 1]."""
+    """A row of the format that `v05 fit-prior` reads, with the mean reward in [-1, 1]."""
     v = row.values
     trials = number(v["trials"])
     successes = (number(v["score"]) + 1) / 2 * trials
@@ -123,8 +124,13 @@ def _sample(row: Row, file: LogFile, reward: str | None) -> Iterator[Outcome]:
 
 
 def _rollouts(question: tuple[str, ...], rewards: str, error: str = "") -> Reader:
-    """Of rows that are a rollout each: the columns that say which question it was of, the column of rewards, and the column that
-    says whether the rollout failed for reasons of its environment."""
+    """A reader of rows that are one rollout each.
+
+    Args:
+        question: the columns that identify the question.
+        rewards: the column of rewards.
+        error: a column that is true if the rollout failed because of its environment. Such a rollout has no reward.
+    """
 
     def outcomes(row: Row, file: LogFile, reward: str | None) -> Iterator[Outcome]:
         v = row.values
@@ -135,7 +141,7 @@ def _rollouts(question: tuple[str, ...], rewards: str, error: str = "") -> Reade
 
 
 def _trl(row: Row, file: LogFile, reward: str | None) -> Iterator[Outcome]:
-    """TRL has a column for each reward function, under its name; a function that says nothing of a row leaves it empty."""
+    """A row of TRL's tables, which have a column for each reward function. The column is empty if the function gave no reward."""
     v = row.values
     if reward is None:
         found = [name for name in ("reward", "rewards") if name in v] or columns_of_numbers(
@@ -148,7 +154,7 @@ def _trl(row: Row, file: LogFile, reward: str | None) -> Iterator[Outcome]:
 
 
 def _episode(row: Row, file: LogFile, reward: str | None) -> Iterator[Outcome]:
-    """prime-rl and verifiers: an episode has a trace for each of its agents, of which some are trained."""
+    """An episode of prime-rl or verifiers. It has a trace for each agent; only the traces of trainable agents count."""
     v = row.values
     step = v.get("run", {}).get("work", {}).get("step")
     environment = v.get("env", {})
@@ -160,7 +166,7 @@ def _episode(row: Row, file: LogFile, reward: str | None) -> Iterator[Outcome]:
 
 
 def _lone_trace(row: Row, file: LogFile, reward: str | None) -> Iterator[Outcome]:
-    """prime-rl of July 2026: no episode is around the trace."""
+    """A row of prime-rl as of July 2026, which logged traces without episodes."""
     v = row.values
     yield _trace(v, file.policy(v.get("policy_version")), v.get("env_name"), reward)
 
@@ -171,12 +177,14 @@ def _trace(trace: dict[str, Any], policy: str, environment: str | None, reward: 
     rewards = trace["rewards"]
     if reward is not None:
         rewards = {column(name): value for name, value in {**trace.get("metrics", {}), **rewards}.items()}.get(reward)
-        rewards = rewards.get("score") if isinstance(rewards, dict) else rewards  # whatever weight it has in the sum
+        rewards = (
+            rewards.get("score") if isinstance(rewards, dict) else rewards
+        )  # a reward that the user names counts without its weight
     return _rollout(policy, _name(environment, question), rewards if trace.get("ok", not trace.get("errors")) else None)
 
 
 def columns_of_numbers(row: Row, besides: Collection[str]) -> list[str]:
-    """The columns of a row that hold numbers, but for those `besides`. Text may be a number in a CSV file, where all is text."""
+    """The columns of a row that hold numbers, without those in `besides`. Text counts as a number only if all values are text."""
     text = all(isinstance(value, str) for value in row.values.values())
     found = []
     for name, value in row.values.items():
@@ -186,7 +194,7 @@ def columns_of_numbers(row: Row, besides: Collection[str]) -> list[str]:
     return found
 
 
-# The first whose columns a file has.
+# A file is of the first kind whose columns it has.
 LOGS = (
     Log("counts", ("model", "question", "successes", "trials"), _counts, ("successes", "trials"), rewards=False),
     Log("samples of v05 eval", ("benchmark", "problem", "sample", "reward"), _sample, ("reward",)),
@@ -204,12 +212,12 @@ KNOWN = frozenset(name for log in LOGS for name in (*log.columns, "step", "score
 
 
 def log_of(columns: Collection[str]) -> Log | None:
-    """The kind of log that has these columns."""
+    """The first kind of log whose columns are among these, or None."""
     return next((log for log in LOGS if set(log.columns) <= set(columns)), None)
 
 
 def unknown_log(path: Path, columns: Collection[str]) -> str:
-    """What a file has not that the likeliest kind of log has."""
+    """An error message that names the columns a file lacks for the most similar kind of log."""
     likeliest = max(LOGS, key=lambda log: len(set(log.columns) & set(columns)))
     missing = [name for name in likeliest.columns if name not in columns]
     return (
@@ -219,8 +227,10 @@ def unknown_log(path: Path, columns: Collection[str]) -> str:
 
 
 def log_files(directory: Path) -> tuple[list[Path], list[Path]]:
-    """The files below a directory that may be logs, in the order of the numbers in their paths; and those that are left out because
-    they repeat others, or hold evaluations beside training."""
+    """The files below a directory that may be logs, and the files to leave out, both in the order of the numbers in their paths.
+
+    Files are left out if they repeat other files, or if they hold evaluations and other files hold training rollouts.
+    """
     files = [path for path in directory.rglob("*") if path.suffix in SUFFIXES and path.is_file()]
     files = [path for path in files if not any(part.startswith(".") for part in path.relative_to(directory).parts)]
     files.sort(key=lambda path: [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))])
@@ -232,13 +242,16 @@ def log_files(directory: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _repeats(path: Path) -> bool:
-    """Whether another file has these rollouts: samples.jsonl those of outcomes.jsonl, in prime-rl `all` those of `effective`."""
+    """Whether another file holds the same rollouts.
+
+    In v05 eval, samples.jsonl holds those of the other files; in prime-rl, the folder `all` holds those of `effective`.
+    """
     if path.parent.name == "effective":
         return (path.parent.with_name("all") / path.name).exists()
     return path.name != EVAL_SAMPLES and path.with_name(EVAL_SAMPLES).exists()
 
 
 def _kind(path: Path, root: Path) -> str:
-    """What the file's name or its folder begins with, as prime-rl's do: train or eval."""
+    """Returns "train" or "eval" if the file's name or one of its folders begins with it, as in prime-rl, and else an empty text."""
     words = [re.split(r"[_.]", part)[0] for part in path.relative_to(root).parts]
     return next((word for word in reversed(words) if word in ("train", "eval")), "")

@@ -1,4 +1,4 @@
-"""Recorded outcomes: how often each model solved each question; and the population of success rates they come from."""
+"""Recorded outcomes (how often each model solved each question), and the distribution of the success rates behind them."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from v05.simulate.runs import RUN_RESULT, evaluations, finished_runs, read_runs
 from v05.simulate.tables import SUFFIXES, column, read_rows
 from v05.simulate.tally import Tally
 
-# Bounds of log a and log b: where all outcomes are equal the likelihood has no maximum inside.
+# Bounds of log a and log b, because the likelihood has no finite maximum if all outcomes are equal.
 LOG_PARAMETERS = (-7.0, 7.0)
 
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """C cells: a model's answers to a question. All arrays are (C,).
+    """C cells. A cell is a model's answers to a question. All arrays are (C,).
 
     Attributes:
-        model, question: int64, numbered in order of first appearance.
-        successes, trials: float64; trials are at least 1.
-        priors: float64 in [0, 1], NaN where there is none; None unless they were asked for.
-        left_out: rows without a trial, which say nothing; in a log of rollouts, those without a reward.
-        source: what kind of log was read.
-        remarks: what was left out, and why.
+        model, question: int64 indices in order of first appearance.
+        successes, trials: float64 counts. Trials are at least 1.
+        priors: float64 in [0, 1], NaN for a cell without a prior. None if no column of priors was named.
+        left_out: the number of rows left out because they have no trial, or no reward in a log of rollouts.
+        source: the kind of log.
+        remarks: sentences on files and rows that were left out.
     """
 
     model: NDArray[np.int64]
@@ -55,19 +55,20 @@ def read_outcomes(
     reward: str | None = None,
     success_above: float | None = None,
 ) -> Outcomes:
-    """The outcomes in `path`, with rows of one model and question added up: a log of a kind in `v05.simulate.logs`, or a directory
-    of logs of one kind, read as a stream; or a run directory of `v05 train`, or a directory of runs.
+    """Read outcomes from logs or runs, and sum up the rows of each model and question.
 
     Args:
-        path: of a run, the model is its last policy, and the questions are the held-out prompts of its task.
-        prior: a column of the log with success rates predicted for the rows; empty is no prior.
-        progress: called now and then with the rows read so far.
-        reward: the column of rewards in a log of rollouts; left out, the usual one of its kind.
-        success_above: a greater reward is a success; left out, rewards must be 0 or 1, or else -1 or 1.
+        path: a log of a kind in `v05.simulate.logs`, a directory of logs of one kind, a run directory of `v05 train`, or a
+            directory of runs. A run counts as one model, its last policy; the questions are the held-out prompts of its task.
+        prior: a column of the log with predicted success rates. An empty value means no prior.
+        progress: called from time to time with the number of rows read so far.
+        reward: the column of rewards in a log of rollouts. None means the usual column of the log's kind.
+        success_above: a reward above this is a success. None requires rewards of 0 and 1, or of -1 and 1.
 
     Raises:
-        ValueError: a file is of no known kind; a value is no number or impossible (with its line); rewards have more values than
-            two; nothing is left, or no row has a prior; a directory holds neither logs nor a finished run, or a damaged run.
+        ValueError: a file is of no known kind; a value is not a number or impossible (the message names the line); rewards have
+            more than two values; no row has a trial or a prior; a directory holds neither logs nor a finished run, or a damaged
+            run.
         ImportError: a file is parquet, and pyarrow is not installed.
     """
     if path.name == RUN_RESULT:
@@ -88,7 +89,7 @@ def read_outcomes(
 
 
 def _read_logs(path: Path, tally: Tally) -> tuple[Log, list[str]]:
-    """Give the rows of the logs in `path` to `tally`. Returns the kind of the logs, and remarks on files that were left out."""
+    """Pass the rows of the logs in `path` to `tally`. Returns the kind of the logs, and remarks on files that were left out."""
     files, repeating = log_files(path) if path.is_dir() else ([path], [])
     kinds: dict[Log, Path] = {}
     unknown: dict[Path, str] = {}
@@ -114,8 +115,8 @@ def _read_logs(path: Path, tally: Tally) -> tuple[Log, list[str]]:
         raise ValueError(unknown[path])
     left_out = {
         "which repeat other files or hold evaluations beside training": repeating,
-        "which are no logs of rollouts": list(unknown),
-        "which log the batch of the step before again": tally.repeated,
+        "which are not logs of rollouts": list(unknown),
+        "which repeat the batch of the step before": tally.repeated,
     }
     return next(iter(kinds)), [
         f"{len(those)} files left out, {why} ({those[0].relative_to(path)}{', ...' if len(those) > 1 else ''})"
@@ -133,7 +134,7 @@ def _cells(
     trials: NDArray[np.float64],
     priors: NDArray[np.float64] | None,
 ) -> Outcomes:
-    """Rows added up by model and question."""
+    """The outcomes of R rows, summed up by model and question. The arrays are (R,)."""
     tried = trials > 0
     if not tried.any():
         raise ValueError(f"{place} has no row with trials > 0 ({len(trials)} rows); there is nothing to replay")
@@ -157,7 +158,7 @@ def _cells(
 
 
 def fit_population(outcomes: Outcomes) -> tuple[float, float]:
-    """(a, b) of the Beta that the success rates of all cells make likeliest: s of n given p ~ Beta(a, b), p integrated out."""
+    """(a, b) of the Beta distribution of success rates that maximises the marginal likelihood of all cells' outcomes."""
     pairs, repeats = np.unique(np.stack([outcomes.successes, outcomes.trials]), axis=1, return_counts=True)
     s, n = pairs
 

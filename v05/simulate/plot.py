@@ -1,4 +1,4 @@
-"""A simulation as a picture: error of the baseline over mean rollouts a prompt."""
+"""Plots a simulation: the error of the baseline over mean rollouts per prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 
 
 def draw(records: Sequence[Record], title: str, file: Path) -> None:
-    """Draw `records` into `file` (PNG), its folders made if need be."""
+    """Draw `records` into `file` (PNG). Missing folders are created."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for method in METHODS:
         points = [r for r in records if r.method == method]

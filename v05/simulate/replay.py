@@ -1,11 +1,11 @@
-"""The replay: rollouts are drawn from recorded outcomes, given out by a budget, fused by a method, and held against the truth.
+"""Draws rollouts from recorded outcomes under each budget and compares each method's baseline with the true success rate.
 
-A step is STEP groups, as in training. The allocator and the op that are measured are the product's own; the calibrator learns
-from the rollouts that were drawn in the steps before, never from the truth. All methods see the same rewards.
+A step has STEP groups, as in training. The replay calls v05's own allocator and op. The calibrator learns from the rollouts that
+were drawn in earlier steps, never from the true rates. All methods see the same rewards.
 
-Replay "superpopulation": the success rate of a cell with s successes of n is drawn from Beta(s + a, n - s + b), (a, b) fitted to
-all cells by marginal likelihood, and its rewards are Bernoulli draws. Replay "finite": the recorded trials are drawn without
-replacement and s / n is called the truth; that flatters every method as it runs out of trials.
+In replay "superpopulation" the success rate of a cell with s successes in n trials is drawn from Beta(s + a, n - s + b), where (a,
+b) is fitted to all cells by marginal likelihood. Its rewards are Bernoulli draws. In replay "finite" the recorded trials are drawn
+without replacement, and s / n counts as the true rate. That understates the error of every method when few trials are left.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from v05.ops import fused_advantage
 from v05.prior.calibration import Calibrator
 from v05.simulate.outcomes import Outcomes, fit_population
 
-STEP = 2048  # groups
-WARM_UP = 2  # steps that fill the calibrator's window and are not measured
-MEASURED = 32  # steps; their mean is exact to about one percent
+STEP = 2048  # groups per step
+WARM_UP = 2  # unmeasured steps that fill the calibrator's window
+MEASURED = 32  # measured steps; the standard error of their mean is about one percent
 REPLAYS = ("superpopulation", "finite")
-TO_CENTRED = 4.0  # squared errors of rewards in [0, 1] to those of rewards in [-1, 1]
-LEASE = 64  # rollouts; rule "total" compares the gains of all groups before each lease
-REFERENCE = 16  # rollouts of a prompt that GRPO usually takes
+TO_CENTRED = 4.0  # converts squared errors of rewards in [0, 1] to those of rewards in [-1, 1]
+LEASE = 64  # rollouts leased at a time; rule "total" compares the gains of all groups before each lease
+REFERENCE = 16  # the usual group size of GRPO
 AS_OSLA = "as v05+osla"
-# The method of the op behind each name.
+# The op's method behind each name in the results.
 METHODS = {
     "grpo": "grpo",
     "v05": "v05",
@@ -42,12 +42,12 @@ METHODS = {
     "mean+budget": "grpo",
     "calibrated+budget": "calibrated",
 }
-FIXED = ("grpo", "v05", "calibrated")  # at every group size
+FIXED = ("grpo", "v05", "calibrated")  # methods that are measured at every fixed group size
 
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """G groups as they would come in. rates, priors (NaN: none): (G,) in [0, 1]; rewards: (G, maximum), 0 or 1."""
+    """G groups. `rates` and `priors` are (G,) in [0, 1], with NaN for no prior; `rewards` is (G, maximum), 0 or 1."""
 
     rates: NDArray[np.float64]
     priors: NDArray[np.float64]
@@ -55,28 +55,29 @@ class Groups:
 
 
 class Source:
-    """Draws groups from outcomes, cells in random order, each once before any comes again.
+    """Draws groups from the cells of outcomes in random order. Every cell is drawn once before any is drawn again.
 
     Args:
-        outcomes: with priors, unless `noise` is given.
-        noise: instead of the priors: the truth with normal noise of that standard deviation on its logit.
+        outcomes: the outcomes. They need priors unless `noise` is given.
+        noise: if given, the priors are the true rates with normal noise of this standard deviation on their logits.
         replay: "superpopulation" or "finite".
-        maximum: rewards of a group. Replay "finite" leaves out cells with fewer trials.
+        maximum: rewards per group. Replay "finite" leaves out cells with fewer trials.
+        rng: the source of randomness.
 
     Raises:
-        ValueError: the replay is unknown, no cell has enough trials, the noise is negative.
+        ValueError: the replay is unknown, no cell has enough trials, or the noise is negative or not finite.
     """
 
     def __init__(self, outcomes: Outcomes, noise: float | None, replay: str, maximum: int, rng: np.random.Generator) -> None:
         if replay not in REPLAYS:
             raise ValueError(f"replay={replay!r} is unknown; choose one of {', '.join(REPLAYS)}")
         if noise is not None and not 0 <= noise < np.inf:
-            raise ValueError(f"a prior with noise {noise} is not one; give a standard deviation >= 0")
+            raise ValueError(f"the prior's noise is {noise}; give a finite standard deviation >= 0")
         enough = np.ones(len(outcomes), dtype=bool) if replay == "superpopulation" else outcomes.trials >= maximum
         if not enough.any():
             most = int(outcomes.trials.max())
             raise ValueError(
-                f"replay='finite' needs cells of maximum={maximum} trials; the most are {most}: lower --maximum to that"
+                f"replay='finite' needs cells of maximum={maximum} trials, but the largest cell has {most}; lower --maximum to that"
             )
         self._successes, self._trials = outcomes.successes[enough], outcomes.trials[enough]
         self._priors = None if outcomes.priors is None else outcomes.priors[enough]
@@ -118,7 +119,7 @@ class Source:
 
 @dataclass
 class Errors:
-    """Sums over the groups of a method and budget: squared errors of the baseline (centred units), their squares, rollouts."""
+    """Sums over the groups of a method and budget: squared errors of the baseline (centred units), their squares, and rollouts."""
 
     groups: int = 0
     squared: float = 0.0
@@ -135,12 +136,14 @@ class Errors:
 
 @dataclass(frozen=True)
 class Record:
-    """A method under a budget, over all measured groups; what --json writes.
+    """The result of a method under a budget over all measured groups. --json writes these records.
 
     Attributes:
-        method, budget: how baselines are made, how rollouts are given out.
-        mean_rollouts: of a group.
-        mse: mean squared error of the baseline, centred units. mse_standard_error: of that mean.
+        method: how baselines are computed.
+        budget: how rollouts are allocated.
+        mean_rollouts: mean number of rollouts per group.
+        mse: mean squared error of the baseline, in centred units squared.
+        mse_standard_error: standard error of that mean.
     """
 
     method: str
@@ -151,19 +154,19 @@ class Record:
 
 
 class Replay:
-    """All methods and budgets on the same groups: call `step` WARM_UP + MEASURED times, then read `records`.
+    """Runs all methods and budgets on the same groups. Call `step` WARM_UP + MEASURED times, then read `records`.
 
     Args:
-        draw: that many groups, `Source.draw` for example.
-        initial, maximum: rollouts of a group before the first test, and at most.
-        cost: of one rollout in the one-step look-ahead rule, centred units squared; None is 1 / maximum**2.
+        draw: draws the given number of groups, for example `Source.draw`.
+        initial, maximum: rollouts of a group before its first test, and at most.
+        cost: cost of one rollout in the one-step look-ahead rule, in centred units squared. None means 1 / maximum**2.
 
     Raises:
         ValueError: an argument is out of bounds.
     """
 
     def __init__(self, draw: Callable[[int], Groups], initial: int, maximum: int, cost: float | None) -> None:
-        RolloutAllocator(rule="osla", initial=initial, maximum=maximum, cost=cost)  # checks them
+        RolloutAllocator(rule="osla", initial=initial, maximum=maximum, cost=cost)  # raises for invalid arguments
         self._draw = draw
         self._initial, self._maximum, self._cost = initial, maximum, cost
         self._calibrators: defaultdict[str, Calibrator] = defaultdict(Calibrator)  # by budget
@@ -171,7 +174,7 @@ class Replay:
         self._steps = 0
 
     def step(self) -> None:
-        """Draw a step's groups and see what each method makes of them."""
+        """Draw a step's groups and measure every method and budget on them."""
         groups = self._draw(STEP)
         sizes = range(self._initial, self._maximum + 1)
         for size in sizes:
@@ -189,7 +192,7 @@ class Replay:
         self._steps += 1
 
     def _allocate(self, groups: Groups, *, rule: str, initial: int, **options: Any) -> ClosedGroups:
-        """The rewards that the groups would have under a rule of the allocator."""
+        """The closed groups, with the rewards that they get under a rule of the allocator."""
         allocator = RolloutAllocator(rule=rule, initial=initial, maximum=self._maximum, cost=self._cost, **options)
         allocator.open(np.arange(STEP), groups.priors)
         limit = LEASE if rule == "total" else STEP * self._maximum
@@ -210,13 +213,17 @@ class Replay:
         assert output.stats is not None
         if self._steps >= WARM_UP:
             self._errors[method, budget].add(output.stats.baseline.numpy(), groups.rates, len(closed.rewards))
-        if find_method(METHODS[method]).is_calibrated:  # for the steps to come
+        if find_method(METHODS[method]).is_calibrated:  # later steps use the fit
             calibrator.observe(np.add.reduceat(closed.rewards, closed.offsets[:-1]), np.diff(closed.offsets), closed.priors)
             calibrator.fit()
 
     @property
     def records(self) -> list[Record]:
-        """Of every method and budget, the fixed sizes at the mean rollouts of v05+osla too: there some groups have one more."""
+        """The records of every method and budget, sorted by method and mean rollouts.
+
+        The methods at fixed sizes also get a record at the mean rollouts of v05+osla, interpolated between two sizes: some groups
+        would have one rollout more than others.
+        """
         records = [_record(method, budget, errors) for (method, budget), errors in self._errors.items()]
         mean = next(r.mean_rollouts for r in records if r.method == "v05+osla")
         for method in FIXED:
@@ -235,7 +242,7 @@ def _record(method: str, budget: str, errors: Errors) -> Record:
 
 
 def rollouts_needed(records: Sequence[Record], method: str, mse: float) -> float | None:
-    """Mean rollouts at which the method's error first falls to `mse`, read linearly between its records; None if it never does."""
+    """Mean rollouts at which the method's error first falls to `mse`, interpolated between records. None if it never does."""
     before: Record | None = None
     for record in (r for r in records if r.method == method):
         if record.mse <= mse:

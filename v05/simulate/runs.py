@@ -1,4 +1,4 @@
-"""What finished runs of `v05 train` came to on their held-out prompts."""
+"""Reads the outcomes of finished `v05 train` runs on their held-out prompts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from v05.train.identity import with_contents
 from v05.train.metrics import read_inputs
 
 RUN_RESULT, RUN_CONFIG = "result.json", "config.json"
-EVAL_OUTCOMES = "outcomes.jsonl"  # which a folder of v05 eval has beside its own result.json, and a run has not
-MOST_HELD_OUT = 1 << 32  # prompts of a task
+EVAL_OUTCOMES = "outcomes.jsonl"  # a folder of v05 eval has this file and a result.json; a run has only a result.json
+MOST_HELD_OUT = 1 << 32  # bound on the held-out prompts of a task and on the samples of a prompt
 
 
 def finished_runs(directory: Path) -> list[Path]:
-    """The results of the runs in `directory`, or of the one it is."""
+    """The result files of the runs in `directory`, or of the run that `directory` is."""
     files = [directory / RUN_RESULT] if (directory / RUN_RESULT).exists() else sorted(directory.glob(f"*/{RUN_RESULT}"))
     return [file for file in files if not _is_evaluation(file.parent)]
 
@@ -35,22 +35,22 @@ def _is_evaluation(folder: Path) -> bool:
 
 
 def read_runs(results: list[Path]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """(C,) model, question, successes and trials: a model is a run, a question a held-out prompt of its task.
+    """(C,) model, question, successes and trials. A model is a run, and a question is a held-out prompt of the run's task.
 
-    Raises ValueError: a file is damaged, which is named.
+    Raises ValueError for a damaged file, and names it.
     """
-    # Task, with the content of its file -> number of its first question: runs of one task were held out the same prompts.
+    # Index of each task's first question, by the task and its file's content. Runs of one task have the same held-out prompts.
     first: dict[str, int] = {}
     questions, successes, trials = [], [], []
     for file in results:
         result, config = _object(file), _object(file.with_name(RUN_CONFIG))
         missing = [key for key in ("heldout_successes", "heldout_samples") if not result.get(key)]
         if missing:
-            raise ValueError(f"{file} has no {', '.join(missing)}: successes on each held-out prompt are needed")
+            raise ValueError(f"{file} has no {', '.join(missing)}; a replay needs the successes on each held-out prompt")
         solved, samples = result["heldout_successes"], result["heldout_samples"]
         if not (_whole(samples) and isinstance(solved, list) and all(_whole(count) and count <= samples for count in solved)):
             raise ValueError(
-                f"{file}: heldout_successes is no list of whole numbers from 0 to heldout_samples={samples!r}; "
+                f"{file}: heldout_successes is not a list of whole numbers from 0 to heldout_samples={samples!r}; "
                 "the run is damaged, leave its directory out"
             )
         task = with_contents(config, read_inputs(file.parent)).get("task")

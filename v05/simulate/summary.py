@@ -1,4 +1,4 @@
-"""A simulation in words: a table, what was read, and what the figures come to."""
+"""The output of a simulation: a table of errors, a description of the data, and a conclusion."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SMALLEST_SAVING = 0.1  # rollouts a prompt
 
 
 def table(records: Sequence[Record], initial: int, maximum: int) -> Table:
-    """Error of every method at the fewest, the most and v05+osla's rollouts, and the rollouts it needs for the target's error."""
+    """Each method's error at the fewest, v05+osla's and the most mean rollouts, and its rollouts for the target's error."""
 
     def of(method: str, rollouts: float) -> Record | None:
         return next((r for r in records if r.method == method and abs(r.mean_rollouts - rollouts) < 1e-9), None)
@@ -22,7 +22,7 @@ def table(records: Sequence[Record], initial: int, maximum: int) -> Table:
     osla = next(r for r in records if r.method == "v05+osla").mean_rollouts
     points = (float(initial), osla, float(maximum))
     target = _target(records, initial, maximum)
-    drawn = Table(title="mean squared error of the baseline, centred units, by mean rollouts a prompt")
+    drawn = Table(title="mean squared error of the baseline (centred units) by mean rollouts per prompt")
     needed_for = f"rollouts for the error of grpo at {target.mean_rollouts:.0f}"
     for column in ("method", *(f"at {mean:.4g}" for mean in points), needed_for):
         drawn.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
@@ -38,19 +38,19 @@ def table(records: Sequence[Record], initial: int, maximum: int) -> Table:
 
 
 def what_was_read(outcomes: Outcomes, prior: str) -> Iterator[str]:
-    """Sentences on the outcomes: how many, what was left out, and what they cannot say."""
+    """Sentences on the outcomes: how many were read, which rows were left out, and what cannot be estimated from them."""
     models, questions = len(np.unique(outcomes.model)), len(np.unique(outcomes.question))
     trials = f"{outcomes.trials.sum():,.0f} rollouts in {len(outcomes):,} groups"
     yield f"read {outcomes.source}: {trials}, of {models:,} models or steps and {questions:,} prompts"
     yield from outcomes.remarks
     if outcomes.trials.max() == 1:
-        yield "no group has two rollouts, so the outcomes do not say how success rates spread: the figures rest on a guess"
+        yield "no group has two rollouts, so the spread of success rates cannot be estimated: the figures rest on a guess"
     if prior == "irt" and len(outcomes) == questions > 1:
-        yield "no prompt is in two groups, so the prior knows no prompt, and is the mean of each model or step"
+        yield "no prompt is in two groups, so the prior cannot tell prompts apart and is the mean of each model or step"
 
 
 def conclusion(records: Sequence[Record], initial: int, maximum: int) -> str:
-    """Which method reaches the error of the group's mean with the fewest rollouts."""
+    """A sentence on which method reaches the error of the group's mean with the fewest rollouts."""
     target = _target(records, initial, maximum)
     size = target.mean_rollouts
     needed = [(rollouts_needed(records, method, target.mse), method) for method in METHODS if method != target.method]
@@ -64,11 +64,11 @@ def conclusion(records: Sequence[Record], initial: int, maximum: int) -> str:
 
 
 def _target(records: Sequence[Record], initial: int, maximum: int) -> Record:
-    """The mean of a group, at the rollouts that the methods are compared at."""
+    """The record of grpo at the group size whose error the other methods have to reach."""
     size = max(initial, min(REFERENCE, maximum))
     return next(r for r in records if r.method == "grpo" and abs(r.mean_rollouts - size) < 1e-9)
 
 
 def _fewest(records: Sequence[Record], method: str) -> float:
-    """Mean rollouts; fewer were not tried."""
+    """The fewest mean rollouts at which the method was measured."""
     return min(r.mean_rollouts for r in records if r.method == method)

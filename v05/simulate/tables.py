@@ -1,4 +1,4 @@
-"""The rows of a log as a stream: CSV with any delimiter, JSON lines or parquet, told apart by how the file begins."""
+"""Reads the rows of a log as a stream. The first bytes of the file tell CSV (with any delimiter), JSON lines and parquet apart."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import Any, NamedTuple
 
 from v05.files import read_objects
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")  # of the files of a directory that are read
-GROWING = ("samples.jsonl", "traces.jsonl")  # which v05 eval and prime-rl append to: the last line may be unfinished
-DELIMITERS = ",;\t|:^ "  # the space comes last, because other files have it within their names of columns
-LONGEST_FIELD = 1 << 24  # characters; questions may be given by their texts
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")  # files with these suffixes are read from a directory
+GROWING = ("samples.jsonl", "traces.jsonl")  # v05 eval and prime-rl append to these, so the last line may be incomplete
+DELIMITERS = ",;\t|:^ "  # the space comes last because column names may contain spaces
+LONGEST_FIELD = 1 << 24  # characters; a question may be a long text
 LONGEST_QUOTE = 60  # characters of a row or a name in a message
-MOST_NAMES = 40  # of columns, in a message
-ROWS_AT_ONCE = 512  # of a parquet file
+MOST_NAMES = 40  # column names in a message
+ROWS_AT_ONCE = 512  # rows of a parquet file per batch
 PARQUET = b"PAR1"
 BINARY = (b"PK\x03\x04", b"\x1f\x8b", b"\x80", b"\x28\xb5\x2f\xfd")  # zip (torch and Excel files), gzip, pickle, zstd
 
 
 class NotANumberError(ValueError):
-    """A value of a row is no number; the message is for those who know the column."""
+    """A value of a row is not a number. Callers add the column to the message."""
 
 
 class Row(NamedTuple):
-    """A row of a file. `number` counts lines, in parquet rows; the names in `values` are in small letters without outer spaces."""
+    """A row of a file. `number` counts lines, or rows in parquet. The names in `values` are as `column` returns them."""
 
     path: Path
     number: int
@@ -40,18 +40,21 @@ class Row(NamedTuple):
 
     @property
     def quote(self) -> str:
-        """The row's values, as far as a message has room for them."""
+        """The row's values, shortened for a message."""
         return ",".join(str(value)[:LONGEST_QUOTE] for value in self.values.values())[:LONGEST_QUOTE]
 
 
 def read_rows(path: Path, known: Collection[str]) -> Iterator[Row]:
-    """The rows of a file. The first has the number 0 and no values: it names the columns, in JSON lines those of the first object.
+    """The rows of a file. The first row has the number 0 and names the columns; its values are None.
+
+    In JSON lines the columns are those of the first object.
 
     Args:
-        known: names of columns. A CSV file has the delimiter that makes most of them out of its header.
+        path: the file.
+        known: known column names. The delimiter of a CSV file is the one that finds most of them in the header.
 
     Raises:
-        ValueError: the file is binary or UTF-16, or damaged; with the line where there is one.
+        ValueError: the file is binary, UTF-16 or damaged. The message names the line if it is known.
         ImportError: the file is parquet, and pyarrow is not installed.
     """
     with path.open("rb") as file:
@@ -61,22 +64,22 @@ def read_rows(path: Path, known: Collection[str]) -> Iterator[Row]:
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError(f"{path} is UTF-16; convert the file to UTF-8")
     if start.startswith(BINARY):
-        raise ValueError(f"{path} is compressed or a pickle, which is not opened; write its rows as CSV, JSON lines or parquet")
+        raise ValueError(f"{path} is compressed or a pickle, which v05 does not open; write its rows as CSV, JSON lines or parquet")
     if b"\0" in start:
-        raise ValueError(f"{path} is UTF-16 without a mark, or no text; convert the file to UTF-8")
+        raise ValueError(f"{path} is not text, or UTF-16 without a byte order mark; convert the file to UTF-8")
     first = start.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     if first == b"[":
-        raise ValueError(f"{path} holds a JSON array; write one object a line, for example with: jq -c '.[]' {path.name}")
+        raise ValueError(f"{path} holds a JSON array; write one object per line, for example with: jq -c '.[]' {path.name}")
     return _json_lines(path) if first == b"{" else _csv(path, known)
 
 
 def column(name: str) -> str:
-    """A column's name as rows have it: case and outer spaces do not matter."""
+    """A column's name in lower case without outer spaces, so that case and spaces do not matter."""
     return name.strip().casefold()
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names of columns for a message: a file that is no log may have anything in the place of names."""
+    """Column names for a message, shortened and escaped because a file that is not a log may have anything as names."""
     return ", ".join(
         name if name.isprintable() and len(name) <= LONGEST_QUOTE else repr(name[:LONGEST_QUOTE])
         for name in islice(names, MOST_NAMES)
@@ -84,7 +87,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def number(value: Any) -> float:
-    """A number of a row. Text may have a decimal comma where it cannot be a separator of thousands. Raises NotANumberError."""
+    """A value as a number. Text may have a decimal comma if it cannot be a thousands separator. Raises NotANumberError."""
     if isinstance(value, str):
         if re.fullmatch(r"[+-]?\d+,\d+", value) and not re.fullmatch(r"[+-]?[1-9]\d{0,2},\d{3}", value):
             value = value.replace(",", ".")
@@ -129,7 +132,7 @@ def _csv(path: Path, known: Collection[str]) -> Iterator[Row]:
                     yield Row(path, line - 1 + reader.line_num, values)
     except (csv.Error, UnicodeDecodeError) as error:
         near = max(1, line - 1 + (1 if reader is None else reader.line_num))
-        raise ValueError(f"{path}, near line {near}: {error}; give a CSV file in UTF-8, quotes closed") from None
+        raise ValueError(f"{path}, near line {near}: {error}; give a CSV file in UTF-8 with closed quotes") from None
     finally:
         csv.field_size_limit(before)
 
@@ -139,7 +142,7 @@ def _delimiter(header: str, known: Collection[str]) -> str:
         names = next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), [])
         return len({column(name) for name in names} & set(known))
 
-    return max(DELIMITERS, key=columns)  # of several, the first
+    return max(DELIMITERS, key=columns)  # the first of several equally good ones
 
 
 def _parquet(path: Path) -> Iterator[Row]:

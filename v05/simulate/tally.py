@@ -1,4 +1,4 @@
-"""The rows of logs, checked and gathered: a few numbers each, whatever the length of their texts."""
+"""Checks the rows of logs and keeps a few numbers of each, however long their texts are."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from v05.simulate.logs import NO_REWARDS, TRL, Log, LogFile, Outcome, columns_of
 from v05.simulate.tables import NotANumberError, Row, listed, number
 
 ROWS_BETWEEN_REPORTS = 10_000
-LONGEST_KEY = 64  # characters of a model or question that is kept; of a longer one, its hash
+LONGEST_KEY = 64  # characters; longer texts of models and questions are replaced by their hashes
 MOST_VALUES = 5  # different rewards that a message names
-REPEATED_BATCH = 32  # rows; fewer may be equal by chance
+REPEATED_BATCH = 32  # rows; smaller batches may be equal by chance
 
 
 class Tally:
-    """What logs say, row by row.
+    """Collects the outcomes of logs row by row.
 
     Args:
-        prior, reward: columns, as `read_outcomes` takes them.
-        success_above: a greater reward is a success.
-        progress: called now and then with the rows read so far.
+        prior, reward: columns, as in `read_outcomes`.
+        success_above: a reward above this is a success.
+        progress: called from time to time with the number of rows read so far.
     """
 
     def __init__(self, prior: str | None, reward: str | None, success_above: float | None, progress: Callable[[int], None]) -> None:
         self._prior, self._reward, self._success_above, self._progress = prior, reward, success_above, progress
-        self._numbers: tuple[dict[str, int], dict[str, int]] = ({}, {})  # of models, of questions
+        self._numbers: tuple[dict[str, int], dict[str, int]] = ({}, {})  # indices of models and of questions
         self._model, self._question = array("q"), array("q")
         self._successes, self._trials, self._priors = array("d"), array("d"), array("d")
-        self._rewards: dict[float, str] = {}  # the first different ones, and where they are
-        self._other_numbers: list[str] = []  # columns that might be meant with --reward
-        self._kind: Log | None = None  # of the last file
+        self._rewards: dict[float, str] = {}  # the first different rewards and their places
+        self._other_numbers: list[str] = []  # columns to suggest for --reward
+        self._kind: Log | None = None  # kind of the last file
         self._rows = 0
         self._batch = b""  # hash of the last file's texts
-        self.repeated: list[Path] = []  # files that say what the one before said
+        self.repeated: list[Path] = []  # files that repeat the file before
 
     def read(self, log: Log, file: LogFile, columns: list[str], rows: Iterator[Row]) -> None:
         """Add a file's rows.
 
         Raises:
-            ValueError: a column is missing; a row lacks a number or has an impossible one, with its place.
+            ValueError: a column is missing, or a row lacks a number or has an impossible one; the message names its place.
         """
         if self._prior is not None and self._prior not in columns:
             raise ValueError(f"{file.path} has no column {self._prior}; it has {listed(columns)}")
@@ -57,7 +57,7 @@ class Tally:
         for index, row in enumerate(rows, start=1):
             lacking = [name for name in log.columns if name not in row.values and name not in log.numbers]
             if lacking:
-                raise ValueError(f"{row.place}: {row.quote!r} lacks {', '.join(lacking)}; mend the file or leave it out")
+                raise ValueError(f"{row.place}: {row.quote!r} lacks {', '.join(lacking)}; repair the file or leave it out")
             try:
                 for outcome in log.outcomes(row, file, self._reward):
                     self._add(log, row, index, outcome)
@@ -65,7 +65,7 @@ class Tally:
                 needed = [name for name in (self._reward, *log.numbers, self._prior) if name] or log.columns
                 form = "numbers" if log.numbers else f"in {log.name}"
                 raise ValueError(
-                    f"{row.place}: {row.quote!r} lacks {', '.join(needed)} as {form}; mend the file or leave it out"
+                    f"{row.place}: {row.quote!r} lacks {', '.join(needed)} as {form}; repair the file or leave it out"
                 ) from None
             if log.name == TRL:
                 texts.update(f"{row.values['prompt']}\0{row.values['completion']}\0".encode(errors="surrogatepass"))
@@ -98,7 +98,9 @@ class Tally:
             value = row.values.get(self._prior)
             prior = nan if value in (None, "") else number(value)
             if prior < 0 or prior > 1:
-                raise ValueError(f"{row.place}: row {index} has the prior {prior:g}; give success rates in [0, 1], or nothing")
+                raise ValueError(
+                    f"{row.place}: row {index} has the prior {prior:g}; give success rates in [0, 1], or leave it empty"
+                )
             self._priors.append(prior)
         for values, numbered, text in zip((self._model, self._question), self._numbers, outcome[:2], strict=True):
             key = text if len(text) <= LONGEST_KEY else blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()
@@ -110,9 +112,9 @@ class Tally:
     def arrays(
         self,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]:
-        """(R,) model, question, successes, trials, and priors if a column was named.
+        """(R,) model, question, successes, trials, and priors (None unless a column was named).
 
-        Raises ValueError: rewards have more values than two, and `success_above` was not given.
+        Raises ValueError if no row has a reward, or if rewards have more than two values and `success_above` was not given.
         """
         successes, trials = np.frombuffer(self._successes), np.frombuffer(self._trials)
         seen = set(self._rewards)
@@ -128,7 +130,7 @@ class Tally:
             place = next(place for value, place in self._rewards.items() if value not in (0.0, 1.0))
             values = ", ".join(f"{value:g}" for value in sorted(seen)) + (", ..." if len(seen) == MOST_VALUES else "")
             raise ValueError(
-                f"{place}: rewards are {values}, where 0 and 1 (or -1 and 1) say which rollouts succeeded; "
+                f"{place}: rewards are {values}, but only 0 and 1 (or -1 and 1) show which rollouts succeeded; "
                 f"give --success-above X to count rewards above X as successes{others}"
             )
         priors = None if self._prior is None else np.frombuffer(self._priors)
