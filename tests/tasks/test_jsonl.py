@@ -48,7 +48,7 @@ def test_jsonl_epochs_hold_every_prompt_once(arithmetic_file):
 def test_jsonl_needs_both_splits(tmp_path):
     path = tmp_path / "one.jsonl"
     path.write_text('{"prompt": "a", "answer": "1"}\n')
-    with pytest.raises(ValueError, match=r"no (train|heldout) prompt among its lines"):
+    with pytest.raises(ValueError, match=r"no (train|heldout) prompt in the file"):
         JsonlTask(JsonlConfig(path=path))
 
 
@@ -102,14 +102,14 @@ def test_a_byte_order_mark_and_blank_lines_are_nothing(tmp_path):
         ("{", "give one JSON object a line"),
         ("[1]", "holds no JSON object but .*give one a line"),
         ('"text"', "holds no JSON object"),
-        ('{"prompt": "a"}', "none of answer, final_answer, solution among its fields prompt; rename one"),
-        ('{"text": "a", "answer": 1}', "none of prompt, problem, question among its fields text, answer; rename one"),
+        ('{"prompt": "a"}', "none of answer, final_answer, solution is among the fields prompt; rename one"),
+        ('{"text": "a", "answer": 1}', "none of prompt, problem, question is among the fields text, answer; rename one"),
         ('{"prompt": "a", "answer": ""}', "answer is empty"),
         ('{"prompt": "a", "answer": "  "}', "answer: the answer '  ' is empty"),
         ('{"prompt": "a", "answer": {"value": 1}}', "is neither text nor a finite number"),
         ('{"prompt": "a", "answer": NaN}', "nan is neither text nor a finite number"),
         ('{"prompt": {"a": 1}, "answer": 1}', "prompt=.* is neither text nor a list of messages"),
-        ('{"prompt": [{"role": "user"}], "answer": 1}', "is no message; give"),
+        ('{"prompt": [{"role": "user"}], "answer": 1}', "is not a message; give"),
         ('{"prompt": "a", "solution": "so it is 4"}', "the solution marks no answer"),
         ('{"prompt": "a", "answer": ' + "1" * 5000 + "}", "Exceeds the limit"),
         ('{"prompt": "\\ud800", "answer": 1}', "surrogates not allowed"),

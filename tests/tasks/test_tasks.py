@@ -103,7 +103,7 @@ def test_presets_for_language_models_hold_their_prompts(preset):
 
 
 def test_instruct_surface_refuses_what_has_several_answers():
-    with pytest.raises(ValueError, match=r"surface='instruct' .* 'countdown' has not; use 'question', or one of .*, chain_sum"):
+    with pytest.raises(ValueError, match=r"surface='instruct' .* 'countdown' has others; use 'question', or one of .*, chain_sum"):
         ReasoningGymTask(ReasoningGymConfig(mix=(Source(dataset="countdown"),), surface="instruct"))
 
 

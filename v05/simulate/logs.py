@@ -177,9 +177,7 @@ def _trace(trace: dict[str, Any], policy: str, environment: str | None, reward: 
     rewards = trace["rewards"]
     if reward is not None:
         rewards = {column(name): value for name, value in {**trace.get("metrics", {}), **rewards}.items()}.get(reward)
-        rewards = (
-            rewards.get("score") if isinstance(rewards, dict) else rewards
-        )  # a reward that the user names counts without its weight
+        rewards = rewards.get("score") if isinstance(rewards, dict) else rewards  # a named reward counts without its weight
     return _rollout(policy, _name(environment, question), rewards if trace.get("ok", not trace.get("errors")) else None)
 
 

@@ -1,7 +1,7 @@
-"""Verifiable tasks: where prompts come from and what a completion is worth. One small file per source.
+"""Verifiable tasks: the sources of prompts, and the verifiers that reward completions. Each source has its own file.
 
-A task hands out prompts of a split by number, the same prompt for the same number, so a run's data position is one integer.
-Training and held-out prompts are disjoint by construction: a prompt's split is a hash of its text.
+A task numbers the prompts of a split, and a number always gives the same prompt. So a run's position in the data is one integer.
+Training and held-out prompts are disjoint, because a hash of a prompt's text decides its split.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ HELDOUT_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a policy is asked.
+    """A prompt for the policy, with its reference answer.
 
     Attributes:
-        text: what the policy reads; also the prompt's identity across steps.
-        answer: a right completion, for supervised warm starts.
-        item: what the verifier needs, opaque to everyone else.
-        messages: (role, content) of a chat. The policy then reads the chat, in its tokenizer's chat template. None for plain text.
+        text: the text that the policy reads. It also identifies the prompt across steps.
+        answer: a correct completion, for supervised warm starts.
+        item: data for the verifier; other code does not read it.
+        messages: the (role, content) pairs of a chat, or None for plain text. The policy then reads the chat in its tokenizer's
+            chat template instead of `text`.
     """
 
     text: str
@@ -37,12 +38,12 @@ class Prompt:
 
 
 class Scorer(Protocol):
-    """The verifier that scores completions."""
+    """A verifier that scores completions."""
 
     def verify(self, prompt: Prompt, completion: str) -> float:
-        """Reward 1.0 for a right completion, else 0.0. Never evaluates a completion, nor raises because of what it says.
+        """The reward: 1.0 for a correct completion, else 0.0. It never executes a completion, and no completion makes it raise.
 
-        ChildProcessError: a process that the verifier needs does not run, which tells nothing about the completion.
+        Raises ChildProcessError if a process that the verifier needs does not run, whatever the completion.
         """
         ...
 
@@ -51,18 +52,18 @@ class Task(Scorer, Protocol):
     """A source of prompts and their verifier.
 
     Attributes:
-        may_stall: whether a completion could keep the verifier busy for long, which a process of its own should guard against.
+        may_stall: whether a completion could keep the verifier busy for long. The verifier should then run in a separate process.
     """
 
     may_stall: bool
 
     def prompts(self, split: Split, start: int = 0) -> Iterator[tuple[int, Prompt]]:
-        """Endless (number, prompt) of a split, from number `start` on; `number + 1` is where to resume."""
+        """An endless stream of (number, prompt) of a split, from number `start` on. Resume after a prompt at `number + 1`."""
         ...
 
 
 class Source(BaseModel):
-    """One reasoning-gym dataset of a mix: its name, how often it is drawn, and its own settings."""
+    """One reasoning-gym dataset of a mix: its name, its weight in sampling, and its own settings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     dataset: str
@@ -71,11 +72,13 @@ class Source(BaseModel):
 
 
 class ReasoningGymConfig(BaseModel):
-    """A weighted mix of reasoning-gym datasets in one surface.
+    """A weighted mix of reasoning-gym datasets.
 
-    The surface is how an item is written and read: "question" as reasoning-gym words it, for a completion that is the answer and
-    nothing else; "instruct" with an `instruction` after the question, for a completion in prose that states its answer
-    (v05.tasks.answers); "terse" in a few characters.
+    The surface determines how items are written and how completions are read:
+
+    - "question": reasoning-gym's own wording; the completion must be the answer and nothing else.
+    - "instruct": an `instruction` follows the question; the completion is prose that states its answer (v05.tasks.answers).
+    - "terse": a few characters, for character-level policies.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -83,12 +86,13 @@ class ReasoningGymConfig(BaseModel):
     mix: tuple[Source, ...] = Field(min_length=1)
     surface: Literal["question", "instruct", "terse"] = "question"
     instruction: str = Field(
-        default="Think step by step, and write the final answer after ####.", description='that "instruct" appends to a question'
+        default="Think step by step, and write the final answer after ####.",
+        description='text that "instruct" appends to a question',
     )
     size: int | None = Field(
-        default=None, ge=1, description="training prompts, which then return in another order; None is new ones without end"
+        default=None, ge=1, description="training prompts, which return in a new order every epoch; None draws new ones without end"
     )
-    operand_width: int = Field(default=0, ge=0, description='digits that "terse" pads operands to')
+    operand_width: int = Field(default=0, ge=0, description='number of digits that "terse" pads operands to')
     seed: int = 0
 
 
@@ -105,7 +109,7 @@ TaskConfig = Annotated[ReasoningGymConfig | JsonlConfig, Field(discriminator="ki
 
 
 def make_task(config: ReasoningGymConfig | JsonlConfig) -> Task:
-    """The task of its configuration; its source's package is imported only now."""
+    """The task of a configuration. The package of its source is imported only here."""
     if isinstance(config, ReasoningGymConfig):
         from v05.tasks.reasoning_gym import ReasoningGymTask
 
@@ -116,29 +120,31 @@ def make_task(config: ReasoningGymConfig | JsonlConfig) -> Task:
 
 
 def make_scorer(config: ReasoningGymConfig | JsonlConfig) -> Scorer:
-    """What verifies the prompts of a task, without its file, which may have changed since."""
+    """The verifier of a task's prompts. It does not read a JSONL task's file, which may have changed since."""
     from v05.tasks.jsonl import AnswerScorer
 
     if isinstance(config, ReasoningGymConfig) and config.surface != "instruct":
         return make_task(config)
-    answers = AnswerScorer()  # and with it the process that compares formulas
+    answers = AnswerScorer()  # this also starts the process that compares formulas
     return make_task(config) if isinstance(config, ReasoningGymConfig) else answers
 
 
 def split_of(text: str) -> Split:
-    """The split a prompt belongs to, a hash of its text."""
+    """The split of a prompt, decided by a hash of its text."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return "heldout" if int.from_bytes(digest, "big") < HELDOUT_SHARE * 2**64 else "train"
 
 
 def heldout_set(task: Task, size: int, start: int = 0, skip: int = 0, patience: int = 50) -> list[Prompt]:
-    """The first `size` distinct held-out prompts from number `start` on, after `skip` others; fewer when `patience` times as many
-    draws hold no more."""
+    """The first `size` distinct held-out prompts from number `start` on, after skipping the first `skip` distinct ones.
+
+    There are fewer if (`skip` + `size`) * `patience` draws do not yield enough.
+    """
     return distinct_prompts(task.prompts("heldout", start), skip + size, patience)[skip:]
 
 
 def distinct_prompts(drawn: Iterator[tuple[int, Prompt]], size: int, patience: int = 50) -> list[Prompt]:
-    """The first `size` distinct prompts of those that are drawn; fewer when `patience` times as many draws hold no more."""
+    """The first `size` distinct prompts of a stream, or fewer if `size` * `patience` draws do not yield enough."""
     distinct: dict[str, Prompt] = {}
     for draw, (_, prompt) in enumerate(drawn):
         distinct.setdefault(prompt.text, prompt)
@@ -148,7 +154,7 @@ def distinct_prompts(drawn: Iterator[tuple[int, Prompt]], size: int, patience: i
 
 
 def in_epochs(prompts: Sequence[Prompt], seed: int, start: int = 0) -> Iterator[tuple[int, Prompt]]:
-    """Endless (number, prompt) from number `start` on: each pass over the prompts in an order of its own."""
+    """An endless stream of (number, prompt) from number `start` on. Each pass over the prompts has its own random order."""
     number = start
     while True:
         epoch, position = divmod(number, len(prompts))

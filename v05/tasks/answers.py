@@ -1,17 +1,17 @@
-r"""What a reference answer and a completion say, and whether they say the same: every reward of a JSONL task and of `v05 eval`.
+r"""Compares the answer in a completion with a reference answer. This gives every reward of a JSONL task and of `v05 eval`.
 
-References and completions are read by one set of rules:
+References and completions are read by the same rules:
 
-- The answer of a text is what its last `<answer>` or \boxed{} holds, else what follows `####` or "the answer is", else the text
-  (v05.tasks.statements). A completion of prose without any of these is read by its last sentence.
-- Two answers of one spelling are equal: letter case, spaces, fonts, dollar signs and a full stop aside.
-- An answer may have parts ("x = 1 or x = 2", "5; 10"). All of them are wanted, in any order, and no others. A pair (1, 2) has an
-  order.
-- A number may be written in any way (v05.tasks.numbers), with a unit that may be left out but not replaced (v05.tasks.units).
-- A word, a choice letter, a date or a unit is compared as text, never as a product of letters.
-- The rest are formulas, which math-verify compares (v05.tasks.formulas).
-- A false equation ("5 = 4") states nothing. A sum left to the reader ("26 + 15") is no answer where a number is wanted: it may be
-  the question.
+- The answer of a text is the content of its last `<answer>` or \boxed{}, else the text after `####` or "the answer is", else the
+  whole text (v05.tasks.statements). If a completion in prose has none of these marks, its last sentence is read.
+- Two answers with the same spelling are equal. Letter case, spaces, fonts, dollar signs and a final full stop do not matter.
+- An answer may have parts ("x = 1 or x = 2", "5; 10"). The completion must give exactly these parts, in any order. The order within
+  a pair (1, 2) matters.
+- A number may be written in any form (v05.tasks.numbers). Its unit may be omitted but not replaced (v05.tasks.units).
+- A word, a choice letter, a date or a unit is compared as text, never as a product of variables.
+- Everything else is a formula, which math-verify compares (v05.tasks.formulas).
+- A false equation ("5 = 4") has no value. An uncomputed sum ("26 + 15") is wrong if the reference is a number, because it may just
+  repeat the question.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from v05.tasks.reading import Part, Reading, number_formula, read, read_choice
 from v05.tasks.statements import statements
 from v05.tasks.units import same_unit
 
-TIME_LIMIT = formulas.TIME_LIMIT  # seconds of a verdict
+TIME_LIMIT = formulas.TIME_LIMIT  # seconds per verdict
 MOST_PARTS = 64
 
 Equal = Callable[[str, str], bool]
@@ -36,19 +36,19 @@ Equal = Callable[[str, str], bool]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a text answers: readings of it, the most literal first."""
+    """The answer in a text: its possible readings, the most literal first."""
 
     readings: tuple[Reading, ...]
 
     def __str__(self) -> str:
-        """Its kinds and values, to a person: "number 41", "text east"."""
+        """The kinds and values of the parts, for users: "number 41", "text east"."""
         return " and ".join(f"{part.kind} {part.label}{'=' * bool(part.label)}{part.text}" for part in self.readings[-1].parts)
 
 
 def read_answer(value: object) -> Answer:
-    """A reference answer: a text, a number or truth value as JSON has them, or a list of those, which are its parts.
+    """Read a reference answer: a text, a JSON number or boolean, or a list of these, which are the answer's parts.
 
-    Raises ValueError for anything else, and for a text without an answer in it.
+    Raises ValueError for any other value, and for a text without an answer.
     """
     text = answer_text(value)
     readings = tuple(_readings(text, prose=False))
@@ -58,7 +58,7 @@ def read_answer(value: object) -> Answer:
 
 
 def answer_text(value: object) -> str:
-    """A reference answer as text. ValueError where it is none that `read_answer` takes."""
+    """A reference answer as text. Raises ValueError for values that `read_answer` does not accept."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list) and value:
@@ -69,9 +69,9 @@ def answer_text(value: object) -> str:
 
 
 def verify_answer(reference: Answer, completion: str) -> float:
-    """1.0 if a completion's final answer equals the reference, else 0.0, after `TIME_LIMIT` seconds at the latest.
+    """1.0 if a completion's final answer equals the reference, else 0.0. It takes about `TIME_LIMIT` seconds at most.
 
-    Never raises, whatever the completion; any thread may call it.
+    No completion makes it raise. It is safe to call from any thread.
     """
     deadline = time.monotonic() + TIME_LIMIT
 
@@ -83,7 +83,7 @@ def verify_answer(reference: Answer, completion: str) -> float:
 
 
 def _readings(text: str, *, prose: bool) -> Iterator[Reading]:
-    """The readings of a text up to the first without words in it."""
+    """The readings of a text, up to the first reading without words."""
     for statement in statements(text, prose=prose):
         reading = read(statement)
         if reading is None:
@@ -111,7 +111,7 @@ def _same_reading(wanted: Reading, given: Reading, equal: Equal) -> bool:
 
 
 def _aligned(wanted: tuple[Part, ...], given: tuple[Part, ...]) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
-    """Both, the items of a lone pair or set taken where the other is a bare list: "(1, 2)" is an answer to "1, 2"."""
+    """The parts to compare. A single pair or set is opened if the other side is a bare list: "(1, 2)" is an answer to "1, 2"."""
     if len(wanted) > 1 and len(given) == 1 and given[0].brackets in ("()", "[]", "{}"):
         return wanted, given[0].items
     if len(given) > 1 and len(wanted) == 1 and wanted[0].brackets in ("()", "[]", "{}"):
@@ -122,7 +122,7 @@ def _aligned(wanted: tuple[Part, ...], given: tuple[Part, ...]) -> tuple[tuple[P
 
 
 def _same_set(mine: Sequence[Part], theirs: Sequence[Part], equal: Equal) -> bool:
-    """Whether each of `mine` has a partner of its own among as many others."""
+    """Whether `mine` and `theirs`, which are equally many, can be paired off with equal parts."""
     left = list(theirs)
     for part in mine:
         found = next((i for i, other in enumerate(left) if _same(part, other, equal)), None)
@@ -155,7 +155,7 @@ def _same(wanted: Part, given: Part, equal: Equal) -> bool:
 
 
 def _same_quantity(wanted: Number, unit: str, given: Number, other: str) -> bool:
-    """Whether two numbers with units are equal. A unit may be left out; 50 % is also 0.5."""
+    """Whether two numbers with units are equal. A unit may be omitted, and 50 % equals 0.5."""
     if same_number(wanted, given):
         return same_unit(unit, other)
     if {unit, other} == {"%", ""}:
@@ -165,16 +165,16 @@ def _same_quantity(wanted: Number, unit: str, given: Number, other: str) -> bool
 
 
 def _bare(text: str) -> str:
-    """A text without brackets and the full stops of abbreviations: "2:15 (p.m.)" is "2:15 pm"."""
+    """A text without brackets and without the full stops of abbreviations: "2:15 (p.m.)" becomes "2:15 pm"."""
     return re.sub(r"(?<=[a-z])\.|[()]", "", text)
 
 
 def _left_to_do(formula: str) -> bool:
-    """Whether arithmetic is a sum, difference or product: a power or a fraction is a way to write a number."""
+    """Whether arithmetic has a sum, difference or product left to compute. A power or a fraction is a way to write a number."""
     return bool(re.search(r"[\d)}]\s*(?:[-+*]|\\times|\\cdot|\()", formula))
 
 
 def _formula_of(part: Part, other: Part) -> str:
-    """A part as math-verify reads it; with its label where the other is an equation that may be solved for it."""
+    """A part's formula for math-verify, with its label if the other part is an equation that may be solved for the label."""
     formula = number_formula(part.number) if part.number else part.formula
     return f"{part.label}={formula}" if part.label and "=" in other.formula else formula

@@ -1,4 +1,4 @@
-"""What a JSON-lines task holds, before anything is trained on it: how each reference is read, and whether it can be earned."""
+"""Checks a JSON-lines task before training: how each reference answer is read, and whether a completion can match it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ LONGEST_SHOWN = 60  # characters of a text
 
 @dataclass(frozen=True)
 class CheckedRow:
-    """A line of a task.
+    """The result for one line of a task.
 
     Attributes:
-        line: its number.
-        prompt, answer: the beginnings of both, as they stand; empty where the line cannot be read.
-        kind: "number", "formula", "text", "tuple", "set" or "parts"; "unreadable" for a line that is no row.
-        reads: what the reference is read as, or why it cannot be.
-        unearned: the forms of `FORMS` in which the reference itself earns nothing.
-        repeats: the line that has this prompt already.
-        contradicts: that line has another answer.
+        line: the line's number.
+        prompt, answer: the beginnings of prompt and answer. Empty if the line cannot be read.
+        kind: "number", "formula", "text", "tuple", "set" or "parts"; "unreadable" for a line that is not a valid row.
+        reads: how the reference is read, or the reason why it cannot be read.
+        unearned: the forms of `FORMS` in which the reference itself gets the reward 0.
+        repeats: the number of an earlier line with the same prompt, or None.
+        contradicts: whether that line has another answer.
     """
 
     line: int
@@ -41,12 +41,12 @@ class CheckedRow:
 
     @property
     def cannot_earn(self) -> bool:
-        """Whether no completion that follows the usual instruction, a final answer in a box, can be right."""
+        """Whether no completion that gives its final answer in a box, the usual instruction, can get the reward."""
         return self.kind == "unreadable" or "in a box" in self.unearned
 
 
 def check_task(path: Path, progress: Callable[[], None] = lambda: None) -> list[CheckedRow]:
-    """Every line of a task. Raises ValueError only for a line that is no JSON object."""
+    """Check every line of a task. `progress` is called for each line. Raises ValueError for a line that is not a JSON object."""
     rows = []
     first: dict[str, tuple[int, Answer]] = {}
     for number, fields in read_objects(path):
@@ -78,7 +78,7 @@ def _kind(reference: Answer) -> str:
 
 
 def _told(reference: Answer) -> str:
-    """How a reference is read, to a person."""
+    """How a reference is read, for users."""
     odd = [part.formula for part in reference.readings[-1].parts if part.formula and not formulas.readable(part.formula)]
     return f"{reference}{'; only its own spelling is right, as math-verify cannot read it' if odd else ''}"
 

@@ -1,8 +1,8 @@
-"""Formulas that a policy wrote, read without evaluating them: arithmetic, polynomials and antiderivatives.
+"""Interprets formulas that a policy wrote (arithmetic, polynomials and antiderivatives) without executing them.
 
-A formula is parsed by `ast` into a tree that is never compiled. `_interpreted` knows numbers, names, the operators and calls of the
-functions in `DERIVATIVES`, and refuses the rest. Lengths and numbers are bounded, so that no formula takes long. What is no formula
-of the kind raises: ValueError and SyntaxError mostly, but also KeyError, ArithmeticError, RecursionError or MemoryError.
+`ast` parses a formula into a tree that is never compiled. `_interpreted` handles numbers, names, operators and calls of the
+functions in `DERIVATIVES`, and rejects everything else. Lengths and numbers are bounded, so that no formula takes long. An invalid
+formula mostly raises ValueError or SyntaxError, but also KeyError, ArithmeticError, RecursionError or MemoryError.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 
 Value = TypeVar("Value", Fraction, "Polynomial", "Differentiable")
 
-LONGEST_PUZZLE = 1_000  # characters of an answer that is arithmetic
-LONGEST_FORMULA = 20_000  # characters of one with variables
+LONGEST_PUZZLE = 1_000  # characters of arithmetic
+LONGEST_FORMULA = 20_000  # characters of a formula with variables
 LARGEST_COEFFICIENT = 10_000  # bits
-LARGEST_EXPONENT = 1_000  # of a polynomial
+LARGEST_EXPONENT = 1_000  # exponent of a polynomial
 FORMULA = re.compile(r"[\w\s.+\-*/()]*", re.ASCII)
 
 OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
@@ -36,13 +36,15 @@ OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 
 def _parsed(formula: str, longest: int = LONGEST_FORMULA) -> ast.expr:
     if len(formula) > longest or not FORMULA.fullmatch(formula):
-        raise ValueError(f"{formula[:60]!r} has {len(formula)} characters, or some that no formula has")
+        raise ValueError(f"{formula[:60]!r} has {len(formula)} characters, or characters that are not allowed")
     return ast.parse(formula.strip(), mode="eval").body
 
 
 def _interpreted(node: ast.expr, leaf: Callable[[ast.expr], Value]) -> Value:
-    """The value of a formula whose numbers, names and calls `leaf` interprets. A long sum is a deep tree to the left, so only the
-    right operands are recursed into."""
+    """The value of a formula. `leaf` interprets its numbers, names and calls.
+
+    A long sum is a tree that is deep on the left, so left operands are handled in a loop and only right operands by recursion.
+    """
     chain = []
     while isinstance(node, ast.BinOp):
         chain.append(node)
@@ -60,7 +62,7 @@ def _interpreted(node: ast.expr, leaf: Callable[[ast.expr], Value]) -> Value:
 def _number(node: ast.expr) -> int | float:
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return node.value  # type: ignore[return-value]
-    raise ValueError(f"a {type(node).__name__} in the place of a number")
+    raise ValueError(f"expected a number, found a {type(node).__name__}")
 
 
 def _whole(node: ast.expr) -> int:
@@ -71,7 +73,7 @@ def _whole(node: ast.expr) -> int:
 
 
 def arithmetic(formula: str) -> tuple[Fraction, list[int]]:
-    """The value of a formula of whole numbers, + - * / and parentheses, and the numbers in it."""
+    """The value of a formula of whole numbers, + - * / and parentheses, and the list of its numbers."""
     numbers: list[int] = []
 
     def leaf(node: ast.expr) -> Fraction:
@@ -80,7 +82,7 @@ def arithmetic(formula: str) -> tuple[Fraction, list[int]]:
 
     tree = _parsed(formula, LONGEST_PUZZLE)
     if any(isinstance(node, ast.Pow) for node in ast.walk(tree)):
-        raise ValueError("a power, which the puzzles do not allow")
+        raise ValueError("the formula has a power, which the puzzles do not allow")
     return _interpreted(tree, leaf), numbers
 
 
@@ -89,25 +91,26 @@ Monomial = tuple[tuple[str, int], ...]  # (variable, exponent), sorted
 
 @dataclass(frozen=True)
 class Polynomial:
-    """A sum of terms: the coefficient of each monomial, none of them 0.
+    """A polynomial as a sum of terms: the coefficient of each monomial. No coefficient is 0.
 
-    A sum is multiplied by numbers only: an expanded polynomial is asked for, and the factors in the question are not it.
+    A sum can only be multiplied by numbers, because the tasks ask for an expanded polynomial: the factors in the question must not
+    count as an answer.
     """
 
     terms: dict[Monomial, int]
 
     @property
     def constant(self) -> int:
-        """The number that a polynomial without variables is; ValueError for others."""
+        """The value of a polynomial without variables. Raises ValueError for other polynomials."""
         if self.terms.keys() - {()}:
-            raise ValueError("a polynomial with variables in the place of a number")
+            raise ValueError("expected a number, found a polynomial with variables")
         return self.terms.get((), 0)
 
     @property
     def term(self) -> tuple[dict[str, int], int]:
-        """The exponents and the coefficient of a polynomial of one term; ValueError for others."""
+        """The exponents and the coefficient of a polynomial with one term. Raises ValueError for other polynomials."""
         if len(self.terms) != 1:
-            raise ValueError("a product, quotient or power of a sum, which is not expanded")
+            raise ValueError("the formula has a product, quotient or power of a sum, which is not expanded")
         ((monomial, coefficient),) = self.terms.items()
         return dict(monomial), coefficient
 
@@ -139,7 +142,7 @@ class Polynomial:
     def __truediv__(self, other: Polynomial) -> Polynomial:
         exponents, divisor = other.term
         if any(coefficient % divisor for coefficient in self.terms.values()):
-            raise ValueError(f"a division by {divisor} that leaves a remainder")
+            raise ValueError(f"the division by {divisor} leaves a remainder")
         quotient = Polynomial({monomial: coefficient // divisor for monomial, coefficient in self.terms.items()})
         return quotient * Polynomial({_monomial({name: -n for name, n in exponents.items()}): 1})
 
@@ -147,7 +150,7 @@ class Polynomial:
         n = other.constant
         exponents, coefficient = self.term
         if not 0 <= n <= LARGEST_EXPONENT or coefficient.bit_length() * n > LARGEST_COEFFICIENT:
-            raise ValueError(f"exponent={n} makes no polynomial, or too large a one")
+            raise ValueError(f"exponent={n} does not give a polynomial, or gives one that is too large")
         return Polynomial({_monomial({name: k * n for name, k in exponents.items()}): coefficient**n})
 
 
@@ -157,12 +160,12 @@ def _monomial(exponents: dict[str, int]) -> Monomial:
 
 def _bounded(coefficient: int) -> int:
     if coefficient.bit_length() > LARGEST_COEFFICIENT:
-        raise ValueError(f"a coefficient of {coefficient.bit_length()} bits; at most {LARGEST_COEFFICIENT} are computed")
+        raise ValueError(f"a coefficient has {coefficient.bit_length()} bits; at most {LARGEST_COEFFICIENT} are allowed")
     return coefficient
 
 
 def polynomial(formula: str) -> Polynomial:
-    """A polynomial with whole coefficients, written as a sum of terms."""
+    """Read a polynomial with whole coefficients that is written as a sum of terms."""
 
     def leaf(node: ast.expr) -> Polynomial:
         if isinstance(node, ast.Name):
@@ -203,7 +206,7 @@ class Differentiable:
         return _applied("exp", other * _applied("log", self))
 
 
-# The functions that an antiderivative may have, under sympy's names, and their derivatives.
+# The functions that an antiderivative may contain, under sympy's names, and their derivatives.
 DERIVATIVES: dict[str, tuple[Callable[[complex], complex], Callable[[complex], complex]]] = {
     "exp": (cmath.exp, cmath.exp),
     "log": (cmath.log, lambda z: 1 / z),
@@ -226,8 +229,8 @@ DERIVATIVES: dict[str, tuple[Callable[[complex], complex], Callable[[complex], c
     "atanh": (cmath.atanh, lambda z: 1 / (1 - z * z)),
 }
 CONSTANTS = {"pi": cmath.pi, "E": cmath.e}
-POINTS = 6  # that two functions are compared at
-TOLERANCE = 1e-9  # relative, of a difference there
+POINTS = 6  # points at which two functions are compared
+TOLERANCE = 1e-9  # largest relative difference at a point
 
 
 def _applied(name: str, argument: Differentiable) -> Differentiable:
@@ -236,10 +239,10 @@ def _applied(name: str, argument: Differentiable) -> Differentiable:
 
 
 def is_antiderivative(formula: str, integrand: str, variable: str) -> bool:
-    """Whether the derivative of `formula` by `variable` is `integrand`. Other names are constants of integration.
+    """Whether the derivative of `formula` with respect to `variable` is `integrand`. Other names are constants of integration.
 
-    Both are compared at random complex points, where different functions differ almost surely (Schwartz 1980). The points follow
-    from the formula, so that none can be written to fit them.
+    The two are compared at random complex points, where different functions differ almost surely (Schwartz 1980). The formula seeds
+    the points, so that no formula can be written to fit them.
     """
     tree, expected = _parsed(formula), _parsed(integrand)
     rng = random.Random(formula)
@@ -253,7 +256,7 @@ def is_antiderivative(formula: str, integrand: str, variable: str) -> bool:
 
 
 def _at(values: dict[str, Differentiable], rng: random.Random, tree: ast.expr) -> Differentiable:
-    """A formula where its names have the `values`; further names are given some."""
+    """The value of a formula with these `values` of its names. Names without a value get a random one, added to `values`."""
 
     def leaf(node: ast.expr) -> Differentiable:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) == 1 and not node.keywords:

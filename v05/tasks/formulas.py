@@ -1,11 +1,12 @@
-"""Whether two formulas are equal: math-verify's verdict, from a process of its own with limits of time and memory.
+"""Decides with math-verify whether two formulas are equal, in a separate process with limits on time and memory.
 
-A formula may ask for more than a machine can compute (`(10^8)!`), inside a C function that no signal handler interrupts. So
-math-verify runs in a process that asks the system for an alarm before every verdict. The system ends the process at the limit,
-whatever it is doing, and another takes its place. This holds in every thread and in the workers of a pool.
+A formula may ask for more than a machine can compute (`(10^8)!`), inside a C function that no signal handler can interrupt. So
+math-verify runs in a separate process, which sets an alarm before every verdict. At the limit the operating system kills the
+process, whatever it is doing, and a new process replaces it. This works in every thread and in the workers of a pool.
 
-math-verify rounds decimals to six places, and asks whether a difference is nearly 0, which makes all tiny numbers equal. Formulas
-that are numbers are therefore compared here, relatively. Others must also agree relatively at a few values of their variables.
+math-verify rounds decimals to six places and tests whether the difference is nearly 0, so it calls all tiny numbers equal. Formulas
+without variables are therefore compared here by their relative difference. Other formulas must also agree, relatively, at a few
+values of their variables.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ import time
 from functools import lru_cache
 from typing import IO, Any
 
-TIME_LIMIT = 4.0  # seconds that a verdict may take
+TIME_LIMIT = 4.0  # seconds per verdict
 MEMORY_LIMIT = 2 << 30  # bytes of the process
-TOLERANCE = 1e-6  # relative, where a decimal takes part
-EXACT_TOLERANCE = 1e-12  # relative, of exact numbers such as roots
-DIGITS = 30  # that numbers are evaluated to
+TOLERANCE = 1e-6  # relative, if either formula contains a decimal
+EXACT_TOLERANCE = 1e-12  # relative, between exact numbers such as roots
+DIGITS = 30  # precision of evaluated numbers
 POINTS = (0.0, 0.37, 1.83, -2.71)  # values of variables
 LONGEST_FORMULA = 1000  # characters
 MOST_PROCESSES = 8
 
 
 def equal(reference: str, answer: str, time_limit: float = TIME_LIMIT) -> bool:
-    """Whether two formulas, in LaTeX without dollar signs, are equal. False where one cannot be read, or time or memory run out."""
+    """Whether two formulas (LaTeX without dollar signs) are equal. False if one cannot be read, or time or memory runs out."""
     return _JUDGES.ask(["equal", reference, answer], time_limit)
 
 
@@ -45,7 +46,7 @@ def readable(formula: str) -> bool:
 
 
 class _Judges:
-    """Processes that are free, at most `MOST_PROCESSES` in all: a thread whose formula takes long keeps no other waiting."""
+    """A pool of at most `MOST_PROCESSES` processes, so that a formula that takes long in one thread does not block the others."""
 
     def __init__(self) -> None:
         self._free: list[_JudgeProcess] = []
@@ -74,7 +75,7 @@ class _Judges:
 
 
 class _JudgeProcess:
-    """One process, started when it is first asked, and anew once a verdict has ended it."""
+    """One process. It is started at the first question, and again after a question has killed it."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -92,18 +93,18 @@ class _JudgeProcess:
             verdict = ""
         if not verdict:
             self.close()
-            self._start()  # it gets ready while this process goes on
+            self._start()  # the new process gets ready in the background
         return verdict == "1\n"
 
     def _running(self) -> subprocess.Popen[str]:
-        """The process, ready for a question: its start is no part of a verdict's time."""
+        """The process, ready for a question. Waiting for its start does not count towards a verdict's time."""
         if self._process is None:
             self._start()
         assert self._process is not None
         if not self._ready:
             if _pipe(self._process.stdout).readline() != "ready\n":
                 code = self.close()
-                raise ChildProcessError(f"what compares formulas could not start (exit code {code}); see its error above")
+                raise ChildProcessError(f"the process that compares formulas did not start (exit code {code}); see its error above")
             self._ready = True
         return self._process
 
@@ -112,17 +113,17 @@ class _JudgeProcess:
         try:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
         except OSError as error:
-            raise ChildProcessError(f"what compares formulas could not start: {error}") from error
+            raise ChildProcessError(f"the process that compares formulas did not start: {error}") from error
         self._ready = False
 
     def close(self) -> int | None:
-        """End the process and close its pipes; its exit code."""
+        """Kill the process, close its pipes, and return its exit code."""
         process, self._process = self._process, None
         if process is None:
             return None
         process.kill()
         for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(BrokenPipeError):  # it died with a question unread
+            with contextlib.suppress(BrokenPipeError):  # the process died before it read the question
                 _pipe(pipe).close()
         return process.wait()
 
@@ -137,7 +138,7 @@ atexit.register(lambda: _JUDGES.close())
 
 
 def _forget_judges() -> None:
-    """A fork must not share the pipes of its parent's processes."""
+    """Drop the processes after a fork, because a child must not share their pipes with its parent."""
     global _JUDGES
     _JUDGES = _Judges()
 
@@ -146,24 +147,24 @@ os.register_at_fork(after_in_child=_forget_judges)
 
 
 def _serve() -> None:
-    """Answer questions from standard input until it ends. The system ends this process at a question's time limit."""
+    """Answer questions from standard input until it ends. The operating system kills this process at a question's time limit."""
     import resource
 
-    import math_verify  # noqa: F401  the first question is not to pay for it
+    import math_verify  # noqa: F401  imported here so that it does not count towards the first question's time
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    logging.disable(logging.CRITICAL)  # a formula that cannot be read is no news
+    logging.disable(logging.CRITICAL)  # unreadable formulas are common
     print("ready", flush=True)
     for line in sys.stdin:
         time_limit, kind, *formulas = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, time_limit)
         try:
             verdict = all(map(_parsed, formulas)) if kind == "readable" else _equal(*formulas)
-        except (Exception, RecursionError, MemoryError):  # what cannot be compared is not equal
+        except (Exception, RecursionError, MemoryError):  # formulas that cannot be compared are not equal
             verdict = False
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(int(verdict), flush=True)
@@ -173,7 +174,7 @@ def _serve() -> None:
 def _parsed(formula: str) -> list[Any]:
     from math_verify import LatexExtractionConfig, parse
 
-    # Its own stripping of units takes the variables of 3 m g away. Units are dealt with before (`v05.tasks.units`).
+    # math-verify's own removal of units would delete variables, as in 3 m g. `v05.tasks.units` has already handled units.
     normalization = dataclasses.replace(LatexExtractionConfig().normalization_config, units=False)
     config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=normalization)
     parsed: list[Any] = parse(f"${formula}$", [config], fallback_mode="no_fallback", parsing_timeout=None)
@@ -208,7 +209,7 @@ def _close(left: Any, right: Any) -> bool:
 
 
 def _agree(left: Any, right: Any) -> bool:
-    """Whether what math-verify calls equal also is where its variables have a value. True where that cannot be computed."""
+    """Whether two formulas that math-verify calls equal agree at the POINTS. Values that cannot be computed are skipped."""
     import sympy
 
     if isinstance(left, sympy.MatrixBase) and isinstance(right, sympy.MatrixBase):
@@ -228,7 +229,7 @@ def _agree(left: Any, right: Any) -> bool:
 
 
 def _value(expression: Any, point: float) -> Any:
-    """The number that an expression is where its variables are near `point`, each elsewhere; None if it is none."""
+    """The value of an expression with each variable at a different value near `point`, or None if it is not a finite number."""
     import sympy
 
     symbols = sorted(expression.free_symbols, key=str)

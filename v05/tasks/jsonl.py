@@ -1,6 +1,6 @@
-"""Prompts and reference answers from a JSON-lines file (v05.tasks.rows), completions judged by v05.tasks.answers.
+"""Prompts and reference answers from a JSON-lines file (v05.tasks.rows). v05.tasks.answers verifies completions.
 
-One object a line: {"prompt": ..., "answer": ...}. A held-out prompt stays held out however the file is ordered.
+Each line is one object: {"prompt": ..., "answer": ...}. The order of the lines does not change which prompts are held out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["JsonlTask", "read_answer", "verify_answer"]
 
 
 class AnswerScorer:
-    """Verifies the prompts of a `JsonlTask`. Once it is made, the process that compares formulas is running."""
+    """Verifies completions of a `JsonlTask`'s prompts. Its constructor starts the process that compares formulas."""
 
     def __init__(self) -> None:
         readable("0")
@@ -26,7 +26,7 @@ class AnswerScorer:
 
 
 class JsonlTask:
-    """The task of a `JsonlConfig`. Raises ValueError that names the line of a malformed file."""
+    """The task of a `JsonlConfig`. Raises ValueError, which names the line, if the file is malformed."""
 
     may_stall = True
 
@@ -38,7 +38,7 @@ class JsonlTask:
             self._of_split[split_of(prompt.text)].append(prompt)
         for split, prompts in self._of_split.items():
             if not prompts:
-                raise ValueError(f"{config.path}: no {split} prompt among its lines; give more lines (a tenth is held out)")
+                raise ValueError(f"{config.path}: no {split} prompt in the file; give more lines (a tenth is held out)")
 
     def prompts(self, split: Split, start: int = 0) -> Iterator[tuple[int, Prompt]]:
         return in_epochs(self._of_split[split], self._seed, start)

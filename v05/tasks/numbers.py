@@ -1,11 +1,11 @@
-"""Numbers as people and models write them, read exactly, and how two of them compare.
+"""Reads numbers exactly, in the forms in which people and models write them, and compares them.
 
-1,234.5 and 1{,}234.5; 4.5e33, 4.5 \\times 10^{33} and 10^{33}; 5/2, \\frac{5}{2} and 3 1/2, which is a sum. Arithmetic of numbers
+Forms: 1,234.5 and 1{,}234.5; 4.5e33, 4.5 \\times 10^{33} and 10^{33}; 5/2, \\frac{5}{2} and the mixed number 3 1/2. Arithmetic
 (26+15) is computed only to check an equation such as "26+15=41".
 
-Two whole numbers are equal or not. Two decimals are equal up to a relative `DECIMAL_TOLERANCE`, the noise of a JSON number such as
-0.30000000000000004. Where one of the two has no end as a decimal (1/3, a root), the other may be its rounding: then the relative
-tolerance is `ROUNDING_TOLERANCE`, six digits. Zero equals zero alone.
+Two whole numbers must be exactly equal. Two decimals may differ by a relative `DECIMAL_TOLERANCE`, which covers the noise of a JSON
+number such as 0.30000000000000004. If one of the numbers has no finite decimal (1/3, a root), the other may be a rounded value of
+it, so the relative tolerance is `ROUNDING_TOLERANCE`, six digits. Zero equals only zero.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fractions import Fraction
 DECIMAL_TOLERANCE = Fraction(1, 10**9)
 ROUNDING_TOLERANCE = Fraction(1, 10**6)
 LONGEST_NUMBER = 1000  # characters
-LARGEST_EXPONENT = 5000  # of ten
+LARGEST_EXPONENT = 5000  # exponent of ten
 LONGEST_ARITHMETIC = 200  # characters
 LARGEST_POWER = 10_000  # bits of a power in arithmetic
 
@@ -47,7 +47,7 @@ _MAGNITUDE = re.compile(rf"\s*({'|'.join(_MAGNITUDES)})\b", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Number:
-    """An exact value; `whole` where it was written as an integer, `ends` where it has finitely many decimals."""
+    """An exact value. `whole` is True if it was written as an integer, `ends` if it has finitely many decimals."""
 
     value: Fraction
     whole: bool
@@ -62,7 +62,7 @@ class Number:
 
 
 def leading_number(text: str) -> tuple[Number, str] | None:
-    """The number that a text begins with, and what follows it; None where it begins with none."""
+    """The number at the beginning of a text, and the text after it. None if the text does not begin with a number."""
     if repeating := _REPEATING.match(text[:LONGEST_NUMBER]):
         return _repeated(repeating), text[repeating.end() :]
     match = _LITERAL.match(text)
@@ -78,7 +78,7 @@ def leading_number(text: str) -> tuple[Number, str] | None:
 
 
 def _repeated(match: re.Match[str]) -> Number:
-    """0.1\\overline{6}: digits that repeat without end."""
+    """The value of a repeating decimal such as 0.1\\overline{6}."""
     sign, whole, first, period = match.groups()
     value = Fraction(int(whole or "0") * 10 ** len(first) + int(first or "0"), 10 ** len(first))
     value += Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(first))
@@ -86,7 +86,7 @@ def _repeated(match: re.Match[str]) -> Number:
 
 
 def read_number(text: str) -> Number | None:
-    """The number that is the whole text; None where it is none."""
+    """The value of a text that is one number, or None."""
     found = leading_number(text)
     return found[0] if found and not found[1].strip() else None
 
@@ -121,7 +121,7 @@ def _decimal(text: str) -> Fraction:
 
 
 def same_number(left: Number, right: Number, tolerance: Fraction | None = None) -> bool:
-    """Whether two numbers are equal, as the module says. `tolerance` takes the place of both tolerances."""
+    """Whether two numbers are equal by the module's rules. `tolerance`, if given, replaces both relative tolerances."""
     if left.value == right.value:
         return True
     if left.whole and right.whole:
@@ -132,7 +132,7 @@ def same_number(left: Number, right: Number, tolerance: Fraction | None = None) 
 
 
 def arithmetic(text: str) -> Number | None:
-    """The value of numbers joined by + - * / ^ and parentheses; None where the text is anything else, or too large."""
+    """The value of numbers joined by + - * / ^ and parentheses. None if the text is anything else, or too long or too large."""
     if len(text) > LONGEST_ARITHMETIC:
         return None
     plain = re.sub(r"\\times|\\cdot|\u00d7", "*", re.sub(r"\\div|\u00f7", "/", text)).replace("^", "**")
@@ -149,7 +149,7 @@ def arithmetic(text: str) -> Number | None:
 
 
 def _computed(node: ast.expr) -> Fraction:
-    """The value of a tree of numbers; ValueError for anything else."""
+    """The value of a syntax tree of arithmetic. Raises ValueError for anything else."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         return Fraction(str(node.value))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):

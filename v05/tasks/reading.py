@@ -1,4 +1,4 @@
-"""From the text of an answer to its parts: numbers, formulas, words, pairs and sets, each as it is compared."""
+"""Parses the text of an answer into parts that can be compared: numbers, formulas, words, pairs and sets."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from v05.tasks.numbers import Number, arithmetic, leading_number, read_number, s
 from v05.tasks.statements import folded, one_spelling
 from v05.tasks.units import is_unit, leading_currency, read_unit, trailing_unit
 
-DEEPEST = 20  # brackets within brackets that are looked into
+DEEPEST = 20  # deepest nesting of brackets that is parsed
 LARGEST_IN_FORMULA = 3000  # bits
 LONGEST_CHOICE = 1000  # characters
-ROUGHLY = Fraction(1, 100)  # how far the sides of an equation may be apart: "10/3 = 3.33" is rounded
+ROUGHLY = Fraction(1, 100)  # relative difference allowed between the sides of an equation, because of rounding: "10/3 = 3.33"
 
 _FUNCTIONS = (
     r"arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|max|min|gcd|lcm|det|deg|mod|pi|infty|infinity|alpha|"
@@ -38,12 +38,12 @@ class Part:
     """One part of an answer.
 
     Attributes:
-        text: its folded spelling, label aside.
-        label: what it is the value of: "x" in "x = 5".
-        number: its value, if it is one.
-        unit: beside a number or formula.
-        formula: its LaTeX, if it is a formula or an equation between formulas.
-        items, brackets: of a pair, an interval or a set.
+        text: the folded spelling, without the label.
+        label: the name of the quantity, such as "x" in "x = 5".
+        number: the value of a number, else None.
+        unit: the unit of a number or formula.
+        formula: the LaTeX of a formula or of an equation between formulas.
+        items, brackets: the items and brackets of a pair, an interval or a set.
     """
 
     text: str
@@ -56,7 +56,7 @@ class Part:
 
     @property
     def kind(self) -> str:
-        """What it is compared as."""
+        """How the part is compared: "number", "formula", "text", "tuple" or "set"."""
         if self.items:
             return "set" if self.brackets == "{}" else "tuple"
         return "number" if self.number else "formula" if self.formula else "text"
@@ -64,7 +64,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a text says: its folded spelling, and its parts; of a choice letter also the text of the option, if it is given."""
+    """One reading of a text: its folded spelling and its parts. For a choice letter, `option` is the option's text if given."""
 
     text: str
     parts: tuple[Part, ...]
@@ -76,7 +76,7 @@ class Reading:
 
 
 def read(text: str) -> Reading | None:
-    """What a text says; None where it is empty."""
+    """The reading of a text, or None if the text is empty."""
     if "\\begin" not in text:
         text = re.sub(r"\s*\n\s*", "; ", text.strip())
     spelled = one_spelling(text)
@@ -92,7 +92,7 @@ _CHOICE = re.compile(
 
 
 def read_choice(text: str) -> Reading | None:
-    """The choice letter that a text begins with, and the text of the option: "(B) Paris". None where it is no such text."""
+    """The reading of a text that begins with a choice letter, with the option's text: "(B) Paris". None for other texts."""
     match = _CHOICE.fullmatch(one_spelling(text)[:LONGEST_CHOICE])
     if match is None:
         return None
@@ -102,12 +102,12 @@ def read_choice(text: str) -> Reading | None:
         or re.match(r"(?:or|and|,|;|/)\b|[,;/&]", option, re.IGNORECASE)
         or re.search(r"\([A-J]\)|\b[A-J]\)", option)
     ):
-        return None  # several letters are no choice
+        return None  # several letters are not a choice
     return Reading(letter.casefold(), (Part(letter.casefold()),), folded(option))
 
 
 def _pieces(text: str, separator: re.Pattern[str]) -> list[str]:
-    """A text cut at the separators that stand in no brackets; what is empty between them is left out."""
+    """The non-empty pieces of a text, split at the separators outside brackets."""
     pieces, depth, start, position = [], 0, 0, 0
     while position < len(text):
         found = separator.match(text, position) if depth == 0 else None
@@ -126,7 +126,7 @@ def _pieces(text: str, separator: re.Pattern[str]) -> list[str]:
 
 
 def _signed(text: str) -> Iterator[Part]:
-    """The part that a text is; two where it holds one plus-minus sign."""
+    """The part that a text stands for, or two parts if the text has one plus-minus sign."""
     if len(re.findall(r"\\pm(?![A-Za-z])", text)) == 1:
         for sign in "+-":
             yield _part(re.sub(r"\\pm\s*", sign, text).lstrip("+"))
@@ -144,12 +144,12 @@ def _part(text: str) -> Part:
 
 
 def _value(text: str) -> Part:
-    """A part that has no label."""
+    """A part without a label."""
     return _bracketed(text) or _quantity(text) or _formula(text) or Part(folded(text))
 
 
 def _equation(text: str, sides: list[str]) -> Part:
-    """A label and its value; the value of a true equation of numbers; else an equation between formulas."""
+    """The part of an equation: a labelled value, the value of a true equation of numbers, or an equation between formulas."""
     if not _LABEL.fullmatch(sides[0]) and _LABEL.fullmatch(sides[-1]):
         sides = sides[::-1]
     label = _label(sides[0]) if _LABEL.fullmatch(sides[0]) else ""
@@ -158,7 +158,7 @@ def _equation(text: str, sides: list[str]) -> Part:
     values = sides[1:] if label else sides
     numbers = [number for number in map(_computed, values) if number is not None]
     if any(not same_number(number, numbers[-1], ROUGHLY) for number in numbers):
-        return Part(folded(text))  # false, so it states no value
+        return Part(folded(text))  # a false equation has no value
     plain = [value for value in values if read_number(value) is not None]  # "41 = 26 + 15" states 41
     return replace(_value(plain[-1] if numbers and plain else values[-1]), label=label)
 
@@ -172,7 +172,7 @@ def _computed(text: str) -> Number | None:
 
 
 def _label(text: str) -> str:
-    """How a label is compared. Functions and y name what depends on x alike; words say too little to tell two answers apart."""
+    """A label for comparison. f(x) counts as y. Labels made of words are dropped, because they do not distinguish answers."""
     label = folded(text)
     if re.fullmatch(r"[a-z]\([a-z]\)", label):
         return "y"
@@ -180,7 +180,7 @@ def _label(text: str) -> str:
 
 
 def _bracketed(text: str) -> Part | None:
-    """A pair, an interval or a set; what single brackets hold."""
+    """A pair, an interval or a set, or the content of brackets around a single item. None for other texts."""
     body = (
         re.sub(r"\\[lr]angle(?![A-Za-z])", lambda angle: "(" if angle[0][1] == "l" else ")", text)
         .replace("\\{", "{")
@@ -206,7 +206,7 @@ def _bracketed(text: str) -> Part | None:
 
 
 def _quantity(text: str) -> Part | None:
-    """A number, and its unit if it has one."""
+    """A number with its unit, if any. None for other texts."""
     if _NEVER_ARITHMETIC.fullmatch(text):
         return None
     currency, plain = leading_currency(text)
@@ -220,7 +220,7 @@ def _quantity(text: str) -> Part | None:
 
 
 def _formula(text: str) -> Part | None:
-    """A formula for math-verify; None where a text is words."""
+    """A formula for math-verify. None if the text is words."""
     body, unit = trailing_unit(text.replace("$", ""))
     letters = re.sub(r"\\(?:begin|end)\s*\{\w+\*?\}|\\[A-Za-z]+", " ", body)
     letters = _FUNCTION.sub(" ", letters)
@@ -249,12 +249,12 @@ def _balanced(text: str) -> bool:
 
 
 def _latex(text: str) -> str:
-    """A formula in LaTeX, where it was written as on a keyboard."""
+    """A formula in LaTeX, converted from plain-text notation if necessary."""
     text = text.replace("**", "^")
     text = re.sub(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = _FUNCTION.sub(lambda name: "\\infty " if name[1] == "infinity" else f"\\{name[1]} ", text)
     text = re.sub(r"(?<=\d)[eE]([+-]?\d+)(?![\dA-Za-z])", r" \\cdot 10^{\1}", text)
-    text = re.sub(r"(?<=\d)i(?![A-Za-z])", " i", text)  # math-verify sees the imaginary unit where it stands alone
+    text = re.sub(r"(?<=\d)i(?![A-Za-z])", " i", text)  # math-verify recognises the imaginary unit only if it stands alone
     text = re.sub(r"\^\s*(-?\d+(?:\.\d+)?|\([^()]*\))", lambda power: "^{" + power[1].strip("()") + "}", text)
     text = re.sub(r"_(\d+|[A-Za-z]{2,})", r"_{\1}", text)
     text = text.replace("<=", "\\le ").replace(">=", "\\ge ").replace("!=", "\\ne ").replace("*", "\\cdot ")
@@ -262,7 +262,7 @@ def _latex(text: str) -> str:
 
 
 def number_formula(number: Number) -> str:
-    """A number in LaTeX: whole, a decimal, or a fraction. Empty, which is no formula, for one of a thousand digits."""
+    """A number in LaTeX: a whole number, a decimal or a fraction. Empty for a number above LARGEST_IN_FORMULA, about 900 digits."""
     value = number.value
     if max(value.numerator.bit_length(), value.denominator.bit_length()) > LARGEST_IN_FORMULA:
         return ""

@@ -1,7 +1,7 @@
 """Prompts and verifiers of reasoning-gym, a maintained generator of verifiable puzzles.
 
-A mix draws from several of its datasets by weight. The surface says how an item is written for the policy: as its question, with
-an instruction for a language model, or, for a character-level policy, in a few characters.
+A mix draws from several of its datasets by weight. The surface determines how an item is written for the policy: as its question,
+as its question with an instruction for a language model, or in a few characters for a character-level policy.
 """
 
 from __future__ import annotations
@@ -19,18 +19,22 @@ from v05.tasks import Prompt, ReasoningGymConfig, Split, distinct_prompts, in_ep
 from v05.tasks.answers import read_answer, verify_answer
 from v05.tasks.scorers import COMPARED, STATED, refuse_unread, scorer_of
 
-ENDLESS = 2**31 - 1  # items of a dataset; each is generated from its index when asked for
-LISTED = {"gsm_symbolic": 99_991}  # items of one that lists something of all at once; a prime, so that seeds begin apart
-LONGEST = 1_000_000  # characters of a completion that is read; no answer has as many
-UNSOLVED = "Integral("  # in a reference answer: an antiderivative that sympy did not find
+ENDLESS = 2**31 - 1  # size of a dataset; an item is generated from its index when it is needed
+LISTED = {
+    "gsm_symbolic": 99_991
+}  # size of a dataset that makes a list for all items at the start; a prime, so that seeds start apart
+LONGEST = 1_000_000  # characters; a longer completion gets the reward 0 without being read
+UNSOLVED = "Integral("  # marks a reference answer whose antiderivative sympy did not find
 
 
 @dataclass(frozen=True)
 class Surface:
-    """How an item is written for a policy and read back.
+    """How an item is written for a policy and how completions are read.
 
-    `write`: item, the task's configuration -> prompt text, answer text. `read`: completion -> what the verifier is given. `verify`:
-    item, what was read -> whether it is right; None is the dataset's own verifier.
+    Attributes:
+        write: returns the prompt's and the answer's text for an item and the task's configuration.
+        read: returns the verifier's input for a completion.
+        verify: returns whether an input is right for an item. None means the dataset's own verifier.
     """
 
     write: Callable[[dict[str, Any], ReasoningGymConfig], tuple[str, str]]
@@ -68,7 +72,7 @@ def _write_backward(item: dict[str, Any], config: ReasoningGymConfig) -> tuple[s
     return item["metadata"]["word"] + "<", str(item["answer"])
 
 
-AB = {"A#": "a", "#A": "A", "B#": "b", "#B": "B"}  # a token of the A::B system as one character
+AB = {"A#": "a", "#A": "A", "B#": "b", "#B": "B"}  # tokens of the A::B system as single characters
 
 
 def _write_ab(item: dict[str, Any], config: ReasoningGymConfig) -> tuple[str, str]:
@@ -87,7 +91,7 @@ def _read_ab(completion: str) -> str:
 
 QUESTION = Surface(_write_question)
 INSTRUCT = Surface(_write_instruct, verify=_states_answer)
-# Operands padded to one width, the answer least-significant digit first: carries then run in reading order.
+# Operands are padded to one width and the answer is written least significant digit first, so that carries follow reading order.
 SUM = Surface(_write_sum, lambda completion: completion[::-1])
 TERSE = {
     "ab": Surface(_write_ab, _read_ab),
@@ -100,13 +104,13 @@ TERSE = {
 
 
 def surface_of(config: ReasoningGymConfig, dataset: str) -> Surface:
-    """How the items of a dataset are written; ValueError where the surface has no way."""
+    """The surface of a dataset. Raises ValueError if the configured surface does not support the dataset."""
     if config.surface == "question":
         return QUESTION
     if config.surface == "instruct":
         if dataset not in STATED:
             raise ValueError(
-                f"task.surface='instruct' reads one number or word, which {dataset!r} has not; use 'question', or one of "
+                f"task.surface='instruct' reads one number or word, but {dataset!r} has others; use 'question', or one of "
                 f"{', '.join(sorted(STATED))}"
             )
         return INSTRUCT
@@ -116,11 +120,11 @@ def surface_of(config: ReasoningGymConfig, dataset: str) -> Surface:
 
 
 class ReasoningGymTask:
-    """The task of a `ReasoningGymConfig`. ValueError names a data set that cannot be used.
+    """The task of a `ReasoningGymConfig`. Raises ValueError for a data set that cannot be used.
 
     Attributes:
-        may_stall: whether a completion could keep one of its verifiers busy; those of `COMPARED` answer at once, but for
-            completions in prose.
+        may_stall: whether a completion could keep a verifier busy for long. The verifiers of `COMPARED` cannot be kept busy, except
+            by completions in prose.
     """
 
     def __init__(self, config: ReasoningGymConfig) -> None:
@@ -143,7 +147,7 @@ class ReasoningGymTask:
 
     @cached_property
     def _returning(self) -> list[Prompt]:
-        """The `size` training prompts. ValueError where the mix has no more than a part of them."""
+        """The `size` training prompts. Raises ValueError if the mix has fewer."""
         size = self._config.size or 0
         prompts = distinct_prompts(self._drawn("train", 0), size)
         if len(prompts) < size:
@@ -172,5 +176,5 @@ class ReasoningGymTask:
             return float(self._scorers[source](item, self._surfaces[source].read(completion)))
         except KeyboardInterrupt:
             raise
-        except BaseException:  # some verifiers raise on junk, which is then simply wrong; none may end the run
+        except BaseException:  # some verifiers raise on invalid completions; that counts as wrong and must not end the run
             return 0.0

@@ -1,7 +1,7 @@
-"""Where a text states its final answer, and that answer in one spelling.
+"""Finds the final answer in a text and normalises its spelling.
 
-A text's answer is what its last `<answer>` holds; else its last \\boxed{}; else what follows its last `####`; else what follows its
-last "the answer is"; else the text itself. What a reasoning model wrote before `</think>` does not count.
+A text's answer is the content of its last `<answer>`, else of its last \\boxed{}, else the text after its last `####`, else the
+text after its last "the answer is", else the whole text. Text before `</think>` is ignored.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-LONGEST_ANSWER = 4000  # characters; a longer one is cut, and so right nowhere
-SEARCHED_FOR_STATEMENT = 4000  # characters at a text's end
+LONGEST_ANSWER = 4000  # characters; a longer answer is truncated and so never matches
+SEARCHED_FOR_STATEMENT = 4000  # characters at the end of a text that are searched
 LONGEST_SENTENCE_PART = 400  # characters
 
 _TAG = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
@@ -37,9 +37,9 @@ _LOOSE_NUMBER = re.compile(
 
 
 def statements(text: str, *, prose: bool) -> Iterator[str]:
-    """A text's final answer, most literally first; then narrower readings of it ("5 because it is prime" is 5).
+    """Possible final answers of a text: first the most literal, then narrower ones ("5" for "5 because it is prime").
 
-    With `prose`, a text without a marked answer is also read by its last sentence.
+    With `prose`, the last sentence is also read if the text has no marked answer.
     """
     text = re.split(r"</think>", text, flags=re.IGNORECASE)[-1]
     tags = _TAG.findall(text)
@@ -63,12 +63,12 @@ def statements(text: str, *, prose: bool) -> Iterator[str]:
 
 
 def is_marked(text: str) -> bool:
-    """Whether a text marks its final answer, as the module says."""
+    """Whether a text marks its final answer in one of the ways that the module lists."""
     return bool(_TAG.search(text) or _BOX.search(text) or "####" in text or _ANCHOR.search(text[-SEARCHED_FOR_STATEMENT:]))
 
 
 def _last_words(tail: str) -> Iterator[str]:
-    """What the last sentence comes to: "It is $5/2$.", "She has 41 apples."."""
+    """Possible answers in the last sentence: "It is $5/2$.", "She has 41 apples."."""
     last_line = tail.rpartition("\n")[2].strip()
     sentences = [sentence for sentence in _sentences(last_line) if sentence.strip()]
     if sentences:
@@ -94,7 +94,7 @@ def _sentences(line: str) -> Iterator[str]:
 
 
 def _narrowed(tail: str) -> Iterator[str]:
-    """The rest of a line, of its first sentence, of its first clause; then the formula or number that it begins with."""
+    """Possible answers at the start of `tail`: its first line, sentence and clause, then the formula or number it begins with."""
     line = _ADVERBS.sub("", tail.strip("*_` \n\t").partition("\n")[0].strip()[:LONGEST_SENTENCE_PART])
     sentence = next(_sentences(line))
     clause = _CLAUSE_END.split(sentence, maxsplit=1)[0]
@@ -107,7 +107,7 @@ def _narrowed(tail: str) -> Iterator[str]:
 
 
 def _boxed(text: str) -> str | None:
-    """What the last box holds, or several boxes that "and", "or" or a comma joins; None without a box."""
+    """The content of the last box, or of several last boxes joined by "and", "or" or a comma. None without a box."""
     found: list[tuple[int, int, str]] = []
     starts = list(_BOX.finditer(text))
     for match in reversed(starts[-64:]):
@@ -163,8 +163,10 @@ _TEXT_COMMAND = re.compile(
 
 
 def one_spelling(text: str) -> str:
-    """A text without what does not change its meaning: kinds of dashes and quotes, commands for layout and fonts, dollar signs
-    around formulas, bold, a full stop."""
+    """A text in a normal form, without differences that do not change its meaning.
+
+    These are kinds of dashes and quotes, commands for layout and fonts, dollar signs around formulas, bold, and a final full stop.
+    """
     text = re.sub("[\u00bc-\u00be\u2150-\u215e]", lambda vulgar: " " + unicodedata.normalize("NFKC", vulgar[0]), text)
     text = re.sub(
         "[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207a\u207b\u207f]+",
@@ -172,7 +174,8 @@ def one_spelling(text: str) -> str:
         text,
     )
     text = re.sub("\u221a\\s*(\\d+|[a-zA-Z]|\\([^()]*\\))", lambda root: "\\sqrt{" + root[1].strip("()") + "}", text)
-    text = re.sub("[^\u2460-\u2473]+", lambda plain: unicodedata.normalize("NFKC", plain[0]), text)  # \u2460 is no 1
+    # The circled number \u2460 must not become 1.
+    text = re.sub("[^\u2460-\u2473]+", lambda plain: unicodedata.normalize("NFKC", plain[0]), text)
     text = text.replace("\u6216", " or ").replace("\u548c", " and ")
     text = text.translate({ord(symbol): written for symbol, written in _SYMBOLS.items()})
     text = re.sub(r"\\\[|\\\]|\\\(|\\\)", " ", text)
@@ -187,7 +190,8 @@ def one_spelling(text: str) -> str:
     text = re.sub(r"(?<!\S)(\*\*|__|`)(?=\S)(.+?)(?<=\S)\1(?=[\s.,;:!?)]|$)", r"\2", text)
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\circ\b", " \u00b0", text)
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
-    text = re.sub(r"(?<=[\d\s])M(?=(?:W|Hz|eV|B|b|J|V|Pa|N|g|m|L)(?![A-Za-z]))", "mega", text)  # no milliwatt once case is folded
+    # MW must not become milliwatt when case is folded.
+    text = re.sub(r"(?<=[\d\s])M(?=(?:W|Hz|eV|B|b|J|V|Pa|N|g|m|L)(?![A-Za-z]))", "mega", text)
     text = re.sub(r"\s+", " ", text).strip()
     text = re.sub(r"[\s.,;:!?]+$", "", text) if not re.search(r"\d[!]$", text) else text
     return text.strip("\"'` ").strip()
@@ -199,7 +203,7 @@ def _same_command(command: re.Match[str]) -> str:
 
 
 def folded(text: str) -> str:
-    """One spelling, its case and spaces folded: what two texts are compared by. A space between words or between numbers stays."""
+    """A text in normal form with case folded and spaces removed, for comparison. Spaces between words or between numbers stay."""
     text = one_spelling(text)
     words = re.search(r"[^\W\d_]{2}", re.sub(r"\\[a-zA-Z]+", " ", text))
     kept = r"(?<=\d) (?=\d)|(?<=[^\W\d_]) (?=[^\W\d_])" if words else r"(?<=\d) (?=\d)"

@@ -1,4 +1,4 @@
-"""Units and other words beside a number ("5 km/h", "9 (apples)", "$5"): which text is one, and its one spelling."""
+"""Recognises units and other words next to a number ("5 km/h", "9 (apples)", "$5") and normalises their spelling."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ MOST_WORDS = 5
 
 
 def read_unit(text: str) -> str | None:
-    """The unit that the text after a number is, in its one spelling; empty for none, None where the text is something else.
+    """The normalised unit in the text after a number. Empty if there is no text, None if the text is something else.
 
     A unit is a remark in brackets, words, or symbols: "(apples)", "square meters", "m/s^2". A single letter, or letters that touch
-    the number ("5x", "2ab"), are a unit only where it is a well-known one.
+    the number ("5x", "2ab"), count as a unit only if they are a well-known one.
     """
     body = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*(?:\{[^{}]*\})?)\}", r"\1/\2", text.strip())
     body = body.replace("\\mu ", "u").replace("\\Omega", "ohm")
@@ -74,13 +74,13 @@ def read_unit(text: str) -> str | None:
 
 
 def leading_currency(text: str) -> tuple[str, str]:
-    """The currency sign that a text begins with, if any, and the rest, a minus sign before it kept."""
+    """The currency sign at the beginning of a text, or "", and the text without it. A minus sign before it is kept."""
     match = re.match(rf"(-?)\s*(?:US)?([{re.escape(_CURRENCIES)}])\s*(?=[\d.])", text)
     return (match[2], match[1] + text[match.end() :]) if match else ("", text)
 
 
 def trailing_unit(text: str) -> tuple[str, str]:
-    """A formula without the well-known unit or the remark in brackets that it ends with ("2\\sqrt{3} cm"), and that unit."""
+    """A formula without the well-known unit or the remark in brackets at its end ("2\\sqrt{3} cm"), and that unit or ""."""
     match = re.search(
         r"\s*\(([A-Za-z][A-Za-z ,'-]{2,})\)$|(?<=[\s})])((?:square |cubic )?[A-Za-z\u00b0%$][A-Za-z/ ]*(?:\^\{?\d\}?)?)$", text
     )
@@ -97,7 +97,7 @@ def trailing_unit(text: str) -> tuple[str, str]:
 
 
 def same_unit(unit: str, other: str) -> bool:
-    """Whether two units are equal, one is left out, or one is the other with more words ("apples", "apples in all")."""
+    """Whether two units are equal, one is missing, or one is the other with more words ("apples", "apples in all")."""
     if not unit or not other or unit == other:
         return True
     if unit.split()[0] in _UNIT_OF or other.split()[0] in _UNIT_OF:
@@ -106,7 +106,7 @@ def same_unit(unit: str, other: str) -> bool:
 
 
 def is_unit(text: str) -> bool:
-    """Whether a text is nothing but well-known units ("km/h")."""
+    """Whether a text consists only of well-known units ("km/h")."""
     words = re.findall(r"[^\W\d_]+", text)
     return bool(words) and all(word.casefold() in _UNIT_OF for word in words) and not re.search(r"[=+*()\\]|(?<!\^)\d", text)
 
