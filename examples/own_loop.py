@@ -1,4 +1,5 @@
-"""The op in a training loop of your own: a softmax policy learns the answers to 32 prompts, on a CPU, within a second:
+"""The op in a training loop of your own: a softmax policy learns the answers to 32 prompts within a second on a CPU.
+
 python examples/own_loop.py
 """
 
@@ -12,8 +13,8 @@ torch.manual_seed(0)
 right = torch.randint(ANSWERS, (PROMPTS,))
 logits = torch.zeros(PROMPTS, ANSWERS, requires_grad=True)  # the policy
 optimizer = torch.optim.Adam([logits], lr=0.1)
-prior = torch.full((PROMPTS,), 1 / ANSWERS)  # what is believed of each prompt's success rate
-offsets = torch.arange(PROMPTS + 1) * ROLLOUTS  # rollouts of prompt g: rows offsets[g] to offsets[g + 1]
+prior = torch.full((PROMPTS,), 1 / ANSWERS)  # predicted success rate of each prompt
+offsets = torch.arange(PROMPTS + 1) * ROLLOUTS  # prompt g has the rows offsets[g] to offsets[g + 1] - 1
 
 for step in range(STEPS):
     policy = torch.distributions.Categorical(logits=logits.repeat_interleave(ROLLOUTS, 0))
@@ -24,7 +25,7 @@ for step in range(STEPS):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    prior = 0.8 * prior + 0.2 * out.stats.mean  # learns from the rollouts that were paid for
+    prior = 0.8 * prior + 0.2 * out.stats.mean  # learns from the step's rollouts
     if step % 15 == 14:
-        weight = out.stats.weight.mean()  # of the group's mean in the baseline; the rest is the prior's
+        weight = out.stats.weight.mean()  # weight of the group's mean in the baseline; the rest is the weight of the prior
         print(f"step {step + 1}: success rate {rewards.mean():.2f}, weight of the mean {weight:.2f}")

@@ -1,4 +1,4 @@
-"""Data for and figures from examples/paper_qwen3_4b.sh."""
+"""Prepares the data of examples/paper_qwen3_4b.sh and reports its results."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from v05.prior.v0.logs import share
 from v05.train.curves import bootstrap_interval
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-# What DAPO-Math-17k writes around a problem. It goes, so that training asks as v05 eval does.
+# The text that DAPO-Math-17k puts around a problem. It is removed, so that training asks in the same way as v05 eval.
 WRAPPER = re.compile(
     r"Solve the following math problem step by step\..*?\n\n(.*?)\n\nRemember to put your answer on its own line.*", re.S
 )
-BATCH = 10_000  # rows of a parquet file in memory at once: the published one repeats its 17 thousand problems a hundred times
+BATCH = 10_000  # rows read at once; the published parquet file repeats its 17 thousand problems a hundred times
 
 
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
@@ -39,7 +39,7 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def problem_of(row: dict[str, Any]) -> tuple[str, str]:
-    """The problem and the answer of a row of DAPO-Math-17k; `prompt` is a list of messages or a text.
+    """The problem and the answer of a row of DAPO-Math-17k, whose `prompt` may be a list of messages or a text.
 
     Raises ValueError if a column is missing.
     """
@@ -48,14 +48,14 @@ def problem_of(row: dict[str, Any]) -> tuple[str, str]:
         text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(
-            f"a row lacks {error}; its columns must be prompt and reward_model.ground_truth, as DAPO-Math-17k's"
+            f"a row lacks {error}; it needs the columns of DAPO-Math-17k, prompt and reward_model.ground_truth"
         ) from None
     wrapped = WRAPPER.fullmatch(text.strip())
     return (wrapped[1] if wrapped else text).strip(), answer.strip()
 
 
 def for_verl(source: str, text: str, answer: str, index: int) -> dict[str, Any]:
-    """A row as verl's data set reads it; verl picks the scorer by `data_source`."""
+    """A row in the format of verl's data set. verl chooses the scorer by `data_source`."""
     return {
         "data_source": source,
         "prompt": [{"role": "user", "content": text}],
@@ -75,7 +75,7 @@ def data(
     source: Annotated[Path, typer.Argument(help="DAPO-Math-17k: the published parquet file, or JSON lines with its columns.")],
     benchmarks: Annotated[Path, typer.Argument(help="Folder with aime24.jsonl, which verl validates on.")],
     out: Annotated[Path, typer.Argument(help="Folder for train.jsonl, validation.jsonl and context.jsonl.")],
-    context: Annotated[int, typer.Option(help="Training problems that the start is sampled on, for V0's first context.")] = 512,
+    context: Annotated[int, typer.Option(help="How many training problems to sample the start on, for V0's first context.")] = 512,
 ) -> None:
     """Write the training problems once each, the validation problems, and the problems of V0's first context."""
     problems: dict[str, str] = {}
@@ -87,23 +87,25 @@ def data(
     write_lines(out / "train.jsonl", train)
     asked = [problem.prompt for problem in read_benchmark(benchmarks, "aime24", TEMPLATE, print)]
     write_lines(out / "validation.jsonl", [for_verl("aime24", prompt.text, prompt.answer, i) for i, prompt in enumerate(asked)])
-    chosen = sorted(problems, key=share)[:context]  # by a hash: the file's order may mean something
+    chosen = sorted(problems, key=share)[:context]  # by a hash, because the order of the file may not be random
     write_lines(out / "context.jsonl", [{"problem": problem, "answer": problems[problem]} for problem in chosen])
 
 
 @app.command()
 def report(
-    arms: Annotated[list[str], typer.Argument(help="NAME=DIR, an evaluation by v05 eval; the gains are over the first.")],
+    arms: Annotated[
+        list[str], typer.Argument(help="NAME=DIR: the folder of an evaluation by v05 eval. Gains are relative to the first.")
+    ],
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the records to this file.")] = None,
 ) -> None:
-    """mean@k of each arm and what it gains over the first, with 95 % bootstrap intervals over problems."""
+    """Print mean@k of each arm and its gain over the first, with 95 % bootstrap intervals over problems."""
     names, directories = zip(*(arm.split("=", 1) for arm in arms), strict=True)
     rates = [rates_of(Path(directory)) for directory in directories]
     records = []
     for benchmark in rates[0]:
         for name, of in zip(names, rates, strict=True):
             if of[benchmark].keys() != rates[0][benchmark].keys():
-                raise typer.BadParameter(f"{benchmark}: {name} and {names[0]} were evaluated on other problems")
+                raise typer.BadParameter(f"{benchmark}: {name} and {names[0]} were evaluated on different problems")
             values = np.array([of[benchmark][key] for key in sorted(of[benchmark])])
             first = np.array([rates[0][benchmark][key] for key in sorted(of[benchmark])])
             low, high = bootstrap_interval([values])
@@ -133,7 +135,7 @@ def report(
 
 
 def rates_of(directory: Path) -> dict[str, dict[str, float]]:
-    """Benchmark -> problem -> share of right samples."""
+    """The share of right samples, by benchmark and problem."""
     rewards: dict[str, dict[str, list[float]]] = {}
     for line in (directory / "samples.jsonl").read_text(encoding="utf-8").splitlines():
         sample = json.loads(line)

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# The paper's own experiment: Qwen3-4B-Instruct-2507 on DAPO-Math-17k, V_0.5 at 4 to 16 rollouts a prompt with V0 as its prior,
-# against GRPO and DAPO at 16, in verl on 4 nodes of 8 GPUs.
+# The paper's experiment: Qwen3-4B-Instruct-2507 on DAPO-Math-17k. V_0.5 with 4 to 16 rollouts per prompt and V0 as its prior is
+# compared with GRPO and DAPO at 16 rollouts, in verl on 4 nodes of 8 GPUs.
 #
 #   examples/paper_qwen3_4b.sh [--dry-run] prepare                            data, the start's outcomes on 512 problems, V0's fit
-#   examples/paper_qwen3_4b.sh [--dry-run] train v05|grpo|dapo [OVERRIDE...]  overrides are verl's; goes on from the last checkpoint
+#   examples/paper_qwen3_4b.sh [--dry-run] train v05|grpo|dapo [OVERRIDE...]  verl's overrides; resumes from the last checkpoint
 #   examples/paper_qwen3_4b.sh [--dry-run] eval start|v05|grpo|dapo           mean@16 on the benchmarks
-#   examples/paper_qwen3_4b.sh [--dry-run] report                             the arms beside each other
+#   examples/paper_qwen3_4b.sh [--dry-run] report                             a table that compares the arms
 #
-# --dry-run prints every command and runs none. Settings come from the environment, see below; OUT and the model must lie where all
-# nodes see them. THIS HAS NOT BEEN RUN AS IT STANDS: no GPU was at hand. docs/paper.md says which parts were, and how to set up.
+# --dry-run prints every command and runs none. Settings come from environment variables, see below. All nodes must see OUT and the
+# model. THIS RECIPE AS A WHOLE HAS NOT BEEN RUN, because no GPU was available. docs/paper.md says which parts were run, and how to
+# set it up.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,15 +20,15 @@ NAMES=${NAMES:-aime24,aime25,amc23,math500,minerva,olympiad}
 OUT=$(realpath -m "${OUT:-runs/paper_qwen3_4b}")
 SEED=${SEED:-0}
 STEPS=${STEPS:-300}
-STEP=${STEP:-$STEPS}                             # the checkpoint that is evaluated
+STEP=${STEP:-$STEPS}                             # step of the checkpoint to evaluate
 NODES=${NODES:-4}
-GPUS=${GPUS:-8}                                  # of a node
-ENGINE=${ENGINE:-vllm}                           # of v05 eval; transformers does without vLLM
-LENGTH=${LENGTH:-8192}                           # tokens of a response
-SAMPLES=${SAMPLES:-16}                           # a benchmark's problem
+GPUS=${GPUS:-8}                                  # GPUs per node
+ENGINE=${ENGINE:-vllm}                           # engine of v05 eval; transformers needs no vLLM
+LENGTH=${LENGTH:-8192}                           # most tokens of a response
+SAMPLES=${SAMPLES:-16}                           # samples per problem of a benchmark
 CONTEXT=${CONTEXT:-512}                          # problems of V0's first context, with 8 samples each
 BACKBONE=${BACKBONE:-}                           # model folder that reads prompts for V0; empty: the sentence model of v05[value]
-ADAPTER=${ADAPTER:-}                             # for that backbone, by v05 fit-prior; empty: none
+ADAPTER=${ADAPTER:-}                             # adapter that v05 fit-prior trained for that backbone; empty: none
 
 DRY=
 words=()
@@ -53,7 +54,7 @@ known() { case ${1:-} in v05 | grpo | dapo) ;; *) usage ;; esac }
 case ${1:-} in
 prepare)
   run python examples/paper_qwen3_4b.py data "$DAPO" "$BENCHMARKS" "$OUT/data" --context "$CONTEXT"
-  # At temperature 1, as training samples: this is what V0 is to predict.
+  # V0 has to predict outcomes at temperature 1, at which training samples.
   run v05 eval "$MODEL" --benchmarks context --data "$OUT/data" --samples 8 --temperature 1 --top-p 1 --engine "$ENGINE" \
     --max-new-tokens "$LENGTH" --seed "$SEED" --out "$OUT/context"
   run v05 fit-prior "$OUT/context/outcomes.jsonl" ${BACKBONE:+--backbone "$BACKBONE"} --json "$OUT/prior.json"

@@ -1,10 +1,10 @@
-"""What adaptive budgets would save on logs of your own: write them as JSON lines, and let `v05 simulate` replay them.
+"""What would adaptive budgets save on your own logs? Write them as JSON lines, and `v05 simulate` replays them.
 
     python examples/simulate_my_logs.py [--out runs/simulate_my_logs] [OPTION OF v05 simulate ...]
 
-A line is a rollout: its prompt and its reward, and in training the step. The log made here is of 200 prompts with 16 rollouts
-each, whose success rates are spread as those of a policy in the middle of its training: many near 0 and 1. `v05 simulate` also
-reads the logs of verl, TRL, prime-rl and SkyRL as they are: v05 simulate --help.
+Each line is one rollout with its prompt, its reward and, in a training log, its step. This script makes a log of 200 prompts with
+16 rollouts each. Many success rates are near 0 or 1, as for a policy in the middle of its training. `v05 simulate` also reads the
+logs of verl, TRL, prime-rl and SkyRL directly, see v05 simulate --help.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     log = arguments.out / "rollouts.jsonl"
     write_log(log)
-    # The prior is the truth with noise on its logit. Without --prior an item-response model of the log's own outcomes is taken.
+    # The prior is the true rate with noise on its logit. Without --prior it is an item-response model of the log's own outcomes.
     command = [sys.executable, "-m", "v05", "simulate", log, "--prior", "0.5", "--plot", arguments.out / "error.png"]
     command += ["--json", arguments.out / "records.json", *others]
     raise SystemExit(subprocess.run(list(map(str, command)), check=False).returncode)

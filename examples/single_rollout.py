@@ -1,11 +1,12 @@
-"""One rollout a prompt: which baseline is left where there is no group? In seconds, on a CPU.
+"""Training with one rollout per prompt: which baseline can replace the group's mean? It takes seconds on a CPU.
 
     python examples/single_rollout.py
 
-A small network learns to add two digits by policy gradients, in a loop of one's own around v05.estimator.Estimator. Every method
-gets the same number of rollouts: GRPO as 8 prompts with 8 rollouts each, the others as 64 prompts with one. `none` subtracts
-nothing, `batch` the mean of the batch's other rewards. `batch_energy` weighs that mean by the size of each answer's gradient, and
-`optimal` does so for each prompt, from what was seen before. Printed is the success rate over all 100 prompts, the mean over seeds.
+A small network learns to add two digits by policy gradients, in a training loop around v05.estimator.Estimator. Every method gets
+the same number of rollouts: GRPO has 8 prompts with 8 rollouts each per step, the other methods have 64 prompts with one rollout.
+`none` subtracts nothing, and `batch` subtracts the mean of the batch's other rewards. `batch_energy` weights that mean by the
+squared gradient norm of each answer. `optimal` does the same per prompt, from the outcomes of earlier steps. The script prints the
+success rate over all 100 prompts, averaged over seeds.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from v05.prior.calibration import Calibrator
 from v05.prior.spo import SpoPrior
 
 DIGITS, ANSWERS = 10, 19
-BATCH = 64  # rollouts of a step
-FIT_EVERY = 8  # steps; a fit of the calibration takes longer than a step of this network
-RUNS = {"grpo": 8, "none": 1, "batch": 1, "batch_energy": 1, "optimal": 1}  # rollouts a prompt
+BATCH = 64  # rollouts per step
+FIT_EVERY = 8  # steps between fits of the calibration, which take longer than a step of this network
+RUNS = {"grpo": 8, "none": 1, "batch": 1, "batch_energy": 1, "optimal": 1}  # rollouts per prompt
 
 PAIRS = torch.cartesian_prod(torch.arange(DIGITS), torch.arange(DIGITS))
 INPUTS = torch.cat([torch.nn.functional.one_hot(PAIRS[:, i], DIGITS) for i in (0, 1)], dim=1).float()
@@ -41,7 +42,7 @@ def train(method: str, rollouts: int, seed: int, steps: int) -> float:
     for step in range(steps):
         drawn = torch.randint(len(PAIRS), (BATCH // rollouts,))
         prompts = [TEXTS[i] for i in drawn.tolist()]
-        rates = estimator.open(prompts)  # what the prior expects; NaN for a method without one
+        rates = estimator.open(prompts)  # predictions of the prior; NaN for a method without a prior
 
         rows = drawn.repeat_interleave(rollouts)
         policy = torch.distributions.Categorical(logits=network(INPUTS[rows]))

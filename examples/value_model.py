@@ -1,12 +1,12 @@
-"""A value model as the prior: V0 reads a prompt, and what the policy came to on others, before any rollout is bought.
+"""A value model as the prior: V0 predicts a prompt's success rate before sampling, from the policy's outcomes on other prompts.
 
     pip install '.[value]'
     python examples/value_model.py [--backbone FOLDER]
 
-The policy is made up, so that its success rates are known: it adds well, multiplies badly, and worse with larger numbers. Every
-step brings prompts that were never seen, with 2 rollouts each. Printed is how far from the true success rate each baseline lies
-(root mean square over prompts). FOLDER is a Hugging Face model that reads prompts; without one it is the sentence model of the
-extra `value`.
+The policy is simulated, so that its success rates are known: it adds well, multiplies badly, and does worse with larger numbers.
+Every step has new prompts with 2 rollouts each. The script prints the root mean square error of each baseline against the true
+success rate. FOLDER is the folder of a Hugging Face model that reads prompts. The default is the sentence model of the extra
+`value`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from v05.estimator import Estimator
 from v05.prior.calibration import Calibrator
 from v05.prior.v0 import load_v0
 
-PROMPTS, ROLLOUTS = 32, 2  # of a step
-WARM_UP = 4  # steps that are not counted: V0 knows nothing before it has a context
+PROMPTS, ROLLOUTS = 32, 2  # prompts per step and rollouts per prompt
+WARM_UP = 4  # first steps that are not counted, because V0 needs a context
 
 
 def made_up(rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
-    """PROMPTS prompts and the policy's success rates."""
+    """PROMPTS random prompts, and the simulated policy's success rates (PROMPTS,)."""
     a, b = rng.integers(1, 1000, (2, PROMPTS))
     product = rng.random(PROMPTS) < 0.5
     prompts = [f"What is {x} {'times' if p else 'plus'} {y}?" for x, y, p in zip(a, b, product, strict=True)]

@@ -97,5 +97,5 @@ def test_a_file_in_parts_is_joined_and_compared(script, tmp_path, monkeypatch):
 
 
 def test_a_folder_without_one_file_is_refused(script, tmp_path):
-    with pytest.raises(ValueError, match=r"has 0 files \*.gguf and parts of 0 others; one file is wanted"):
+    with pytest.raises(ValueError, match=r"has 0 files \*.gguf and parts of 0 others; exactly one file is needed"):
         script.whole_file(tmp_path, tmp_path)
