@@ -1,11 +1,11 @@
-"""Make this tree importable without installing it: `python packaging/in_place.py` prints the folder to put on PYTHONPATH.
+"""Makes this tree importable without installing it: `python packaging/in_place.py` prints the folder to put on PYTHONPATH.
 
 A machine with a GPU often has torch and a compiler, but no package index, CMake or pybind11. The folder, in build/, holds links to
-what is in v05/ and to kernels/, and the core, built by the C++ compiler alone with the flags of CMakeLists.txt. pybind11's headers
-are those of its package or, without one, those that torch ships. The core is built again when its sources or flags change.
+the contents of v05/ and to kernels/, and the C++ core. Only a C++ compiler is needed to build the core, with the flags of
+CMakeLists.txt; pybind11's headers come from its package or from torch. The core is built again when its sources or flags change.
 
-Where this tree is installed already (`pip install -e .`), an empty line is printed. What is missing for a build is named, and the
-exit status is then 1.
+If this tree is already installed (`pip install -e .`), the script prints an empty line. If something is missing for the build, it
+names it and exits with status 1.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ USE = "import v05._core, v05.kernels; print(v05.__file__)"
 
 
 def folder() -> Path | None:
-    """The folder to put on PYTHONPATH, with a core that is up to date; None where this tree is installed. SystemExit says what is
-    missing.
+    """Prepare the folder to put on PYTHONPATH, with an up-to-date core, and return it. None if this tree is already installed.
+
+    Raises SystemExit with a message if something is missing.
     """
     if installed():
         return None
@@ -47,16 +48,16 @@ def folder() -> Path | None:
 
 
 def installed() -> bool:
-    """Whether an editable install of this very tree is imported."""
+    """Whether `import v05` finds an editable install of this tree."""
     try:
         found, core = importlib.util.find_spec("v05"), importlib.util.find_spec("v05._core")
-    except ImportError:  # no v05, or one without its core
+    except ImportError:  # there is no v05, or a v05 without its core
         return False
     return core is not None and found is not None and Path(str(found.origin)).resolve().parent == ROOT / "v05"
 
 
 def link_sources(package: Path) -> None:
-    """Links to every file and folder of v05/, and to kernels/ as the subpackage that it is installed as."""
+    """Link every file and folder of v05/ into `package`, and kernels/ as the subpackage v05.kernels."""
     wanted = {path.name: path for path in (ROOT / "v05").iterdir() if path.name != "__pycache__"} | {"kernels": ROOT / "kernels"}
     for path in package.iterdir():
         if path.is_symlink() and wanted.get(path.name) != path.readlink():
@@ -67,10 +68,10 @@ def link_sources(package: Path) -> None:
 
 
 def build_core(core: Path, objects: Path, *others: str) -> None:
-    """Compile csrc/ into `core` with FLAGS and others, unless it was built from the same sources by the same command."""
+    """Compile csrc/ into `core` with FLAGS and the flags `others`, unless the same command already built the same sources."""
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
-        sys.exit("no C++ compiler: install g++ or clang++, or name one in the variable CXX")
+        sys.exit("no C++ compiler found: install g++ or clang++, or name a compiler in the variable CXX")
     headers = [ROOT / "csrc" / "include", python_headers(), pybind11_headers()]
     objects.mkdir(parents=True, exist_ok=True)
     openmp = ["-fopenmp"] if has_openmp(compiler, objects) else []
@@ -102,7 +103,7 @@ def run(command: list[str]) -> None:
 
 
 def has_openmp(compiler: str, place: Path) -> bool:
-    """Without OpenMP the core is right and runs on one thread."""
+    """Whether the compiler supports OpenMP. Without it the core works too, but on one thread."""
     source = place / "openmp.cpp"
     source.write_text("#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n")
     command = [compiler, "-fopenmp", "-fPIC", "-shared", str(source), "-o", str(place / "openmp.so")]
@@ -117,15 +118,13 @@ def python_headers() -> Path:
 
 
 def pybind11_headers() -> Path:
-    """Those of the package pybind11 or of torch, both found without importing them."""
+    """The headers in the package pybind11 or in torch. The packages are located without importing them."""
     for module in ("pybind11", "torch"):
         found = importlib.util.find_spec(module)
         headers = Path(str(found.origin)).parent / "include" if found else None
         if headers is not None and (headers / "pybind11" / "pybind11.h").exists():
             return headers
-    sys.exit(
-        "no headers of pybind11, neither in a package pybind11 nor in torch: install pybind11 or a build of torch with headers"
-    )
+    sys.exit("pybind11's headers were found neither in a package pybind11 nor in torch: install pybind11, or a torch with headers")
 
 
 if __name__ == "__main__":

