@@ -1,22 +1,24 @@
-"""What stopping early does to the mean and to the policy gradient, exactly: `python bench/adaptive_bias.py` writes
-bench/results/adaptive_bias.csv and docs/adaptive_bias.png.
+"""Computes exactly how early stopping biases a group's mean reward and its policy gradient.
 
-In the bandit of bench/bandit.py, a group's expected gradient is the true one times a factor f(p), because given its reward a
-rollout's answer does not depend on the other rollouts: an estimator that looks at rewards of 0 and 1 errs in the weight of a
-prompt, never in the direction within it. f = 1 everywhere is unbiased, a constant f is a step size, a spread of f weighs prompts
-against each other. Signal to noise is over all p: the root of the summed squared mean gradients over the summed variances.
+`python bench/adaptive_bias.py` writes bench/results/adaptive_bias.csv and docs/adaptive_bias.png.
 
-All 2^16 sequences of 16 rewards are enumerated, so no figure has sampling error. The prior is sigmoid(logit p + 0.6 e), e ~ N(0,
-1) at five points; the calibration is the default.
+In the bandit of bench/bandit.py, a rollout's answer is independent of the other rollouts given its own reward. So a group's
+expected gradient is the true gradient times a factor f(p): an estimator that sees only rewards of 0 and 1 can err in the weight of
+a prompt, but not in the direction of its gradient. f = 1 everywhere means unbiased. A constant f only changes the step size. An f
+that varies with p changes the relative weights of prompts. The signal-to-noise ratio is taken over all p: the root of the summed
+squared mean gradients over the summed variances.
+
+All 2^16 sequences of 16 rewards are enumerated, so no figure has sampling error. The prior is sigmoid(logit p + 0.6 e) with e ~
+N(0, 1) at five points. The calibration is the default.
 
 Stopping rules: fixed (4 rollouts), osla and calibrated (4 to 16, cost 1/256), first success (1 to 16).
-Estimators, all of them averages over the group's rollouts:
-  plain            the method's baseline, the rollout's own reward included
-  leave-one-out    without the rollout's own reward
-  initial block    leave-one-out within the first rollouts, whose number is fixed; the later ones have no gradient
-  earlier only     a rollout's baseline sees the rollouts before it
-  path counting    the initial block's, averaged over all orders of the group's rewards under which the rule would have
-                   stopped at the same place (v05/path_counting.py); every rollout has a gradient
+Estimators, which all average over the group's rollouts:
+  plain            the method's baseline, with the rollout's own reward
+  leave-one-out    the method's baseline, without the rollout's own reward
+  initial block    leave-one-out within the first rollouts, whose number is fixed; later rollouts have no gradient
+  earlier only     a rollout's baseline uses only the rollouts before it
+  path counting    the estimate of the initial block, averaged over all orders of the group's rewards under which the rule would
+                   have stopped at the same size (v05/path_counting.py); every rollout has a gradient
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ POSITIONS = np.arange(MAXIMUM)
 
 
 def lattice(of: Callable[[int, int], float]) -> Array:
-    """(17, 17): of(k, x) for x successes in k rollouts."""
+    """(17, 17) values of(k, x) for x successes in k rollouts."""
     table = np.full((MAXIMUM + 1, MAXIMUM + 1), np.nan)
     for k in range(MAXIMUM + 1):
         table[k, : k + 1] = [of(k, x) for x in range(k + 1)]
@@ -86,7 +88,7 @@ def baselines(method: str, prior: float) -> Array:
 
 
 def goes_on(rule: str, prior: float) -> NDArray[np.bool_]:
-    """(17, 17): the rule takes another rollout after x successes in k."""
+    """(17, 17): whether the rule takes another rollout after x successes in k."""
 
     def of(k: int, x: int) -> bool:
         if k < INITIAL[rule]:
@@ -103,7 +105,7 @@ def goes_on(rule: str, prior: float) -> NDArray[np.bool_]:
 
 
 def sizes(goes: NDArray[np.bool_], initial: int) -> NDArray[np.int64]:
-    """(65536,): where each sequence stops."""
+    """(65536,): the size at which each sequence stops."""
     size = np.full(len(SEQUENCES), MAXIMUM)
     for k in range(MAXIMUM - 1, initial - 1, -1):
         size[~goes[k, SUCCESSES[:, k]]] = k
@@ -111,7 +113,7 @@ def sizes(goes: NDArray[np.bool_], initial: int) -> NDArray[np.int64]:
 
 
 def advantages(estimator: str, b: Array, goes: NDArray[np.bool_], initial: int, size: NDArray[np.int64]) -> Array:
-    """(65536, 16) advantages over the group's size, zero past it: their sum with the scores is a group's gradient."""
+    """(65536, 16) advantages divided by the group's size, zero past it. Times the scores, they sum to a group's gradient."""
     r = SEQUENCES
     x = SUCCESSES[np.arange(len(r)), size]
     inside = size[:, None] > POSITIONS
@@ -154,13 +156,13 @@ def rows() -> Iterator[tuple[str, str, str, float, tuple[float, ...]]]:
         for method in ("mean", "v05", "calibrated"):
             for estimator in ("plain", "leave-one-out", "initial block", "earlier only", "path counting"):
                 if method == "mean" and (estimator != "leave-one-out" or INITIAL[rule] == 1):
-                    continue  # without a prior, a rollout that is alone has no baseline
+                    continue  # without a prior, a single rollout has no baseline
                 for p in RATES:
                     yield rule, method, estimator, p, measure(rule, method, estimator, p)
 
 
 def draw(factors: dict[tuple[str, str, str], Array]) -> None:
-    """f(p) of every rule with leave-one-out, and with path counting."""
+    """Plot f(p) of every rule with leave-one-out, and with path counting."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for rule in INITIAL:
         axes.plot(RATES, factors[rule, "calibrated", "leave-one-out"], marker=".", label=f"{rule}, leave-one-out")

@@ -1,7 +1,7 @@
-"""Time `fused_advantage` on the CPU against what it replaces and against the floor its memory traffic sets: `make bench`.
+"""Times `fused_advantage` on the CPU against other implementations and against the floor that memory traffic sets: `make bench`.
 
-The providers of a case get the same tensors, one after another in one process, on one thread. A case's floor is writing the
-output once by `fill_` and reading its inputs once. A peer that is not installed is skipped and says so.
+All providers of a case get the same tensors, one after another in one process and on one thread. A case's floor is the time to
+write the output once with `fill_` and to read the inputs once. Tests of a peer that is not installed are skipped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def peer(name: str) -> ModuleType:
 
 
 def read(tensor: torch.Tensor) -> torch.Tensor:
-    """The fastest read torch has of a contiguous tensor: the sum of its bytes taken as int64 (a bool sum is 40 times slower)."""
+    """The fastest way to read a contiguous tensor in torch: sum its bytes as int64 (a sum of bool is 40 times slower)."""
     return tensor.view(torch.int64).sum()
 
 
@@ -43,7 +43,7 @@ def grpo(rewards: torch.Tensor, ids: torch.Tensor, eps: float = 1e-6) -> torch.T
 
 @functools.lru_cache(maxsize=1)
 def padded(n: int, t: int) -> SimpleNamespace:
-    """Outcome rewards and a bool mask, and the tensors that verl keeps of the same batch."""
+    """Outcome rewards with a bool mask, and the same batch as verl's tensors."""
     generator = torch.Generator().manual_seed(0)
     rewards = torch.rand(n, generator=generator)
     lengths = torch.randint(1, t + 1, (n, 1), generator=generator)
@@ -139,7 +139,7 @@ def test_packed(measure: Measure, fresh: bool, provider: str) -> None:
 @pytest.mark.parametrize("provider", ["v05", "TRL's arithmetic", "OpenRLHF's arithmetic", "plain torch", FLOOR])
 @pytest.mark.parametrize("n", [4096, 262_144])
 def test_equal_groups(measure: Measure, n: int, provider: str) -> None:
-    """Per-rollout output of equal groups in contiguous rows, which is all that a reshape can do."""
+    """Per-rollout output of equal groups in contiguous rows, the only layout for which a reshape is enough."""
     groups = n // GROUP_SIZE
     rewards = torch.rand(n, generator=torch.Generator().manual_seed(0))
     ids, offsets = torch.arange(n) // GROUP_SIZE, torch.arange(0, n + 1, GROUP_SIZE)
@@ -156,7 +156,7 @@ def test_equal_groups(measure: Measure, n: int, provider: str) -> None:
 
 
 def exact_grpo(rewards: torch.Tensor, ids: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """The formula of the reference, whose loop over groups would take minutes for so many; in float64."""
+    """The reference's formula in float64, vectorised because the reference's loop over groups would take minutes."""
     index, values = ids.numpy(), rewards.double().numpy()
     count = np.bincount(index)
     deviation = values - (np.bincount(index, weights=values) / count)[index]
@@ -166,7 +166,7 @@ def exact_grpo(rewards: torch.Tensor, ids: torch.Tensor, eps: float = 1e-6) -> t
 
 @functools.lru_cache(maxsize=1)
 def rollouts() -> SimpleNamespace:
-    """Groups of 4 in random order."""
+    """Rollouts of groups of 4 in random order."""
     generator = torch.Generator().manual_seed(0)
     n = ROLLOUTS
     ids = torch.randperm(n, generator=generator) // (n // ROLLOUT_GROUPS)
@@ -175,7 +175,7 @@ def rollouts() -> SimpleNamespace:
     return SimpleNamespace(
         ids=ids,
         scattered=ids * 1_000_003_000_017 - 2**60,
-        column=torch.zeros(ROLLOUT_GROUPS, 4, dtype=torch.float64)[:, 0],  # of groups that weigh 32 bytes
+        column=torch.zeros(ROLLOUT_GROUPS, 4, dtype=torch.float64)[:, 0],  # stride of 32 bytes per group
         gathered=torch.empty(n, dtype=torch.float64),
         names=names,
         name_array=np.array(names, dtype=object),
@@ -188,9 +188,9 @@ def rollouts() -> SimpleNamespace:
 @pytest.mark.parametrize("provider", ["v05", "plain torch float64", "plain torch float32", FLOOR])
 @pytest.mark.parametrize("any_value", [False, True], ids=["positions", "any value"])
 def test_rollouts(measure: Measure, any_value: bool, provider: str) -> None:
-    """Per-rollout output, ids in random order. The op computes in float64; torch is timed in that and in float32.
+    """Per-rollout output with ids in random order. The op computes in float64; torch is timed in float64 and in float32.
 
-    The floor is to write the output, to read ids and rewards, and to read twice a number of each rollout's group, wherever it is.
+    The floor is to write the output, read ids and rewards, and read a number of each rollout's group twice, at random addresses.
     """
     b = rollouts()
     ids = b.scattered if any_value else b.ids
@@ -219,7 +219,7 @@ def test_rollouts(measure: Measure, any_value: bool, provider: str) -> None:
 @pytest.mark.parametrize("binary", [True, False], ids=["binary", "fractional"])
 @pytest.mark.parametrize("provider", ["v05", "calibrated"])
 def test_fusion(measure: Measure, leave_one_out: bool, binary: bool, provider: str) -> None:
-    """What fusing with a prior costs: per-rollout output in contiguous groups of 4, no statistics."""
+    """The cost of fusing with a prior: per-rollout output in contiguous groups of 4, without statistics."""
     generator = torch.Generator().manual_seed(0)
     rewards = torch.rand(ROLLOUTS, generator=generator)
     rewards = (rewards < 0.4).float() if binary else rewards
@@ -230,7 +230,7 @@ def test_fusion(measure: Measure, leave_one_out: bool, binary: bool, provider: s
         options = dict(method=provider, leave_one_out=leave_one_out, stats=False)
         return fused_advantage(rewards[: 4 * groups], prior[:groups], group_offsets=offsets[: groups + 1], **options).advantages
 
-    some = 1000  # the reference takes its time
+    some = 1000  # the reference is slow
     ids = np.arange(4 * some) // 4
     options = dict(method=provider, leave_one_out=leave_one_out)
     exact = reference.advantages(rewards[: 4 * some].double().numpy(), ids, prior[:some].numpy(), **options)[0]
@@ -255,7 +255,7 @@ def test_string_ids(measure: Measure, provider: str) -> None:
 
 @pytest.mark.parametrize("provider", ["v05", FLOOR])
 def test_small(measure: Measure, provider: str) -> None:
-    """What Python adds to the call of the core, for so few rollouts that nothing else counts: the floor is the call itself."""
+    """The time that Python adds to the call of the core, with so few rollouts that nothing else matters. The floor is that call."""
     rewards, prior = torch.rand(SMALL, generator=torch.Generator().manual_seed(0)), torch.full((4,), 0.5, dtype=torch.float64)
     offsets, out = torch.arange(0, SMALL + 1, GROUP_SIZE), torch.empty(SMALL)
     table = torch.empty(len(_core.STATISTICS), 4, dtype=torch.float64)

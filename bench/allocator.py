@@ -1,12 +1,12 @@
-"""Time the rollout allocator at a million open groups, against the same logic in plain Python.
+"""Times the rollout allocator with a million open groups, against the same logic in plain Python.
 
     python bench/allocator.py            # one thread; prints a table and writes bench/results/allocator.csv
 
-Gate, then time: both must allocate alike before either is timed. A pass opens all groups, leases all initial rollouts in
-batches, then reports and leases in rounds until every group has closed; only the calls themselves are timed, in processor time
-of the one thread. Reports come in the order of the leases, shuffled among 16,384 rollouts in flight, or shuffled among all of a
-round: millions, in random order over all memory. The plain Python allocator is tests/helpers/allocator_model.py; it gets fewer
-groups, because a million would not fit its memory and the reader's patience.
+Both must make the same allocations before either is timed. A pass opens all groups, leases all initial rollouts in batches, and
+then reports and leases in rounds until every group has closed. Only the calls are timed, in processor time of one thread. Reports
+come in the order of the leases, shuffled among 16,384 rollouts in flight, or shuffled among all rollouts of a round (millions, in
+random order over all memory). The plain Python allocator is tests/helpers/allocator_model.py. It gets fewer groups, because a
+million would need too much memory and time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FIELDS = ("provider", "case", "groups", "value", "unit", "device", "commit", "ve
 GROUPS, PLAIN_GROUPS, GATE_GROUPS = 1_000_000, 50_000, 2_000
 BATCH = 1024
 LEASE = 256
-ORDERS = {"in order": 1, "16,384 in flight": 16_384, "all in flight": 16 * GROUPS}  # rollouts whose reports are shuffled
+ORDERS = {"in order": 1, "16,384 in flight": 16_384, "all in flight": 16 * GROUPS}  # rollouts among which reports are shuffled
 CALIBRATION = Calibration(alpha=0.0, beta=1.0, kappa=4.5, eps=0.12)
 RULES: dict[str, dict[str, object]] = {
     "osla": {"rule": "osla"},
@@ -44,7 +44,7 @@ Row = tuple[str, str, int, float, str]  # provider, case, groups, value, unit
 
 
 def draw(groups: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Rewards (groups, 16) and priors (groups,): right, wrong or missing, so that osla takes about 10 rollouts a group."""
+    """Rewards (groups, 16), and priors (groups,) that are right, wrong or missing. osla takes about 10 rollouts per group."""
     rng = np.random.default_rng(0)
     rates = rng.beta(0.6, 0.6, groups)
     rewards = (rng.random((groups, 16)) < rates[:, None]).astype(np.float64)
@@ -53,7 +53,7 @@ def draw(groups: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 
 class Timed:
-    """Seconds spent inside `call`, and how often."""
+    """Records the seconds of each call made through it."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -68,7 +68,7 @@ class Timed:
 def rounds(
     allocator: RolloutAllocator | PlainAllocator, rewards: NDArray[np.float64], window: int, lease: Timed, report: Timed
 ) -> None:
-    """Lease all that is queued, report all that is out, until every group has closed."""
+    """Lease all queued rollouts and report all leased ones, in rounds, until every group has closed."""
     rng = np.random.default_rng(1)
     plain = isinstance(allocator, PlainAllocator)
     while not allocator.done:
@@ -84,7 +84,7 @@ def rounds(
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
             values: tuple[Sequence[int], Sequence[float]] = lease_ids[rows], rewards[groups[rows], indices[rows]]
-            if plain:  # spared the conversion
+            if plain:  # plain Python needs no conversion to arrays
                 values = values[0].tolist(), values[1].tolist()
             report(allocator.report, *values)
 
@@ -96,7 +96,7 @@ def resident() -> int:
 
 
 def gate() -> None:
-    """Both allocate alike."""
+    """Raise AssertionError unless both allocators make the same allocations."""
     rewards, priors = draw(GATE_GROUPS)
     for options in RULES.values():
         sizes = []
@@ -124,7 +124,7 @@ def measure(provider: str, groups: int) -> Iterator[Row]:
             allocator = kind(**options)
             opened, lease, report = Timed(), Timed(), Timed()
             opened(allocator.open, ids, priors)
-            memory = (resident() - before) / groups - 8 * 4  # less 4 rewards
+            memory = (resident() - before) / groups - 8 * 4  # without the memory of 4 rewards
             rounds(allocator, rewards, window, lease, report)
             reports = allocator.counts()["reported"]
             yield provider, f"{name}: reports, {order}", groups, reports / sum(report.seconds), "1/s"
@@ -140,7 +140,7 @@ def measure(provider: str, groups: int) -> Iterator[Row]:
 
 
 def upkeep(groups: int) -> Iterator[Row]:
-    """What plain Python has no counterpart for, with every initial rollout out; and rule "total"."""
+    """Operations without a counterpart in plain Python, with all initial rollouts leased; and rule "total"."""
     rewards, priors = draw(groups)
     allocator = RolloutAllocator()
     allocator.open(np.arange(groups), priors)

@@ -1,8 +1,9 @@
-"""How far baselines are from the truth, at equal rollouts: `python bench/baseline_error.py OUTCOMES.csv HISTORY.jsonl`.
+"""Measures the error of baselines at equal rollouts: `python bench/baseline_error.py OUTCOMES.csv HISTORY.jsonl`.
 
-Replays real outcomes (as `v05 simulate OUTCOMES.csv` does: cross-fitted item-response prior, superpopulation) and the five
-regimes of bench/regimes.py under every method and budget, 4 to 16 rollouts, cost 1/256; then times a warm fit of the calibrator.
-Writes bench/results/baseline_error.csv and says where calibrated fusion is worse than what it replaces."""
+Replays real outcomes (as `v05 simulate OUTCOMES.csv` does: cross-fitted item-response prior, superpopulation) and the five regimes
+of bench/regimes.py under every method and budget, with 4 to 16 rollouts and cost 1/256. Then times a warm fit of the calibrator.
+Writes bench/results/baseline_error.csv and prints the cases in which calibrated fusion is worse than the methods in RIVALS.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ RESULTS = Path(__file__).parent / "results" / "baseline_error.csv"
 FIELDS = ("case", "method", "budget", "mean_rollouts", "mse", "mse_standard_error", "device", "commit", "versions")
 INITIAL, MAXIMUM = 4, 16
 SEED = 0
-# What calibrated fusion must not be worse than, at the same mean rollouts.
+# The methods that calibrated fusion must not be worse than, at the same mean rollouts.
 RIVALS = {"calibrated": ("grpo", "v05"), "calibrated+budget": ("grpo", "v05", "v05+osla", "mean+budget")}
 
 
@@ -49,7 +50,7 @@ def cases(outcomes: Path, history: Path) -> Iterator[tuple[str, list[Record]]]:
 
 
 def verdicts(case: str, records: list[Record]) -> Iterator[str]:
-    """Ratios at v05+osla's rollouts, and every budget at which calibrated fusion is worse by more than two standard errors."""
+    """Error ratios at v05+osla's mean rollouts, and all budgets at which calibrated fusion is worse by over two standard errors."""
     at = {r.method: r for r in records if r.budget == AS_OSLA or r.method == "v05+osla"}
     ours = at["calibrated+budget"]
     ratios = ", ".join(f"{ours.mse / at[name].mse:.3f} x {name}" for name in RIVALS["calibrated+budget"])
@@ -63,7 +64,7 @@ def verdicts(case: str, records: list[Record]) -> Iterator[str]:
 
 
 def fit_milliseconds(draw: Callable[[int], Groups], repeats: int = 20) -> float:
-    """Median time of a warm fit to a full window, 128 of its groups new."""
+    """Median milliseconds of a warm fit to a full window that has 128 new groups."""
     calibrator = Calibrator()
     seconds = []
     for repeat in range(repeats + 1):

@@ -1,15 +1,17 @@
-"""Variants of the least-variance baseline that the op does not have: `python bench/baseline_variants.py symbols tiny RUN ...`
+"""Measures variants of the least-variance baseline beyond the op: `python bench/baseline_variants.py symbols tiny RUN ...`
 
-A policy is the warm start of a preset, or what a run in a directory ended with. Figures are second moments of the gradient over
-that of the baseline which the op has, by exact energies (bench/gradients.py), with 95 % intervals by bootstrap over prompts:
+A policy is the warm start of a preset, or the last policy of the run in a directory. Figures are second moments of the gradient,
+divided by that of the op's own baseline. They use exact energies (bench/gradients.py) and have 95 % bootstrap intervals over
+prompts.
 
-- group: `optimal` with k rollouts a prompt and a learnt prior, its baseline b drawn to the group's own energies E,
-  (n W b + sum of r E over the others) / (n W + sum of E over the others). n is the rollouts that b counts for, W the mean energy of
-  past groups ("constant level"), or what a log-linear fit to past groups predicts of it from the prior ("level by prior").
-- tokens: a baseline for each position t, E[r W_t] / E[W_t], W_t the energy of the tokens up to t (OTB, arXiv 2602.07078), by the
-  engine's energies or by exact ones: one for the whole batch, over one number for the batch; and by the prompt's exact success
-  rate, its log-odds shifted at each position, over one shift for all. "best by position" minimises the second moment itself. What
-  is fitted is fitted for each half of the prompts to the other half.
+- group: `optimal` with k rollouts per prompt and a learnt prior, with its baseline b shrunk towards the group's own energies E:
+  (n W b + sum of r E over the others) / (n W + sum of E over the others). b counts for n rollouts. W is the mean energy of past
+  groups ("constant level"), or its prediction from the prior by a log-linear fit to past groups ("level by prior").
+- tokens: a baseline for each position t, E[r W_t] / E[W_t], where W_t is the energy of the tokens up to t (OTB, arXiv 2602.07078),
+  from the engine's energies or from exact ones. "batch" has one such baseline per position for the whole batch and is compared with
+  one number for the batch. "prompt" shifts the log-odds of the prompt's exact success rate at each position and is compared with
+  one shift for all positions. "best by position" minimises the second moment directly. Each half of the prompts uses fits to the
+  other.
 """
 
 from __future__ import annotations
@@ -48,18 +50,18 @@ RESULTS = Path(__file__).parent / "results" / "baseline_variants.csv"
 FIELDS = ("policy", "variant", "rollouts", "baseline", "value", "low", "high")
 COUNTS_FOR = (16, 64)
 TOKEN_PROMPTS, TOKEN_ROLLOUTS = 512, 1
-RIDGE = 1e-3  # of the best baseline by position, in mean energies of a position
+RIDGE = 1e-3  # ridge penalty of the best baseline by position, in units of a position's mean energy
 
 Row = tuple[str, int, str, float, float, float]  # the columns from `variant` on
 
 
 def mean_energies(priors: Array, energies: Array, asked: Array) -> Array:
-    """Predicted by priors: the log of the mean is quadratic in their log-odds."""
+    """Mean energies predicted from priors. The log of the mean is a quadratic function of the prior's log-odds."""
     powers = np.vander(logit(np.clip(priors, LEAST_RATE, 1 - LEAST_RATE)), 3)
 
     def loss(theta: Array) -> float:
         logs = np.clip(powers @ theta, -20.0, 20.0)
-        return float(np.mean(np.exp(logs) - energies / energies.mean() * logs))  # least where the mean is predicted
+        return float(np.mean(np.exp(logs) - energies / energies.mean() * logs))  # minimal at the true mean
 
     found = minimize(loss, np.zeros(3)).x
     predicted: Array = energies.mean() * np.exp(np.vander(logit(np.clip(asked, LEAST_RATE, 1 - LEAST_RATE)), 3) @ found)

@@ -1,7 +1,7 @@
-"""What a benchmark is: gate, then time, then a row of bench/results/advantage.csv.
+"""The fixture of the benchmarks. It checks a provider's result, times it, and adds a row to bench/results/advantage.csv.
 
-A provider whose result differs from the reference fails its test and is not timed. The rows of one run replace the file, so
-that all figures in it come from one machine and one commit.
+A provider whose result differs from the reference fails its test and is not timed. The rows of a run replace the file, so that all
+its figures come from one machine and one commit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Measure = Callable[..., None]
 
 @dataclass(frozen=True)
 class Row:
-    """One provider of one case: milliseconds of one call, and the bytes that its result needs moved."""
+    """One provider of one case: milliseconds per call, and the least number of bytes that a call must move."""
 
     provider: str
     case: str
@@ -47,9 +47,9 @@ class Row:
 
 @pytest.fixture
 def measure(benchmark: Any, request: pytest.FixtureRequest) -> Measure:
-    """measure(provider, case, (N, T, groups), call, expected, bytes, calls=1) gates and times `call`.
+    """measure(provider, case, (N, T, groups), call, expected, bytes, calls=1) checks the result of `call` and times it.
 
-    A time is the mean of `calls` calls in a row.
+    A time is the mean of `calls` consecutive calls.
     """
     rows: list[dict[str, Any]] = request.config.stash[_ROWS]
 

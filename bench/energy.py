@@ -1,19 +1,20 @@
-"""How good energies are that a forward pass gives: `python bench/energy.py symbols hard RUN ...` writes bench/results/energy.csv.
+"""Measures how well energies from a forward pass replace exact ones: `python bench/energy.py symbols hard RUN ...`
 
-A policy is the warm start of a preset, or what a run in a directory ended with. One rollout a prompt. Energies from the whole
-distributions ("full") and from the sampled tokens' log-probabilities ("proxy") are compared with exact ones (bench/gradients.py):
-- correlation: of the log-energies with the exact ones';
-- second moment: of the gradient with a baseline, E[(r - b)^2 E], over that with each prompt's exact success rate. `reads` are the
-  energies by which the baseline weighs. `measured` are those by which the second moment is taken: others than the exact ones tell
-  whether backward passes can be spared there, too;
-- loss: the second moment of a baseline over that of the same baseline which reads exact energies.
+Writes bench/results/energy.csv. A policy is the warm start of a preset, or the last policy of the run in a directory. It samples
+one rollout per prompt. Energies from the whole distributions ("full") and from the sampled tokens' log-probabilities ("proxy") are
+compared with exact ones (bench/gradients.py):
+- correlation: the correlation of log-energies with exact log-energies;
+- second moment: E[(r - b)^2 E] of the gradient with a baseline b, divided by that with each prompt's exact success rate. `reads`
+  names the energies that weight the baseline. `measured` names the energies E of the second moment; rows with other than exact ones
+  show whether a measurement can do without backward passes;
+- loss: the second moment of a baseline, divided by that of the same baseline with exact energies.
 
-The optimal baseline of a prompt is the mean reward under the distribution that energies tilt: its log-odds are those of the success
-rate, shifted. The shift is fitted for each half of the prompts to the other half, from (log-odds of the rate, reward, energy):
-- lines: log-energies of successes and of failures, each linear in the log-odds by least squares, with their mean exponential
-  residuals; the shift is the difference.
-- weighted: logistic regression of rewards on (1, log(1 - rate)), rollouts weighed by their energies (bench/gradients.py).
-Intervals are 95 %, by bootstrap over prompts.
+The optimal baseline of a prompt is its mean reward weighted by energies: its log-odds are those of the success rate plus a shift.
+The shift is fitted for each half of the prompts to the other half, from (log-odds of the rate, reward, energy):
+- lines: least-squares fits of the log-energies of successes and of failures, each linear in the log-odds, with the means of their
+  exponentiated residuals; the shift is the difference of the two.
+- weighted: logistic regression of rewards on (1, log(1 - rate)), with rollouts weighted by energy (bench/gradients.py).
+Intervals are 95 % bootstrap intervals over prompts.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ LEAST_ENERGY, LARGEST_SHIFT = 1e-9, 8.0
 
 
 def batch_advantages(method: str, sample: Sample, energies: Array | None = None) -> Array:
-    """(P, 1) with a baseline for the whole batch, leave-one-out."""
+    """(P, 1) advantages with one leave-one-out baseline for the whole batch."""
     output = fused_advantage(
         sample.rewards.ravel(),
         group_offsets=[0, sample.rewards.size],
@@ -61,7 +62,7 @@ def shift_by_lines(rates: Array, rewards: Array, energies: Array) -> Shift:
 
 
 def baselines(sample: Sample) -> Iterator[tuple[str, str, Array]]:
-    """Name, energies that it reads, (P, 1) advantages."""
+    """The name of each baseline, the energies that it reads, and its (P, 1) advantages."""
     yield "exact success rate", "", sample.rewards - sample.rates[:, None]
     yield "none", "", sample.rewards
     yield "batch mean", "", batch_advantages("batch", sample)
@@ -80,7 +81,7 @@ def correlation(sample: Sample, name: str, rng: np.random.Generator) -> tuple[fl
 
 
 def figures(sample: Sample) -> Iterator[tuple[str, str, str, str, float, float, float]]:
-    """The columns from `figure` to `high`."""
+    """Rows of the columns from `figure` to `high`."""
     rng = np.random.default_rng(0)
     for name in ENERGIES[1:]:
         yield "correlation", "", name, "exact", *correlation(sample, name, rng)
@@ -91,7 +92,7 @@ def figures(sample: Sample) -> Iterator[tuple[str, str, str, str, float, float, 
         for name, reads, values in terms:
             yield "second moment", name, reads, measured, *ratio(values, terms[0][2], rng)
             if measured == "exact" == reads:
-                exact = values  # those that read others follow
+                exact = values  # baselines that read other energies come later
             elif measured == "exact" and reads:
                 yield "loss", name, reads, measured, *ratio(values, exact, rng)
 

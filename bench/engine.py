@@ -1,11 +1,13 @@
-"""Tokens a second that the embedded engine samples: `python bench/engine.py --write docs/speed.md`.
+"""Measures the tokens per second of the embedded engine: `python bench/engine.py --write docs/speed.md`.
 
-The engine with slots, which a CUDA device replays as graphs; the same engine with caches that grow, as it samples architectures
-that slots do not fit; and transformers' own `generate`, which gives tokens alone. The floor is a token step's traffic, the weights
-once and the keys and values of every rollout, at the bandwidth that a copy reaches in the run; on a CPU a step takes longer for
-its arithmetic. Gate, then time: an engine whose log-probabilities differ from those of a forward pass without a cache is not timed.
+There are three providers: the engine with slots, whose steps a CUDA device replays as graphs; the engine with growing caches, which
+it uses for architectures that slots do not support; and `generate` of transformers, which returns only tokens. The floor is the
+memory traffic of a token step (the weights once, and the keys and values of every rollout) at the bandwidth that a copy reaches in
+the same run. On a CPU the arithmetic of a step takes longer than that. An engine is timed only if its log-probabilities agree with
+those of a forward pass without a cache.
 
-Weights are random, prompts are of several lengths, and every rollout has all its tokens. On a GPU in bfloat16, within two minutes.
+Weights are random, prompts have several lengths, and every rollout has the maximum number of tokens. On a GPU the engine runs in
+bfloat16, and the script takes at most two minutes.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from marks import replaced
 
 BENCH = Path(__file__).parent
 PACKAGING = BENCH.parent / "packaging"
-SECONDS = 100  # of a run
+SECONDS = 100  # time limit of a run
 SMOLLM2 = {
     "hidden_size": 576,
     "num_hidden_layers": 30,
@@ -37,28 +39,28 @@ SMOLLM2 = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
-# Rollouts and tokens of each.
+# (rollouts, tokens per rollout) by device and policy.
 SIZES = {
     "cpu": {"SmolLM2-135M": (8, 12), "a preset's policy": (256, 12)},
     "cuda": {"SmolLM2-135M": (512, 128), "a preset's policy": (512, 32)},
 }
-PROMPTS = range(8, 65, 8)  # tokens
-GATED = 8  # rollouts whose log-probabilities are compared
-ROUNDING = {"float32": 1e-3, "bfloat16": 0.3}  # nats
+PROMPTS = range(8, 65, 8)  # lengths of prompts in tokens
+GATED = 8  # rollouts whose log-probabilities are checked
+ROUNDING = {"float32": 1e-3, "bfloat16": 0.3}  # largest difference of log-probabilities in nats
 SLOTS, ROWS, GENERATE = "v05, slots", "v05, growing caches", "transformers generate"
-WANTED_RATE, WANTED_RATIO = 60_000, 8  # of SmolLM2-135M on an H200: tokens a second, and times those of growing caches
+WANTED_RATE, WANTED_RATIO = 60_000, 8  # targets for SmolLM2-135M on an H200: tokens per second, and the factor over growing caches
 
 
 @dataclass(frozen=True)
 class Row:
-    """A provider on a policy.
+    """The figures of a provider on a policy.
 
     Attributes:
-        seconds: median of a run that samples all tokens; None where there is a note. first_seconds: of the first run, in which
-            a GPU's graphs are captured.
-        tokens_per_second: of the median.
-        floor_seconds: see above.
-        note: why there are no figures.
+        seconds: median time of a run that samples all tokens. None if there is a note.
+        first_seconds: time of the first run, in which a GPU's graphs are captured.
+        tokens_per_second: tokens per second of the median run.
+        floor_seconds: the floor of a run, see the module's docstring.
+        note: the reason why there are no figures, or empty.
     """
 
     policy: str
@@ -80,9 +82,11 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="that the run may take")
-    parser.add_argument("--policy", choices=list(SIZES["cpu"]), action="append", help="in place of all")
-    parser.add_argument("--size", metavar="ROLLOUTS,TOKENS", help="in place of the usual one; writes no file of results")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit of the run")
+    parser.add_argument(
+        "--policy", choices=list(SIZES["cpu"]), action="append", help="measure only this policy; may be given again"
+    )
+    parser.add_argument("--size", metavar="ROLLOUTS,TOKENS", help="use this size; no file of results is written")
     options = parser.parse_args()
 
     os.environ.pop("TRITON_INTERPRET", None)  # kernels are compiled here
@@ -149,7 +153,7 @@ def measure_all(kind: str, sizes: dict[str, tuple[int, int]], seconds: float) ->
 
 
 def policy(name: str) -> Any:
-    """A model with random weights, scaled so that tokens differ in probability."""
+    """A model with random weights, scaled so that token probabilities are not uniform."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -166,7 +170,7 @@ def policy(name: str) -> Any:
 
 
 def draw_prompts(model: Any, count: int) -> list[tuple[int, ...]]:
-    """As many as there are groups of 16, each 16 times."""
+    """(count,) prompts: one random prompt for each group of 16, repeated 16 times."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -176,7 +180,7 @@ def draw_prompts(model: Any, count: int) -> list[tuple[int, ...]]:
 
 
 def traffic(model: Any, prompts: Sequence[tuple[int, ...]], tokens: int) -> float:
-    """Bytes that a run reads at least: the weights at every step, and what is kept of every rollout's tokens before it."""
+    """The least bytes that a run reads: at every step the weights, and the keys and values of every rollout's earlier tokens."""
     import torch
     from transformers import DynamicCache
 
@@ -191,7 +195,7 @@ def traffic(model: Any, prompts: Sequence[tuple[int, ...]], tokens: int) -> floa
 def measure(
     model: Any, prompts: Sequence[tuple[int, ...]], tokens: int, seconds: float
 ) -> dict[str, tuple[float, float | None, str]]:
-    """For each provider seconds of its first run, the median of those after it, and what is wrong. They run in turns."""
+    """For each provider: seconds of its first run, the median of later runs, and an error message or "". Providers take turns."""
     until = time.monotonic() + seconds
     runs: dict[str, Callable[[], Any]] = {name: samples(name, model, prompts, tokens) for name in (SLOTS, ROWS)}
     runs[GENERATE] = generates(model, prompts, tokens)
@@ -212,7 +216,7 @@ def measure(
 
 
 def timed(run: Callable[[], Any], device: Any) -> tuple[float, Any]:
-    """Seconds, and what is returned."""
+    """The seconds of a run, and its result."""
     import torch
 
     start = time.perf_counter()
@@ -223,14 +227,14 @@ def timed(run: Callable[[], Any], device: Any) -> tuple[float, Any]:
 
 
 def samples(provider: str, model: Any, prompts: Sequence[tuple[int, ...]], tokens: int) -> Callable[[], Any]:
-    """A run of the engine, with what is read kept in slots or in growing caches."""
+    """A run of the engine with slots or with growing caches, by the provider's name."""
     from v05.rollout import Request, generate
     from v05.rollout.batch import Ends, RowBatch
     from v05.rollout.sampling import Sampler
     from v05.rollout.slots import SlotBatch
     from v05.rollout.transformers_engine import TransformersEngine
 
-    endless = model.config.vocab_size  # an id that is never drawn
+    endless = model.config.vocab_size  # an end token that is never sampled
     tokenizer = SimpleNamespace(eos_token_id=endless, pad_token_id=0)
     engine = TransformersEngine(model, tokenizer, max_new_tokens=tokens, capacity=len(prompts))
     engine._batch = (SlotBatch if provider == SLOTS else RowBatch)(model, 0, Ends((endless,), tokens), Sampler())
@@ -249,7 +253,7 @@ def generates(model: Any, prompts: Sequence[tuple[int, ...]], tokens: int) -> Ca
 
 
 def difference(model: Any, prompts: Sequence[tuple[int, ...]], completions: Sequence[Any]) -> str:
-    """What is wrong with log-probabilities of completions; empty if nothing is."""
+    """An error message on the completions' log-probabilities, or "" if they are right."""
     import torch
 
     largest = 0.0
@@ -265,7 +269,7 @@ def difference(model: Any, prompts: Sequence[tuple[int, ...]], completions: Sequ
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, and the conditions under it."""
+    """The Markdown table, and a line with the conditions."""
     lines = ["| policy, rollouts x tokens | | tokens a second | times the floor | first run, s |", "|---|---|---|---|---|"]
     for row in rows:
         figures = f"{row.note} | |"
@@ -278,7 +282,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
-    """What is wanted of SmolLM2-135M on an H200, and whether it is met."""
+    """Lines on the targets for SmolLM2-135M on an H200 and whether they are met."""
     rates = {row.provider: row.tokens_per_second for row in rows if row.policy.startswith("SmolLM2")}
     slots, growing = rates.get(SLOTS), rates.get(ROWS)
     if slots is None or growing is None:

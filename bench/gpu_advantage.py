@@ -1,16 +1,17 @@
-"""Time `fused_advantage` on a GPU: `make bench-gpu`, or `python bench/gpu_advantage.py --write docs/speed.md`.
+"""Times `fused_advantage` on a GPU: `make bench-gpu`, or `python bench/gpu_advantage.py --write docs/speed.md`.
 
-Gate, then time: a case whose result differs from the reference is not timed, and the exit status is then 1. Three figures a call:
-microseconds on the device, where a CUDA graph replays calls on buffers that together exceed the L2 cache; microseconds of the host,
-which does not wait for the device; and the bytes that the call must move over its time on the device, as a share of the bandwidth
-that a copy of the padded shape reached in the same run. bench/results/gpu_advantage.csv has all of them. The targets are
-printed with whether they are met. Without a GPU it says so and times nothing.
+A case whose result differs from the reference is not timed, and the exit status is then 1. There are three figures per call. The
+first is microseconds on the device, measured with a CUDA graph that replays calls on buffers which together exceed the L2 cache.
+The second is microseconds on the host, which does not wait for the device. The third is the bytes that the call must move divided
+by its device time, as a share of the bandwidth that a copy of the padded shape reached in the same run.
+bench/results/gpu_advantage.csv has all figures. The script prints which targets are met. Without a GPU it says so and times
+nothing.
 
-Where this tree is not installed, `packaging/in_place.py` builds its core first. With a wheel of verl (--verl or the variable
-VERL_WHEEL: the file, or a folder that holds it) verl's own functions are timed too, as shipped, on what its trainer holds. A copy
-of the tree without its history takes the commit from the variable V05_COMMIT.
+If this tree is not installed, `packaging/in_place.py` builds its core first. With a wheel of verl (--verl or the variable
+VERL_WHEEL: the file, or a folder that holds it) verl's own functions are timed too, unchanged, on tensors as its trainer holds
+them. In a copy of the tree without git history, the commit comes from the variable V05_COMMIT.
 
-A run ends by itself within --seconds: where time is short, cases get fewer rounds.
+A run ends within --seconds: if time is short, cases get fewer rounds.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-SECONDS = 225  # of a run, which may end a little later than planned: under four minutes
+SECONDS = 225  # time limit of a run; it may be exceeded a little but stays under four minutes
 PACKAGING = Path(__file__).parents[1] / "packaging"
 
 
@@ -30,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--verl", type=Path, metavar="WHEEL", default=os.environ.get("VERL_WHEEL") or None)
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="that the run may take")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit of the run")
     options = parser.parse_args()
     until += options.seconds
 
@@ -56,7 +57,7 @@ def main() -> None:
     rows, failures = measure_all(plan, clock, torch.cuda.get_device_name())
     if rows:
         results.write(rows)
-        rows = results.read()  # with the digits that are kept
+        rows = results.read()  # with the rounded figures of the file
         if options.write is not None:
             options.write.write_text(results.replaced(options.write.read_text(), rows))
         print(results.table(rows))

@@ -1,9 +1,9 @@
-"""Signal to noise of the policy gradient at equal rollouts: `python bench/gradient_quality.py HISTORY.jsonl` writes
-bench/results/gradient_quality.csv.
+"""Measures the signal-to-noise ratio of the policy gradient at equal rollouts: `python bench/gradient_quality.py HISTORY.jsonl`.
 
-Every prompt of a regime of bench/regimes.py is a bandit of bench/bandit.py with a policy of its own. Signal to noise is the norm of
-the mean gradient of all prompts over the root of its variance, at k rollouts a prompt. "oracle" subtracts the true success rate.
-All baselines are leave-one-out, so all have the same signal. The calibrator has seen 4096 groups of k before.
+Writes bench/results/gradient_quality.csv. Every prompt of a regime of bench/regimes.py is a bandit of bench/bandit.py with its own
+policy. The ratio is the norm of the mean gradient of all prompts divided by the root of its variance, with k rollouts per prompt.
+"oracle" subtracts the true success rate. All baselines are leave-one-out, so all have the same signal. The calibrator has learnt
+from 4096 earlier groups of k.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ RESULTS = Path(__file__).parent / "results" / "gradient_quality.csv"
 FIELDS = ("regime", "k", "baseline", "signal_to_noise", "of_oracle", "standard_error", "device", "commit", "versions")
 SIZES = (1, 2, 4, 8)
 GROUPS = 200_000
-BATCHES = 20  # for standard errors
+BATCHES = 20  # parts of the groups, for standard errors
 METHODS = {"leave-one-out mean": "rloo", "v05": "v05", "calibrated": "calibrated"}
 
 Array = NDArray[np.float64]
 
 
 def advantages(name: str, groups: Groups, calibrator: Calibrator) -> Array:
-    """(G, k) under a baseline that leaves the rollout out."""
+    """(G, k) advantages with a leave-one-out baseline."""
     if name == "oracle":
         return groups.rewards - groups.rates[:, None]
     count, k = groups.rewards.shape
@@ -45,14 +45,14 @@ def advantages(name: str, groups: Groups, calibrator: Calibrator) -> Array:
         method=METHODS[name],
         leave_one_out=True,
         calibration=calibrator.calibration,
-        singleton="raw",  # without others and without a prior the reward itself is what is left
+        singleton="raw",  # without other rollouts and without a prior the advantage is the reward itself
         dtype=torch.float64,
     )
     return output.advantages.numpy().reshape(count, k)
 
 
 def signal_to_noise(adv: Array, groups: Groups) -> Array:
-    """(BATCHES,) one for each part of the groups."""
+    """(BATCHES,) signal-to-noise ratios, one for each part of the groups."""
     p = np.clip(groups.rates, 1e-9, 1 - 1e-9)
     _, squared_norm = moments(adv / adv.shape[1], groups.rewards, p)
     signal = squared_gradient(p)

@@ -1,19 +1,20 @@
-"""The noise of the policy gradient under every method, at equal rollouts:
+"""Measures the noise of the policy gradient under every method at equal rollouts.
 
     python bench/gradient_variance.py --preset symbols --preset hard --run runs/one --csv bench/results/gradient_variance.csv
 
-A policy is the warm start of a preset, what a run in a directory ended with, or an instruct model (--model); rollouts and their
-exact energies E come from bench/gradients.py. Advantages A are those of `fused_advantage` on batches of 256 rollouts, k a prompt,
-leave-one-out unless the method scales. The figure, `second_moment_ratio`, is E[A^2 E] / c^2 over that of the exact success rate as
-the baseline, with its 95 % interval by bootstrap over prompts. E[A^2 E] / n is the mean squared norm of the gradient estimated from
-n rollouts, but for two things: the squared mean gradient, far smaller, and products of different rollouts, whose mean with
-leave-one-out is of that size. c is by how much a method stretches the mean gradient: 1 with leave-one-out and without a scale,
-else estimated as the slope of A on r - p. A scale by group also turns the gradient, towards prompts whose groups vary little, of
-which the figure knows nothing. `snr` is the squared norm of the true gradient over the variance of one rollout's.
+A policy is the warm start of a preset, the last policy of the run in a directory, or an instruct model (--model). Rollouts and
+their exact energies E come from bench/gradients.py. Advantages A come from `fused_advantage` on batches of 256 rollouts with k per
+prompt, leave-one-out unless the method scales. `second_moment_ratio` is E[A^2 E] / c^2, divided by the value with the exact success
+rate as the baseline; its 95 % interval is a bootstrap over prompts. E[A^2 E] / n is about the mean squared norm of the gradient
+estimate from n rollouts. It leaves out the squared mean gradient, which is far smaller, and the products of different rollouts,
+whose mean with leave-one-out is equally small. c is the factor by which a method stretches the mean gradient: 1 with leave-one-out
+and without a scale, and otherwise the estimated slope of A on r - p. A scale by group also turns the gradient towards prompts whose
+groups vary little; the ratio does not show this. `snr` is the squared norm of the true gradient divided by the variance of one
+rollout's gradient.
 
-Methods with a prior are given the exact rate ("oracle"), what a prior has learnt from 4096 rollouts (--past) of other prompts
-("history"), and a rate that says nothing ("noise"); `ebpo` has the mean of all past rollouts, as in its paper. The calibration is
-fitted to the same rollouts, which were k a prompt, as in training with k rollouts a prompt. Energies are those that the engine
+Methods with a prior get the exact rate ("oracle"), the predictions of a prior that has learnt from 4096 rollouts (--past) of other
+prompts ("history"), or an uninformative rate ("noise"). `ebpo` gets the mean of all past rollouts, as in its paper. The calibration
+is fitted to the same past rollouts in groups of k, as in training with k rollouts per prompt. Energies are those that the engine
 returns. "bound" is the exact rate with its log-odds shifted by a fit to exact energies (bench/gradients.py).
 """
 
@@ -38,11 +39,11 @@ from v05.prior.calibration import Calibrator
 from v05.prior.history import HistoryPrior
 
 SIZES = (1, 2, 4, 8, 16)
-STEP = 256  # rollouts of a batch, as in the presets
+STEP = 256  # rollouts per batch, as in the presets
 
 
 class Oracle:
-    """The exact success rates."""
+    """A prior that predicts the exact success rates."""
 
     def __init__(self, *known: Sample | Past) -> None:
         self._rates = {text: rate for of in known for text, rate in zip(of.texts.tolist(), of.rates, strict=True)}
@@ -55,9 +56,9 @@ class Oracle:
 
 
 def taught(method: Method, prior: ValuePrior, past: Past, k: int) -> Estimator:
-    """An estimator that has seen the past's rollouts, k a prompt, STEP rollouts at a time."""
+    """An estimator that has learnt the past's rollouts, with k per prompt, in batches of STEP rollouts."""
     estimator = Estimator(method.name, prior, Calibrator(), leave_one_out=True)
-    prompts = len(past.texts) // k  # there is one for each rollout
+    prompts = len(past.texts) // k  # the past has one prompt for each rollout
     for first in range(0, prompts, STEP // k):
         step = slice(first, min(first + STEP // k, prompts))
         texts, rewards, energies = past.texts[step].tolist(), past.rewards[step, :k], past.energies[step, :k]
@@ -71,7 +72,7 @@ def taught(method: Method, prior: ValuePrior, past: Past, k: int) -> Estimator:
 
 
 def advantages(estimator: Estimator, sample: Sample, k: int) -> Array:
-    """(P, K), from batches of STEP rollouts, k a prompt."""
+    """(P, K) advantages from batches of STEP rollouts with k per prompt."""
     rates = estimator.open(sample.texts.tolist())
     energy = sample.lengths if estimator.of.weight == "length" else sample.full
     found = np.empty_like(sample.rewards)
@@ -82,17 +83,17 @@ def advantages(estimator: Estimator, sample: Sample, k: int) -> Array:
             rates[batch[0]],
             group_offsets=np.arange(len(rates[batch[0]]) + 1) * k,
             energy=energy[batch].ravel(),
-            singleton="raw",  # without others the reward itself is what is left
+            singleton="raw",  # without other rollouts the advantage is the reward itself
         )
         found[batch] = estimate.advantages.double().numpy().reshape(-1, k)
     return found
 
 
 def cases(sample: Sample, past: Past, k: int) -> Iterator[tuple[str, str | None, Array, bool]]:
-    """Method, prior, (P, K) advantages, and whether they are unbiased."""
+    """The method, the prior, (P, K) advantages, and whether they are unbiased, of each case."""
     for method in METHODS.values():
         if not method.needs_prior:
-            if k > 1 or method.scale == "none":  # else there is no group to scale by
+            if k > 1 or method.scale == "none":  # a group of one has no deviation to scale by
                 estimator = Estimator(method.name, leave_one_out=method.scale == "none")
                 yield method.name, None, advantages(estimator, sample, k), method.scale == "none"
             continue
@@ -101,13 +102,13 @@ def cases(sample: Sample, past: Past, k: int) -> Iterator[tuple[str, str | None,
             priors = {"mean": MeanPrior()}
         for name, prior in priors.items():
             if method.baseline is Baseline.PRIOR and name == "oracle":
-                continue  # what the others are measured by
+                continue  # the reference of the other cases
             yield method.name, name, advantages(taught(method, prior, past, k), sample, k), True
     yield "bound", "oracle", sample.rewards - optimal_baselines(sample, sample.exact), True
 
 
 def records(policy: str, prompts: int, past_rollouts: int, cache: Path) -> Iterator[dict[str, Any]]:
-    """One for each method, prior and number of rollouts a prompt."""
+    """One record for each method, prior and number of rollouts per prompt."""
     sample, past = sampled(policy, prompts, max(SIZES), cache), rollouts_before(policy, SIZES, cache, past_rollouts)
     centred = sample.rewards - sample.rates[:, None]
     reference = (centred**2 * sample.exact).mean(axis=1)
@@ -139,10 +140,13 @@ def main() -> None:
         "--run", action="append", default=[], help="the last policy of the run in this directory; may be given again"
     )
     parser.add_argument(
-        "--model", action="append", default=[], help="an instruct model in this folder, on sums whose answer is begun; likewise"
+        "--model",
+        action="append",
+        default=[],
+        help="the instruct model in this folder, on sums whose answer is begun; may be given again",
     )
-    parser.add_argument("--past", type=int, default=PAST, help="rollouts that priors and calibrations have learnt from")
-    parser.add_argument("--prompts", type=int, default=512, help="each with 16 rollouts")
+    parser.add_argument("--past", type=int, default=PAST, help="past rollouts for priors and calibrations to learn from")
+    parser.add_argument("--prompts", type=int, default=512, help="the number of prompts, each with 16 rollouts")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder that keeps rollouts with their energies")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records to this file")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write them as a table with the commit and the machine")

@@ -1,8 +1,9 @@
-"""Rollouts of a policy with the exact energy of each, kept in a folder, and what baselines make of the gradient on them.
+"""Samples rollouts of a policy, computes the exact energy of each, and caches both. Also measures baselines on them.
 
-The energy of a rollout is the squared norm of the gradient of its log-probability in all parameters: a backward pass each. With a
-baseline that does not look at a rollout, (r - b) times that gradient is unbiased, and E[(r - b)^2 E] is its second moment: the
-noise of a rollout's gradient and, the same for all such baselines and far smaller, its squared mean.
+The energy E of a rollout is the squared norm of the gradient of its log-probability with respect to all parameters; each needs a
+backward pass. If a baseline b does not depend on the rollout, (r - b) times that gradient is an unbiased estimate, and its second
+moment is E[(r - b)^2 E]. This is the variance of a rollout's gradient plus its squared mean, which is the same for all such
+baselines and far smaller.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ from v05.train.config import RunConfig, read_config
 from v05.train.policy import load_policy, policy_folder
 from v05.train.presets import PRESETS, given_policy, run_config
 
-FIRST_PROMPT, FIRST_PAST = 1_500_000_000, 1_600_000_000  # training prompts that no run with a small seed has read
-PAST = 4096  # rollouts that priors and calibrations have learnt from
+FIRST_PROMPT, FIRST_PAST = 1_500_000_000, 1_600_000_000  # numbers of training prompts that no run with a small seed reaches
+PAST = 4096  # past rollouts for priors and calibrations to learn from
 BEGUN_SUM = "<|im_start|>user\nWhat is {a} + {b}?<|im_end|>\n<|im_start|>assistant\n{a} + {b} ="
-BLOCK, GRADIENTS = 256, 32  # prompts a forward pass, rollouts a backward pass
+BLOCK, GRADIENTS = 256, 32  # prompts per forward pass, rollouts per backward pass
 RESAMPLES = 2000
 LEAST_RATE = 0.005
-RESTRAINT = 1e-4  # what the pull to no shift weighs, where all rollouts weigh 1
+RESTRAINT = 1e-4  # weight of the penalty on the shift; all rollouts together have weight 1
 
 Array = NDArray[np.float64]
-Shift = Callable[[Array], Array]  # of log-odds, by success rate
+Shift = Callable[[Array], Array]  # the shift of the log-odds as a function of the success rate
 Layer = tuple[Any, torch.Tensor, torch.Tensor]  # a module with a weight, its input and its output
 
 
@@ -51,12 +52,13 @@ class Sample:
     """k rollouts of each of P prompts.
 
     Attributes:
-        texts: (P,) of the prompts.
-        rates: (P,) success rates, exact: the probability of the one right answer.
-        rewards, lengths: (P, k), of 0 and 1, and tokens.
-        exact, full, proxy: (P, k) energies: by backward passes, from the whole distributions, and from sampled tokens alone.
-        signal: (), the squared norm of the policy's gradient, as the product of two independent estimates, of the even prompts and
-            of the odd ones.
+        texts: (P,) texts of the prompts.
+        rates: (P,) exact success rates, the probabilities of the single right answers.
+        rewards: (P, k), 0 or 1.
+        lengths: (P, k) numbers of tokens.
+        exact, full, proxy: (P, k) energies from backward passes, from the whole distributions, and from the sampled tokens only.
+        signal: () squared norm of the policy's gradient, estimated by the product of two independent gradient estimates, one from
+            the even prompts and one from the odd prompts.
     """
 
     texts: NDArray[np.str_]
@@ -74,9 +76,9 @@ class Tokens:
     """k rollouts of each of P prompts, token by token; T is the longest length.
 
     Attributes:
-        rates, rewards, lengths: as of a Sample.
+        rates, rewards, lengths: as in `Sample`.
         products: (P, k, T, T) inner products of the gradients of two tokens' log-probabilities; 0 past the end.
-        full: (P, k, T) energies of tokens from their whole distributions.
+        full: (P, k, T) energies of tokens from the whole distributions.
     """
 
     rates: Array
@@ -88,13 +90,14 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Past:
-    """What a policy's training has seen before: rollouts of other prompts, for priors and calibrations to learn from.
+    """Past rollouts of a policy on other prompts, for priors and calibrations to learn from.
 
     Attributes:
-        texts: (P,) of the prompts.
-        rates: (P,) success rates, exact.
-        rewards, energies: (P, K), of 0 and 1, and from the whole distributions. Of prompt i the first k are there if i < PAST / k,
-            for each size k; the others are NaN.
+        texts: (P,) texts of the prompts.
+        rates: (P,) exact success rates.
+        rewards: (P, K), 0 or 1. For each group size k, the first PAST / k prompts have at least k rollouts; missing rollouts are
+            NaN.
+        energies: (P, K) energies from the whole distributions, likewise NaN where missing.
     """
 
     texts: NDArray[np.str_]
@@ -104,19 +107,22 @@ class Past:
 
 
 def sampled(policy: str, prompts: int, rollouts: int, cache: Path) -> Sample:
-    """Of the warm start of a preset, of a run's last policy, by its directory, or of an instruct model on `begun_sums`, by its
-    folder; read from `cache` where it is there."""
+    """A sample of a policy, read from `cache` if it is there.
+
+    `policy` names a preset (its warm start), the directory of a run (its last policy), or the folder of an instruct model (on
+    `begun_sums`).
+    """
     return Sample(**_cached(policy, f"gradients-{{}}-{prompts}x{rollouts}", cache, lambda *of: _sample(*of, prompts, rollouts)))
 
 
 def rollouts_before(policy: str, sizes: tuple[int, ...], cache: Path, count: int = PAST) -> Past:
-    """`count` rollouts in groups of each of the sizes, of the same prompts as far as they go; as `sampled`."""
+    """`count` past rollouts in groups of each of the sizes, with shared prompts; `policy` and `cache` are as in `sampled`."""
     name = f"past-{{}}-{'-'.join(map(str, sizes))}{'' if count == PAST else f'-{count}'}"
     return Past(**_cached(policy, name, cache, lambda *of: _past(*of, sizes, count)))
 
 
 def sampled_tokens(policy: str, prompts: int, rollouts: int, cache: Path) -> Tokens:
-    """As `sampled`."""
+    """Rollouts of a policy token by token; `policy` and `cache` are as in `sampled`."""
     return Tokens(**_cached(policy, f"tokens-{{}}-{prompts}x{rollouts}", cache, lambda *of: _tokens(*of, prompts, rollouts)))
 
 
@@ -125,7 +131,7 @@ def default_cache() -> Path:
 
 
 def _cached(policy: str, name: str, cache: Path, found: Callable[[RunConfig, Path], Sample | Tokens | Past]) -> dict[str, Any]:
-    """The fields of what was `found` of a policy; `name` has a place for the hash of its weights."""
+    """The cached fields of the dataclass that `found` returns for a policy. `name` has a placeholder for the weights' hash."""
     if policy in PRESETS:
         config = run_config(policy, "none")
         folder = policy_folder(config.policy, config.task, make_task(config.task), print)
@@ -145,8 +151,11 @@ def _cached(policy: str, name: str, cache: Path, found: Callable[[RunConfig, Pat
 
 
 def begun_sums(model: Path, cache: Path) -> RunConfig:
-    """Sums of two digits whose answer is begun, in the chat format of SmolLM2. A completion is three tokens. It is right if it is
-    the reference answer, a space and two digits; others are right too, such as a line break and the digits, but rare."""
+    """Sums of two digits whose answer is begun, in the chat format of SmolLM2.
+
+    A completion has three tokens. It counts as right if it is the reference answer, a space and two digits. Other right
+    completions, such as a line break and the digits, are rare.
+    """
     numbers = itertools.product(range(10, 50), range(10, 50))
     rows = [{"prompt": BEGUN_SUM.format(a=a, b=b), "answer": f" {a + b}"} for a, b in numbers]
     cache.mkdir(parents=True, exist_ok=True)
@@ -196,7 +205,8 @@ def _past(config: RunConfig, folder: Path, sizes: tuple[int, ...], count: int) -
 def _sample(config: RunConfig, folder: Path, prompts: int, rollouts: int) -> Sample:
     task = make_task(config.task)
     model, tokenizer = load_policy(folder)
-    split: Split = "heldout" if isinstance(config.task, JsonlConfig) else "train"  # a file's training prompts may be of the past
+    # A file's training prompts may be among the past rollouts.
+    split: Split = "heldout" if isinstance(config.task, JsonlConfig) else "train"
     drawn = [prompt for _, prompt in itertools.islice(task.prompts(split, start=FIRST_PROMPT), prompts)]
     asked = [tuple(tokenizer(p.text, add_special_tokens=False)["input_ids"]) for p in drawn]
     engine = TransformersEngine(model, tokenizer, max_new_tokens=config.policy.max_new_tokens)
@@ -228,17 +238,18 @@ def squared_gradients(
     factors: Array,
     half_of: NDArray[np.int64],
 ) -> tuple[Array, Array]:
-    """(N,) squared norms of the gradient of each whole completion's log-probability, in all parameters; and (2, parameters) sums of
-    the gradients times (N,) factors, over the rows of each half.
+    """Squared norms and weighted sums of the gradients of completions' log-probabilities with respect to all parameters.
 
-    The gradient of a weight is a sum of outer products, one a position, of what came into its layer and the gradient of what left
-    it. One backward pass has both for a whole batch, and the squared norm of such a sum needs only their inner products."""
+    Returns (N,) squared norms of N completions, and (2, parameters) sums of the gradients times (N,) factors over the rows of each
+    half. The gradient of a weight is a sum over positions of outer products of the layer's input and the gradient of the layer's
+    output. One backward pass gives both for a whole batch, and the squared norm of such a sum needs only inner products.
+    """
     found = []
     sums = [torch.zeros(2, parameter.numel(), dtype=torch.float64) for parameter in model.parameters()]
     with _kept_layers(model) as kept:
         for first in track(range(0, len(prompts), GRADIENTS), "exact energies"):
             rows = [(*p, *c.tokens.tolist()) for p, c in zip(prompts[first:][:GRADIENTS], completions[first:], strict=False)]
-            width = max(map(len, rows))  # what follows a completion is never seen by it: attention is causal
+            width = max(map(len, rows))  # padding on the right is harmless because attention is causal
             tokens = torch.tensor([(*row, *[0] * (width - len(row))) for row in rows], device=model.device)
             mask = torch.zeros(len(rows), width - 1, device=model.device)
             for row, (prompt, whole) in enumerate(zip(prompts[first:], rows, strict=False)):
@@ -255,12 +266,12 @@ def squared_gradients(
                 left = left * scaled
                 for half, chosen in zip(total, halves_here, strict=True):
                     half += (left[chosen].flatten(0, 1).T @ right[chosen].flatten(0, 1)).flatten().double().cpu()
-            found.append(energies.clamp(min=0).numpy())  # rounding may leave less
+            found.append(energies.clamp(min=0).numpy())  # rounding may give small negative values
     return np.concatenate(found), torch.cat(sums, dim=1).numpy()
 
 
 def token_products(model: Any, prompts: Sequence[tuple[int, ...]], completions: Sequence[Completion]) -> Iterator[Array]:
-    """(L, L) of each completion: inner products of the gradients of its tokens' log-probabilities, in all parameters."""
+    """(L, L) inner products of the gradients of the L tokens' log-probabilities, for each completion, in all parameters."""
     with _kept_layers(model) as kept:
         for prompt, completion in track(list(zip(prompts, completions, strict=True)), "products of tokens' gradients"):
             length = len(completion.tokens)
@@ -268,7 +279,7 @@ def token_products(model: Any, prompts: Sequence[tuple[int, ...]], completions: 
             places = torch.arange(length, device=model.device)
             logits = model(input_ids=tokens[:, :-1], use_cache=False).logits[:, len(prompt) - 1 :]
             logprobs = torch.log_softmax(logits, dim=-1).gather(2, tokens[:, len(prompt) :, None]).squeeze(2)
-            logprobs[places, places].sum().backward()  # of one token in each row
+            logprobs[places, places].sum().backward()  # one token in each row
             products = torch.zeros(length, length, dtype=torch.float64)
             for parameter in model.parameters():
                 left, right = (side.flatten(0, 1) for side in _outer_products(parameter, kept))
@@ -279,8 +290,10 @@ def token_products(model: Any, prompts: Sequence[tuple[int, ...]], completions: 
 
 @contextmanager
 def _kept_layers(model: Any) -> Iterator[list[Layer]]:
-    """Fills a list, anew with each forward pass, with the layers that have weights, what came into each and what left it; a
-    backward pass then has the gradients of what left them, and of no weight."""
+    """Yields a list that every forward pass fills with the layers that have weights, their inputs and their outputs.
+
+    A backward pass then computes the gradients of the outputs, but not of the weights.
+    """
     kept: list[Layer] = []
 
     def keep(layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -300,13 +313,13 @@ def _kept_layers(model: Any) -> Iterator[list[Layer]]:
 
 
 def _outer_products(parameter: torch.Tensor, kept: list[Layer]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, S, O) and (B, S, I), whose outer products, summed over S, are each row's gradient of an (O, I) weight."""
+    """(B, S, O) and (B, S, I) factors. Their outer products, summed over S, are each row's gradient of an (O, I) weight."""
     lefts, rights = [], []
     for layer, came, left in kept:
         if layer.weight is not parameter:
             continue
         if getattr(layer, "bias", None) is not None:
-            raise ValueError(f"{layer} has a bias, whose gradient is not counted here; give a policy without biases")
+            raise ValueError(f"{layer} has a bias, whose gradient is not computed here; give a policy without biases")
         gradient = left.grad
         assert gradient is not None
         if isinstance(layer, torch.nn.Embedding):
@@ -315,15 +328,15 @@ def _outer_products(parameter: torch.Tensor, kept: list[Layer]) -> tuple[torch.T
         elif isinstance(layer, torch.nn.Linear):
             lefts.append(gradient)
             rights.append(came.detach())
-        else:  # a norm, which multiplies by its weight
+        else:  # a norm layer multiplies by its weight
             lefts.append((gradient * left.detach() / parameter).flatten(1, -2).sum(1, keepdim=True))
             rights.append(torch.ones_like(lefts[-1][..., :1]))
-    return torch.cat(lefts, dim=1), torch.cat(rights, dim=1)  # two of an embedding that is the last layer, too
+    return torch.cat(lefts, dim=1), torch.cat(rights, dim=1)  # a tied embedding has two parts
 
 
 @torch.no_grad()
 def answer_probabilities(model: Any, tokenizer: Any, prompts: list[Prompt], asked: list[tuple[int, ...]], longest: int) -> Array:
-    """(P,) of the reference answers and the token that ends them, where it is within the `longest` tokens of a completion."""
+    """(P,) probabilities of the reference answers, with the end token if it fits into the `longest` tokens of a completion."""
     answers = [[*tokenizer(p.answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id][:longest] for p in prompts]
     rates = []
     for first in range(0, len(prompts), BLOCK):
@@ -334,8 +347,10 @@ def answer_probabilities(model: Any, tokenizer: Any, prompts: list[Prompt], aske
 
 
 def shift_weighted(rates: Array, rewards: Array, energies: Array) -> Shift:
-    """By logistic regression of rewards on (1, log(1 - rate)) beside the log-odds of the rate, rollouts weighed by energy: a
-    baseline with the least E[(r - b)^2 E] is the mean reward of rollouts weighed so."""
+    """The shift from a logistic regression of rewards on (1, log(1 - rate)), with the log-odds of the rate as offset.
+
+    Rollouts are weighted by energy, because the energy-weighted mean reward is the baseline with the least E[(r - b)^2 E].
+    """
     weights = energies / energies.sum()
 
     def loss(theta: Array) -> float:
@@ -347,7 +362,7 @@ def shift_weighted(rates: Array, rewards: Array, energies: Array) -> Shift:
 
 
 def optimal_baselines(sample: Sample, energies: Array, fit: Callable[[Array, Array, Array], Shift] = shift_weighted) -> Array:
-    """(P, 1) the exact success rates, their log-odds shifted; the shift of each half of the prompts is fitted to the other."""
+    """(P, 1) exact success rates with shifted log-odds. The shift of each half of the prompts is fitted to the other half."""
     rates = np.clip(sample.rates, LEAST_RATE, 1 - LEAST_RATE)
     each = np.broadcast_to(rates[:, None], energies.shape)
     found = np.zeros_like(rates)
@@ -358,13 +373,13 @@ def optimal_baselines(sample: Sample, energies: Array, fit: Callable[[Array, Arr
 
 
 def halves(prompts: int) -> tuple[tuple[NDArray[np.bool_], NDArray[np.bool_]], ...]:
-    """(P,) one half and the other, then the other way round."""
+    """Two pairs of (P,) bool masks: one half of the prompts and the other, then the same in reverse."""
     even = np.arange(prompts) % 2 == 0
     return (even, ~even), (~even, even)
 
 
 def ratio(terms: Array, reference: Array, rng: np.random.Generator) -> tuple[float, float, float]:
-    """Sum of (P,) terms over that of the reference's, and its 95 % interval by bootstrap over prompts."""
+    """The sum of (P,) terms divided by that of the reference, and its 95 % bootstrap interval over prompts."""
     rows = rng.integers(len(terms), size=(RESAMPLES, len(terms)))
     low, high = np.percentile(terms[rows].sum(axis=1) / reference[rows].sum(axis=1), (2.5, 97.5))
     return float(terms.sum() / reference.sum()), float(low), float(high)

@@ -1,8 +1,8 @@
-"""The headline experiment as README and docs/headline.md show it: `python bench/headline.py` after examples/headline.sh.
+"""Writes the tables and figures of the headline experiment: `python bench/headline.py` after examples/headline.sh.
 
-Reads bench/results/headline.csv, puts the tables between their marks and draws the figures in docs/. The tables of methods at one
-rollout a prompt and README's are made of bench/results/headline_second.csv and headline_long.csv, rows of the same
-suite from other warm starts, which do not compare with the first ones.
+Reads bench/results/headline.csv, puts the tables between their marks in README and docs/headline.md, and draws the figures in
+docs/. README's table and those of methods with one rollout per prompt come from bench/results/headline_second.csv and
+headline_long.csv. Their rows are from the same suite but from other warm starts, so they are not comparable with the first file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 Record = dict[str, Any]
 RESULTS = ROOT / "bench" / "results" / "headline.csv"
 SECOND = ROOT / "bench" / "results" / "headline_second.csv"
-LONG = ROOT / "bench" / "results" / "headline_long.csv"  # runs three times as long
+LONG = ROOT / "bench" / "results" / "headline_long.csv"  # runs that are three times as long
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "headline.md"
 MIXES = SUITES["headline"].mixes
 PAIRS = (
@@ -47,7 +47,7 @@ PAIRS = (
     ("v05@2", "dr_grpo@2"),
     ("calibrated@1", "prior@1"),
 )
-FRONT = {  # of README's figure: the reference, the rival that ends nearest, ours
+FRONT = {  # methods in README's figure: the reference, the rival with the nearest final accuracy, and ours
     "grpo@16": "GRPO, 16 rollouts a prompt",
     "none@1": "no baseline, 1 rollout a prompt (nearest rival)",
     "optimal@1": "optimal, 1 rollout a prompt (ours)",
@@ -65,7 +65,7 @@ OURS = ("v05@4..16", "v05@4", "v05@2", "calibrated@2..16", "calibrated@2", "cali
 
 
 def short_table(rows: Sequence[Row], summary: Sequence[Record]) -> str:
-    """Final accuracy: GRPO at 16, each rival at its best size, and ours; a column for each mix, and how ours compare in all."""
+    """Final accuracy of GRPO at 16, each rival at its best size, and ours, by mix, and our mean difference to the best rivals."""
     records = {(r["mix"], r["label"]): r for r in summary}
     sizes = counted(rows)
     seeds = {mix: {len(group) for group in sizes[mix].values()} for mix in MIXES}
@@ -88,7 +88,7 @@ def short_table(rows: Sequence[Row], summary: Sequence[Record]) -> str:
 
 
 def long_tables(summary: Sequence[Record]) -> str:
-    """Everything, a table for each mix, and the learning rates that tuning took."""
+    """A table of all figures for each mix, with the learning rates that tuning chose."""
     parts = []
     for mix in MIXES:
         records = [r for r in summary if r["mix"] == mix]
@@ -131,7 +131,7 @@ def long_tables(summary: Sequence[Record]) -> str:
 
 
 def pairs_table(rows: Sequence[Row]) -> str:
-    """How much higher one method ends than another, in each mix and over all."""
+    """Differences in final accuracy between pairs of methods, by mix and averaged over mixes."""
     lines = _head(["method", "over", *MIXES, "mean over mixes"])
     for label, other in PAIRS:
         compared = [over(rows, label, other, mixes) for mixes in (*((mix,) for mix in MIXES), tuple(MIXES))]
@@ -140,7 +140,7 @@ def pairs_table(rows: Sequence[Row]) -> str:
 
 
 def tuning_table(rows: Sequence[Row]) -> str:
-    """Where each tuning run ended, by method and learning rate; a column for each mix."""
+    """The final accuracy of each tuning run by method and learning rate, with a column for each mix."""
     ends = {(row.mix, row.label, row.learning_rate): row.accuracy_after for row in rows if row.stage == "tune"}
     lines = _head(["method", "rate", *MIXES])
     for label, rate in dict.fromkeys((label, rate) for _, label, rate in ends):
@@ -150,7 +150,7 @@ def tuning_table(rows: Sequence[Row]) -> str:
 
 
 def front_table(rows: Sequence[Row], summary: Sequence[Record]) -> str:
-    """README's: final accuracy in each mix, and how much higher ours ends."""
+    """README's table: the final accuracy of each method by mix, and the mean lead of `optimal`."""
     records = {(record["label"], record["mix"]): record for record in summary}
     lines = _head(["method, rollouts a prompt", *MIXES, "`optimal` over it, mean"])
     for label, name in FRONT_TABLE.items():
@@ -161,7 +161,7 @@ def front_table(rows: Sequence[Row], summary: Sequence[Record]) -> str:
 
 
 def draw_front(rows: Sequence[Row], file: Path) -> None:
-    """README's figure: mean accuracy over rollouts, the range of the seeds, and where ours passes GRPO's final accuracy."""
+    """README's figure: mean accuracy over rollouts, the seeds' range, and the point where ours passes GRPO's final accuracy."""
     mixes = counted(rows)
     figure, panels = plt.subplots(1, len(mixes), figsize=(4.2 * len(mixes), 3.9), layout="constrained")
     shares = []
@@ -193,7 +193,7 @@ def draw_front(rows: Sequence[Row], file: Path) -> None:
 
 
 def second_table(rows: Sequence[Row], summary: Sequence[Record], ours: str = "optimal@1") -> str:
-    """How every method of the second edition ends in each mix, and how much higher ours does over all mixes that it ran in."""
+    """Final figures of every method of the second edition by mix, and the lead of `ours` over all mixes that the method ran in."""
     single = _singles(summary)
     records = [record for record in summary if record["label"] not in single]
     lines = _head(["method", "mix", "rate", "seeds", "accuracy", "greedy", "mean@8", "pass@8", "entropy", f"{ours} over it"])
@@ -209,7 +209,7 @@ def second_table(rows: Sequence[Row], summary: Sequence[Record], ours: str = "op
 
 
 def single_table(summary: Sequence[Record]) -> str:
-    """How the methods end that ran with one seed in some mix: accuracy, and of greedy answers."""
+    """Final accuracy and greedy accuracy of the methods that ran with only one seed in some mix."""
     records = {(record["label"], record["mix"]): record for record in summary}
     lines = _head(["method", *MIXES])
     for label in _singles(summary):
@@ -223,7 +223,7 @@ def _singles(summary: Sequence[Record]) -> list[str]:
 
 
 def curve_table(rows: Sequence[Row]) -> str:
-    """Accuracy along single long runs, and their ends."""
+    """The accuracy of single long runs over rollouts, and their final figures."""
     counted_rows = [row for row in rows if row.stage == "count"]
     rollouts = [f"{int(point[0]):,}" for point in counted_rows[0].evaluations()]
     lines = _head(["method", "mix", *rollouts, "greedy", "mean@8", "pass@8", "entropy"])
@@ -253,7 +253,7 @@ def _reached(record: dict[str, Any], axis: str) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """README.md and docs/headline.md with the tables of the results."""
+    """The texts of README.md and docs/headline.md with current tables."""
     rows = in_order(SUITES["headline"], read_csv(RESULTS))
     second = in_order(SUITES["headline"], read_csv(SECOND))
     summary, of_second = summarise(rows), summarise(second)  # takes two minutes

@@ -1,10 +1,11 @@
-"""What is left to gain on real outcomes: `python bench/headroom.py OUTCOMES.csv` writes bench/results/headroom.csv.
+"""Measures how much can still be gained on real outcomes: `python bench/headroom.py OUTCOMES.csv`.
 
-Groups are drawn as by `v05 simulate` and given 4 to 16 rollouts, MEAN a group. Compared are the calibrated prior and rule with
-  look-ahead to the end  the Bayes-optimal sequential rule for the same prior, by dynamic programming over all rollouts to come
-  histogram              no model at all: the true rates of other draws, as a histogram for each of BINS classes of the prior
-and these for priors that know more: the truth with normal noise on its logit. What no rule and no model can beat with a prior, no
-estimator that is given only that prior can.
+Writes bench/results/headroom.csv. Groups are drawn as by `v05 simulate` and get 4 to 16 rollouts each, MEAN on average. The
+  calibrated prior and rule are compared with look-ahead to the end  the Bayes-optimal sequential rule for the same prior, by
+  dynamic programming over all later rollouts histogram              no model: the true rates of other draws, as a histogram for
+  each of BINS classes of the prior
+Both are also measured with better priors: the true rate with normal noise on its logit. The best result for a prior bounds what any
+estimator can reach that has only this prior.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ Tables = dict[int, tuple[Array, Array]]  # k -> mean and variance (centred units
 
 
 def classes(priors: Array) -> NDArray[np.int64]:
-    """(G,) which of BINS equally large classes a prior is in."""
+    """(G,) the class of each prior, among BINS equally wide classes."""
     return np.argsort(np.argsort(priors)) * BINS // len(priors)
 
 
 def calibrated_tables(groups: Groups) -> Tables:
-    """By the product, calibrated on the groups' first rollouts; a class has its median prior."""
+    """The tables of v05's calibrated fusion, fitted to the groups' first rollouts, with the median prior of each class."""
     calibrator = Calibrator(window=len(groups.rates), half_life=None)
     calibrator.observe(groups.rewards[:, :INITIAL].sum(axis=1), np.full(len(groups.rates), INITIAL), groups.priors)
     of = classes(groups.priors)
@@ -76,7 +77,7 @@ def histogram_tables(others: Groups) -> Tables:
 
 
 def gains(tables: Tables, price: float | None) -> Tables:
-    """What another rollout is worth, less its price: to the next test only, or (with a price) to the end, stopping when best."""
+    """The value of one more rollout. Without a price it counts only to the next test; with a price, to the best later stop, net."""
     found, ahead = {}, tables[MAXIMUM][1]
     for k in range(MAXIMUM - 1, INITIAL - 1, -1):
         mean, variance = tables[k]
@@ -96,7 +97,7 @@ def sizes(groups: Groups, gain: Tables, threshold: float) -> NDArray[np.int64]:
 
 
 def spend(groups: Groups, tables: Tables, to_the_end: bool) -> NDArray[np.int64]:
-    """Group sizes under the price of a rollout at which MEAN are taken on average."""
+    """(G,) group sizes at the price per rollout at which groups take MEAN rollouts on average."""
     low, high = 1e-8, 0.1
     for _ in range(40):
         price = (low * high) ** 0.5

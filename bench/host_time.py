@@ -1,12 +1,12 @@
-"""Time what the host does for a call on a GPU, on a machine without one: `python bench/host_time.py [--against PYTHON]`.
+"""Times the host's work for a call on a GPU, on a machine without a GPU: `python bench/host_time.py [--against PYTHON]`.
 
-Triton's driver is replaced by one that loads and launches nothing, and CPU tensors stand in for the device's. What remains is what
-a trainer's Python thread waits for: reading the arguments, choosing the launch, and Triton's way to its launcher. The kernels are
-compiled, for sm_90. Memory is allocated on the CPU, which takes longer than from torch's cache on a GPU; `out=` allocates none but
-for the statistics.
+Triton's driver is replaced by one that loads and launches nothing, and CPU tensors replace the device's tensors. What remains is
+the time that a trainer's Python thread waits for: reading the arguments, choosing the launch, and Triton's path to its launcher.
+The kernels are compiled, for sm_90. Memory is allocated on the CPU, which takes longer than from torch's cache on a GPU. With
+`out=` only the statistics are allocated.
 
-`--against` names another environment's Python, in which another version of v05 is installed: both run in turns, and the figure is
-the ratio of their medians. The case "bare launch" is a Triton kernel with two arguments, the time that no such call can do without.
+`--against` names the Python of another environment with another version of v05. The two versions take turns, and the figure is the
+ratio of their medians. The case "bare launch" is a Triton kernel with two arguments, the minimum for any such call.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ N, T, GROUP_SIZE = 4096, 64, 16  # the host's time does not depend on T
 
 
 def pretend_gpu() -> None:
-    """From here on, Triton compiles for sm_90 and launches nothing."""
+    """Make Triton compile for sm_90 and launch nothing."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
@@ -106,12 +106,12 @@ def cases() -> dict[str, Callable[[], Any]]:
 
 
 def allow_cpu() -> None:
-    """CPU tensors are refused where a kernel is compiled: not from here on."""
+    """Disable the check that refuses CPU tensors for a compiled kernel."""
     import triton
 
     try:
         from v05.kernels.launcher import Launcher
-    except ImportError:  # of a version that asked, in the module that launches, for the kernel's type
+    except ImportError:  # an older version, in which the launching module checks the kernel's type
         import v05.kernels.advantage as module
 
         class Unchecked:
@@ -124,7 +124,7 @@ def allow_cpu() -> None:
 
 
 def measure() -> dict[str, float]:
-    """Case -> microseconds a call: the lowest of ROUNDS means of CALLS calls, since what else runs only adds."""
+    """Microseconds per call by case: the lowest of ROUNDS means of CALLS calls, because other load can only add time."""
     pretend_gpu()
     figures = {}
     for name, call in cases().items():
@@ -149,8 +149,8 @@ def run_in(python: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--against", metavar="PYTHON", help="of an environment with another version of v05")
-    parser.add_argument("--turns", type=int, default=3, help="processes of each version")
+    parser.add_argument("--against", metavar="PYTHON", help="Python of an environment with another version of v05")
+    parser.add_argument("--turns", type=int, default=3, help="number of processes per version")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

@@ -1,8 +1,8 @@
-"""Time the op on one thread with the instructions of one level of x86-64 at a time: `python bench/instruction_sets.py [--write]`.
+"""Times the op on one thread at each level of x86-64 instructions: `python bench/instruction_sets.py [--write]`.
 
-An installed core holds code for several levels and takes the best that the processor has. Here a core is built for each level
-alone, in build/, and processes of all levels run in turns; a figure is the fastest of many calls, since what else runs only adds.
---write puts the table into docs/speed.md.
+An installed core holds code for several levels and uses the best that the processor supports. This script builds a separate core
+for each level, in build/, and runs processes of all levels in turns. A figure is the fastest of many calls, because other load can
+only add time. --write puts the table into docs/speed.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from machine import ROOT, commit, processor
 LEVELS = {"x86-64-v3": "AVX2", "x86-64-v4": "AVX-512"}
 PAGE = ROOT / "docs" / "speed.md"
 MANY, FEW, GROUP_SIZE = 1_000_000, 4096, 4
-TURNS, SECONDS = 3, 0.6  # a case, a turn
+TURNS, SECONDS = 3, 0.6  # turns of a level, and seconds per case in a turn
 
 
 def cases() -> dict[str, Callable[[], Any]]:
@@ -59,12 +59,12 @@ def cases() -> dict[str, Callable[[], Any]]:
 
 
 def measure(core: str) -> dict[str, float]:
-    """Case -> microseconds of its fastest call, with the core of that file."""
+    """Microseconds of the fastest call by case, with the core in the file `core`."""
     spec = importlib.util.spec_from_file_location("v05._core", core)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["v05._core"] = module  # before v05 looks for its own
+    sys.modules["v05._core"] = module  # before v05 imports its own core
     spec.loader.exec_module(module)
     figures = {}
     for name, call in cases().items():

@@ -1,10 +1,10 @@
-"""The baseline of least gradient variance by success rate, measured and fitted; draws docs/least_variance.png:
+"""Measures and fits the baseline of least gradient variance by success rate, and draws docs/least_variance.png.
 
     python bench/least_variance.py symbols hard tiny
 
-A policy is the warm start of a preset, or what a run in a directory ended with. Measured: the mean reward of the rollouts of
-prompts with a like success rate, weighed by their exact energies (bench/gradients.py), with its 95 % interval by bootstrap over
-prompts. Fitted: what `optimal` subtracts where the success rate is known, its calibration fitted to the rollouts of other prompts.
+A policy is the warm start of a preset, or the last policy of the run in a directory. The measured baseline is the mean reward of
+rollouts of prompts with similar success rates, weighted by exact energies (bench/gradients.py), with a 95 % bootstrap interval over
+prompts. The fitted baseline is that of `optimal` for known success rates, with a calibration fitted to rollouts of other prompts.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from matplotlib.axes import Axes
 
 PLOT = Path(__file__).parents[1] / "docs" / "least_variance.png"
 EDGES = np.array([0.0, 0.05, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 0.97, 1.0])
-FEWEST = 8  # prompts in a bin
+FEWEST = 8  # least number of prompts in a bin
 
 
 def measured(sample: Sample) -> Array:
-    """(B, 4) of bins: mean success rate, energy-weighted mean reward, low and high."""
+    """(B, 4) figures of B bins: mean success rate, energy-weighted mean reward, and the low and high ends of its interval."""
     rng = np.random.default_rng(0)
     bins = []
     for low, high in itertools.pairwise(EDGES):

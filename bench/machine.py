@@ -1,4 +1,4 @@
-"""What a figure was measured on: the columns that every file of results ends with."""
+"""Describes what a figure was measured on: machine, commit and versions, the last columns of every file of results."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out, "-dirty" if anything but what benchmarks write differs from it.
+    """The checked-out commit, with "-dirty" if any file differs from it except those that benchmarks write.
 
-    Of a copy of the tree without its history: what the variable V05_COMMIT says, or "unknown".
+    In a copy of the tree without git history it is the variable V05_COMMIT, or "unknown".
     """
     if given := os.environ.get("V05_COMMIT"):
         return given
@@ -37,7 +37,7 @@ def commit() -> str:
 
 
 def versions(*packages: str) -> str:
-    """Python and those of `packages` that are installed."""
+    """The versions of Python and of the installed ones among `packages`."""
     found = {"python": platform.python_version()}
     for name in packages:
         try:

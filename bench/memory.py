@@ -1,11 +1,11 @@
-"""Measure what an update needs of memory on the CPU, against what v05.train.memory expects: `python bench/memory.py`.
+"""Measures the memory of an update on the CPU, and compares it with the estimate of v05.train.memory: `python bench/memory.py`.
 
-Policies have the architectures of SmolLM2-135M and Qwen3-0.6B and random weights; `--layers` makes one shallower. Each case is a
-process of its own: it loads the policy, then makes two updates of two backward passes each on made-up rollouts of 512 tokens, 64 of
-them the prompt's. The figure is the most memory that the process held, less what it held after the same updates of a small policy.
-glibc is told to give back what is freed; by its own settings it keeps some.
+Policies have the architectures of SmolLM2-135M and Qwen3-0.6B with random weights; `--layers` makes them shallower. Each case runs
+in its own process, which loads the policy and then makes two updates of two backward passes each on artificial rollouts of 512
+tokens, of which 64 are the prompt. The figure is the peak memory of the process minus its memory after the same updates of a small
+policy. glibc is configured to return freed memory, because it would otherwise keep some.
 
-A case that is expected to need more than `--limit` GiB is left out.
+A case is skipped if its estimate exceeds `--limit` GiB.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 from machine import commit, processor, versions
 
 RESULTS = Path(__file__).parent / "results" / "memory.csv"
-PROMPT, WIDTH, ROWS = 64, 512, 1  # tokens of a prompt, of a rollout; rollouts of a backward pass
+PROMPT, WIDTH, ROWS = 64, 512, 1  # tokens of a prompt, tokens of a rollout, rollouts per backward pass
 UPDATES, PASSES = 2, 2
 WARM, POLICY = "warm", "policy"  # folders: of a policy to warm up on, and of the one that is measured
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -69,7 +69,7 @@ CASES: dict[str, list[str]] = {
 }
 COLUMNS = ["policy", "layers", "case", "expected_gib", "measured_gib", "ratio", "device", "commit", "versions"]
 GIB = 1 << 30
-# Blocks of 64 KiB and more are maps of their own, which the system has back as soon as they are freed.
+# glibc maps blocks of 64 KiB and more separately, and returns them to the system as soon as they are freed.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 16), "MALLOC_ARENA_MAX": "1"}
 
 
@@ -83,7 +83,7 @@ def config_of(name: str, layers: int) -> Any:
 
 
 def run_of(case: str, folder: str = "nowhere") -> Any:
-    """The run whose updates are measured."""
+    """The configuration of the run whose updates are measured."""
     from v05.train.presets import run_config
 
     sizes = [f"policy.max_new_tokens={WIDTH - PROMPT}", f"optimizer.tokens_per_backward={ROWS * WIDTH}", "sampling_batch=1"]
@@ -92,15 +92,15 @@ def run_of(case: str, folder: str = "nowhere") -> Any:
 
 
 def expected(name: str, layers: int, case: str) -> float:
-    """GiB."""
+    """The estimate of v05.train.memory for the case, in GiB."""
     from v05.train.memory import expected_memory
 
     found = expected_memory(run_of(case), config_of(name, layers), PROMPT)
-    return replace(found, slots=0, sampling=0).peak / GIB  # nothing is sampled
+    return replace(found, slots=0, sampling=0).peak / GIB  # the case does not sample
 
 
 def measure(name: str, layers: int, case: str) -> float:
-    """GiB of a process that makes the updates of the case."""
+    """The measured memory of the case's updates in its own process, in GiB."""
     with tempfile.TemporaryDirectory() as folder:
         for step in ("make", "update"):
             command = [sys.executable, __file__, "--child", step, folder, name, str(layers), case]
@@ -124,17 +124,17 @@ def make(folder: str, name: str, layers: int) -> None:
 
 
 def update(folder: str, case: str) -> int:
-    """Bytes that the updates of the case took at most, beyond what the process held when it had made them on a small policy."""
+    """The peak bytes of the case's updates, beyond the process's memory after the same updates of a small policy."""
     train(Path(folder, WARM), case)
     gc.collect()
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     train(Path(folder, POLICY), case)
     return resident("VmHWM") - before
 
 
 def train(folder: Path, case: str) -> None:
-    """Load the policy and update it on made-up rollouts."""
+    """Load the policy and update it on artificial rollouts."""
     import numpy as np
     import torch
 
@@ -165,7 +165,7 @@ def train(folder: Path, case: str) -> None:
 
 
 def resident(which: str) -> int:
-    """Bytes that this process holds of memory: VmRSS now, VmHWM at most."""
+    """This process's resident memory in bytes: now (VmRSS) or at its peak (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:"))
 
@@ -190,9 +190,9 @@ def rows(names: list[str], layers: int, cases: list[str], limit: float) -> Itera
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--policies", nargs="+", choices=ARCHITECTURES, default=["SmolLM2-135M", "Qwen3-0.6B"])
-    parser.add_argument("--layers", type=int, default=0, help="0: those of the architecture")
+    parser.add_argument("--layers", type=int, default=0, help="layers of the policies; 0 means those of the architecture")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--limit", type=float, default=9.0, help="GiB that a case may need")
+    parser.add_argument("--limit", type=float, default=9.0, help="largest estimate in GiB of a case that is measured")
     parser.add_argument("--write", action="store_true", help=f"add the rows to {RESULTS.name}")
     parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""README's picture of how the baselines come about: `python bench/pictures.py` draws docs/how_it_works.png with the op itself."""
+"""Draws README's picture of the baselines, docs/how_it_works.png, by calling the op: `python bench/pictures.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from matplotlib import pyplot as plt
 FILE = Path(__file__).parents[1] / "docs" / "how_it_works.png"
 PRIOR = 0.4
 SIZES = {4: ":", 16: "--", 64: "-"}
-SHIFTS = {0.0: ":", 1.0: "--", 2.0: "-"}  # delta1, how much larger the energy of failures is where a prompt mostly succeeds
+# Line styles by delta1. The larger delta1, the larger the energy of failures for prompts that mostly succeed.
+SHIFTS = {0.0: ":", 1.0: "--", 2.0: "-"}
 
 
 def main() -> None:

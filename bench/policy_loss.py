@@ -1,10 +1,10 @@
-"""Time and peak memory from logits or hidden states to the loss and back: `python bench/policy_loss.py --write docs/speed.md`.
+"""Measures the time and peak memory of the loss and its gradient: `python bench/policy_loss.py --write docs/speed.md`.
 
-`token_statistics` and `policy_loss` beside plain torch, on a GPU also beside torch.compile and, where their wheels are in the
-folder --wheels (or of the variable PEER_WHEELS), Liger's and TRL's kernels as shipped. The floor is the memory traffic of the
-logits at the bandwidth that a copy reaches in the run, or from hidden states the three matrix products by themselves. A provider
-whose loss or gradients differ from ours is not timed. On a CPU every row is measured in a process of its own, with as many threads
-as OMP_NUM_THREADS says.
+`token_statistics` and `policy_loss` are compared with plain torch. On a GPU they are also compared with torch.compile and, if their
+wheels are in the folder --wheels (or that of the variable PEER_WHEELS), with the unchanged kernels of Liger and TRL. The floor is
+the memory traffic of the logits at the bandwidth that a copy reaches in the run; from hidden states it is the time of the three
+matrix products alone. A provider whose loss or gradients differ from v05's is not timed. On a CPU every row is measured in its own
+process, with the number of threads in OMP_NUM_THREADS.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from marks import replaced
 
 BENCH = Path(__file__).parent
 PACKAGING = BENCH.parent / "packaging"
-SECONDS = 75  # of a run on a GPU
-CPU_SECONDS = 15  # of a row
+SECONDS = 75  # time limit of a run on a GPU
+CPU_SECONDS = 15  # time limit of a row on a CPU
 SIZES = {
     "cpu": [(8192, 49_152, 0), (8192, 49_152, 576), (6656, 98, 160)],
     "cuda": [(8192, 151_936, 0), (8192, 151_936, 1024), (8192, 151_936, 4096), (65_536, 151_936, 1024), (65_536, 151_936, 4096)],
@@ -34,12 +34,14 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Row:
-    """A provider on a problem; `hidden` is 0 from logits, and what is not known is None.
+    """The figures of a provider on a problem. `hidden` is 0 for logits, and unknown figures are None.
 
     Attributes:
-        seconds: forward and backward. forward_seconds: of the statistics alone. floor_seconds: see above; of both.
-        peak_bytes: above the inputs and the gradient of the weight.
-        note: why there are no figures.
+        seconds: time of forward and backward pass.
+        forward_seconds: time of the statistics alone.
+        floor_seconds, forward_floor_seconds: the floors of these two, see the module's docstring.
+        peak_bytes: peak memory beyond the inputs and the gradient of the weight.
+        note: the reason why there are no figures, or empty.
     """
 
     provider: str
@@ -63,9 +65,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheels", type=Path, metavar="FOLDER", default=os.environ.get("PEER_WHEELS") or None)
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
-    parser.add_argument("--seconds", type=float, help="that a run may take on a GPU, or a row on a CPU")
-    parser.add_argument("--size", metavar="TOKENS,VOCABULARY,HIDDEN", action="append", help="in place of the usual ones")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # a provider, in the process of a row
+    parser.add_argument("--seconds", type=float, help="time limit of a run on a GPU, or of a row on a CPU")
+    parser.add_argument("--size", metavar="TOKENS,VOCABULARY,HIDDEN", action="append", help="measure this size; may be given again")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # the provider to measure, in the process of a row
     options = parser.parse_args()
 
     os.environ.pop("TRITON_INTERPRET", None)  # kernels are compiled here
@@ -131,7 +133,7 @@ def _rows(kind: str, sizes: Sequence[Sequence[int]], wheels: Path | None, second
                 dtype=str(dtype).removeprefix("torch."),
                 seconds=made.get("seconds"),
                 forward_seconds=made.get("forward_seconds"),
-                floor_seconds=products or 3 * logits / bandwidth,  # read, read again, and written once at least
+                floor_seconds=products or 3 * logits / bandwidth,  # the logits are read twice and written once at least
                 forward_floor_seconds=None if products else logits / bandwidth,
                 peak_bytes=made.get("peak_bytes"),
                 note=made.get("note", ""),
@@ -143,7 +145,7 @@ def _rows(kind: str, sizes: Sequence[Sequence[int]], wheels: Path | None, second
 
 
 def _apart(name: str, size: Sequence[int], wheels: Path | None, seconds: float) -> dict[str, object]:
-    """In a process of its own."""
+    """The figures of a provider, measured in a new process."""
     command = [sys.executable, __file__, "--one", name, "--size", ",".join(map(str, size)), "--seconds", str(seconds)]
     if wheels is not None:
         command += ["--wheels", str(wheels)]
@@ -162,7 +164,7 @@ def _dtype(device: object) -> object:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, and the conditions under it."""
+    """The Markdown table, and a line with the conditions."""
     lines = [
         "| tokens x vocabulary, from | | ms | times its floor | forward, ms | of its floor | peak, MiB |",
         "|---|---|---|---|---|---|---|",

@@ -1,7 +1,8 @@
-"""Five synthetic regimes of pass rates and priors, from good to worthless, on rates as a policy has them.
+"""Five synthetic regimes of pass rates and priors, with priors from good to worthless and rates of a real policy.
 
-A rate is p ~ Beta(s + 0.35, 10 - s + 0.35), s drawn from the successes out of 10 in the context rows of a policy history: JSON
-lines with `split` and `score`, the mean reward in [-1, 1] of 10 rollouts. l is logit p, e ~ N(0, 1)."""
+A rate is p ~ Beta(s + 0.35, 10 - s + 0.35), where s is drawn from the successes out of 10 in the context rows of a policy history.
+The history is JSON lines with `split` and `score`, the mean reward in [-1, 1] of 10 rollouts. Below, l is logit p and e ~ N(0, 1).
+"""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def _noise(rates: Array, rng: Rng) -> Array:
     return rng.random(len(rates))
 
 
-REGIMES: dict[str, Callable[[Array, Rng], Array]] = {  # what the prior says of given rates
+REGIMES: dict[str, Callable[[Array, Rng], Array]] = {  # function that draws the priors of given rates
     "good prior": _good,
     "fair prior": _fair,
     "15 % hallucinated": _hallucinated,
@@ -52,14 +53,14 @@ REGIMES: dict[str, Callable[[Array, Rng], Array]] = {  # what the prior says of 
 
 
 def read_successes(history: Path) -> NDArray[np.int64]:
-    """Successes out of TRIALS of the context rows."""
+    """The context rows' successes out of TRIALS."""
     rows = [json.loads(line) for line in history.read_text().splitlines()]
     scores = np.array([row["score"] for row in rows if row["split"] == "context"])
     return np.rint(TRIALS * (1 + scores) / 2).astype(np.int64)
 
 
 def draw_from(successes: NDArray[np.int64], regime: str, maximum: int, rng: Rng) -> Callable[[int], Groups]:
-    """Draws groups of a regime; what `Replay` takes."""
+    """A function that draws groups of a regime, for `Replay`."""
 
     def draw(groups: int) -> Groups:
         s = rng.choice(successes, groups)

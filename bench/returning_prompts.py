@@ -1,20 +1,20 @@
-"""Priors on prompts that return, a few hundred over many epochs:
+"""Compares priors on a few hundred prompts that return over many epochs.
 
     python bench/returning_prompts.py --preset symbols --csv bench/results/returning_prompts.csv
 
-The prompts are a preset's, written as a JSON-lines task, and the policy starts from the preset's warm start. Every method in
-METHODS is trained with one rollout a prompt under every prior in PRIORS. Figures of a run are the policy's mean probability of the
-reference answer before and after it, on the prompts that it trained on ("trained") and on held-out prompts ("heldout").
+The prompts come from a preset and are written as a JSON-lines task. The policy starts from the preset's warm start. Every method in
+METHODS is trained with one rollout per prompt under every prior in PRIORS. The figures of a run are the policy's mean probability
+of the reference answer before and after training, on the training prompts ("trained") and on held-out prompts ("heldout").
 
-One run a seed, method `optimal` under prior `history`, is watched: at every step all priors, those in TRACKERS too, predict the
-step's success rates and learn its outcomes, so that they are compared on the same policies and rollouts. Figures, for each quarter
+One run per seed, method `optimal` with prior `history`, is watched. At every step, all priors and those in TRACKERS predict the
+step's success rates and learn its outcomes, so that they are compared on the same policies and rollouts. Figures for each quarter
 of the run:
-  brier, auc      of predictions, against the exact success rates of the policy that sampled
+  brier, auc      scores of the predictions against the exact success rates of the sampling policy
   calibrated, optimal
-                  the second moment of the gradient under this method, the sum of A^2 E over rollouts with advantages A and the
-                  energies E that the engine returns, over that of the exact success rate as the baseline
-  moved, clipped  D in SPO's rho = 2^(-D / 0.06), the mean over the tokens of a prompt's last completion of how much their
-                  log-probability has changed in absolute value since then; and how often rho meets its lower bound
+                  the second moment of the gradient under this method, divided by that with the exact success rate as the baseline.
+                  It is the sum of A^2 E over rollouts, with advantages A and the energies E that the engine returns
+  moved, clipped  D in SPO's rho = 2^(-D / 0.06), the mean absolute change of the token log-probabilities of a prompt's last
+                  completion since it was sampled; and how often rho is at its lower bound
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from v05.train.trainer import Trainer
 
 METHODS = ("calibrated", "optimal")
 PRIORS = ("history", "spo", "mean", "constant", "oracle")
-HALF, LEAST, MOST = 0.06, 0.875, 0.96  # of SPO's rho, as its authors' code has them
+HALF, LEAST, MOST = 0.06, 0.875, 0.96  # parameters of SPO's rho in its authors' code
 QUARTERS = 4
 WATCHED = ("optimal", "history")
 
@@ -59,10 +59,10 @@ Array = NDArray[np.float64]
 
 
 class MovedSpo(SpoPrior):
-    """SPO's tracker with a rho of each prompt by how far the policy has moved since its last visit.
+    """SPO's tracker with its variable rho, which depends on how far the policy has moved since the prompt's last visit.
 
     Attributes:
-        moved: D of each prompt of the step; 0 for one without a visit, as in the authors' code.
+        moved: D of each prompt of the step. It is 0 for a prompt without a visit, as in the authors' code.
     """
 
     moved: Array
@@ -77,10 +77,10 @@ TRACKERS = {"spo, rho by D": MovedSpo, "spo, rho 0.96": lambda: SpoPrior(forgett
 
 
 class WatchedTrainer(Trainer):
-    """A run on whose rollouts every prior is tried.
+    """A training run on whose rollouts all priors are evaluated.
 
     Attributes:
-        sums: of figures by (quarter, prior, figure): numerator and denominator.
+        sums: numerator and denominator of each figure, by (quarter, prior, figure).
     """
 
     def __init__(self, config: RunConfig, directory: Path) -> None:
@@ -97,7 +97,7 @@ class WatchedTrainer(Trainer):
         self.sums: dict[tuple[int, str, str], Array] = defaultdict(lambda: np.zeros(2))
 
     def shadow(self, method: str, prior: str) -> Estimator:
-        """A new one, as a run of this method under this prior has it."""
+        """A new estimator, as in a run of this method with this prior."""
         config = self.config.model_copy(update={"method": method, "prior": prior, "leave_one_out": True})
         assert config.policy.path is not None
         return make_estimator(config, config.policy.path)
@@ -109,7 +109,7 @@ class WatchedTrainer(Trainer):
         return batch
 
     def watch(self, batch: RolloutBatch, quarter: int) -> None:
-        """Try all priors on a step's rollouts, one a prompt, of the policy as it is."""
+        """Evaluate all priors on a step's rollouts, one per prompt, of the current policy."""
         texts = [prompt.text for prompt in batch.prompts]
         truth = exact_rates(self, batch.prompts)
         energies = np.array([completion.energy for completion in batch.completions])
@@ -134,7 +134,7 @@ class WatchedTrainer(Trainer):
         self.last.update(zip(texts, batch.completions, strict=True))
 
     def moved(self, batch: RolloutBatch) -> Array:
-        """(G,) by how much the log-probabilities of each prompt's last completion have changed; 0 for a prompt without one."""
+        """(G,) mean absolute change of the log-probabilities of each prompt's last completion; 0 for a prompt without one."""
         found = np.zeros(len(batch.prompts))
         known = [g for g, prompt in enumerate(batch.prompts) if prompt.text in self.last]
         if known:
@@ -156,8 +156,10 @@ def exact_rates(trainer: Trainer, prompts: Sequence[Prompt]) -> Array:
 
 
 def write_task(preset: RunConfig, prompts: int, heldout: int, path: Path) -> None:
-    """The preset's first distinct prompts of each split, which the task of the file splits alike. Empty answers, which such a
-    file cannot hold, are left out."""
+    """Write the preset's first distinct prompts of each split to a JSON-lines file, whose task splits them in the same way.
+
+    Prompts with an empty answer are left out, because such a file cannot hold them.
+    """
     task = make_task(preset.task)
     with path.open("w") as file:
         for split, count in (("train", prompts), ("heldout", heldout)):
@@ -171,10 +173,10 @@ def write_task(preset: RunConfig, prompts: int, heldout: int, path: Path) -> Non
 
 
 def watched(trainer: WatchedTrainer) -> list[dict[str, Any]]:
-    """Figures of the priors. RuntimeError where rewards are not those of the reference answers."""
+    """Figures of the priors. Raises RuntimeError if other answers than the reference are rewarded."""
     rewards, rates = (sum(v for (_, _, figure), v in trainer.sums.items() if figure == name) for name in ("rewards", "rates"))
     if abs(rewards[0] - rates[0]) > 4 * np.sqrt(rewards[1]) / 2:
-        raise RuntimeError(f"{rewards[0]:.0f} rewards where {rates[0]:.0f} were due; answers other than the reference are rewarded")
+        raise RuntimeError(f"{rewards[0]:.0f} rewards, but {rates[0]:.0f} expected; answers other than the reference are rewarded")
     return [
         {"quarter": quarter + 1, "prior": prior, "figure": figure, "value": value / weight}
         for (quarter, prior, figure), (value, weight) in trainer.sums.items()
@@ -183,7 +185,7 @@ def watched(trainer: WatchedTrainer) -> list[dict[str, Any]]:
 
 
 def trained(config: RunConfig, watch: bool) -> list[dict[str, Any]]:
-    """Figures of one run, and of all priors where it is watched."""
+    """Figures of one run, and of all priors if it is watched."""
     with tempfile.TemporaryDirectory() as directory:
         trainer = WatchedTrainer(config, Path(directory)) if watch else Trainer(config, Path(directory), lambda line: None)
         task = make_task(config.task)
@@ -205,7 +207,7 @@ def trained(config: RunConfig, watch: bool) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Tables of what is known so far, means over seeds."""
+    """Print tables of the results so far, averaged over seeds."""
     found: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for row in rows:
         found[row["figure"], row.get("quarter"), row.get("method"), row["prior"]].append(row["value"])
@@ -226,13 +228,13 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="symbols", help="whose prompts and warm start")
-    parser.add_argument("--prompts", type=int, default=300, help="to train on")
-    parser.add_argument("--heldout", type=int, default=512, help="prompts beside these")
-    parser.add_argument("--rollouts", type=int, default=8192, help="of a run")
+    parser.add_argument("--preset", choices=PRESETS, default="symbols", help="the preset of the prompts and the warm start")
+    parser.add_argument("--prompts", type=int, default=300, help="number of training prompts")
+    parser.add_argument("--heldout", type=int, default=512, help="number of held-out prompts")
+    parser.add_argument("--rollouts", type=int, default=8192, help="rollouts per run")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--watched", action="store_true", help="only the watched runs")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write all figures there, with the commit and the machine")
+    parser.add_argument("--watched", action="store_true", help="make only the watched runs")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write all figures to this file, with the commit and the machine")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     preset = run_config(arguments.preset, "none")

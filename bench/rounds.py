@@ -1,9 +1,11 @@
-"""Serial rounds against rollouts: `python bench/rounds.py` writes bench/results/rounds.csv and its table into docs/budgets.md.
+"""Measures serial rounds against rollouts: `python bench/rounds.py`.
 
-Groups of success rate p ~ Beta(0.6, 0.6), with priors of bench/regimes.py, are sampled by the allocator one by one, four at a time
-and looking ahead; for rule "calibrated" by the calibration that fits as many other groups. A round is a test of a group, so a group
-that stops at its first has one; the most are those until the last group stops. Looking ahead takes more rollouts, so it is also
-shown at a cost at which it takes those of one by one.
+Writes bench/results/rounds.csv, and its table into docs/budgets.md.
+
+The allocator samples groups with success rates p ~ Beta(0.6, 0.6) and priors of bench/regimes.py: one rollout at a time, four at a
+time, and looking ahead. For rule "calibrated" the calibration is fitted to equally many other groups. A round is one test of a
+group, so a group that stops at its first test has one round. "most" is the number of rounds until the last group stops. Looking
+ahead takes more rollouts, so it is also measured at the cost at which it takes as many as one at a time.
 """
 
 from __future__ import annotations
@@ -28,20 +30,23 @@ from v05.simulate.replay import TO_CENTRED
 RESULTS = Path(__file__).parent / "results" / "rounds.csv"
 PAGE = Path(__file__).parents[1] / "docs" / "budgets.md"
 GROUPS, INITIAL, MAXIMUM, COST = 60_000, 4, 16, 1 / 256
-SHAPE = 0.6  # of the Beta of rates
+SHAPE = 0.6  # both parameters of the Beta distribution of rates
 PRIORS = ("good prior", "fair prior", "noise as prior")
 METHODS = {"osla": "v05", "calibrated": "calibrated"}
 NAMES = {"1": "1", "4": "4", "look": '`"look"`'}
-HALVINGS = 12  # of the interval of costs
+HALVINGS = 12  # bisection steps on the interval of costs
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one rule, prior and chunk.
+    """The figures of one rule, prior and chunk.
 
-    rollouts, rounds: of a group, on average. most: rounds until all groups have stopped. mse: of the baseline, centred units.
+    Attributes:
+        rollouts, rounds: means per group.
+        most: rounds until all groups have stopped.
+        mse: mean squared error of the baseline, in centred units squared.
     """
 
     rule: str
@@ -102,7 +107,7 @@ def measured() -> Iterator[Figures]:
             calibration = calibration_for(draw(prior, rng)) if rule == "calibrated" else None
             found = {chunk: sampled(groups, rule, prior, chunk, COST, calibration) for chunk in (1, 4, "look")}
             yield from found.values()
-            low, high = COST, 8 * COST  # the cost at which looking ahead takes no more rollouts
+            low, high = COST, 8 * COST  # brackets the cost at which looking ahead takes no more rollouts
             for _ in range(HALVINGS):
                 cost = (low * high) ** 0.5
                 dear = sampled(groups, rule, prior, "look", cost, calibration)

@@ -1,6 +1,6 @@
-"""The table of bench/results/advantage.csv: `python bench/table.py` prints it, `--write docs/speed.md` puts it between its marks.
+"""Makes the table of bench/results/advantage.csv: `python bench/table.py` prints it, `--write docs/speed.md` puts it into the page.
 
-v05 in milliseconds, against the floor of its case in the same run, and how many times longer each peer took.
+The table shows v05's milliseconds, their ratio to the floor of the case in the same run, and how many times longer each peer took.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Shape = tuple[str, str]
 
 
 def table(results: Path = RESULTS) -> str:
-    """The Markdown table and the conditions under it."""
+    """The Markdown table, and a line with the conditions."""
     with results.open(newline="") as file:
         rows = list(csv.DictReader(file))
     cases: dict[tuple[str, Shape], dict[str, float]] = defaultdict(dict)
@@ -28,7 +28,7 @@ def table(results: Path = RESULTS) -> str:
     lines = ["| case | rollouts x tokens | v05, ms | times its floor | peers, times v05 |", "|---|---|---|---|---|"]
     for (case, shape), times in cases.items():
         peers = {name: time for name, time in times.items() if name not in (OURS, FLOOR) and not name.startswith(OURS)}
-        if case.endswith(", out="):  # peers that allocate their output stand in the case with a fresh one
+        if case.endswith(", out="):  # peers that allocate their output are in the case with a fresh output
             fresh = cases.get((case.replace("out=", "fresh output"), shape), {})
             peers |= {name: fresh[name] for name in fresh if name not in (OURS, FLOOR, *peers)}
         size = shape[0] if shape[1] == "1" else f"{shape[0]}, {shape[1]} in all" if "packed" in case else " x ".join(shape)

@@ -1,8 +1,9 @@
-"""What a sequential budget costs in time and brings in accuracy: `python bench/training_time.py OUT --write`.
+"""Measures the time and the accuracy of a sequential budget: `python bench/training_time.py OUT --write`.
 
-Trains one policy with grpo@16 and with v05@4..16 as its rounds are run one by one, looking ahead (`budget.chunk=look`), and looking
-ahead with the coming step's first rollouts in the room of the last (`overlap`). Runs are kept in OUT and not run again. Seconds are
-the process's processor time without a GPU, so that what else the machine does is not in them; with one, they are wall time.
+Trains one policy with grpo@16 and with v05@4..16. The rounds of v05 run in three ways: one rollout at a time, looking ahead
+(`budget.chunk=look`), and looking ahead while free slots already sample the next step's first rollouts (`overlap`). Finished runs
+in OUT are not repeated. Without a GPU, seconds are processor time of the process, so that other load on the machine does not count.
+With a GPU they are wall time.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ STAGES = ("sample", "update")
 
 @dataclass(frozen=True)
 class Run:
-    """Of one run: milliseconds a rollout, whole and by stage; accuracy by (E,) rollouts and (E,) seconds; rollouts a prompt."""
+    """Figures of one run: milliseconds per rollout in total and by stage, accuracy at E evaluations by rollouts and by seconds, and
+    rollouts per prompt."""
 
     milliseconds: dict[str, float]
     rollouts: list[float]
@@ -49,13 +51,13 @@ class Run:
 
 
 def train(directory: Path, preset: str, name: str, seed: int, rollouts: int) -> Run:
-    """The run in `directory`, trained if it is not there."""
+    """The figures of the run in `directory`, which is trained first if it does not exist."""
     timing = directory / "timing.json"
     if not timing.exists():
         spec, settings = RUNS[name]
         trainer = Trainer(run_config(preset, spec, settings, seed=seed, total_rollouts=rollouts), directory, print)
         if trainer.state.rollouts:
-            raise ValueError(f"{directory} was interrupted, and what it took before is lost; delete it")
+            raise ValueError(f"{directory} was interrupted, and its time before that is lost; delete it")
         for _ in trainer.run():
             pass
         write_json(timing, {"clock": clock()})
@@ -77,7 +79,7 @@ def clock() -> str:
 
 
 def rows_of(preset: str, runs: dict[str, list[Run]]) -> list[dict[str, object]]:
-    """A row a kind of run: means over seeds; accuracy with half of its range, at equal rollouts and at the fastest's seconds."""
+    """One row per kind of run, with means over seeds. Accuracies are at equal rollouts and at the fastest run's seconds."""
     equal = min(run.seconds[-1] for some in runs.values() for run in some)
     base = np.mean([run.milliseconds["all"] for run in runs["grpo@16"]])
     rows: list[dict[str, object]] = []
@@ -128,7 +130,7 @@ def main(
     rollouts: Annotated[int, typer.Option(min=256)] = 16_384,
     write: Annotated[bool, typer.Option("--write", help="Write bench/results/training_time.csv and docs/training.md.")] = False,
 ) -> None:
-    """Train what is missing and print the table."""
+    """Train the missing runs and print the table."""
     if clock() == "processor":
         torch.set_num_threads(1)
         time.perf_counter = time.process_time

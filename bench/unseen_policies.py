@@ -1,11 +1,11 @@
-"""V0 beside its references on policies that it has never seen: `nice python bench/unseen_policies.py`, ten minutes on one core.
+"""Compares V0 with its references on policies that it has never seen: `nice python bench/unseen_policies.py`.
 
-Character-level policies of different size and task are warm-started, then trained by different methods at different rates, a run
-each with prompts of its own. The head that ships was trained on the runs of some of them (the command stands in
-v05/prior/v0/pretrain.py). What the runs of the others leave in outcomes/ is scored as `v05 fit-prior` scores it; the backbone is
-the warm start that the run began with. Beside the references of `v05 fit-prior` stand logistic regression on standardised features
-with a penalty chosen in folds, and V0 without its transformer. Writes bench/results/value_model_unseen_policies.csv.
-Interrupted, it goes on where it stopped.
+Character-level policies of different sizes and tasks are warm-started and then trained by different methods at different learning
+rates. Every run has its own prompts. The head that ships was trained on the runs of some of the policies (by the command in
+v05/prior/v0/pretrain.py). The outcomes/ of the other runs are scored as in `v05 fit-prior`, with the warm start of the run as the
+backbone. There are two references more than in `v05 fit-prior`: logistic regression on standardised features with a cross-validated
+penalty, and V0 without its transformer. Writes bench/results/value_model_unseen_policies.csv. It takes ten minutes on one core.
+After an interruption, the same command resumes.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from v05.train.presets import PRESETS, run_config
 
 RESULTS = Path(__file__).parent / "results" / "value_model_unseen_policies.csv"
 RUNS = Path("runs") / "unseen-policies"
-# Method and learning rate of each run of a policy: the preset's rate, and faster ones, so that the runs come apart.
+# Method and learning rate of each run of a policy: the preset's rate, and higher ones, so that the runs differ.
 TRAINED = (("v05@4..16", 3e-4), ("grpo@8", 1e-3), ("dr_grpo@4", 1e-3), ("calibrated@4", 2e-3))
 ROLLOUTS = 16_000
 EVALUATION = EvaluationConfig(evaluations=4, prompts=512, samples=8, probe_prompts=0)
-CONTEXTS = (64, 256, 1024)  # rows at most: few, what runs take by default, all that there are
-PENALTIES = 10.0 ** np.arange(-5, 2)  # sklearn's C, of features of variance 1
+CONTEXTS = (64, 256, 1024)  # largest number of context rows: few, the default of runs, and all that there are
+PENALTIES = 10.0 ** np.arange(-5, 2)  # sklearn's C, for features of variance 1
 FOLDS, DRAWS = 4, 1000
 
 
@@ -54,7 +54,7 @@ def _source(dataset: str, low: int, high: int, weight: float) -> Source:
 
 
 def _family(seed: int, width: int, *mix: Source) -> tuple[PolicyConfig, ReasoningGymConfig]:
-    """A policy a quarter the size of tiny's, warm-started on a mix of its own."""
+    """A policy of a quarter of the size of tiny, warm-started on its own mix."""
     warm_start = WarmStartConfig(target_accuracy=0.25, decay_steps=50, validate_every=50, seed=seed)
     return (
         PolicyConfig(hidden_size=width, layers=2, intermediate_size=3 * width, max_new_tokens=6, warm_start=warm_start),
@@ -68,11 +68,11 @@ POLICIES = {
     "sums": _family(2, 64, _source("chain_sum", 1, 2, 1)),
     "products": _family(3, 96, _source("products", 1, 2, 2), _source("chain_sum", 2, 2, 1)),
 }
-TRAINED_ON = ("tiny", "sums")  # by the head that ships; the others are scored
+TRAINED_ON = ("tiny", "sums")  # policies that the shipped head was trained on; the others are scored
 
 
 def config_of(number: int, folder: Path, policy: PolicyConfig, task: ReasoningGymConfig, spec: str, rate: float) -> RunConfig:
-    """Run `number`, whose prompts no other run has from the same seed."""
+    """The configuration of run `number`. Its seed gives it prompts that no other run has."""
     return run_config(
         "tiny",
         spec,
@@ -86,7 +86,7 @@ def config_of(number: int, folder: Path, policy: PolicyConfig, task: ReasoningGy
 
 
 def tuned_logistic(prior: V0Prior) -> Predictor:
-    """Logistic regression on standardised features, its penalty the best in folds of the context."""
+    """Logistic regression on standardised features, with the penalty that is best in cross-validation on the context."""
 
     def fitted(known: NDArray[np.float64], rate: NDArray[np.float64], penalty: float) -> LogisticRegression:
         twice = np.repeat([True, False], len(known))
@@ -114,13 +114,13 @@ def tuned_logistic(prior: V0Prior) -> Predictor:
 
 
 def queries_of(directory: Path, size: int, first: bool) -> list[Queries]:
-    """Of a run, from contexts of at most `size` rows. The warm start itself, which every run begins with, is left to the first."""
+    """The queries of a run, with contexts of at most `size` rows. All runs share the warm start, so only the first includes it."""
     tasks = walk(read_logs(sorted(directory.glob("outcomes/*.jsonl"))), size)
     return [task for task in tasks if task.setting in SETTINGS and (first or not task.policy.endswith("@0"))]
 
 
 def scores_of(queries: list[Queries], predicted: dict[str, list[NDArray[np.float64]]]) -> Iterator[dict[str, object]]:
-    """A record a predictor. What V0 gains over it in cross-entropy has a bootstrap interval over the prompts of each run."""
+    """One record per predictor. V0's gain over it in cross-entropy has a bootstrap interval over the prompts of each run."""
     rows = [row for task in queries for row in task.rows]
     rates = np.array([row.rate for row in rows])
     version = np.repeat(np.arange(len(queries)), [len(task.rows) for task in queries])
@@ -149,7 +149,7 @@ def scores_of(queries: list[Queries], predicted: dict[str, list[NDArray[np.float
 
 
 def tell() -> Callable[[list[RunStatus]], None]:
-    """What prints a line for each run that ends."""
+    """A function that prints a line for each run that ends."""
     told: set[str] = set()
 
     def watch(states: list[RunStatus]) -> None:
@@ -161,7 +161,7 @@ def tell() -> Callable[[list[RunStatus]], None]:
     return watch
 
 
-def main(out: Annotated[Path, typer.Option(help="Where the runs go.")] = RUNS) -> None:
+def main(out: Annotated[Path, typer.Option(help="The directory of the runs.")] = RUNS) -> None:
     torch.set_num_threads(1)
     records = []
     number = 0

@@ -1,9 +1,10 @@
-"""V0 against its references on more queries than the test rows: every context row of a history of policies, in folds.
+"""Compares V0 with its references on more queries than the test rows: on all context rows of a history of policies, in folds.
 
     python bench/value_model.py LOGS.jsonl
 
-LOGS.jsonl as `v05 fit-prior` reads it. Each checkpoint's context rows are predicted in folds from its other rows and from the
-checkpoints before it: the "unseen" setting of `v05 fit-prior` with many times the queries. Then the seconds that 1024 take.
+LOGS.jsonl has the format of `v05 fit-prior`. Each checkpoint's context rows are predicted in folds, from the checkpoint's other
+rows and from earlier checkpoints. This is the "unseen" setting of `v05 fit-prior` with many more queries. Then the script times
+1024 predictions.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ TIMED_PROMPTS, TIMED_CONTEXT = 1024, 256
 
 
 def folds_of(task: Queries) -> list[Queries]:
-    """The newest rows of a context that have no past, as queries of the rest."""
+    """Folds of a context's newest rows without a past, each as queries with the remaining rows as context."""
     context = task.context
     rows = np.flatnonzero((context.age == 0) & (context.past.trials == 0))
     rows = np.random.default_rng(0).permutation(rows)

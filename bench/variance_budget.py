@@ -1,16 +1,17 @@
-"""What rollout budgets do to the noise of the policy gradient of method `optimal`: `python bench/variance_budget.py` writes
-bench/results/variance_budget.csv.
+"""Computes how rollout budgets change the noise of the policy gradient of method `optimal`: `python bench/variance_budget.py`.
 
-Made-up prompts, exact up to the draw of their rates: success rates p from a population, a prior that is p with normal noise on
-its log-odds, a calibration fitted to one rollout of each of 4096 others, energies with log(w1 / w0) = log(1 - p) and w0 = 1. Every
-prompt has its own gradient, of squared norm `coherence` times the most that the energies allow: with 1 all successes of a prompt
-are one completion, as on the presets; with 0 the gradient drowns in noise, as in long reasoning. Gradients of different prompts
-are orthogonal. Groups that a test stopped have advantages by counted paths, so all but "none" is unbiased, which is checked.
+Writes bench/results/variance_budget.csv. The prompts are artificial, and the figures are exact up to the random draw of success
+rates: rates p come from a population, the prior is p with normal noise on its log-odds, the calibration is fitted to one rollout of
+each of 4096 other prompts, and the energies have log(w1 / w0) = log(1 - p) and w0 = 1. Every prompt has its own gradient, whose
+squared norm is `coherence` times the largest value that the energies allow. With coherence 1 all successes of a prompt are one
+completion, as in the presets; with 0 noise dominates the gradient, as in long reasoning. Gradients of different prompts are
+orthogonal. Groups that a test stopped get advantages by counted paths, so all estimators except "none" are unbiased, which the
+script checks.
 
-Columns: `rollouts` a prompt; `variance`, of the batch's gradient at equal rollouts in all, prompts drawn afresh, over that of one
-rollout a prompt, so that what is lost by seeing fewer prompts counts; `within`, the same without the differences of prompts, as
-where the prompts are fixed. Rule "variance" is tested by rewards, "by the prior alone" takes as many as its prior says at once.
-A cost of "None" is the rule's own.
+Columns: `rollouts` is the mean per prompt. `variance` is the variance of the batch's gradient at equal total rollouts with newly
+drawn prompts, divided by that with one rollout per prompt; it includes the loss from seeing fewer prompts. `within` is the same
+ratio without the differences between prompts, as for a fixed set of prompts. Rule "variance" tests rewards as they come; "by the
+prior alone" takes the number of rollouts that its prior suggests at once. A cost of "None" is the rule's default.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ INSIDE = X <= K
 
 
 def populations(rng: np.random.Generator) -> dict[str, tuple[Array, Array]]:
-    """Rates to measure and rates to fit the calibration to."""
+    """For each population: the rates to measure, and the rates to fit the calibration to."""
     draws = {
         "U-shaped, Beta(0.5, 0.5)": lambda n: rng.beta(0.5, 0.5, n),
         "extreme, Beta(0.2, 0.2)": lambda n: rng.beta(0.2, 0.2, n),
@@ -83,7 +84,7 @@ def tables(priors: Array, calibration: Calibration) -> dict[str, Array]:
 
 
 def moments(rates: Array, coherence: float, of_success: Array, of_failure: Array, goes: NDArray[np.bool_], initial: int) -> Array:
-    """(4, G): rollouts, squared norm of a group's gradient, its length over the true one's, squared norm of the true one."""
+    """(4, G): rollouts, squared norm of a group's gradient, its mean over the true gradient, squared norm of the true gradient."""
     p, paths = rates[:, None, None], np.zeros((len(rates), *K.shape))
     paths[:, initial, : initial + 1] = [comb(initial, x) for x in range(initial + 1)]
     for k in range(initial, MAXIMUM):
@@ -94,7 +95,7 @@ def moments(rates: Array, coherence: float, of_success: Array, of_failure: Array
     w1, failures = (1 - p) ** DELTA1, K - X
     norm = coherence * np.minimum(
         w1, ((1 - p) / p) ** 2
-    )  # of the mean score of a success; that of a failure is -p / (1 - p) times it
+    )  # squared norm of the mean score of a success; the mean score of a failure is -p / (1 - p) times that of a success
     a1, a0 = np.where(X > 0, np.nan_to_num(of_success), 0.0), np.where(failures > 0, np.nan_to_num(of_failure), 0.0)
     opposite = p / (1 - p)
     along = X * a1 - failures * opposite * a0
@@ -105,13 +106,13 @@ def moments(rates: Array, coherence: float, of_success: Array, of_failure: Array
 
 
 def block(baseline: Array, initial: int) -> tuple[Array, Array]:
-    """(G, initial + 1) leave-one-out advantages of a success and of a failure among `initial` rollouts with x successes."""
+    """Two (G, initial + 1) arrays: leave-one-out advantages of a success and of a failure, by successes x in `initial` rollouts."""
     others, unused = baseline[:, initial - 1, :initial], np.zeros((len(baseline), 1))
     return np.hstack([unused, 1 - others]), np.hstack([-others, unused])
 
 
 def cases(rates: Array, priors: Array, calibration: Calibration, coherence: float) -> Iterator[tuple[str, int, str, Array]]:
-    """Rule, initial rollouts, cost, and what `moments` finds."""
+    """The rule, the initial rollouts, the cost, and the result of `moments`, of each case."""
     known = tables(priors, calibration)
     own = np.full((2, len(rates), *K.shape), np.nan)  # leave-one-out over the whole group
     own[0, :, 1:, 1:] = 1 - known["baseline"][:, :-1, :-1]

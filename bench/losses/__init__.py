@@ -1,1 +1,1 @@
-"""What `bench/policy_loss.py` times: a problem, and the ways from it to the loss."""
+"""The parts of `bench/policy_loss.py`: problems, the providers that compute their loss, and the measurement."""

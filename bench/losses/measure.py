@@ -1,4 +1,4 @@
-"""Seconds and bytes of one provider on one problem, and its gate."""
+"""Measures seconds and bytes of one provider on one problem, after a check of its results."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ from losses.problem import Problem, Size, make_problem
 from losses.providers import LIGER, OURS, Provider, ours, providers
 from v05.ops import token_statistics
 
-FEWEST, MOST = 3, 15  # rounds of a figure
+FEWEST, MOST = 3, 15  # rounds per figure
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative, of the loss and of the gradients' norms
-COPIED = 1 << 30  # bytes
+COPIED = 1 << 30  # bytes that the copy moves
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Medians. seconds: forward and backward. forward_seconds: of the statistics alone, without a gradient; ours only. peak_bytes:
-    above the inputs and the gradient of the weight."""
+    """The medians of a provider's figures.
+
+    Attributes:
+        seconds: time of forward and backward pass.
+        forward_seconds: time of the statistics alone, without a gradient. Only for v05.
+        peak_bytes: peak memory beyond the inputs and the gradient of the weight.
+    """
 
     seconds: float
     forward_seconds: float | None
@@ -30,7 +35,7 @@ class Figures:
 
 
 def measure(name: str, size: Size, device: torch.device, dtype: torch.dtype, wheels: Path | None, seconds: float) -> Figures | str:
-    """The figures; or, of a provider that differs from ours or cannot run, why not."""
+    """The figures of a provider, or the reason why there are none: it differs from v05 or cannot run."""
     problem = make_problem(size, device, dtype)
     provider = providers("hidden" if size.hidden else "logits", wheels, device)[name]
     meter = _GpuMeter(problem) if device.type == "cuda" else _CpuMeter(problem)
@@ -41,7 +46,7 @@ def measure(name: str, size: Size, device: torch.device, dtype: torch.dtype, whe
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
     if name != OURS and (why := _difference(name, provider, problem)):
         return why
-    problem = make_problem(size, device, dtype)  # a gradient in place has written over the logits
+    problem = make_problem(size, device, dtype)  # a new problem, because in-place gradients have overwritten the logits
 
     def whole() -> None:
         provider(problem).backward()
@@ -56,7 +61,7 @@ def measure(name: str, size: Size, device: torch.device, dtype: torch.dtype, whe
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written a second by a copy."""
+    """Bytes per second, read and written, of a copy."""
     source = torch.empty(COPIED, dtype=torch.uint8, device=device).zero_()
     target = torch.empty_like(source)
     meter = _GpuMeter(None) if device.type == "cuda" else _CpuMeter(None)
@@ -64,7 +69,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def product_seconds(size: Size, device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """Of the three matrix products of a step, a part of the tokens at a time: logits, gradients of hidden states and weight."""
+    """Seconds of a step's three matrix products (logits, gradients of hidden states and weight), in chunks of tokens."""
     rows = min(size.tokens, 1024)
     hidden = torch.randn(rows, size.hidden, device=device, dtype=dtype)
     weight = torch.randn(size.vocabulary, size.hidden, device=device, dtype=dtype)
@@ -81,7 +86,7 @@ def product_seconds(size: Size, device: torch.device, dtype: torch.dtype, second
 
 
 def _difference(name: str, provider: Provider, problem: Problem) -> str | None:
-    """How its loss or gradients differ from ours; None: they do not. Of Liger from logits, which takes others, the loss alone."""
+    """How a provider's loss or gradients differ from v05's, or None. For Liger from logits only the loss is compared."""
     found = []
     for way in (ours, provider):
         loss = way(problem)
@@ -128,7 +133,7 @@ class _GpuMeter:
 
 
 class _CpuMeter:
-    """In a process that has made the problem and done nothing else: the peak is that of the process."""
+    """Measures on a CPU. The peak is that of the process, which must have done nothing but make the problem."""
 
     def __init__(self, problem: Problem | None) -> None:
         self.problem = problem

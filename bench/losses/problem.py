@@ -1,4 +1,4 @@
-"""One batch: hidden states or logits, targets, old log-probabilities and advantages; and the loss as plain torch has it."""
+"""One batch (hidden states or logits, targets, old log-probabilities and advantages), and its loss in plain torch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Literal, NamedTuple
 
 import torch
 
-ROLLOUT = 1024  # tokens
+ROLLOUT = 1024  # tokens per rollout
 CLIP = 0.2
 Start = Literal["logits", "hidden"]
 
 
 class Size(NamedTuple):
-    """Of a problem; `hidden` is 0 where it starts from logits."""
+    """The size of a problem. `hidden` is 0 if it starts from logits."""
 
     tokens: int
     vocabulary: int
@@ -25,9 +25,12 @@ class Problem:
     """N rollouts of T tokens.
 
     Attributes:
-        given: (N, T, V) logits or (N, T, H) hidden states, which the gradient goes to.
-        weight: (V, H) of the output layer, which it goes to as well; None from logits.
-        targets: (N, T) int64. old: (N, T) float32. mask: (N, T) bool, all ones. advantages: (N,).
+        given: (N, T, V) logits or (N, T, H) hidden states, with gradient.
+        weight: (V, H) weight of the output layer, with gradient. None for logits.
+        targets: (N, T) int64 token ids.
+        old: (N, T) float32 old log-probabilities.
+        mask: (N, T) bool, all ones.
+        advantages: (N,).
     """
 
     given: torch.Tensor
@@ -42,7 +45,7 @@ class Problem:
         return (self.given,) if self.weight is None else (self.given, self.weight)
 
     def gradients(self) -> list[torch.Tensor]:
-        """What the last backward pass left, which is forgotten."""
+        """The gradients of the last backward pass, which are then cleared."""
         found = [leaf.grad for leaf in self.leaves]
         for leaf in self.leaves:
             leaf.grad = None
@@ -68,7 +71,7 @@ def make_problem(size: Size, device: torch.device, dtype: torch.dtype) -> Proble
         given=given,
         weight=weight,
         targets=targets,
-        # Far enough from where the policy is that some ratios are clipped: log V + 2 is about what a random token has.
+        # -(log V + 2) is near the log-probability of a random token, but so far from it that some ratios are clipped.
         old=torch.full((rollouts, length), -float(torch.tensor(size.vocabulary).log()) - 2.0, device=device),
         mask=torch.ones((rollouts, length), dtype=torch.bool, device=device),
         advantages=torch.randn(rollouts, device=device, generator=generator),
@@ -76,7 +79,7 @@ def make_problem(size: Size, device: torch.device, dtype: torch.dtype) -> Proble
 
 
 def plain_loss(logprob: torch.Tensor, problem: Problem) -> torch.Tensor:
-    """The clipped loss as one would write it, mean over all tokens."""
+    """A straightforward version of the clipped loss, averaged over all tokens."""
     ratio = (logprob - problem.old).exp()
     advantages = problem.advantages[:, None]
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)

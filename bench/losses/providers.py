@@ -1,4 +1,4 @@
-"""The ways from logits or hidden states to the loss: ours, plain torch, and peers as shipped, read out of their wheels."""
+"""The providers that compute the loss from logits or hidden states: v05, plain torch, and unchanged peers from their wheels."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def plain(problem: Problem) -> torch.Tensor:
 
 
 def providers(start: Start, wheels: Path | None, device: torch.device) -> Mapping[str, Provider]:
-    """By name. Peers whose kernels need a GPU are left out elsewhere, and those whose wheel is not in the folder `wheels`."""
+    """The providers by name, without peers whose wheel is not in the folder `wheels` or that need a GPU where there is none."""
     made: dict[str, Provider] = {OURS: ours}
     if start == "logits":
         made[IN_PLACE] = lambda problem: ours(problem, in_place=True)
@@ -51,7 +51,7 @@ def providers(start: Start, wheels: Path | None, device: torch.device) -> Mappin
 
 
 def liger(folder: Path, start: Start, device: torch.device) -> Provider | None:
-    """Its fused linear GRPO loss, or from logits its GRPO kernel."""
+    """Liger's fused linear GRPO loss, or its GRPO kernel for logits."""
     _importable(folder)
     if start == "hidden":
         fused = importlib.import_module("liger_kernel.chunked_loss.grpo_loss")
@@ -92,7 +92,7 @@ _WITH_ONE_MORE: WeakKeyDictionary[torch.Tensor, torch.Tensor] = WeakKeyDictionar
 
 
 def _with_one_more(problem: Problem) -> torch.Tensor:
-    """(N, T + 1, V): the logits as Liger takes them, made before anything is timed. They are written over."""
+    """(N, T + 1, V) logits in Liger's layout, made before anything is timed. Liger overwrites them."""
     if problem.given not in _WITH_ONE_MORE:
         longer = torch.nn.functional.pad(problem.given.detach(), (0, 0, 0, 1)).requires_grad_()
         _WITH_ONE_MORE[problem.given] = longer
@@ -102,8 +102,8 @@ def _with_one_more(problem: Problem) -> torch.Tensor:
 
 
 def trl(folder: Path, start: Start, device: torch.device) -> Provider | None:
-    """Its log-probabilities from tiles of the output layer, or from logits its kernel; then the plain loss."""
-    if device.type != "cuda":  # without a GPU it falls back to what plain torch does, tile by tile
+    """The plain loss on TRL's log-probabilities, from tiles of the output layer or from TRL's kernel for logits."""
+    if device.type != "cuda":  # without a GPU, TRL falls back to plain torch, tile by tile
         return None
     kernels = folder / "trl" / "kernels"
     if start == "hidden":
@@ -123,7 +123,7 @@ def trl(folder: Path, start: Start, device: torch.device) -> Provider | None:
 
 @cache
 def _unpacked(wheels: Path, name: str) -> Path | None:
-    """A folder with the contents of the peer's newest wheel; None where there is none."""
+    """A folder with the contents of the peer's newest wheel, or None if there is no wheel."""
     found = sorted(wheels.glob({LIGER: "liger_kernel-*.whl", TRL: "trl-*.whl"}[name]))
     if not found:
         return None
@@ -139,7 +139,7 @@ def _importable(folder: Path) -> None:
 
 
 def _module(name: str, file: Path) -> Any:
-    """A file of TRL by itself: its package imports transformers, of which the file asks only whether Triton is there."""
+    """Import a single file of TRL. TRL's package would import transformers, but this file needs only its check for Triton."""
     package = "trl_kernels"
     for stub, content in {
         "transformers": {},

@@ -1,1 +1,1 @@
-"""What `bench/gpu_advantage.py` is made of. Only `clock.py` needs a GPU; all else runs on CPU tensors in Triton's interpreter."""
+"""The parts of `bench/gpu_advantage.py`. Only `clock.py` needs a GPU; the rest runs on CPU tensors in Triton's interpreter."""

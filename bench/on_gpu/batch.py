@@ -1,4 +1,4 @@
-"""One batch of a trainer in every form in which the cases take it, with buffers to write into."""
+"""One batch of a trainer in all the forms that the cases need, with output buffers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 class Shape(NamedTuple):
     rollouts: int
-    tokens: int  # of a padded response
+    tokens: int  # padded length of a response
     group_size: int
 
     @property
@@ -31,14 +31,21 @@ class Batch:
     """N rollouts of up to T tokens in G groups of one size.
 
     Attributes:
-        rewards: (N,) float32, 0 or 1. token_rewards: (N, T) float32, the reward at the last token.
+        rewards: (N,) float32, 0 or 1.
+        token_rewards: (N, T) float32, with the reward at the last token.
         prior: (G,) float64.
-        offsets: (G + 1,) int64. ids: (N,) int64, in order. any_ids: (N,) int64, the same ids in any order.
-        uid: (N,) strings, one object a group, as verl's trainer holds them.
-        mask: (N, T) bool; lengths are uniform in 1 .. T. long_mask: the same as int64, as verl holds it.
+        offsets: (G + 1,) int64 group offsets.
+        ids: (N,) int64 group ids in order.
+        any_ids: (N,) int64 group ids in random order.
+        uid: (N,) strings, one object per group, as in verl's trainer.
+        mask: (N, T) bool, with lengths uniform in 1 .. T.
+        long_mask: the same mask as int64, as in verl's trainer.
         cu_seqlens: (N + 1,) int64.
-        source, out: (N, T) float32. half_out: bfloat16. packed_out: (total tokens,) float32. rows_out: (N,) float32.
-        backend: what `fused_advantage` is told: on a GPU nothing, on CPU tensors "triton".
+        source, out: (N, T) float32 buffers.
+        half_out: (N, T) bfloat16 buffer.
+        packed_out: (total tokens,) float32 buffer.
+        rows_out: (N,) float32 buffer.
+        backend: the argument `backend` of `fused_advantage`: None on a GPU, "triton" for CPU tensors.
     """
 
     shape: Shape
@@ -91,9 +98,9 @@ def make_batch(shape: Shape, seed: int, device: torch.device) -> Batch:
 
 
 def batches_beyond(cache_bytes: int, shape: Shape) -> int:
-    """How many batches hold more than a cache of that size: what of one call is left in it is gone when its turn comes again.
+    """How many batches exceed a cache of that size, so that no batch is still in the cache when its turn comes again.
 
-    Counted in the 5 bytes that a padded token takes. Packed and bfloat16 calls take half of them, so that four times the cache is
-    wanted.
+    A padded token takes 5 bytes. The batches exceed four times the cache, because packed and bfloat16 calls use half of these
+    bytes.
     """
     return max(2, -(-4 * cache_bytes // (5 * shape.rollouts * shape.tokens)))

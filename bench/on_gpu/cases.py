@@ -1,4 +1,4 @@
-"""What is timed: each case a call on a batch, the tensors that it has to read and write, and the result that it has to have."""
+"""The timed cases. A case is a call on a batch, the tensors that it has to read and write, and the expected result."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ class Case:
 
     Attributes:
         call: the call that is timed.
-        reads, writes: names of the batch's tensors; their bytes are the least that the call moves, with its table of statistics.
-        method, leave_one_out: of `v05.reference`, whose advantages the result has to have; method None: `wanted` says which values.
-        ids: the ids of the batch that go with the call.
-        layout: of the result.
-        tolerance: relative and absolute.
-        graphed: whether a CUDA graph can hold the call. One that waits for the device cannot be captured.
+        reads, writes: names of the batch's tensors. Their bytes and the table of statistics are the least that the call moves.
+        method, leave_one_out: the options of `v05.reference` for the expected advantages. With method None, `wanted` gives the
+            values.
+        ids: the name of the batch's ids that the call uses.
+        layout: the layout of the result.
+        tolerance: relative and absolute tolerance.
+        graphed: whether a CUDA graph can capture the call. A call that waits for the device cannot be captured.
     """
 
     name: str
@@ -59,7 +60,7 @@ VERL_VECTORIZED, VERL_LOOP = "verl vectorized", "verl loop"
 
 
 def cases(compiler: Callable[[Any], Any]) -> list[Case]:
-    """The cases of every shape; `compiler` is torch.compile, for the plain versions."""
+    """The cases for every shape. `compiler` is torch.compile, for the compiled plain versions."""
     padded = {"reads": ("rewards", "offsets", "prior", "mask"), "writes": ("out",)}
     given = {"stats": True, **padded}
     grpo = {"reads": ("rewards", "ids", "mask"), "writes": ("out",), "tolerance": PEER_TOLERANCE, "method": "grpo"}
@@ -146,10 +147,10 @@ def cases(compiler: Callable[[Any], Any]) -> list[Case]:
 
 
 def verl_cases(verl: dict[str, Callable[..., Any]]) -> list[Case]:
-    """Whole calls on what verl's trainer holds: token rewards, an int64 mask and ids as strings. `verl` holds its own functions, by
-    the names of `peers.verl_wheel`; those that are missing are left out.
+    """Whole calls on tensors as in verl's trainer: token rewards, an int64 mask, and ids as strings.
 
-    `v05` takes a prior besides, "grpo" does verl's own work.
+    `verl` holds verl's own functions under the names of `peers.verl_wheel`; missing ones are left out. The case of "grpo" does the
+    same work as verl's functions; the case of `v05` also takes a prior.
     """
     held = {"reads": ("token_rewards", "long_mask"), "writes": ("out",), "graphed": False}
 
@@ -175,18 +176,18 @@ def verl_cases(verl: dict[str, Callable[..., Any]]) -> list[Case]:
 
 
 def fused(batch: Batch, rewards: torch.Tensor | None = None, **options: Any) -> AdvantageOutput:
-    """With the prior and groups by offsets, as nearly every case has them."""
+    """`fused_advantage` with the batch's prior and group offsets, as in most cases."""
     given = batch.rewards if rewards is None else rewards
     return fused_advantage(given, batch.prior, group_offsets=batch.offsets, backend=batch.backend, **options)
 
 
 def grpo_in_torch(rewards: torch.Tensor, ids: torch.Tensor, groups: int, mask: torch.Tensor) -> torch.Tensor:
-    """GRPO as one would write it: index_add for the moments, gather, multiply by the mask."""
+    """GRPO in plain torch: index_add for the moments, a gather, and a multiplication by the mask."""
     return inline.plain_torch(rewards, ids, groups)[:, None] * mask
 
 
 def v05_in_torch(rewards: torch.Tensor, prior: torch.Tensor, group_size: int, mask: torch.Tensor) -> torch.Tensor:
-    """V_0.5 as one would write it for groups of one size that are contiguous, rewards in (0, 1)."""
+    """V_0.5 in plain torch, for contiguous groups of one size and rewards in (0, 1)."""
     centred, belief = rewards.view(-1, group_size) * 2 - 1, prior.float() * 2 - 1
     difference = centred.mean(1) - belief
     statistic = group_size * difference * difference
@@ -196,7 +197,7 @@ def v05_in_torch(rewards: torch.Tensor, prior: torch.Tensor, group_size: int, ma
 
 
 class Truth:
-    """What the reference says of one batch, each method computed once."""
+    """The reference's results for one batch. Each method is computed once."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
@@ -219,7 +220,7 @@ class Truth:
 
 
 def refuse_wrong(case: Case, truth: Truth) -> None:
-    """Call once, into buffers that hold NaN, and raise AssertionError unless result and statistics are the wanted ones."""
+    """Call the case once with buffers full of NaN. Raise AssertionError unless result and statistics are as expected."""
     batch = truth.batch
     for name in case.writes:
         getattr(batch, name).fill_(float("nan"))

@@ -1,4 +1,4 @@
-"""Times on the device and on the host, in microseconds; the one module that needs CUDA."""
+"""Measures times on the device and on the host in microseconds. This is the only module that needs CUDA."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 from on_gpu.batch import Batch, Shape, batches_beyond
 
 REPLAYS, HOST_ROUNDS, WHOLE_ROUNDS = 25, 7, 20
-FEWEST = 3  # rounds of a figure, however late it is
+FEWEST = 3  # least rounds per figure, even if time is short
 HOST_CALLS = 100
 
 
 @dataclass(frozen=True)
 class Times:
-    """Microseconds a call, a number for each round; empty where a call cannot be timed so.
+    """Microseconds per call, one number per round. A list is empty if the call cannot be timed in that way.
 
     Attributes:
-        device: of calls that a CUDA graph replays, one on each of the batches.
-        host: until the call returns, without waiting for the device.
-        whole: from an idle device to the result.
+        device: device time of calls in a replayed CUDA graph, one call on each batch.
+        host: time until the call returns, without waiting for the device.
+        whole: time from an idle device to the result.
     """
 
     device: list[float]
@@ -32,14 +32,14 @@ class Times:
 
 
 class Clock:
-    """Times the cases of a run that ends at `until`, of time.monotonic(): where time is short, each case gets fewer rounds."""
+    """Times the cases of a run that ends at `until` (time.monotonic()). If time is short, cases get fewer rounds."""
 
     def __init__(self, until: float, cases: int) -> None:
         self.until, self.left = until, cases
         self.device = torch.device("cuda", torch.cuda.current_device())
 
     def batches(self, shape: Shape) -> int:
-        """How many batches a case goes through, so that none is found in the L2 cache."""
+        """How many batches a case cycles through, so that none is still in the L2 cache."""
         return batches_beyond(torch.cuda.get_device_properties(self.device).L2_cache_size, shape)
 
     def measure(self, call: Callable[[Batch], Any], batches: list[Batch], graphed: bool) -> Times:
@@ -80,7 +80,7 @@ class Clock:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            results = [call(batch) for batch in batches]  # kept, so that no fresh output takes the memory of the one before
+            results = [call(batch) for batch in batches]  # kept, so that fresh outputs do not reuse memory
         graph.replay()
         torch.cuda.synchronize()
 
@@ -98,7 +98,7 @@ class Clock:
 
 
 def rounds(most: int, seconds: float, once: Callable[[int], float]) -> list[float]:
-    """The figures of up to `most` rounds: no more begin once `seconds` are over, but FEWEST there are."""
+    """The figures of up to `most` rounds. No round starts after `seconds`, except to reach FEWEST rounds."""
     end = time.monotonic() + seconds
     figures: list[float] = []
     while len(figures) < most and (len(figures) < FEWEST or time.monotonic() < end):

@@ -1,4 +1,4 @@
-"""The figures of a run: rows, bench/results/gpu_advantage.csv, and what docs/speed.md shows of them."""
+"""The figures of a run: its rows, the file bench/results/gpu_advantage.csv, and the tables in docs/speed.md."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ NONE_YET = (
 
 @dataclass(frozen=True)
 class Row:
-    """One case on one shape; None where it was not timed so.
+    """The figures of one case on one shape. A figure is None if it was not measured.
 
     Attributes:
-        device_us, device_p20_us, device_p80_us: on the device, by a replayed CUDA graph; median and percentiles of the replays.
-        host_us: until the call returns. whole_us: from an idle device to the result. Medians.
-        floor_bytes: the bytes that the call has to read and to write at least.
-        of_copy: floor_bytes over device_us, relative to what a copy of (rollouts, tokens) float32 reached in the same run.
+        device_us, device_p20_us, device_p80_us: device time in a replayed CUDA graph; median and percentiles of the replays.
+        host_us: median time until the call returns.
+        whole_us: median time from an idle device to the result.
+        floor_bytes: the least bytes that the call has to read and write.
+        of_copy: floor_bytes / device_us, relative to the bandwidth of a copy of (rollouts, tokens) float32 in the same run.
     """
 
     case: str
@@ -52,7 +53,7 @@ class Row:
 
 
 def summary(times: Sequence[float]) -> tuple[float | None, float | None, float | None]:
-    """(median, 20th, 80th percentile); None without times."""
+    """(median, 20th percentile, 80th percentile), or three times None without times."""
     if not times:
         return None, None, None
     fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else list(times) * 4
@@ -66,7 +67,7 @@ def share_of_copy(floor_bytes: int, microseconds: float | None, copy_bytes: int,
 
 
 def write(rows: Sequence[Row], path: Path = RESULTS) -> None:
-    """The rows of one run replace the file, so that all figures in it come from one machine and one commit."""
+    """Replace the file with the rows of one run, so that all its figures come from one machine and one commit."""
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
@@ -76,7 +77,7 @@ def write(rows: Sequence[Row], path: Path = RESULTS) -> None:
 
 
 def read(path: Path = RESULTS) -> list[Row]:
-    """The rows of the file; none where there is no file."""
+    """The rows of the file, or an empty list if there is no file."""
     if not path.exists():
         return []
     convert = {"int": int, "str": str, "float | None": lambda text: float(text) if text else None}

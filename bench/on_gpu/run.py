@@ -1,4 +1,4 @@
-"""A run: every case of every shape, gated and then timed."""
+"""A run checks and then times every case of every shape."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from on_gpu.clock import Times
 from on_gpu.results import Row
 from on_gpu.targets import MIDDLE
 
-MOST_CHARACTERS = 500  # of a failure: a compiler's may have pages
+MOST_CHARACTERS = 500  # length limit of a failure's message, because a compiler's may be very long
 
 
 class Timer(Protocol):
-    """What `on_gpu.clock.Clock` is."""
+    """The interface of `on_gpu.clock.Clock`."""
 
     device: torch.device
 
@@ -32,14 +32,14 @@ class Timer(Protocol):
 
 
 def plan_of(wheel: Path | None, compiler: Callable[[Any], Any]) -> list[tuple[Shape, list[Case]]]:
-    """Each shape with its cases; whole calls on verl's tensors are of one shape."""
+    """Each shape with its cases. Whole calls on verl's tensors have only one shape."""
     verl = {} if wheel is None else verl_wheel.estimators(wheel)
     every = cases(compiler)
     return [(shape, every + (verl_cases(verl) if shape == MIDDLE else [])) for shape in SHAPES]
 
 
 def measure_all(plan: Sequence[tuple[Shape, Sequence[Case]]], timer: Timer, device_name: str) -> tuple[list[Row], list[str]]:
-    """The rows of all cases that are right, and a line about each of the others. Progress goes to stderr."""
+    """The rows of all cases with right results, and a message for each failed case. Progress goes to stderr."""
     rows: list[Row] = []
     failures: list[str] = []
     about = (device_name, commit(), torch.__version__, triton.__version__)
@@ -52,7 +52,7 @@ def measure_all(plan: Sequence[tuple[Shape, Sequence[Case]]], timer: Timer, devi
             try:
                 refuse_wrong(case, truth)
                 timed[case.name] = timer.measure(case.call, batches, case.graphed)
-            except Exception as error:  # whatever it is, the other cases are still wanted
+            except Exception as error:  # no failure may stop the other cases
                 failures.append(f"{case.name}, {shape}: {type(error).__name__}: {str(error)[:MOST_CHARACTERS]}")
                 progress(f"FAILED {failures[-1]}")
                 continue

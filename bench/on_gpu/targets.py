@@ -1,4 +1,4 @@
-"""What the op is to reach on an H200, and whether a run reached it."""
+"""The op's performance targets on an H200, and verdicts on whether a run reached them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MIDDLE, LONG, MANY = Shape(4096, 2048, 16), Shape(1024, 32768, 16), Shape(16384,
 
 
 class Figures:
-    """The rows of a run by case and shape. A figure that was not taken is None."""
+    """The rows of a run by case and shape. A figure that was not measured is None."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self._rows = {(row.case, row.shape): row for row in rows}
@@ -24,7 +24,7 @@ class Figures:
         return None if value is None else float(value)
 
     def worst(self, case: str, name: str) -> float | None:
-        """The largest over all shapes; None unless each of them has one."""
+        """The largest value over all shapes, or None unless every shape has one."""
         return _largest(self.get(case, shape, name) for shape in SHAPES)
 
     def ratio(self, case: str, over: str, shape: Shape, name: str) -> float | None:
@@ -46,7 +46,7 @@ class Target:
     form: str = "{:.1f}"
 
     def verdict(self, figures: Figures) -> tuple[bool | None, str]:
-        """Whether it is met, None without its figure, and a line that says so."""
+        """Whether the target is met (None if its figure is missing), and a line for users."""
         value = self.figure(figures)
         bound = f"{'<=' if self.at_most else '>='} {self.form.format(self.bound)}"
         if value is None:

@@ -1,1 +1,1 @@
-"""GRPO's advantages as other libraries compute them: one file a peer, which calls it as shipped or says what it writes out."""
+"""GRPO's advantages as other libraries compute them. Each peer's file calls the library unchanged or copies its arithmetic."""

@@ -1,6 +1,6 @@
-"""Arithmetic that its library writes inside a trainer's method, where nothing can be called, and the one anybody would write.
+"""Copies of arithmetic that other libraries have inside a trainer's method, where it cannot be called; and a plain torch version.
 
-All take equal groups in contiguous rows, as those trainers do, but for `plain_torch`.
+All functions except `plain_torch` take equal groups in contiguous rows, as those trainers do.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ PLAIN_EPS = 1e-6
 
 
 def trl(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
-    """TRL 1.16.0, GRPOTrainer: means and deviations that pass over NaN, repeated to the rollouts."""
+    """TRL 1.16.0, GRPOTrainer: means and standard deviations that ignore NaN, repeated for each rollout."""
     grouped = rewards.view(-1, group_size)
     mean = grouped.nanmean(dim=1).repeat_interleave(group_size, dim=0)
     known = (~grouped.isnan()).sum(dim=1)
@@ -23,13 +23,13 @@ def trl(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 def openrlhf(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
-    """OpenRLHF 0.11.2, RemoteExperienceMaker, estimator group_norm: mean and deviation of each row of a matrix."""
+    """OpenRLHF 0.11.2, RemoteExperienceMaker, estimator group_norm: mean and standard deviation of each row of a matrix."""
     grouped = rewards.reshape(-1, group_size)
     return ((grouped - grouped.mean(-1, keepdim=True)) / (grouped.std(-1, keepdim=True) + OPENRLHF_EPS)).reshape(-1)
 
 
 def plain_torch(rewards: torch.Tensor, ids: torch.Tensor, groups: int) -> torch.Tensor:
-    """index_add_ for the moments, two passes, and a gather, in the dtype of the rewards."""
+    """Two passes of index_add_ for the moments, and a gather, in the dtype of the rewards."""
     zeros = rewards.new_zeros(groups)
     count = zeros.index_add(0, ids, torch.ones_like(rewards))
     deviation = rewards - (zeros.index_add(0, ids, rewards) / count)[ids]

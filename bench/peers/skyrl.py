@@ -1,4 +1,4 @@
-"""SkyRL's estimator as shipped, on the tensors of its trainer."""
+"""SkyRL's unchanged estimator, called with tensors as in its trainer."""
 
 from __future__ import annotations
 

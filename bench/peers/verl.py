@@ -1,4 +1,4 @@
-"""verl's estimators as shipped, on the tensors of its trainer."""
+"""verl's unchanged estimators, called with tensors as in its trainer."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""verl's estimators as shipped, read out of its wheel, for a machine on which verl cannot be installed.
+"""verl's unchanged estimators, read from its wheel, for a machine on which verl cannot be installed.
 
-Nothing of verl is imported: the functions are compiled from its files by themselves, with stand-ins for the decorator that
-registers them and for the choice of a device, which every caller of theirs makes itself.
+Nothing of verl is imported. Only the functions' definitions are compiled, with replacements for the decorator that registers them
+and for the choice of a device.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ HELPERS = ("_resolve_device", "_to_1d_numpy_object_array", "as_torch_index", "gr
 
 
 def estimators(place: Path) -> dict[str, Callable[..., Any]]:
-    """The functions of ESTIMATORS, of a wheel or of the newest one in a folder. ValueError: there is none, or it lacks one."""
+    """The functions of ESTIMATORS from a wheel, or from the newest wheel in a folder.
+
+    Raises ValueError if there is no wheel or if it lacks a function.
+    """
     wheel = wheel_in(place)
     given: dict[str, Any] = {
         "np": np,
@@ -60,10 +63,10 @@ def wheel_in(place: Path) -> Path:
 
 
 def define(names: tuple[str, ...], source: str, path: str, namespace: dict[str, Any]) -> None:
-    """Run the definitions of those functions, and of nothing else of the file, in the namespace."""
+    """Run only the definitions of the functions `names` of a file, in the namespace."""
     tree = ast.parse(source)
     tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names]
     missing = set(names) - {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     if missing:
         raise ValueError(f"{path} has no function {', '.join(sorted(missing))}; give a wheel of verl 0.9.1")
-    exec(compile(tree, path, "exec"), namespace)  # annotations, which name what is not there, stay text as in this file
+    exec(compile(tree, path, "exec"), namespace)  # this file's future import keeps annotations, which name undefined types, as text
