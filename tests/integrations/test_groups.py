@@ -181,7 +181,7 @@ def test_what_no_prior_learnt_is_refused(tmp_path):
     settings = Settings(learnt=str(file))
     for write, message in (
         (lambda: file.write_bytes(b""), r"file cannot be read \(.*\); delete it, or give another path"),
-        (lambda: save_file({"weight": np.zeros(2)}, file), "file is no file of what a prior has learnt; give another path"),
+        (lambda: save_file({"weight": np.zeros(2)}, file), "file does not hold the state of a prior; give another path"),
     ):
         write()
         held = file.read_bytes()
