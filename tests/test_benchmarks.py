@@ -147,7 +147,7 @@ def test_fields_of_public_files(tmp_path, row, asked, right, wrong):
         ("{", r"b\.jsonl, line 2: .*give one JSON object a line"),
         ("[1]", r"line 2 holds no JSON object but .*give one a line"),
         ('{"text": "a", "answer": 1}', r"line 2: none of problem, question, prompt is among the fields text, answer; rename one"),
-        ('{"problem": "a", "label": 1}', r"line 2: none of answer, final_answer, solution among its fields problem, label"),
+        ('{"problem": "a", "label": 1}', r"line 2: none of answer, final_answer, solution is among the fields problem, label"),
         ('{"problem": [{"role": "user"}], "answer": 1}', r"line 2: problem: .* is not a message"),
         ('{"problem": "a", "answer": " "}', r"line 2: answer: the answer ' ' is empty"),
         ('{"problem": "a", "solution": "so it is 4"}', r"line 2: the solution marks no answer"),

@@ -121,8 +121,8 @@ def test_one_cell_is_enough(cell):
     ("changed", "message"),
     [
         ({"replay": "bootstrap"}, "replay='bootstrap' is unknown; choose one of superpopulation, finite"),
-        ({"noise": -1.0}, "noise -1.0"),
-        ({"noise": np.nan}, "noise nan"),
+        ({"noise": -1.0}, "noise is -1.0"),
+        ({"noise": np.nan}, "noise is nan"),
     ],
 )
 def test_bad_source(changed, message):

@@ -82,7 +82,7 @@ def test_a_csv_of_rollouts(tmp_path):
             r"1\.jsonl, line 2: .*give one JSON object",
         ),
         ("1.jsonl", b'{"input": "q", "output": "o", "score": "good"}\n', r"1\.jsonl, line 1: 'q,o,good' lacks score as numbers"),
-        ("1.jsonl", b'{"input": "q", "output": "o", "score": 1}\n{"epoch": 1}\n', r"line 2: '1' lacks input, output; mend"),
+        ("1.jsonl", b'{"input": "q", "output": "o", "score": 1}\n{"epoch": 1}\n', r"line 2: '1' lacks input, output; repair"),
         (
             "traces.jsonl",
             b'{"task": {}, "traces": [1]}\n',
@@ -95,7 +95,7 @@ def test_a_csv_of_rollouts(tmp_path):
         ),
         ("a.csv", b"\x1b[2Jmodel,x\n", r"it has '\\x1b\[2jmodel', x\. "),
         ("1.pt", b"PK\x03\x04", r"1\.pt is compressed or a pickle"),
-        ("a.json", b'[{"input": "q"}]', r"a\.json holds a JSON array; write one object a line"),
+        ("a.json", b'[{"input": "q"}]', r"a\.json holds a JSON array; write one object per line"),
         ("a.csv", b"model,Model,question,successes,trials\n", r"a\.csv has two columns model; leave one out"),
         (
             "a.jsonl",
