@@ -65,13 +65,11 @@ def reaching(curves: Sequence[Curve], targets: Sequence[float]) -> Reached:
 
     Both list the same seeds, which are resampled in pairs.
     """
-    rng = np.random.default_rng(0)
-    draws = []
-    for _ in range(BOOTSTRAP_DRAWS // 4):
-        seeds = rng.integers(len(curves), size=len(curves))
-        draws.append(crossing([curves[i] for i in seeds], float(np.mean([targets[i] for i in seeds]))))
+    draws = np.sort(np.random.default_rng(0).integers(len(curves), size=(BOOTSTRAP_DRAWS // 4, len(curves))), axis=1)
+    resamples, resample_of = np.unique(draws, axis=0, return_inverse=True)  # few seeds have few different resamples
+    crossings = np.array([crossing([curves[i] for i in seeds], float(np.mean([targets[i] for i in seeds]))) for seeds in resamples])
     at = crossing(curves, float(np.mean(targets)))
-    low, high = np.percentile(draws, INTERVAL, method="nearest")
+    low, high = np.percentile(crossings[resample_of.ravel()], INTERVAL, method="nearest")
     return Reached(*(float(x) if np.isfinite(x) else None for x in (at, low, high)))
 
 
