@@ -9,16 +9,10 @@ from helpers.documents import PAGES, ROOT, make_inputs, run_page, table
 from v05.ops import LOSSES
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def place(tmp_path, cache, monkeypatch):
-    """An empty directory with the inputs that the pages assume; all pages share the cache of warm starts."""
+def place(tmp_path, monkeypatch):
+    """An empty directory with the inputs that the pages assume."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("V05_CACHE", str(cache))
     make_inputs(tmp_path)
     return tmp_path
 

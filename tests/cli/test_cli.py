@@ -23,8 +23,8 @@ from v05.train.presets import run_config
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    return {**os.environ, "V05_CACHE": str(tmp_path_factory.mktemp("cache")), "COLUMNS": "200"}
+def environment():
+    return {**os.environ, "COLUMNS": "200"}
 
 
 def v05(*arguments, environment, directory, largest_file=None):
