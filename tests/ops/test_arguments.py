@@ -71,7 +71,7 @@ REFUSED = {
     "out sparse": (lambda: call(out=torch.zeros(4).to_sparse()), r"out: .*; give a contiguous \(4,\) tensor"),
     "prior on meta": (
         lambda: call(prior=torch.zeros(1, device="meta"), method="v05"),
-        "prior: a tensor on the meta device, without memory of its values; give one that holds values",
+        "prior: a tensor on the meta device, whose values are not in memory; give one that holds values",
     ),
     "mask on meta": (lambda: call(response_mask=torch.ones(4, 2, device="meta")), "response_mask: a tensor on the meta device"),
     "ids on meta": (
@@ -340,9 +340,9 @@ def test_transforms_of_torch_func_are_refused(transform):
         "prior": lambda given: call(prior=given[:1], method="v05").advantages,
         "response_mask": lambda given: call(response_mask=given[:, None]).advantages,
     }.items():
-        with pytest.raises(ValueError, match=f"{name}: a tensor of torch.func's vmap or grad, .*; call outside of them"):
+        with pytest.raises(ValueError, match=f"{name}: a tensor of torch.func's vmap or grad, .*; call outside of vmap and grad"):
             transformed(of_it)
-    with pytest.raises(ValueError, match=r"rewards: torch.func's vmap or grad makes tensors of them, .*; call outside of them"):
+    with pytest.raises(ValueError, match=r"rewards: torch.func's vmap or grad wraps them, .*; call outside of vmap and grad"):
         torch.func.grad(lambda weight: (call().advantages * weight).sum())(rewards[0])
     inside = torch.func.vmap(lambda weight: (call().advantages * weight).sum())(rewards)  # no argument is transformed
     assert inside.tolist() == [1.0, 1.0]

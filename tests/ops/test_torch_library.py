@@ -228,7 +228,7 @@ def test_values_raise_the_same_error(arguments, message, compiler):
 
 
 UNTRACEABLE = {
-    "strings": ({"group_ids": [str(i) for i in IDS.tolist()]}, "group_ids: torch traces tensors only"),
+    "strings": ({"group_ids": [str(i) for i in IDS.tolist()]}, "group_ids: torch traces only tensors"),
     "ids without num_groups": ({"group_ids": IDS}, "num_groups: needed with integer group_ids"),
     "packed without out": ({"group_offsets": OFFSETS, "cu_seqlens": CU_SEQLENS}, "out: needed with cu_seqlens"),
     "another device's backend": ({"group_offsets": OFFSETS, "backend": "triton"}, "backend='triton' is not that of cpu"),

@@ -1,4 +1,9 @@
-"""The ops, a room each: drop-in functions on tensors. `fused_advantage` is the entry point."""
+"""The ops: functions on tensors, each in a package of its own.
+
+- `fused_advantage` turns rewards and a value prior into advantages and group statistics. Start here.
+- `policy_loss` turns log-probabilities and advantages into a policy-gradient loss.
+- `token_statistics` computes log-probabilities, entropies and energies of tokens from logits or hidden states.
+"""
 
 from v05.methods import Calibration
 from v05.ops.advantage import AdvantageOutput, AdvantageStats, factorize, fused_advantage

@@ -1,8 +1,8 @@
-"""`fused_advantage`: rewards and a value prior in, advantages and group statistics out, in one call.
+"""`fused_advantage` computes the advantages of rollouts and the statistics of their groups from rewards and a value prior.
 
-What is given becomes three values, under the same names in Python, C++ and Triton: `Rollouts`, `Groups` and `Options`. CPU tensors
-go to the C++ core, CUDA tensors to one Triton launch. The arithmetic lives in `csrc/include/v05/fusion.hpp` and
-`kernels/advantage/fusion.py`; `v05/reference/` specifies both.
+The arguments are read into three values that have the same names in Python, C++ and Triton: `Rollouts`, `Groups` and `Options`.
+CPU tensors go to the C++ core, CUDA tensors to one Triton launch. The arithmetic is in `csrc/include/v05/fusion.hpp` and
+`kernels/advantage/fusion.py`. `v05/reference/` specifies both.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from v05.ops.advantage.stats import AdvantageOutput, AdvantageStats
 
 __all__ = ["AdvantageOutput", "AdvantageStats", "factorize", "fused_advantage"]
 
-_VALUELESS = (FakeTensor, FunctionalTensor)  # what stands for tensors while torch traces
+_VALUELESS = (FakeTensor, FunctionalTensor)  # the types that replace tensors while torch traces
 
 
 def fused_advantage(
@@ -68,93 +68,102 @@ def fused_advantage(
     process_group: dist.ProcessGroup | None = None,
     backend: Literal["cpp", "triton"] | None = None,
 ) -> AdvantageOutput:
-    """Advantages of N rollouts in G groups (prompts), and the statistics of each group.
+    """Compute the advantages of N rollouts in G groups (prompts), and the statistics of each group.
 
-    N rollouts, G groups, T tokens of a padded response. Rewards, priors, baselines and advantages are in reward units; with
-    rewards in (0, 1) the advantages are half those of the V_0.5 paper, whose rewards are +-1.
+    In the shapes below, N is the number of rollouts, G the number of groups and T the number of tokens of a padded response.
+    Rewards, priors, baselines and advantages are in reward units. With rewards in [0, 1] the advantages are half those of the
+    V_0.5 paper, whose rewards are -1 and 1.
 
-    Advantages and statistics carry no gradient: inputs that require one are detached.
+    Advantages and statistics carry no gradient. Inputs that require a gradient are detached.
 
-    torch.compile(fullgraph=True) and torch.export take the call whole, as the registered operator
-    `v05::fused_advantage`, with `out` as a declared mutation; values are then checked when the graph runs. Strings as `group_ids`,
-    `process_group` and a `backend` that is not the device's own stay eager: under torch.compile they break the graph.
+    On CUDA values are not inspected, so nothing synchronises as long as all tensors are already on the device. Non-finite rewards
+    are excluded and counted. Rewards and priors outside `reward_range` are clipped and counted. Rows whose id names no group are
+    excluded. Mask values other than 1 count as 0. Offsets are not checked.
+
+    torch.compile(fullgraph=True) and torch.export accept the call. They see one registered operator, `v05::fused_advantage`,
+    which declares that it writes to `out` and checks values when the graph runs. The operator does not cover strings as
+    `group_ids`, `process_group`, or a `backend` other than the device's own: these break the graph under torch.compile.
 
     Args:
-        rewards: (N,) outcome rewards of any real dtype, at most 1e150 in size, or (N, T) token rewards, which are summed over
-            `response_mask`. None is NaN, no reward. All arithmetic is float64 (half precision widens exactly): on the CPU an
-            advantage is the exact one of these rewards, rounded to `dtype`, up to (k + 4) 2^-52 max abs(reward) in a group of k
-            (over the divisor, under a scale), to which "calibrated" adds (2 + k / 7) 1e-12 of the reward range; the same bits on
-            any thread count.
-        prior: (G,) predicted mean reward of each group, in reward units; NaN where there is none, and the group mean then
-            stands in (of "calibrated", its vague prior). Needed by "v05", "prior", "calibrated", "optimal" and "ebpo".
-        group_ids: (N,) integers in any order, or N strings or other ids of one kind that can be hashed, such as UUIDs. Exactly one
-            of `group_ids` and `group_offsets`.
-        group_offsets: (G+1,) integers from 0 to N: the rollouts of group g are rows offsets[g] .. offsets[g+1] - 1.
-        response_mask: (N, T) of bool, or of 0 and 1 in any real dtype: advantages come back (N, T), zero where the mask is zero. A
-            row of zeros keeps counting in the statistics; `valid` leaves it out.
-        cu_seqlens: (N+1,) integers from 0 to total_tokens: advantages come back packed, (total_tokens,). With neither of the
-            two they come back (N,).
-        valid: (N,) bool, or integers 0 and 1; False marks an aborted or rejected rollout: left out of the statistics, advantage 0.
-        trajectory_ids: (N,) ids as `group_ids` are; rows of a group that share one are one trajectory and count once in the
-            statistics.
-        energy: (N,) weights of at least 0, squared score norms (`v05.energy`); read by the methods that weigh rollouts by them
-            ("otb", "batch_energy", and "opo", whose weights are the lengths of the responses where none are given). "optimal" does
-            not read them: its calibration has learnt from those of past rollouts.
-        num_groups: G. With integer `group_ids` the ids are then 0 .. G-1 themselves; required with them on CUDA, where
-            finding G would synchronise, and under torch.compile.
-        method: a name of `v05.methods.METHODS`.
-        scale: divide by nothing ("none"), by the group's standard deviation + eps ("group") or that of all valid rewards
-            ("batch"), ddof = 1; rewards that are all equal are not scaled; or by the group's mean ("mean", for rewards of at least
-            0; a mean of 0 divides nothing). None takes the method's own.
-        leave_one_out: the baseline of a rollout is computed from the group's other rollouts.
-        reward_range: (lo, hi) that holds rewards and priors; read by the methods with a prior.
-        eps: added to the standard deviation, reward units. With 0 every reward is 0 or at least 1e-130 in size.
-        calibration: how far priors are to be trusted, and for "optimal" what energies successes and failures have; read by
-            "calibrated", "optimal" and "ebpo" (its kappa alone); `v05.prior.calibration` fits it to past groups. None is
-            `Calibration()`, for before there are any.
-        singleton: advantage of a group's only rollout when nothing but itself could be its baseline: "zero" or its "raw" reward.
-        max_rollouts, cost: of the budget rule behind `stats.take_more`; cost None is 1 / max_rollouts^2 (centred units) and, of
-            "optimal", what a rollout of a fresh prompt brings (docs/budgets.md).
-        nonfinite: what a NaN or infinite reward does: "raise", or "exclude" it like valid=False and count it. CUDA always
-            excludes.
+        rewards: (N,) outcome rewards of any real dtype with absolute values up to 1e150, or (N, T) token rewards, which are summed
+            over `response_mask`. None in a list counts as NaN, a missing reward (see `nonfinite`). All arithmetic is in float64.
+            On the CPU an advantage differs from the exact value, before it is rounded to `dtype`, by at most
+            (k + 4) 2^-52 max abs(reward) in a group of k, divided by the divisor if there is a scale; "calibrated" adds
+            (2 + k / 7) 1e-12 of the reward range. The result has the same bits on any number of threads.
+        prior: (G,) predicted mean reward of each group, in reward units. Required by "v05", "prior", "calibrated", "optimal" and
+            "ebpo". NaN means that a group has no prior: its mean is used instead, or under "calibrated" and "optimal" the vague
+            component of the prior.
+        group_ids: (N,) integers in any order, or N strings or other hashable ids of one type, such as UUIDs. Give exactly one of
+            `group_ids` and `group_offsets`.
+        group_offsets: (G + 1,) integers that rise from 0 to N. Group g has the rows group_offsets[g] .. group_offsets[g + 1] - 1.
+        response_mask: (N, T) bool, or 0 and 1 in any real dtype. The advantages then have shape (N, T) and are 0 where the mask is
+            0. A rollout whose mask is all 0 still counts in the statistics; exclude it with `valid`.
+        cu_seqlens: (N + 1,) integers that rise from 0 to total_tokens, in place of `response_mask`. The advantages are then packed
+            and have shape (total_tokens,). Without `response_mask` and `cu_seqlens` they have shape (N,).
+        valid: (N,) bool, or integers 0 and 1. False marks an aborted or rejected rollout: it does not count in the statistics, and
+            its advantage is 0.
+        trajectory_ids: (N,) ids of the same kinds as `group_ids`. Rows of a group with equal ids belong to one trajectory, such as
+            the turns of an agent, and count once in the statistics.
+        energy: (N,) weights of at least 0, the squared norms of the rollouts' score gradients (`v05.energy`). "otb" and
+            "batch_energy" need them. "opo" weighs by response length if they are not given. "optimal" does not read them, because
+            its calibration has learnt from the energies of past rollouts.
+        num_groups: G. Integer `group_ids` are then the positions 0 .. G-1. Required with integer ids under torch.compile and on
+            CUDA, where finding G would synchronise.
+        method: a name in `v05.methods.METHODS`.
+        scale: the divisor of the advantages. "none": no division. "group": the group's standard deviation + eps. "batch": the
+            standard deviation of all valid rewards + eps. Both deviations have ddof = 1, and rewards that are all equal are not
+            scaled. "mean": the group's mean, for rewards of at least 0; a group with mean 0 is not scaled. None is the method's
+            own scale.
+        leave_one_out: compute the baseline of each rollout from the other rollouts of its group.
+        reward_range: (lo, hi), which must contain all rewards and priors. Only methods with a prior read it.
+        eps: added to the standard deviation, in reward units. With eps = 0 every reward must be 0 or have an absolute value of at
+            least 1e-130.
+        calibration: how far priors can be trusted and, for "optimal", how the energies of successes and failures differ. Read by
+            "calibrated", "optimal" and "ebpo" (only its kappa). `v05.prior.calibration` fits it to past groups. None is
+            `Calibration()`, the values to start from.
+        singleton: the advantage of a group's only rollout if the method has no other baseline for it: "zero", or "raw" for its
+            reward.
+        max_rollouts, cost: settings of the budget rule behind `stats.take_more`. A cost of None is 1 / max_rollouts^2 in centred
+            units or, for "optimal", the gain from the first rollout of a new prompt (docs/budgets.md).
+        nonfinite: "raise" an error for a NaN or infinite reward, or "exclude" the rollout as if valid were False and count it in
+            `stats.nonfinite`. On CUDA such rollouts are always excluded.
         stats: False skips the statistics.
         dtype: floating dtype of the advantages.
-        out: a contiguous buffer of the output's shape, dtype and device, apart from what is read, to write into; required with
-            cu_seqlens on CUDA, where finding total_tokens would synchronise, and under torch.compile.
-        process_group: groups may be split over its ranks: every rank passes its own rollouts, with `group_ids` that mean the same
-            on all ranks and the `prior` of its own groups (with `num_groups`: of all groups, NaN where it knows none), and gets
-            its own rows and groups back. The result is that of one process on the ranks' rollouts in rank order, rows in error
-            messages are counted so. Gathers a few bytes a rollout through the host.
-        backend: "cpp" or "triton"; None goes by device. "triton" on CPU tensors needs TRITON_INTERPRET=1.
+        out: a contiguous buffer with the shape, dtype and device of the advantages, to write them into. It must not share memory
+            with an input. Required with `cu_seqlens` under torch.compile and on CUDA, where finding total_tokens would
+            synchronise.
+        process_group: the ranks over which groups may be split. Every rank passes its own rollouts, `group_ids` that mean the same
+            on all ranks, and the `prior` of its groups. It gets back the advantages of its rollouts and the statistics of its
+            groups. With `num_groups` these are all G groups on every rank, and a prior is NaN where the rank has none. The result
+            is as if one process had all rollouts in rank order, and error messages number rows in that order. A few bytes per
+            rollout are gathered through the host.
+        backend: "cpp" or "triton"; None chooses by device. "triton" on CPU tensors needs TRITON_INTERPRET=1.
 
     Returns:
-        `advantages`, and `stats` ordered like `prior`: by group_offsets, by id when `num_groups` is given, else by the first
-        appearance of the id.
+        `advantages`, and `stats` (None if stats=False) in the order of `prior`: by position with `group_offsets` or `num_groups`,
+        otherwise by the first appearance of each id.
 
     Raises:
-        ValueError: names the argument, the shape or value seen (rows, for values) and the remedy; `out` is then untouched, unless
-            it is a mask that holds more than 0 and 1. On CUDA values are not inspected: non-finite rewards are left out, rewards
-            and priors outside `reward_range` clipped, both counted; rows whose id names no group are left out; a token whose mask
-            is neither 0 nor 1 counts as 0; offsets are trusted. Nothing synchronises
-            there as long as every tensor given is already on the device. While torch traces, what would raise here breaks
-            the graph, and is raised by the eager call that follows unless fullgraph=True forbids it.
+        ValueError: an argument is invalid. The message names the argument, the shape or value (with its rows) and the remedy. `out`
+            has not been written then, unless the error is a mask value other than 0 and 1. While torch traces, an invalid argument
+            breaks the graph, and the eager call that follows raises the error; with fullgraph=True torch raises instead.
 
     Example:
         >>> rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0])
         >>> out = fused_advantage(rewards, torch.tensor([0.25, 0.75]), group_offsets=[0, 3, 5])
         >>> out.stats.count.tolist()
         [3, 2]
-        >>> out.advantages.tolist()  # both means agree with their priors, which therefore stand as baselines
+        >>> out.advantages.tolist()  # both means agree with the priors, so the priors are the baselines
         [0.75, -0.25, -0.25, 0.25, 0.25]
 
-    Source: V_0.5, arXiv 2603.10848 (fusion, sequential test); the other methods as named in `v05.methods`.
+    Source: V_0.5, arXiv 2603.10848, for the fusion and the sequential test. `v05.methods` names the sources of the other methods.
     """
-    # The type of most tensors is compared first, which costs less than to ask for the others'.
+    # isinstance is slow, so the exact type of most tensors is compared first.
     tracing = torch.compiler.is_compiling() or (type(rewards) is not torch.Tensor and isinstance(rewards, _VALUELESS))
     given = (method, scale, leave_one_out, reward_range, eps, singleton, nonfinite, max_rollouts, cost, calibration, stats, dtype)
     try:
         rule, options, stats = read_options(*given) if tracing else known_options(*given)
-    except TypeError:  # one cannot be hashed
+    except TypeError:  # an option is not hashable, so the cache cannot look it up
         rule, options, stats = read_options(*given)
     if num_groups is not None and not isinstance(num_groups, torch.SymInt):
         num_groups = integer("num_groups", num_groups, 0, MOST_GROUPS)
@@ -162,7 +171,7 @@ def fused_advantage(
     tensors = (rewards, response_mask, cu_seqlens, valid, trajectory_ids, energy, dtype, out, tracing)
     if process_group is not None:
         if tracing:
-            raise ValueError("process_group: gathers through the host, which torch cannot trace; call outside torch.compile")
+            raise ValueError("process_group: its exchange through the host cannot be traced; call outside torch.compile")
         of_rank = (prior, group_ids, group_offsets, num_groups, rule, options, backend)
         advantages, statistics = across_ranks(process_group, tensors, *of_rank)
         return AdvantageOutput(advantages, statistics if stats else None)
@@ -184,9 +193,9 @@ def fused_advantage(
             if out is not None:
                 refuse_shared_memory(out, rollouts, groups, placed_prior)
             table = compute(rollouts, groups, placed_prior, options, advantages, stats, run)
-            if out is not None:  # autograd refuses a backward through what was overwritten
+            if out is not None:  # so that autograd refuses a backward pass through the old values
                 torch.autograd.graph.increment_version(out)
-    except RuntimeError:  # torch's own; to ask every tensor before would cost more than the advantages of a small batch
+    except RuntimeError:  # raised by torch; checking every tensor beforehand would cost more than a small batch's advantages
         refuse_unreadable(
             rewards=rewards,
             prior=prior,

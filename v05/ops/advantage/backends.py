@@ -1,9 +1,9 @@
-"""What computes: the C++ core on the CPU, one Triton launch on a GPU. Both take the same six arguments.
+"""The backends: the C++ core on the CPU and one Triton launch on a GPU. Both are called as
 
     backend(rollouts, groups, prior, options, out, table)
 
-write the advantages into `out` and the statistics into `table`, if there is one. Everything is checked, contiguous and on one
-device.
+and write the advantages into `out` and the statistics into `table`, unless `table` is None. Their arguments have been checked, are
+contiguous and are on one device.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def run_cpp(
     out: torch.Tensor,
     table: torch.Tensor | None,
 ) -> None:
-    """On CPU tensors."""
+    """Compute on CPU tensors in the C++ core."""
     rewards, mask, cu_seqlens, valid, trajectory_ids, energy = rollouts
-    # The core writes float32 and float64; a half-precision output is rounded from float32.
+    # The core writes float32 and float64, so half-precision outputs are rounded from float32.
     target = out if out.dtype in (torch.float32, torch.float64) else torch.empty_like(out, dtype=torch.float32)
     _core.compute_advantages(
         (
@@ -70,7 +70,10 @@ def run_triton(
     out: torch.Tensor,
     table: torch.Tensor | None,
 ) -> None:
-    """On CUDA tensors, or any in Triton's interpreter. A kernel cannot raise: non-finite rewards are left out and counted."""
+    """Compute on CUDA tensors, or on any tensors in Triton's interpreter.
+
+    A kernel cannot raise, so non-finite rewards are excluded and counted.
+    """
     launch, group_rows = _kernels()
     order, offsets, valid = groups.order, groups.offsets, rollouts.valid
     if groups.ids is not None:
@@ -85,7 +88,7 @@ def run_triton(
 
 @cache
 def _kernels() -> tuple[Callable[..., None], Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
-    """The two launches, which import Triton: when they are first needed, and once."""
+    """The launchers of the two kernels. Importing them imports Triton, so this is done at the first call."""
     from v05.kernels.advantage.launch import launch
     from v05.kernels.grouping.launch import group_rows
 
@@ -95,7 +98,7 @@ def _kernels() -> tuple[Callable[..., None], Callable[..., tuple[torch.Tensor, t
 def first_of_trajectory(
     trajectory_ids: torch.Tensor, offsets: torch.Tensor, order: torch.Tensor | None, valid: torch.Tensor | None
 ) -> torch.Tensor:
-    """(N,) bool: the row is the first valid one of its trajectory in its group. Two stable sorts, no synchronisation."""
+    """(N,) bool, True for the first valid row of each trajectory in a group. Sorts rows stably and does not synchronise."""
     n = trajectory_ids.numel()
     position = torch.arange(n, device=trajectory_ids.device)
     rows = position if order is None else order
@@ -117,7 +120,7 @@ BACKEND_OF_DEVICE = {"cpu": "cpp", "cuda": "triton"}
 
 
 def backend_for(name: str | None, device: torch.device, tracing: bool) -> Backend:
-    """The backend of that name, or of the device. ValueError where it cannot run there."""
+    """The backend called `name`, or the device's own for None. A ValueError if it cannot run on the device."""
     own = BACKEND_OF_DEVICE.get(device.type)
     if own is None:
         raise ValueError(f"rewards: device {device} has no backend; move the tensors to one of {', '.join(BACKEND_OF_DEVICE)}")

@@ -1,4 +1,4 @@
-"""From read inputs to advantages and statistics."""
+"""Run a backend on inputs that have been read and checked."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def compute(
     stats: bool,
     backend: Backend,
 ) -> torch.Tensor:
-    """Write `out`, and return the table of `AdvantageStats`: of no group without `stats`.
+    """Write the advantages into `out` and return the (11, G) table of `AdvantageStats`, or an (11, 0) table without `stats`.
 
-    Columns that the method does not define are left as they are found: to fill them takes as long as the others.
+    Columns that the method does not define stay uninitialised: filling them would take as long as the other columns.
     """
     count = groups.number if stats else 0
-    on_host = out.is_cpu  # where NumPy takes half the time of torch.empty
+    on_host = out.is_cpu  # np.empty takes half the time of torch.empty there
     table = torch.from_numpy(np.empty((len(STATISTICS), count))) if on_host else empty_table(count, out.device)
     backend(rollouts, groups, prior, options, out, table if stats else None)
     return table

@@ -1,4 +1,4 @@
-"""Groups that are split over the ranks of a process group: every rank computes on the union of all rollouts."""
+"""Advantages of groups that are split over the ranks of a process group. Every rank computes on the rollouts of all ranks."""
 
 from __future__ import annotations
 
@@ -35,8 +35,10 @@ from v05.ops.advantage.stats import AdvantageStats
 
 
 class _RankRollouts(NamedTuple):
-    """What a rank tells the others, on the host: its rollouts' rewards and not their groups' moments, which takes a few bytes
-    each, and no digit depends on the split."""
+    """The rollouts of one rank, on the host, as it sends them to the others.
+
+    Ranks exchange rewards, a few bytes each, and not moments of groups, so that no digit of the result depends on the split.
+    """
 
     keys: list[Any]
     outcomes: torch.Tensor
@@ -56,13 +58,13 @@ def _of_this_rank(
     num_groups: int | None,
 ) -> _RankRollouts:
     if group_ids is None or group_offsets is not None:
-        raise ValueError("group_ids: needed with process_group, and alone, to tell which groups of two ranks are one")
+        raise ValueError("group_ids: needed with process_group, without group_offsets, to identify groups across ranks")
     n = local.rewards.shape[0]
     keys = _key_list("group_ids", group_ids)
     if len(keys) != n:
         raise ValueError(f"group_ids: {len(keys)} ids for {n} rollouts; give one id a rollout")
     if num_groups is not None and not all(isinstance(key, int) for key in keys):
-        raise ValueError(f"num_groups={num_groups}: names groups of integer ids; leave it out with others")
+        raise ValueError(f"num_groups={num_groups} needs integer group_ids; leave it out with ids of other kinds")
     if local.cu_seqlens is not None and local.cu_seqlens.is_cpu:
         _core.check_offsets("cu_seqlens", local.cu_seqlens.numpy(), out.shape[0])
     if local.mask is not None and local.mask.is_cpu:
@@ -78,7 +80,7 @@ def _of_this_rank(
 
 
 def _key_list(name: str, ids: Array | Sequence[str]) -> list[Any]:
-    """Ids as every rank knows them: not numbered, which each rank would do by itself."""
+    """Ids as the caller gave them. Numbering them here would give each rank numbers of its own."""
     keys = ids if isinstance(ids, torch.Tensor) else keys_of(name, ids)
     return integer_ids(name, keys, tracing=False)[0].tolist() if isinstance(keys, torch.Tensor) else list(keys)
 
@@ -97,7 +99,10 @@ def across_ranks(
     """The advantages of this rank's rollouts, in its own layout, and the statistics of its groups.
 
     Args:
-        given: of `read_rollouts`.
+        given: the arguments of `read_rollouts`.
+
+    Raises:
+        ValueError: an argument is invalid on some rank. Every rank raises the same message, which names that rank.
     """
     if not isinstance(process_group, dist.ProcessGroup):
         raise ValueError(
@@ -111,7 +116,7 @@ def across_ranks(
         rollouts, out = read_rollouts(*given)
         local = rollouts._replace(energy=energy_for(rule, rollouts)), out
         mine = _of_this_rank(*local, trajectory_ids, prior, group_ids, group_offsets, num_groups)
-    except Exception as error:  # whatever it is, it is told to the others, who wait for this rank
+    except Exception as error:  # the other ranks wait for this one, so every error is sent to them
         mine = str(error) if isinstance(error, ValueError) else repr(error)
     ranks: list[Any] = [None] * dist.get_world_size(process_group)
     dist.all_gather_object(ranks, mine, group=process_group)
@@ -152,7 +157,7 @@ def across_ranks(
 
 
 def _groups_of(ids: NDArray[np.int64], num_groups: int | None) -> NDArray[np.int64]:
-    """The groups of a rank's own prior and statistics, in their order."""
+    """The positions of a rank's groups among all groups, in the order of the rank's prior and statistics."""
     if num_groups is not None:
         return np.arange(num_groups)
     groups, first = np.unique(ids, return_index=True)
@@ -160,7 +165,7 @@ def _groups_of(ids: NDArray[np.int64], num_groups: int | None) -> NDArray[np.int
 
 
 def _shared_prior(ranks: Sequence[_RankRollouts], groups_of: Sequence[NDArray[np.int64]], found: int) -> torch.Tensor | None:
-    """(found,) priors of all ranks' groups, NaN where no rank knows one; None where no rank gave any."""
+    """(found,) priors of the groups of all ranks, NaN for a group without one; None if no rank has a prior."""
     if all(rank.prior is None for rank in ranks):
         return None
     shared = torch.full((found,), torch.nan, dtype=torch.float64, device="cpu")

@@ -1,6 +1,6 @@
-"""What is given to the op, read into the values that it computes on: `Rollouts`, `Groups`, a prior and an output.
+"""Read the op's arguments into the values that it computes on: `Rollouts`, `Groups`, a prior and an output.
 
-Every reader takes tensors, arrays or sequences, and raises a ValueError that names the argument, what was seen and the remedy.
+Every reader accepts tensors, arrays and sequences, and raises a ValueError that names the argument, the value seen and the remedy.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from v05.methods import Method
 
 Array = torch.Tensor | ArrayLike
 _NUMPY_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
-# What the core tells its buffers by, shared with advantage.hpp.
+# The core's number for the dtype of a buffer, shared with advantage.hpp.
 DTYPES = {torch.bool: 1, torch.uint8: 1, torch.int64: 2, torch.float32: 3, torch.float64: 4, torch.int32: 5}
-MOST_GROUPS = 2**31 - 1  # whose statistics take 200 GB
+MOST_GROUPS = 2**31 - 1  # the statistics of so many groups take 200 GB
 
 
 class Rollouts(NamedTuple):
@@ -29,11 +29,11 @@ class Rollouts(NamedTuple):
 
     Attributes:
         rewards: (N,), or (N, T) by token; float32 or float64.
-        mask: (N, T) where rewards or advantages are by token, of a dtype in `DTYPES`; None else.
-        cu_seqlens: (N + 1,) int64 where advantages are packed; None else.
-        valid: (N,) bool; None: all.
-        trajectory_ids: (N,) int64; None: every row is a trajectory of its own.
-        energy: (N,) float64; None where no baseline reads it.
+        mask: (N, T) of a dtype in `DTYPES`; None unless rewards or advantages are by token.
+        cu_seqlens: (N + 1,) int64; None unless advantages are packed.
+        valid: (N,) bool; None if all rollouts are valid.
+        trajectory_ids: (N,) int64; None if every row is a trajectory of its own.
+        energy: (N,) float64; None if the method does not read it.
     """
 
     rewards: torch.Tensor
@@ -45,8 +45,14 @@ class Rollouts(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Which rollouts belong together, int64: contiguous groups by offsets (number + 1,); any by ids (N,) in [0, number); or, on a
-    GPU and of ids that were given on the host, by offsets into an order (N,) of the rows."""
+    """The rows of each group, in one of three forms. All tensors are int64.
+
+    Attributes:
+        number: how many groups there are.
+        offsets: (number + 1,) for contiguous groups: group g has the rows offsets[g] .. offsets[g + 1] - 1.
+        ids: (N,) in [0, number), the group of each row in any order.
+        order: (N,) rows sorted by group, into which `offsets` then point. Used on a GPU for ids that were given on the host.
+    """
 
     number: int
     offsets: torch.Tensor | None
@@ -55,30 +61,30 @@ class Groups(NamedTuple):
 
 
 def tensor_of(name: str, value: Array, none_is_nan: bool = False) -> torch.Tensor:
-    """A tensor as it is; anything else through NumPy, so that Python floats keep their 64 bits."""
+    """Return a tensor unchanged. Convert anything else through NumPy, so that Python floats keep their 64 bits."""
     if isinstance(value, torch.Tensor):
         return value
     return _wrapped(array(name, value, none_is_nan=none_is_nan))
 
 
 def _wrapped(numbers: NDArray[Any]) -> torch.Tensor:
-    if numbers.dtype.kind == "f" and numbers.dtype.itemsize > 8:  # more digits than torch has
+    if numbers.dtype.kind == "f" and numbers.dtype.itemsize > 8:  # torch has no wider float than float64
         numbers = numbers.astype(np.float64)
-    elif numbers.dtype.char in "qQ":  # C's long long, which torch does not know by this name
+    elif numbers.dtype.char in "qQ":  # C's long long, which torch does not accept under this type code
         numbers = numbers.view(np.dtype(f"{numbers.dtype.byteorder}{numbers.dtype.kind}{numbers.dtype.itemsize}"))
-    if not (numbers.flags.writeable and numbers.dtype.isnative and numbers.flags.c_contiguous):  # what torch cannot wrap
+    if not (numbers.flags.writeable and numbers.dtype.isnative and numbers.flags.c_contiguous):  # torch cannot wrap such arrays
         numbers = numbers.astype(numbers.dtype.newbyteorder("="), order="C")
     return torch.from_numpy(numbers)
 
 
 def values_of(name: str, value: Array, none_is_nan: bool = False) -> torch.Tensor:
-    """A tensor without a gradient, whose memory holds its values and not their negative."""
+    """A detached tensor whose memory holds its values and not, as torch allows, their negatives."""
     tensor = tensor_of(name, value, none_is_nan)
     return (tensor.detach() if tensor.requires_grad else tensor).resolve_neg()
 
 
 def placed(name: str, value: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Contiguous, in the dtype and on the device. Asking first is cheaper than a conversion to what it is already."""
+    """The tensor, contiguous, in this dtype and on this device. A comparison is cheaper than a conversion that changes nothing."""
     if value.dtype != dtype or value.device != device:
         if value.dtype.is_complex:
             raise ValueError(f"{name}: dtype {value.dtype} is not real")
@@ -106,7 +112,7 @@ def read_rollouts(
     out: torch.Tensor | None,
     tracing: bool,
 ) -> tuple[Rollouts, torch.Tensor]:
-    """The rollouts, and where their advantages go."""
+    """Return the rollouts and the buffer for their advantages."""
     rewards = _rewards(rewards)
     device, size = rewards.device, rewards.shape
     response_mask = None if response_mask is None else _mask(response_mask, device)
@@ -128,7 +134,7 @@ def read_rollouts(
 
 
 def energy_for(rule: Method, rollouts: Rollouts) -> torch.Tensor | None:
-    """What the method weighs rollouts by: the energies given or, if it weighs by length, the lengths in tokens."""
+    """(N,) float64 weights of the rollouts: the given energies, or the lengths in tokens if the method weighs by length."""
     if rule.weight is None:
         return None
     if rollouts.energy is not None:
@@ -137,7 +143,7 @@ def energy_for(rule: Method, rollouts: Rollouts) -> torch.Tensor | None:
         return (rollouts.mask == 1).sum(-1, dtype=torch.float64)
     if rule.weight == "length" and rollouts.cu_seqlens is not None:
         return rollouts.cu_seqlens.diff().to(torch.float64)
-    lengths = ", or a response_mask or cu_seqlens, whose lengths then stand in" if rule.weight == "length" else ""
+    lengths = ", or a response_mask or cu_seqlens to weigh by length" if rule.weight == "length" else ""
     raise ValueError(f"energy: needed by method={rule.name!r}; give (N,) weights of at least 0{lengths}")
 
 
@@ -165,7 +171,7 @@ def read_groups(
     if named is not None:
         if num_groups is not None and num_groups != named:
             raise ValueError(
-                f"num_groups={num_groups}, but group_ids holds {named} distinct ids that are no positions; leave it out"
+                f"num_groups={num_groups}, but group_ids holds {named} distinct ids that are not integers; leave it out"
             )
         num_groups = named
     if num_groups is None:
@@ -180,23 +186,28 @@ def read_groups(
 
 
 def _ordered(ids: torch.Tensor, num_groups: int, device: torch.device) -> Groups:
-    """Groups of ids on the host for a device: ordered here, and sent in one copy."""
-    start = (num_groups + 2) // 2 * 2  # of the order: an even number of int64, so that both parts are aligned
+    """Groups on a device from ids on the host. Rows are ordered on the host and sent in one copy."""
+    start = (num_groups + 2) // 2 * 2  # where the order begins; even, so that both parts are aligned
     parts = torch.from_numpy(_core.order_rows(ids.contiguous().numpy(), num_groups, start)).to(device)
     return Groups(num_groups, parts[: num_groups + 1], None, parts[start:])
 
 
 def factorize(group_ids: Array | Sequence[str]) -> tuple[torch.Tensor, int]:
-    """Number group ids by first appearance, once for several calls on the same rollouts.
+    """Number group ids by first appearance, so that several calls on the same rollouts need to do it only once.
 
     Args:
-        group_ids: (N,) integers of any value, or N strings or other ids of one kind that can be hashed, such as UUIDs; on the CPU.
+        group_ids: (N,) integers of any value, or N strings or other hashable ids of one type, such as UUIDs; on the CPU.
 
     Returns:
-        ids: (N,) int64 in [0, G), and G: what `fused_advantage` takes as `group_ids` and `num_groups`.
+        ids: (N,) int64 on the CPU, in [0, G). Pass it to `fused_advantage` as `group_ids`.
+        groups: G, the number of distinct ids. Pass it as `num_groups`.
 
     Raises:
-        ValueError: not ids, or not on the CPU.
+        ValueError: `group_ids` are not ids of one of these kinds, not one-dimensional, or not on the CPU.
+
+    Example:
+        >>> factorize(["b", "a", "b"])
+        (tensor([0, 1, 0]), 2)
     """
     ids, named = integer_ids("group_ids", group_ids, tracing=False)
     if named is not None:
@@ -207,18 +218,18 @@ def factorize(group_ids: Array | Sequence[str]) -> tuple[torch.Tensor, int]:
     return torch.from_numpy(numbers), groups
 
 
-_NO_KEYS = (int, float, complex, np.number, np.bool_, type(None))  # no ids that are told apart by their hash
+_NO_KEYS = (int, float, complex, np.number, np.bool_, type(None))  # other objects are compared by their hash
 
 
 def keys_of(name: str, ids: ArrayLike | Sequence[str]) -> torch.Tensor | Sequence[Any] | NDArray[np.object_]:
-    """Integer ids as a tensor; strings, and other objects that are told apart by their hash, as they are."""
+    """Return integer ids as a tensor, and strings or other objects that are compared by their hash unchanged."""
     if isinstance(ids, str):
         raise ValueError(f"{name}={shown(ids)} is one string; give a sequence of ids")
     if isinstance(ids, np.ndarray) or not isinstance(ids, Sequence):
         given = any_array(name, ids)
         if given.dtype.kind in "SUT" and given.ndim == 1:
             given = given.astype(np.object_)
-    elif _core.are_strings(name, ids):  # which must not pass through NumPy's own: those strip trailing NULs
+    elif _core.are_strings(name, ids):  # NumPy's own strings would strip trailing NULs
         return ids
     else:
         given = any_array(name, ids)
@@ -233,11 +244,11 @@ def keys_of(name: str, ids: ArrayLike | Sequence[str]) -> torch.Tensor | Sequenc
 
 
 def integer_ids(name: str, ids: Array | Sequence[str], tracing: bool) -> tuple[torch.Tensor, int | None]:
-    """Integer ids, and how many differ when they stand for other ids (numbered by first appearance)."""
+    """Return int64 ids, and the number of distinct ids if they replace others (numbered by first appearance), else None."""
     if isinstance(ids, torch.Tensor):
         keys: torch.Tensor | Sequence[Any] | NDArray[np.object_] = tensor_of(name, ids)
     elif tracing:
-        raise ValueError(f"{name}: torch traces tensors only; give an integer tensor and num_groups, or call outside torch.compile")
+        raise ValueError(f"{name}: torch traces only tensors; give an integer tensor and num_groups, or call outside torch.compile")
     else:
         keys = keys_of(name, ids)
     if not isinstance(keys, torch.Tensor):
@@ -254,13 +265,13 @@ def integer_ids(name: str, ids: Array | Sequence[str], tracing: bool) -> tuple[t
 
 
 def _offsets(name: str, value: Array, end: int | None, device: torch.device, tracing: bool) -> torch.Tensor:
-    """int64 offsets on the device. The CPU kernel checks what it reads; values on their way to another device are checked here."""
+    """int64 offsets on the device. The CPU core checks offsets when it reads them; offsets bound for a GPU are checked here."""
     offsets = tensor_of(name, value)
     size, dtype = offsets.shape, offsets.dtype
     if len(size) != 1 or size[0] < 1 or dtype.is_floating_point:
         raise ValueError(f"{name}: shape {tuple(size)}, dtype {dtype}; give integers (number of parts + 1,) that start at 0")
     if offsets.is_cpu and offsets.device != device and not tracing:
-        offsets = offsets.to(torch.int64, copy=True).contiguous()  # what is checked is what is sent, whatever other threads do
+        offsets = offsets.to(torch.int64, copy=True).contiguous()  # a copy, which no other thread can change
         _core.check_offsets(name, offsets.numpy(), end)
     return placed(name, offsets, torch.int64, device)
 
@@ -281,7 +292,7 @@ def _layout(
     device: torch.device,
     tracing: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, tuple[int, ...]]:
-    """(mask, cu_seqlens, output shape) of the padded, packed or per-rollout layout."""
+    """Return (mask, cu_seqlens, output shape) of the padded, packed or per-rollout layout."""
     if response_mask is not None:
         if cu_seqlens is not None:
             raise ValueError("response_mask and cu_seqlens: both given; give at most one of the two")
@@ -295,7 +306,7 @@ def _layout(
         if cu.shape[0] != n + 1:
             raise ValueError(f"cu_seqlens: {cu.shape[0]} offsets for {n} rollouts; give N + 1 = {n + 1}")
         if given.is_cpu and not tracing:
-            return None, cu, (max(int(given[-1]), 0),)  # below 0 they fall, which is complained about where they are read
+            return None, cu, (max(int(given[-1]), 0),)  # a negative end is rejected later, by check_offsets
         if out is None:
             raise ValueError(
                 "out: needed with cu_seqlens on CUDA, where finding total_tokens would synchronise, and under torch.compile"
@@ -313,7 +324,7 @@ def _output(
 ) -> torch.Tensor:
     device = rewards.device
     if out is None and len(shape) == 1 and rewards.is_cpu and dtype in _NUMPY_DTYPES and not tracing:
-        return torch.from_numpy(np.empty(shape, _NUMPY_DTYPES[dtype]))  # in half the time; but rows start anywhere
+        return torch.from_numpy(np.empty(shape, _NUMPY_DTYPES[dtype]))  # half the time, less alignment
     if out is None:
         return torch.empty(shape, dtype=dtype, device=device)
     if not isinstance(out, torch.Tensor) or out.layout is not torch.strided:
@@ -327,7 +338,7 @@ def _output(
 
 
 def refuse_shared_memory(out: torch.Tensor, rollouts: Rollouts, groups: Groups, prior: torch.Tensor | None) -> None:
-    """What is read must not change while `out` is written. All are contiguous."""
+    """A ValueError if `out` shares memory with an input, which would change while it is read. All tensors are contiguous."""
     begin = out.data_ptr()
     end = begin + out.nbytes
     for place, tensor in enumerate((*rollouts, groups.offsets, groups.ids, prior)):
@@ -335,11 +346,11 @@ def refuse_shared_memory(out: torch.Tensor, rollouts: Rollouts, groups: Groups, 
             raise ValueError(f"out: shares memory with {_READ[place]}; give a buffer of its own")
 
 
-_READ = ("rewards", "response_mask", *Rollouts._fields[2:], "group_offsets", "group_ids", "prior")  # in the order of their reading
+_READ = ("rewards", "response_mask", *Rollouts._fields[2:], "group_offsets", "group_ids", "prior")  # in the order of that loop
 
 
 def _mask(response_mask: Array, device: torch.device) -> torch.Tensor:
-    """The mask in a dtype that the core and the kernel read; they find the values that are neither 0 nor 1."""
+    """The mask in a dtype that the core and the kernel read. They detect values other than 0 and 1."""
     mask = tensor_of("response_mask", response_mask)
     dtype = mask.dtype
     if dtype not in DTYPES:
@@ -372,15 +383,15 @@ def _one_per_rollout(name: str, vector: torch.Tensor, n: int) -> None:
 
 
 def outcomes_of(rewards: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """(N,) outcome rewards: token rewards are summed over the mask, in float64."""
+    """(N,) outcome rewards. Token rewards are summed over the mask in float64."""
     if rewards.ndim == 1 or mask is None:
         return rewards
     return torch.where(mask == 1, rewards, 0.0).sum(-1, dtype=torch.float64)
 
 
 def refuse_unreadable(**arguments: object) -> None:
-    """Name the first tensor that has no memory with its values."""
-    outside = "call outside of them, for all groups at once: advantages carry no gradient"
+    """Raise a ValueError that names the first tensor whose values are not in memory, if there is one."""
+    outside = "call outside of vmap and grad, for all groups at once: advantages carry no gradient"
     for name, value in arguments.items():
         if not isinstance(value, torch.Tensor):
             continue
@@ -392,8 +403,6 @@ def refuse_unreadable(**arguments: object) -> None:
             seen, remedy = "on the meta device", "give one that holds values"
         else:
             continue
-        raise ValueError(f"{name}: a tensor {seen}, without memory of its values; {remedy}") from None
+        raise ValueError(f"{name}: a tensor {seen}, whose values are not in memory; {remedy}") from None
     if _functorch.peek_interpreter_stack() is not None:
-        raise ValueError(
-            f"rewards: torch.func's vmap or grad makes tensors of them, without memory of their values; {outside}"
-        ) from None
+        raise ValueError(f"rewards: torch.func's vmap or grad wraps them, so their values are not in memory; {outside}") from None

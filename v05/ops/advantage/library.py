@@ -1,7 +1,6 @@
-"""The op as a registered operator, `v05::fused_advantage`, which torch.compile and torch.export take whole.
+"""The op as a registered operator, `v05::fused_advantage`, which torch.compile and torch.export do not trace into.
 
-Its schema is flat, because an operator takes tensors and numbers: the fields of `Rollouts`, `Groups` and `Options` stand in it in
-their own order.
+An operator takes only tensors and numbers, so its schema lists the fields of `Rollouts`, `Groups` and `Options`, in their order.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from v05.ops.advantage.inputs import MOST_GROUPS, Groups, Rollouts, read_groups,
 from v05.ops.advantage.options import Options
 from v05.ops.advantage.stats import empty_table, undefined_columns
 
-# FRAGMENT: other files of this package may add operators of their own to the namespace.
+# FRAGMENT: other files of this package add operators to the same namespace.
 _LIBRARY = torch.library.Library("v05", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _LIBRARY.define(
@@ -28,7 +27,7 @@ _LIBRARY.define(
     "int max_rollouts, float cost, float[] calibration) -> Tensor table",
     tags=_TAGS,
 )
-# Of Groups all but the order, which is made of ids on the host, and no tracer sees.
+# All fields of Groups except `order`, which is made from ids on the host and does not occur while tracing.
 _ROLLOUTS, _GROUPS = len(Rollouts._fields), len(Groups._fields) - 1
 
 
@@ -40,25 +39,25 @@ def call_operator(
     out: torch.Tensor,
     stats: bool,
 ) -> torch.Tensor:
-    """As `compute`, through torch's dispatcher, which a tracer sees."""
+    """Do what `compute` does, through torch's dispatcher, so that a tracer records one operator."""
     table: torch.Tensor = torch.ops.v05.fused_advantage(*rollouts, *groups[:_GROUPS], prior, out, stats, *options.named().values())
     return table
 
 
 def _run(backend: Backend, *given: Any) -> torch.Tensor:
-    """The operator's body: an exported program hands over whatever it is given, in any dtype and layout."""
+    """The operator's body. It reads its arguments again, because an exported program passes on tensors of any dtype and layout."""
     rewards, mask, cu_seqlens, valid, trajectory_ids, energy = given[:_ROLLOUTS]
     count, offsets, ids = given[_ROLLOUTS : _ROLLOUTS + _GROUPS]
     prior, out, stats, *options = given[_ROLLOUTS + _GROUPS :]
     if not out.dtype.is_floating_point:
-        raise ValueError(f"out: dtype {out.dtype} cannot hold advantages; give the program what it was exported with")
+        raise ValueError(f"out: dtype {out.dtype} cannot hold advantages; give the dtype that the program was exported with")
     rollouts, out = read_rollouts(rewards, mask, cu_seqlens, valid, trajectory_ids, energy, out.dtype, out, tracing=False)
     device = rollouts.rewards.device
     number = integer("num_groups", count, 0, MOST_GROUPS) if offsets is None else None
     groups = read_groups(ids, offsets, number, rollouts.rewards.shape[0], device, tracing=False)
     prior = None if prior is None else read_prior(prior, groups.number, device)
     table = compute(rollouts, groups, prior, Options(*options), out, stats, backend)
-    table[undefined_columns(options[0])] = 0.0  # an operator's results are the same at every call
+    table[undefined_columns(options[0])] = 0.0  # an operator must return the same values at every call
     return table
 
 

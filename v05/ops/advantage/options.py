@@ -1,4 +1,4 @@
-"""Options: how rewards become advantages, checked once and kept by the values given."""
+"""`Options` say how rewards become advantages. They are checked once for each set of values and then cached."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ DEFAULT_CALIBRATION = Calibration()
 
 @dataclass(frozen=True)
 class Options:
-    """What C++ and Triton are told beside the tensors; the options of the registered operator, in its order.
+    """The arguments of the C++ core and the Triton kernel that are not tensors, in the order of the registered operator's schema.
 
     Attributes:
         baseline: a `v05.methods.Baseline`.
         scale: a position in `SCALES`.
         leave_one_out, raw_singleton, exclude_nonfinite: as in `fused_advantage`.
-        low, high: the reward range.
+        low, high: the ends of `reward_range`, reward units.
         eps, max_rollouts, cost: as in `fused_advantage`.
-        calibration: the numbers of a `Calibration`, in its order.
+        calibration: the six fields of a `Calibration`, in its order.
     """
 
     baseline: int
@@ -47,12 +47,12 @@ class Options:
 
     @cached_property
     def core(self) -> _core.Options:
-        """These options as the C++ core holds them."""
+        """These options as an object of the C++ core."""
         return _core.Options(**self.named())
 
     @cached_property
     def kernel(self) -> KernelOptions:
-        """These options as the Triton kernel takes them."""
+        """These options as arguments of the Triton kernel."""
         from v05.kernels.advantage.launch import kernel_options
 
         return kernel_options(self)
@@ -75,7 +75,7 @@ def read_options(
     stats: bool,
     dtype: torch.dtype,
 ) -> tuple[Method, Options, bool]:
-    """The method, its options and whether statistics are wanted. ValueError names the option, its value and the remedy."""
+    """Return the method, its options and whether to compute statistics. A ValueError names the option, its value and the remedy."""
     rule = find_method(method)
     low, high = finite_range("reward_range", reward_range)
     most = integer("max_rollouts", max_rollouts, 1)
@@ -102,5 +102,5 @@ def read_options(
     return rule, options, flag("stats", stats)
 
 
-# Options repeat at every step, so that the checked ones are kept.
+# Options repeat at every step, so the checked result is cached.
 known_options = lru_cache(maxsize=64, typed=True)(read_options)

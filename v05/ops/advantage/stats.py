@@ -1,4 +1,4 @@
-"""The statistics of groups: one table with one order of columns, whatever the method, and what is read from it."""
+"""The statistics of groups: a table whose columns are the same for every method, and `AdvantageStats`, which reads it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from v05.methods import Baseline
 
-# The columns of a table, in the order of advantage.hpp and kernels/advantage.
+# The columns of the table. advantage.hpp and kernels/advantage have the same order.
 STATISTICS = (
     "count",
     "nonfinite",
@@ -25,7 +25,7 @@ STATISTICS = (
 )
 COLUMN = {name: place for place, name in enumerate(STATISTICS)}
 SOME_DEFINE = STATISTICS[6:]
-# Of these, the ones that a baseline defines.
+# The statistics of SOME_DEFINE that each baseline defines.
 DEFINED: dict[int, tuple[str, ...]] = {
     Baseline.SHRINKAGE: ("mse", "weight", "statistic", "take_more"),
     Baseline.CALIBRATED: ("mse", "hallucination", "take_more"),
@@ -35,28 +35,32 @@ DEFINED: dict[int, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True, repr=False)
 class AdvantageStats:
-    """Statistics of each group, tensors of shape (G,); None where the method does not define one.
+    """Statistics of each group as tensors of shape (G,). A statistic that the method does not define is None.
 
-    They describe the full group, also under `leave_one_out`. A group without a valid rollout has count 0, mean NaN and the
-    prior as its baseline. All but the prior are made of `table` when they are asked for: a tensor for each of them at each
-    call would cost more than the statistics of a small batch.
+    Statistics describe the full group, also under `leave_one_out`. A group without a valid rollout has count 0, mean NaN and the
+    prior as its baseline. Each statistic except the prior is made from `table` when it is read, because making all of them at
+    every call would take longer than computing those of a small batch.
 
     Attributes:
-        count: int64, valid rollouts (trajectories) of the group.
-        mean: float64, reward units.
-        var: float64, reward units squared, ddof = 1; 0 for a single rollout.
-        prior: float64, reward units, as given; None without a prior.
-        baseline: float64, reward units.
-        mse: float64, reward units squared, of the baseline: v05's plug-in estimate, or the variance of calibrated's posterior.
-        weight: float64 in [0, 1], what the group mean weighs against the prior (v05).
-        statistic: float64, T = k d^2 of the test "the prior is right"; it stands while T <= 1. NaN without a prior (v05).
-        p_value: float64, of T under chi-square with one degree of freedom; a diagnostic, computed when it is asked for (v05).
-        hallucination: float64 in [0, 1], probability that the prior says nothing of this group (calibrated).
-        take_more: bool, the method's budget rule would buy another rollout (v05, calibrated, optimal).
-        nonfinite: int64, NaN or infinite rewards of the group, left out.
-        clipped: int64, rewards and priors of the group clipped to `reward_range` (CUDA only; on the CPU they are an error).
-        table: float64, (11, G): the columns of `STATISTICS`. Those that the method does not define hold anything.
-        method_baseline: the `v05.methods.Baseline`, which says what those are.
+        count: int64, the number of valid rollouts (trajectories) of the group.
+        mean: float64, mean reward in reward units.
+        var: float64, variance of the rewards in reward units squared, ddof = 1; 0 for a single rollout.
+        prior: float64, the prior as given, in reward units; None without a prior.
+        baseline: float64, in reward units.
+        mse: float64, estimated squared error of the baseline in reward units squared: the plug-in estimate of "v05", or the
+            posterior variance of the success rate ("calibrated", "optimal").
+        weight: float64 in [0, 1], the weight of the group mean against the prior ("v05").
+        statistic: float64, the statistic T = k d^2 of the test whether the prior is right ("v05"). The prior is kept while T <= 1.
+            NaN without a prior.
+        p_value: float64, the p-value of T under a chi-square distribution with one degree of freedom ("v05"). A diagnostic.
+        hallucination: float64 in [0, 1], the probability that the prior is uninformative about this group ("calibrated",
+            "optimal").
+        take_more: bool, whether the method's budget rule asks for another rollout ("v05", "calibrated", "optimal").
+        nonfinite: int64, the number of NaN or infinite rewards, which are excluded.
+        clipped: int64, the number of rewards and priors that were clipped to `reward_range`. Always 0 on the CPU, where such a
+            value is an error.
+        table: float64, (11, G), the rows of `STATISTICS`. Rows that the method does not define have arbitrary values.
+        method_baseline: the number of the method's `v05.methods.Baseline`, which decides what statistics are defined.
     """
 
     prior: torch.Tensor | None
@@ -121,12 +125,12 @@ class AdvantageStats:
         return self.table[COLUMN[name]] if name in DEFINED.get(self.method_baseline, ()) else None
 
 
-# An exported program may return one, and be saved.
+# So that an exported program can return one and be saved.
 torch.export.register_dataclass(AdvantageStats, serialized_type_name="v05.ops.AdvantageStats")
 
 
 def undefined_columns(baseline: int) -> list[int]:
-    """The columns that no method of this baseline defines."""
+    """The places in `STATISTICS` of the statistics that methods with this baseline do not define."""
     defined = DEFINED.get(baseline, ())
     return [COLUMN[name] for name in SOME_DEFINE if name not in defined]
 
@@ -136,7 +140,12 @@ def empty_table(groups: int, device: torch.device) -> torch.Tensor:
 
 
 class AdvantageOutput(NamedTuple):
-    """`advantages` in the requested layout and dtype; `stats`, or None when they were not asked for."""
+    """The result of `fused_advantage`.
+
+    Attributes:
+        advantages: (N,), (N, T) or (total_tokens,) in the requested dtype, reward units unless a scale divides them.
+        stats: the statistics of each group; None with stats=False.
+    """
 
     advantages: torch.Tensor
     stats: AdvantageStats | None
