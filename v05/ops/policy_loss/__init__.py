@@ -1,4 +1,4 @@
-"""`policy_loss`: log-probabilities and the advantages of rollouts in, the loss, its figures and its gradient out, in one pass."""
+"""`policy_loss` computes a policy-gradient loss, its gradient and its figures from log-probabilities and advantages in one pass."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ _NO_IMPORTANCE = (0, False, math.inf, 0.0)
 
 
 class LossFigures(NamedTuple):
-    """What to watch, float64 without a dimension each, on the loss's device. NaN where it is not defined, without tokens too.
+    """Figures to monitor: float64 scalars on the loss's device, as means over the tokens that count unless stated otherwise.
+
+    A figure is NaN if it is not defined, for example because no token counts or no sampler is given.
 
     Attributes:
-        tokens: how many count. All but `kl` are means over them.
-        kl: what the reference adds to the loss, before its coefficient.
-        clip_fraction: of tokens whose ratio the clip held; under CISPO, whose ratio is out of bounds.
-        dual_clip_fraction: of tokens that the dual clip held.
-        ratio: new probability over old.
-        approx_kl: old log-probability less new, nats; an estimate of the divergence from the old policy.
+        tokens: the number of tokens that count.
+        kl: the estimated divergence from the reference in nats, weighted like the loss, before `kl_coefficient`.
+        clip_fraction: the share of tokens where the clip changed the loss; under "cispo", where the ratio is out of bounds.
+        dual_clip_fraction: the share of tokens where the dual clip changed the loss.
+        ratio: the new probability over the old one.
+        approx_kl: the old log-probability minus the new one in nats, an estimate of the divergence from the old policy.
         importance: the importance weight.
-        beyond_fraction: of tokens whose importance ratio was beyond the bounds.
-        mismatch: absolute difference of the old policy's log-probability and the sampler's, nats.
+        beyond_fraction: the share of tokens whose importance ratio was out of bounds.
+        mismatch: the absolute difference between the log-probabilities of the old policy and of the sampler, in nats.
     """
 
     tokens: torch.Tensor
@@ -46,7 +48,12 @@ class LossFigures(NamedTuple):
 
 
 class PolicyLoss(NamedTuple):
-    """`loss`, float32 without a dimension, to be differentiated by the log-probabilities; and its `figures`."""
+    """The result of `policy_loss`.
+
+    Attributes:
+        loss: float32 scalar, differentiable in the log-probabilities.
+        figures: figures to monitor, without a gradient.
+    """
 
     loss: torch.Tensor
     figures: LossFigures
@@ -74,42 +81,61 @@ def policy_loss(
     kl_estimator: KlEstimator = "k3",
     backend: Literal["torch", "triton"] | None = None,
 ) -> PolicyLoss:
-    """The policy-gradient loss of N rollouts, from one advantage a rollout.
+    """The policy-gradient loss of N rollouts from log-probabilities and one advantage per rollout.
 
-    Advantages stay (N,): a token reads its rollout's inside the kernel. The loss, its gradient and its figures come out of one pass
-    over the tokens, on CUDA of one launch when `weights` are given; the backward pass is one multiplication. Nothing synchronises.
-    torch.compile(fullgraph=True) takes the call whole, as the registered operator `v05::policy_loss`.
+    Advantages keep the shape (N,): the kernel reads a token's advantage from its rollout. The loss, its gradient and its figures
+    are computed in one pass over the tokens, which on CUDA is one launch if `weights` are given. The backward pass is one
+    multiplication. Nothing synchronises. torch.compile(fullgraph=True) accepts the call as one registered operator,
+    `v05::policy_loss`.
 
-    Log-probabilities are in nats, (N, T) with a mask or (total_tokens,) with cu_seqlens, all alike; they are read as float32. A
-    log-ratio beyond 20 in size counts as 20 and passes no gradient.
+    Log-probabilities are in nats and are read as float32. All have the same shape: (N, T) with `mask`, or (total_tokens,) with
+    `cu_seqlens`. A log-ratio with an absolute value above 20 counts as 20 (or -20) and has no gradient.
 
     Args:
-        logprob: of the policy in training. The gradient goes to this one alone.
-        old_logprob: of the policy that the ratio is taken to: as before the step's first update.
-        advantages: (N,), one a rollout, as `fused_advantage` gives them without a layout.
-        mask: (N, T) of bool or integers, 1 for the tokens that count. What stands elsewhere is not looked at. Exactly one of `mask`
-            and `cu_seqlens`.
-        cu_seqlens: (N + 1,) integers from 0 to total_tokens: rollout i has the tokens cu_seqlens[i] .. cu_seqlens[i + 1] - 1.
-        loss: a name of `LOSSES`, which says what is done to the ratio and gives the defaults of the next four.
-        clip_low, clip_high: the ratio is held between 1 - clip_low and 1 + clip_high.
-        clip_dual: the largest ratio of a negative advantage (dual clip, arXiv 1912.09729); infinite: none.
-        aggregation: how tokens and rollouts make up the batch's loss, see `loss_weights`.
-        group_offsets: (G + 1,), to weigh prompts alike and not rollouts, see `loss_weights`.
-        length: what aggregation "constant" (Dr. GRPO) divides by.
-        weights: (N,) weights of a rollout's tokens, as `loss_weights` makes them; in place of the last three. For micro-batches:
-            weights of the whole batch, so that the micro-batches' losses add up to its loss.
-        sampler_logprob: of the policy that sampled, where that is not quite the old one (another engine, a stale step): every token
-            is weighed by `importance`.
-        importance: the bounds and the level of these weights; None is `Importance()`, and without `sampler_logprob` no weights.
-        reference_logprob: of a reference, from which the policy is held back by `kl_coefficient` times the divergence.
-        kl_estimator: "k1", "k2" or "k3" of joschu.net/blog/kl-approx.html; the last is GRPO's.
-        backend: "torch" or "triton"; None goes by device. "triton" on CPU tensors needs TRITON_INTERPRET=1.
+        logprob: log-probabilities of the sampled tokens under the policy in training. Only they receive a gradient.
+        old_logprob: the same under the old policy, which is the denominator of the ratio: usually the policy before the step's
+            first update.
+        advantages: (N,) floats, one per rollout, as `fused_advantage` returns them without `response_mask` and `cu_seqlens`.
+        mask: (N, T) bool or integers, 1 for the tokens that count. Log-probabilities of the other tokens are not used. Give exactly
+            one of `mask` and `cu_seqlens`.
+        cu_seqlens: (N + 1,) integers that rise from 0 to total_tokens. Rollout i has the tokens
+            cu_seqlens[i] .. cu_seqlens[i + 1] - 1.
+        loss: a name in `LOSSES`. It chooses the formula and the defaults of `clip_low`, `clip_high`, `clip_dual` and `aggregation`.
+        clip_low, clip_high: the ratio is clipped to between 1 - clip_low and 1 + clip_high.
+        clip_dual: the largest ratio for a negative advantage (dual clip, arXiv 1912.09729). math.inf means no dual clip.
+        aggregation: how the losses of tokens add up to the loss of the batch, see `loss_weights`.
+        group_offsets: (G + 1,) integers. With them prompts have equal weight, otherwise rollouts have; see `loss_weights`.
+        length: the divisor of aggregation "constant" (Dr. GRPO).
+        weights: (N,) floats, the weight of each token of a rollout, as `loss_weights` returns it. Give them in place of
+            `aggregation`, `group_offsets` and `length`. For micro-batches pass the weights of the whole batch, so that the losses
+            of the micro-batches add up to the loss of the batch.
+        sampler_logprob: log-probabilities under the policy that sampled, if it is not exactly the old policy (another inference
+            engine, or an older step). The loss of each token is then multiplied by an importance weight.
+        importance: bounds and level of the importance weights. None is `Importance()`. Requires `sampler_logprob`.
+        reference_logprob: log-probabilities under a reference policy. Adds `kl_coefficient` times the divergence from it.
+        kl_coefficient: at least 0. A value above 0 requires `reference_logprob`.
+        kl_estimator: the estimator of that divergence: "k1", "k2" or "k3" (http://joschu.net/blog/kl-approx.html). GRPO uses "k3".
+        backend: "torch" or "triton"; None chooses by device. "triton" on CPU tensors needs TRITON_INTERPRET=1.
 
     Returns:
-        `loss` and `figures`.
+        `loss`, a float32 scalar, and `figures`.
 
     Raises:
-        ValueError: names the argument, the shape or value seen and the remedy. A value that is not finite spreads to the loss.
+        ValueError: an argument is invalid. The message names the argument, the shape or value seen and the remedy. Non-finite
+            values are not an error: they make the loss non-finite. On CUDA the values of `cu_seqlens` are not checked.
+
+    Example:
+        >>> old_logprob = torch.tensor([[-1.0, -2.0], [-0.5, 0.0]])
+        >>> logprob = old_logprob.clone().requires_grad_()
+        >>> mask = torch.tensor([[1, 1], [1, 0]])
+        >>> out = policy_loss(logprob, old_logprob, torch.tensor([1.0, -2.0]), mask=mask, loss="grpo")
+        >>> out.loss.item()  # the mean over rollouts of -1 and 2
+        0.5
+        >>> out.loss.backward()
+        >>> logprob.grad.tolist()
+        [[-0.25, -0.25], [1.0, 0.0]]
+
+    Source: the papers that `LOSSES` names for each loss.
     """
     row = LOSSES[choice("loss", loss, LOSSES)]
     device = logprob.device
@@ -122,7 +148,7 @@ def policy_loss(
             _lengths(tokens), aggregation=aggregation or row.aggregation, group_offsets=group_offsets, length=length
         )
     elif not (aggregation is None and group_offsets is None and length is None):
-        raise ValueError("weights: aggregation, group_offsets and length would make others; leave them out, or the weights")
+        raise ValueError("weights: aggregation, group_offsets and length are replaced by weights; leave out those, or weights")
     rollouts = Rollouts(_floats("advantages", advantages, (n,), device), _floats("weights", weights, (n,), device))
     options = Options(
         int(row.surrogate),
@@ -183,7 +209,7 @@ def _refuse_disorder(cu_seqlens: torch.Tensor, total: int) -> None:
 
 
 def _lengths(tokens: Tokens) -> torch.Tensor:
-    """(N,) how many tokens count."""
+    """(N,) number of tokens that count."""
     if tokens.mask is not None:
         return (tokens.mask == 1).sum(-1)
     assert tokens.cu_seqlens is not None
@@ -207,7 +233,7 @@ def _above_one(name: str, value: float) -> float:
 def _importance_numbers(importance: Importance | None, sampler: torch.Tensor | None) -> tuple[int, bool, float, float]:
     if sampler is None:
         if importance is not None:
-            raise ValueError("importance: nothing to weigh by; give sampler_logprob too")
+            raise ValueError("importance: needs sampler_logprob to compute its weights; give that too")
         return _NO_IMPORTANCE
     chosen = importance or Importance()
     return 1 if chosen.level == "token" else 2, chosen.beyond == "mask", chosen.cap, chosen.floor
@@ -217,6 +243,6 @@ def _kl_numbers(reference: torch.Tensor | None, coefficient: float, estimator: s
     coefficient = nonnegative("kl_coefficient", coefficient)
     if reference is None:
         if coefficient:
-            raise ValueError(f"kl_coefficient={coefficient}: nothing to diverge from; give reference_logprob too")
+            raise ValueError(f"kl_coefficient={coefficient}: needs reference_logprob; give that too")
         return 0, 0.0
     return KL_ESTIMATORS[choice("kl_estimator", estimator, KL_ESTIMATORS)], coefficient

@@ -1,9 +1,9 @@
-"""What computes: torch on the CPU, one Triton launch on a GPU. Both give the loss, its gradient and its figures at once.
+"""The backends: torch on the CPU and one Triton launch on a GPU. Both are called as
 
     backend(tokens, rollouts, options) -> loss, gradient, figures
 
-Everything is checked, contiguous and on one device. The gradient is that of the loss by each token's log-probability: what a
-backward pass multiplies by the number that comes down to it.
+Their arguments have been checked, are contiguous and are on one device. The gradient is the derivative of the loss with respect to
+each token's log-probability. A backward pass multiplies it by the upstream gradient, a scalar.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from v05.ops.policy_loss.losses import Surrogate
 
-FARTHEST = 20.0  # a log-ratio beyond it counts as this, without gradient; verl's bound, far from what any loss keeps
+FARTHEST = 20.0  # log-ratios are clipped to it, without a gradient; verl's bound, far beyond what any loss keeps
 FIGURES = (
     "tokens",
     "kl",
@@ -30,36 +30,36 @@ FIGURES = (
 
 
 class Tokens(NamedTuple):
-    """(tokens,) packed or (N, T) padded, float32 each."""
+    """Log-probabilities of tokens, float32: (tokens,) packed or (N, T) padded."""
 
     logprob: torch.Tensor
     old: torch.Tensor
     sampler: torch.Tensor | None
     reference: torch.Tensor | None
-    mask: torch.Tensor | None  # (N, T) of any integer dtype or bool: 1 for the tokens that count; None of packed tokens
-    cu_seqlens: torch.Tensor | None  # (N + 1,) int64 of packed tokens
+    mask: torch.Tensor | None  # (N, T) bool or integers, 1 for the tokens that count; None if packed
+    cu_seqlens: torch.Tensor | None  # (N + 1,) int64; None if padded
 
 
 class Rollouts(NamedTuple):
-    """(N,) float32 each: advantages, and weights of their tokens."""
+    """(N,) float32 each: the advantages of rollouts, and the weights of their tokens."""
 
     advantages: torch.Tensor
     weights: torch.Tensor
 
 
 class Options(NamedTuple):
-    """A row of `LOSSES`, importance weights and the KL term as numbers, in the order of the operator's schema."""
+    """The loss, the importance weights and the KL term as numbers, in the order of the operator's schema."""
 
     surrogate: int
-    of_sequence: bool  # the ratio
+    of_sequence: bool  # whether a rollout's tokens share one ratio
     clip_low: float
     clip_high: float
     clip_dual: float
-    importance: int  # 0: none; 1: of tokens; 2: of sequences
+    importance: int  # 0: none; 1: by token; 2: by sequence
     masks_beyond: bool
     cap: float
     floor: float
-    kl: int  # 0: none, else of KL_ESTIMATORS
+    kl: int  # 0: none; else a number of KL_ESTIMATORS
     kl_coefficient: float
 
 
@@ -68,7 +68,7 @@ Backend: TypeAlias = Callable[[Tokens, Rollouts, Options], Results]
 
 
 class _Layout:
-    """How tokens and rollouts go together."""
+    """The mapping between tokens and rollouts of a padded or packed batch."""
 
     def __init__(self, tokens: Tokens) -> None:
         self.inside: torch.Tensor | None = None
@@ -81,11 +81,11 @@ class _Layout:
         self._rollout_of = torch.repeat_interleave(lengths, output_size=len(tokens.logprob))
 
     def of_tokens(self, values: torch.Tensor) -> torch.Tensor:
-        """(N,) values where their rollouts' tokens are."""
+        """Each rollout's value of (N,) values, in a shape that broadcasts with its tokens."""
         return values[self._rollout_of] if self.inside is None else values[:, None]
 
     def counted(self, values: torch.Tensor) -> torch.Tensor:
-        """The tokens' values, 0 outside the mask."""
+        """The values of tokens, with 0 outside the mask."""
         return values if self.inside is None else torch.where(self.inside, values, 0.0)
 
     def of_rollouts(self, values: torch.Tensor) -> torch.Tensor:
@@ -95,12 +95,12 @@ class _Layout:
         return values.new_zeros(self._rollouts).index_add_(0, self._rollout_of, values)
 
     def lengths(self, like: torch.Tensor) -> torch.Tensor:
-        """(N,) how many tokens count."""
+        """(N,) number of tokens that count."""
         return self.of_rollouts(torch.ones_like(like))
 
 
 def run_torch(tokens: Tokens, rollouts: Rollouts, options: Options) -> Results:
-    """On any device."""
+    """Compute with torch, on any device."""
     layout = _Layout(tokens)
     difference = layout.counted(tokens.logprob - tokens.old)
     advantage, weight = layout.of_tokens(rollouts.advantages), layout.counted(layout.of_tokens(rollouts.weights))
@@ -139,7 +139,7 @@ def _total(layout: _Layout, values: torch.Tensor) -> torch.Tensor:
 def _surrogate(
     logprob: torch.Tensor, log_ratio: torch.Tensor, advantage: torch.Tensor, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, its slope by the token's log-probability, whether clipped, whether by the dual clip, ratio) of tokens."""
+    """For each token: (loss, its slope in the log-probability, whether clipped, whether dual-clipped, ratio)."""
     ratio = log_ratio.clamp(-FARTHEST, FARTHEST).exp()
     lowest, highest = 1 - options.clip_low, 1 + options.clip_high
     below, above = ratio < lowest, ratio > highest
@@ -157,7 +157,7 @@ def _surrogate(
 
 
 def _importance(log_ratio: torch.Tensor, options: Options) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weights, which are beyond the bounds) by the log-ratio of the old policy to the sampler's."""
+    """(weights, whether out of bounds) from the log-ratio of the old policy to the sampler."""
     ratio = log_ratio.clamp(-FARTHEST, FARTHEST).exp()
     beyond = (ratio > options.cap) | (ratio < options.floor)
     if options.masks_beyond:
@@ -166,7 +166,7 @@ def _importance(log_ratio: torch.Tensor, options: Options) -> tuple[torch.Tensor
 
 
 def _kl(difference: torch.Tensor, estimator: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(estimate, its slope by the token's log-probability) of the divergence from a reference; reference less policy is given."""
+    """(estimated divergence, its slope in the policy's log-probability) from the reference's log-probability minus the policy's."""
     if estimator == 1:
         return -difference, torch.ones_like(difference)
     if estimator == 2:

@@ -1,7 +1,6 @@
-"""The loss as a registered operator, `v05::policy_loss`, with its backward pass: what torch.compile takes whole.
+"""The loss as a registered operator, `v05::policy_loss`, with its backward pass. torch.compile does not trace into it.
 
-The schema is flat, because an operator takes tensors and numbers: the fields of `Tokens`, `Rollouts` and `Options` stand in it in
-their own order.
+An operator takes only tensors and numbers, so its schema lists the fields of `Tokens`, `Rollouts` and `Options`, in their order.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _TOKENS, _ROLLOUTS = len(Tokens._fields), len(Rollouts._fields)
 
 
 def call_operator(tokens: Tokens, rollouts: Rollouts, options: Options, backend: str) -> Results:
-    """Loss, its gradient by the log-probabilities, figures; of these the loss can be differentiated."""
+    """(loss, its gradient in the log-probabilities, figures). Only the loss is differentiable."""
     results: Results = torch.ops.v05.policy_loss(*tokens, *rollouts, *options, backend)
     return results
 

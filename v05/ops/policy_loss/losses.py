@@ -1,8 +1,7 @@
-"""The table of policy losses: what each does to a token's probability ratio, and what its paper prescribes beside; and the weights
-by which truncated importance sampling makes up for an engine's own policy.
+"""The table of policy losses, and `Importance`, the settings of importance weights.
 
-A loss is a row of data, not code. With d the log-ratio of a token, new over old, or the mean of its rollout's ("sequence"),
-r = exp(d), and A the rollout's advantage, a token's loss is
+A loss is a row of data, not code. Let d be the log-ratio of a token's new probability to its old one, or with ratio "sequence" the
+mean of d over the rollout's tokens. Let r = exp(d), and let A be the rollout's advantage. The loss of a token is then
 
     CLIPPED   -A min(r, 1 + clip_high)                    where A >= 0,
               -A min(max(r, 1 - clip_low), clip_dual)     where A < 0
@@ -25,7 +24,7 @@ KlEstimator = Literal["k1", "k2", "k3"]
 
 
 class Surrogate(IntEnum):
-    """What a loss does to the ratio. The numbers are shared with `kernels/policy_loss/kernel.py`."""
+    """The formula of a token's loss, see above. `kernels/policy_loss/kernel.py` has the same numbers."""
 
     CLIPPED = 0
     WEIGHTED = 1
@@ -33,13 +32,15 @@ class Surrogate(IntEnum):
 
 @dataclass(frozen=True)
 class Loss:
-    """A row of the table.
+    """A row of the table `LOSSES`: a formula, and the settings that its paper prescribes.
 
     Attributes:
-        ratio: whose log-ratio a token has, its own or its rollout's mean.
-        clip_low, clip_high: the ratio is held between 1 - clip_low and 1 + clip_high, as the formulas above say.
-        clip_dual: the largest ratio of a negative advantage; infinite: none.
-        aggregation: of tokens and rollouts to the batch's loss (`loss_weights`).
+        name: the name for `policy_loss(loss=...)`.
+        surrogate: which formula above.
+        ratio: "token" if each token has its own log-ratio, "sequence" if all tokens have the mean of their rollout.
+        clip_low, clip_high: the ratio is clipped to between 1 - clip_low and 1 + clip_high.
+        clip_dual: the largest ratio for a negative advantage; math.inf for no limit.
+        aggregation: how the losses of tokens add up to the loss of the batch (`loss_weights`).
         source: the paper.
     """
 
@@ -65,23 +66,26 @@ LOSSES: Mapping[str, Loss] = {
         Loss("cispo", Surrogate.WEIGHTED, "token", 1.0, 4.0, math.inf, "token", "arXiv 2506.13585"),
     )
 }
-KL_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}  # shared by number with kernels/policy_loss/kernel.py; 0 is none
+KL_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}  # kernels/policy_loss/kernel.py has the same numbers; 0 is no KL term
 
 
 @dataclass(frozen=True)
 class Importance:
-    """Weights of tokens that make up for an engine whose policy is not quite the trainer's (another precision, a stale step):
-    the old policy's probability over the sampler's, of a token or of a whole rollout, held within bounds.
+    """Bounds and level of importance weights, which correct for tokens that were sampled by a slightly different policy.
+
+    The policy of an inference engine can differ from the trainer's, for example in precision or because it is a few steps old. The
+    importance weight is the old policy's probability over the sampler's, of a token or of a whole rollout, within bounds.
 
     Attributes:
-        cap, floor: the bounds; "truncate" takes the nearer one, "mask" leaves out what is beyond them.
-        level: "token" weighs each token by its own ratio (less noise, some bias), "sequence" all tokens of a rollout by their
-            product.
+        cap, floor: the bounds of the ratio, dimensionless, at least 0.
+        level: "token" weighs each token by its own ratio, which has less noise and some bias. "sequence" weighs all tokens of a
+            rollout by the product of their ratios.
+        beyond: for ratios out of bounds, "truncate" uses the nearer bound, "mask" uses the weight 0.
 
-    Truncated importance sampling at token and sequence level is TRL's and verl's; "mask" is TRL's mask and verl's IcePop.
+    TRL and verl have truncation at both levels. "mask" corresponds to the masking mode of TRL and to IcePop in verl.
 
     Raises:
-        ValueError: a field is not one of these, or floor is above cap.
+        ValueError: a field has an unknown value, or floor is above cap.
     """
 
     cap: float = 2.0

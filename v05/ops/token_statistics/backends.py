@@ -1,4 +1,4 @@
-"""What passes over logits: the C++ core on the CPU, Triton on a GPU."""
+"""The backends that read logits: the C++ core on the CPU, Triton on a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from v05.ops.token_statistics.sums import Made, statistics
 
 
 class Backend(NamedTuple):
-    """What computes: functions as `cpu.py` and `sums.py` have them, where is said what they do."""
+    """The functions of a backend. `cpu.py` describes `add_up` and `write_gradient`, `sums.py` describes `statistics`."""
 
     add_up: Callable[[torch.Tensor, Targets, float, torch.Tensor], None]
     statistics: Callable[[torch.Tensor, torch.Tensor, float], Made]
@@ -25,7 +25,7 @@ BACKEND_OF_DEVICE = {"cpu": "cpu", "cuda": "triton"}
 
 
 def backend_for(name: str | None, device: torch.device) -> Backend:
-    """The backend of that name, or of the device. ValueError where it cannot run there."""
+    """The backend called `name`, or the device's own for None. A ValueError if it cannot run on the device."""
     own = BACKEND_OF_DEVICE.get(device.type)
     if own is None:
         raise ValueError(f"logits: device {device} has no backend; move the tensors to one of {', '.join(BACKEND_OF_DEVICE)}")
@@ -33,6 +33,6 @@ def backend_for(name: str | None, device: torch.device) -> Backend:
         raise ValueError(f"backend='cpu' needs CPU tensors, got {device}")
     if (name or own) == "cpu":
         return Backend(cpu.add_up, statistics, cpu.write_gradient)
-    from v05.kernels.token_statistics import launch  # imports Triton, which only this needs
+    from v05.kernels.token_statistics import launch  # imports Triton
 
     return Backend(launch.add_up, launch.statistics, launch.write_gradient)

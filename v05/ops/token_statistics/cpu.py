@@ -1,6 +1,4 @@
-"""The passes over logits on the CPU, by the C++ core (`csrc/tokens`), which reads float32; other dtypes are widened a block of rows
-at a time.
-"""
+"""The CPU backend: the C++ core (`csrc/tokens`) reads float32 logits. Other dtypes are widened one block of rows at a time."""
 
 from __future__ import annotations
 
@@ -11,11 +9,11 @@ import torch
 from v05 import _core
 from v05.ops.token_statistics.inputs import Targets, Upstream
 
-BLOCK_ELEMENTS = 1 << 18  # 1 MiB of float32, which stays in cache
+BLOCK_ELEMENTS = 1 << 18  # 1 MiB of float32, which fits in the cache
 
 
 def add_up(logits: torch.Tensor, targets: Targets, temperature: float, out: torch.Tensor) -> None:
-    """Write the sums of `sums.py`, (SUMS, tokens) float32; not of tokens that are ignored.
+    """Write the sums that `sums.py` defines into `out`, (SUMS, tokens) float32. Columns of ignored tokens are not written.
 
     Args:
         logits: (tokens, V) or (N, T, V), each row contiguous.
@@ -29,8 +27,9 @@ def add_up(logits: torch.Tensor, targets: Targets, temperature: float, out: torc
 
 
 def write_gradient(logits: torch.Tensor, targets: Targets, upstream: Upstream, temperature: float, out: torch.Tensor) -> None:
-    """Write the gradient of the logits into `out`, of their shape, which may be the logits themselves. A token whose upstream
-    gradients are 0 has a gradient of 0, whatever its logits are.
+    """Write the gradient of the logits into `out`, which has their shape and may be the logits themselves.
+
+    A token whose upstream gradients are 0 has a gradient of 0, whatever its logits are.
     """
     ids, (state, of_logprob, of_entropy) = targets.ids.contiguous(), upstream
     for (x, first_token, tokens), (to, _, _) in zip(_blocks(logits), _blocks(out), strict=True):
@@ -51,17 +50,17 @@ def write_gradient(logits: torch.Tensor, targets: Targets, upstream: Upstream, t
 
 
 def _rows(logits: torch.Tensor) -> tuple[int, int, int, int]:
-    """Where rows lie, as the core is told: address, tokens of a sequence, strides of a sequence and of a token."""
+    """The layout of rows for the core: address, tokens of a sequence, strides of a sequence and of a token in elements."""
     length = logits.shape[-2]
     return logits.data_ptr(), max(length, 1), 0 if logits.ndim == 2 else logits.stride(0), logits.stride(-2)
 
 
 def _blocks(logits: torch.Tensor) -> Iterator[tuple[torch.Tensor, int, int]]:
-    """(rows, the first of their tokens, their number): all of float32 logits, else blocks of them."""
+    """Yield (block, its first token, its number of tokens). Float32 logits are one block."""
     sequences = logits if logits.ndim == 3 else logits[None]
     outer, length, columns = sequences.shape
     most = outer * length if logits.dtype == torch.float32 else max(BLOCK_ELEMENTS // columns, 1)
-    whole = max(most // max(length, 1), 1)  # sequences of a block
+    whole = max(most // max(length, 1), 1)  # sequences in a block
     for sequence in range(0, outer, whole):
         for token in range(0, length, max(most, 1)):
             block = sequences[sequence : sequence + whole, token : token + most]

@@ -1,4 +1,4 @@
-"""What the call was given, checked: shapes, dtypes, devices, and on the CPU the values of targets."""
+"""Checks of the arguments: shapes, dtypes, devices and, on the CPU, the values of targets."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 
 from v05.arguments import integer, real, shown
 
-IGNORED = -100  # the target of a token that counts in nothing, as for torch.nn.functional.cross_entropy
+IGNORED = -100  # the target of an ignored token, as in torch.nn.functional.cross_entropy
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Targets(NamedTuple):
-    """Token ids of the whole vocabulary, int64, or IGNORED; `first` is the id of the first column of the logits at hand."""
+    """int64 ids of the whole vocabulary, or IGNORED, and `first`, the id of the first column of this rank's logits."""
 
     ids: torch.Tensor
     first: int
 
 
 class Upstream(NamedTuple):
-    """What reaches the tokens from above: gradients of their statistics, float32; and their state (`sums.py`), (STATE, tokens)."""
+    """Float32 inputs of the backward pass: the state of tokens (`sums.py`), (STATE, tokens), and upstream gradients, (tokens,)."""
 
     state: torch.Tensor
     of_logprob: torch.Tensor
@@ -36,24 +36,24 @@ def read_temperature(temperature: float) -> float:
 
 
 def read_chunk(chunk: int | None) -> int:
-    """0 where the op is to choose."""
+    """The chunk, or 0 if the op chooses it."""
     return 0 if chunk is None else integer("chunk", chunk, 1)
 
 
 def read_targets(targets: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """int64, one a row of the logits or hidden states `tokens`, and on their device."""
+    """int64 targets, one for each row of `tokens` (logits or hidden states), on their device."""
     shape, device = tokens.shape[:-1], tokens.device
     if not isinstance(targets, torch.Tensor) or targets.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"targets: {_seen(targets)}; give a tensor of int64 token ids, {IGNORED} where a token is ignored")
     if targets.shape != shape:
         raise ValueError(f"targets: shape {tuple(targets.shape)} for tokens of shape {tuple(shape)}; give one id a token")
     if targets.device != device:
-        raise ValueError(f"targets: on {targets.device}, the tokens on {device}; move them there")
+        raise ValueError(f"targets: on {targets.device}, but the logits are on {device}; move the targets there")
     return targets.long()
 
 
 def read_logits(logits: torch.Tensor) -> torch.Tensor:
-    """(tokens, V) or (N, T, V), each row of V contiguous and apart from the others; a copy only where that must be made."""
+    """(tokens, V) or (N, T, V) logits whose rows are contiguous and do not overlap. Copies only if they are not."""
     refuse_dtype("logits", logits)
     if logits.ndim not in (2, 3) or logits.shape[-1] == 0:
         raise ValueError(f"logits: shape {tuple(logits.shape)}; give (tokens, V) or (N, T, V) with V of at least 1")
@@ -64,11 +64,11 @@ def read_logits(logits: torch.Tensor) -> torch.Tensor:
 
 
 def read_hidden(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """(tokens, H)."""
+    """(tokens, H) hidden states that match weight and bias."""
     refuse_dtype("hidden", hidden)
     refuse_dtype("weight", weight)
     if weight.ndim != 2 or 0 in weight.shape:
-        raise ValueError(f"weight: shape {tuple(weight.shape)}; give the (V, H) matrix that makes logits of hidden states")
+        raise ValueError(f"weight: shape {tuple(weight.shape)}; give the (V, H) matrix of the output layer")
     vocabulary, width = weight.shape
     if hidden.ndim == 0 or hidden.shape[-1] != width:
         raise ValueError(f"hidden: shape {tuple(hidden.shape)} for a weight of shape {tuple(weight.shape)}; give (tokens, {width})")
@@ -78,7 +78,7 @@ def read_hidden(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
             raise ValueError(f"bias: shape {tuple(bias.shape)}; give ({vocabulary},), one a row of weight")
     for name, tensor in {"weight": weight, "bias": bias}.items():
         if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{name}: on {tensor.device}, hidden on {hidden.device}; move it there")
+            raise ValueError(f"{name}: on {tensor.device}, but hidden is on {hidden.device}; move {name} there")
     return hidden.reshape(-1, width)
 
 
@@ -88,7 +88,7 @@ def refuse_dtype(name: str, tensor: torch.Tensor) -> None:
 
 
 def refuse_targets(targets: torch.Tensor, vocabulary: int) -> None:
-    """Of the CPU, where values can be looked at without waiting: ids that the vocabulary does not have."""
+    """Raise a ValueError for ids outside the vocabulary, on the CPU only: reading values of a GPU would synchronise."""
     if targets.is_cpu and targets.numel():
         outside = ((targets < 0) | (targets >= vocabulary)) & (targets != IGNORED)
         if outside.any():

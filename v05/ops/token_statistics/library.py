@@ -1,7 +1,7 @@
-"""The op as registered operators, which autograd, torch.compile and torch.export take whole.
+"""The op as registered operators, which autograd, torch.compile and torch.export do not trace into.
 
-Two make statistics, of logits and of hidden states, and two their gradients. An operator takes tensors, numbers and names, so a
-process group goes by its name.
+Two operators compute statistics, from logits and from hidden states, and two compute their gradients. An operator takes only
+tensors, numbers and strings, so a process group is passed by its name.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _LIBRARY.define(
 def of_logits(
     logits: torch.Tensor, targets: torch.Tensor, temperature: float, inplace_backward: bool, backend: str | None, group: str | None
 ) -> Made:
-    """Statistics, `nonfinite` and state, as `sums.statistics` makes them, through torch's dispatcher."""
+    """The results of `sums.statistics` for logits, through torch's dispatcher."""
     made: Made = torch.ops.v05.token_statistics(logits, targets, temperature, inplace_backward, backend, group)
     return made
 
@@ -57,7 +57,7 @@ def of_logits(
 def of_hidden_states(
     layer: Layer, targets: torch.Tensor, temperature: float, chunk: int, backend: str | None, group: str | None
 ) -> Made:
-    """Likewise; targets may have any shape."""
+    """The results of `sums.statistics` for hidden states, through torch's dispatcher. Targets may have any shape."""
     made: Made = torch.ops.v05.linear_token_statistics(*layer, targets, temperature, chunk, backend, group)
     return made
 
@@ -138,7 +138,7 @@ def _run_linear_backward(
 
 
 def _in_memory(state: torch.Tensor, of_logprob: torch.Tensor, of_entropy: torch.Tensor | None) -> Upstream:
-    """One number a token in memory: an upstream gradient may be one number, expanded."""
+    """Contiguous upstream gradients, (tokens,): torch may pass one number, expanded."""
     return Upstream(state, of_logprob.flatten().contiguous(), None if of_entropy is None else of_entropy.flatten().contiguous())
 
 
@@ -177,7 +177,7 @@ def _backward(ctx: Any, *of_made: Gradient) -> tuple[Gradient, ...]:
         if ctx.in_place:
             gradient = logits.detach()
             _run_backward(gradient, *given, out=gradient)
-            torch.autograd.graph.increment_version(gradient)  # who else has kept the logits for a gradient is to notice
+            torch.autograd.graph.increment_version(gradient)  # so that torch refuses other backward passes that need the logits
         else:
             gradient = torch.ops.v05.token_statistics_backward(logits, *given)
     return gradient, *(None,) * 5
@@ -198,7 +198,7 @@ def _backward_linear(ctx: Any, *of_made: Gradient) -> tuple[Gradient, ...]:
 
 
 def _upstream(of_logprob: Gradient, of_entropy: Gradient) -> tuple[torch.Tensor, Gradient] | None:
-    """None where nothing reaches back."""
+    """(gradient of logprob, gradient of entropy or None), or None if there is neither."""
     if of_logprob is None:
         return None if of_entropy is None else (torch.zeros_like(of_entropy), of_entropy)
     return of_logprob, of_entropy

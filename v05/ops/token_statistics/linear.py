@@ -1,4 +1,4 @@
-"""From hidden states: the logits of one chunk of tokens at a time, made again for the gradient."""
+"""Statistics from hidden states. Logits are computed one chunk of tokens at a time, and again for the gradient."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from v05.ops.token_statistics.backends import Backend
 from v05.ops.token_statistics.inputs import IGNORED, Targets, Upstream
 from v05.ops.token_statistics.sums import SUMS
 
-# Bytes of a chunk's float32 logits where no chunk is given. On the CPU the matrix products want some hundred rows, and no more. On
-# a GPU every chunk reads and writes the whole gradient of the weight, which is to take less time than its product.
+# Bytes of the float32 logits of a default chunk. On the CPU, matrix products of a few hundred rows are already fast. On a GPU,
+# every chunk reads and writes the whole gradient of the weight, which should take less time than its product.
 CHUNK_BYTES = {"cpu": 1 << 26, "cuda": 1 << 29}
-# Products of half precision in float32, from torch 2.8 on; and added to a float32 matrix.
+# Whether torch can return half-precision products in float32 (2.8 and later), and add them to a float32 matrix (2.13 and later).
 _WIDE_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype_out")
 _WIDE_SUMS = _WIDE_PRODUCTS and Version(torch.__version__) >= Version("2.13.0")
 
 
 class Layer(NamedTuple):
-    """Hidden states (tokens, H) and the linear layer that makes logits of them, all in the dtype of the products."""
+    """Hidden states (tokens, H), and the weight (V, H) and bias (V,) of the output layer. `computed_in` gives them one dtype."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -29,13 +29,13 @@ class Layer(NamedTuple):
 
 
 def computed_in(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Layer:
-    """The layer in the dtype of its products: float32 on the CPU, that of the hidden states on a GPU."""
+    """The layer in the dtype of its products: float32 on the CPU, the dtype of the hidden states on a GPU."""
     dtype = torch.float32 if hidden.is_cpu else hidden.dtype
     return Layer(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def add_up(layer: Layer, targets: Targets, temperature: float, chunk: int, backend: Backend) -> torch.Tensor:
-    """(SUMS, tokens) of `sums.py`, which of ignored tokens say nothing."""
+    """The (SUMS, tokens) sums that `sums.py` defines. Columns of ignored tokens have arbitrary values."""
     tokens = targets.ids.shape[0]
     rows = _rows_where(targets.ids != IGNORED) if targets.ids.is_cpu else None
     layer, targets = layer._replace(hidden=_picked(layer.hidden, rows)), targets._replace(ids=_picked(targets.ids, rows))
@@ -56,7 +56,7 @@ def gradients(
     backend: Backend,
     needed: Sequence[bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Float32 gradients of hidden states, weight and bias, where needed; of this part of the vocabulary."""
+    """Float32 gradients of hidden states, weight and bias, None where not needed, from this rank's part of the vocabulary."""
     rows = None
     if targets.ids.is_cpu:
         moved = upstream.of_logprob != 0
@@ -75,7 +75,7 @@ def gradients(
     of_weight, of_bias = zeros(weight.shape, needed[1]), zeros(weight.shape[:1], needed[2])
     memory = None
     for part, logits in _chunks(layer, chunk):
-        if memory is None:  # the gradient lies where the logits lie, unless its products are of another dtype
+        if memory is None:  # the gradient overwrites the logits unless its products need another dtype
             memory = logits if logits.dtype == weight.dtype else torch.empty_like(logits, dtype=weight.dtype)
         gradient = memory[: logits.shape[0]]
         of_part = Upstream(state[part].t().contiguous(), of_logprob[part], None if of_entropy is None else of_entropy[part])
@@ -92,7 +92,7 @@ def gradients(
 
 
 def _chunks(layer: Layer, chunk: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The float32 logits of one chunk of tokens after another, in memory that they share."""
+    """Yield (tokens, float32 logits) of one chunk after another. All chunks share one buffer."""
     hidden, weight, bias = layer
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     chunk = chunk or max(CHUNK_BYTES[hidden.device.type] // (4 * vocabulary), 1)
@@ -108,7 +108,7 @@ def _chunks(layer: Layer, chunk: int) -> Iterator[tuple[slice, torch.Tensor]]:
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """Write a @ b into the float32 `out`; before torch 2.8 a product of half precision is rounded to it."""
+    """Write a @ b into the float32 `out`. Before torch 2.8 a half-precision product is first rounded to half precision."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif _WIDE_PRODUCTS:
@@ -118,7 +118,7 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _add_product(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor) -> None:
-    """Add a @ b to the float32 `total`; before torch 2.13 a product of half precision is rounded to it first."""
+    """Add a @ b to the float32 `total`. Before torch 2.13 a half-precision product is first rounded to half precision."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif _WIDE_SUMS:
@@ -128,7 +128,7 @@ def _add_product(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor) -> None:
 
 
 def _rows_where(wanted: torch.Tensor) -> torch.Tensor | None:
-    """The rows that are wanted; None if all are. It looks at values, for which a GPU would have to be waited for."""
+    """The rows that are wanted, or None if all are. It reads values, which would synchronise on a GPU."""
     return None if wanted.all() else wanted.nonzero()[:, 0]
 
 

@@ -1,4 +1,4 @@
-"""A vocabulary in equal shards over the ranks of a process group."""
+"""A vocabulary that is split in equal shards over the ranks of a process group."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 import torch
 import torch.distributed as dist
 
-_GROUPS: dict[str, dist.ProcessGroup] = {}  # what operators are told by name
+_GROUPS: dict[str, dist.ProcessGroup] = {}  # operators get a group's name
 
 
 def name_of(group: dist.ProcessGroup | None) -> str | None:
@@ -23,7 +23,7 @@ def group_of(name: str | None) -> dist.ProcessGroup | None:
 
 
 def first_of_shard(group: dist.ProcessGroup | None, size: int, device: torch.device) -> int:
-    """The id of the first token of this rank's shard. ValueError where the shards are not equal."""
+    """The id of the first token of this rank's shard. A ValueError if the shards have different sizes."""
     if group is None:
         return 0
     _refuse_unequal(group, size, device)
@@ -35,7 +35,7 @@ def size_of_vocabulary(group: dist.ProcessGroup | None, size: int) -> int:
 
 
 def gathered(sums: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """(shards, ...) of every rank, in order."""
+    """(shards, ...), the sums of every rank in rank order."""
     if group is None:
         return sums[None]
     world = dist.get_world_size(group)
@@ -46,7 +46,7 @@ def gathered(sums: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tenso
 
 @cache
 def _refuse_unequal(group: dist.ProcessGroup, size: int, device: torch.device) -> None:
-    """Once for a size, since a GPU has to be waited for."""
+    """A ValueError if the shards have different sizes. Cached for each size, because the check synchronises on a GPU."""
     sizes = gathered(torch.full((1,), size, dtype=torch.int64, device=device), group).flatten().tolist()
     if len(set(sizes)) > 1:
         raise ValueError(f"process_group: shards of {sizes} tokens of the vocabulary; pad it so that every rank has as many")

@@ -1,11 +1,11 @@
-"""The sums over the vocabulary that the statistics of a token are made of, and how they become statistics.
+"""The sums over the vocabulary from which a token's statistics are computed.
 
-With x a row of logits, y its target, T the temperature and m the largest logit, a (part of a) vocabulary is summed up by
+Let x be a row of logits, y its target, T the temperature and m the largest logit. The sums over a vocabulary, or a shard of it, are
 
     m,   s = sum of e^d,   a = sum of d e^d,   q = sum of e^2d,   x_y        where d = (x_v - m) / T
 
-The sums leave out the target, which is added at the end. So 1 - pi(y) = s / Z, and where the target is the most likely token
-log pi(y) = -log(1 + s): nothing cancels, however near 1 its probability is.
+The sums leave out the target, which is added at the end. Then 1 - pi(y) = s / Z, where Z is the sum with the target, and
+log pi(y) = -log(1 + s) if the target is the most likely token. So no digits cancel, however near 1 the target's probability is.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from v05.ops.token_statistics.inputs import IGNORED
 
 SUMS = 5  # m, s, a, q and x_y
 Made: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-STATE = 4  # what the gradient needs of a token beside its logits: m, 1 / Z, the mean of d, 1 - pi(y)
+STATE = 4  # numbers of a token that the gradient needs: m, 1 / Z, the mean of d, 1 - pi(y)
 
 
 def statistics(sums: torch.Tensor, ids: torch.Tensor, temperature: float) -> Made:
-    """(logprob, entropy, sum_pi_squared, nonfinite, state): of the shape of the ids, an int64 number, and (STATE, tokens).
+    """Return (logprob, entropy, sum_pi_squared, nonfinite, state).
+
+    The first three have the shape of `ids`, nonfinite is an int64 scalar, state is (STATE, tokens).
 
     Args:
-        sums: (shards, SUMS, tokens) float32; the shards of a vocabulary each have a maximum of their own.
+        sums: (shards, SUMS, tokens) float32. Each shard has its own maximum m.
         ids: int64, the targets.
     """
     largest, others, slopes, squares, target = _merged(sums, temperature)
@@ -43,12 +45,12 @@ def statistics(sums: torch.Tensor, ids: torch.Tensor, temperature: float) -> Mad
 
 
 def _merged(sums: torch.Tensor, temperature: float) -> torch.Tensor:
-    """(SUMS, tokens): those of all shards, relative to the largest maximum."""
+    """(SUMS, tokens), the sums over all shards, relative to the largest maximum."""
     if sums.shape[0] == 1:
         return sums[0]
     own, others, slopes, squares, target = sums.unbind(1)
     largest = own.amax(0)
-    shift = torch.where(own == -torch.inf, 0.0, (own - largest) / temperature)  # a shard that is masked whole adds nothing
+    shift = torch.where(own == -torch.inf, 0.0, (own - largest) / temperature)  # a shard with only -inf adds nothing
     scale = shift.exp()
     return torch.stack(
         (
