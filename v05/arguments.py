@@ -1,7 +1,7 @@
-"""What an argument may be: one rule for each kind, shared by the op, the allocator and the methods.
+"""Checks of arguments: one function for each kind of argument, shared by the ops, the allocator and the methods.
 
-A rule returns the argument as the Python or NumPy value that it stands for, or raises a ValueError that names the argument, the
-value seen and the remedy. NumPy's scalars and arrays without a dimension are the Python values that they hold.
+Each function returns the argument as a plain Python or NumPy value, or raises a ValueError that names the argument, the value seen
+and the remedy. NumPy scalars and zero-dimensional arrays are accepted in place of Python values.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _MASKED = np.ma.MaskedArray
 
 
 def shown(value: object) -> str:
-    """A value in a message, on one line; a long one is cut."""
+    """The value for use in a message: its repr on one line, cut to 80 characters."""
     try:
         text = " ".join(repr(value).split())
-    except ValueError:  # an integer of more digits than Python prints
+    except ValueError:  # Python refuses to print an integer of very many digits
         text = f"a {type(value).__name__} of very many digits"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def integer(name: str, value: Any, least: int = int(INT64.min), most: int = int(INT64.max)) -> int:
-    """An integer from `least` to `most`; True and False are none."""
+    """Accept an integer from `least` to `most`; refuse True and False."""
     given = _plain(value)
     if isinstance(given, int) and not isinstance(given, bool) and least <= given <= most:
         return given
@@ -38,7 +38,7 @@ def integer(name: str, value: Any, least: int = int(INT64.min), most: int = int(
 
 
 def real(name: str, value: Any) -> float:
-    """Any real number, infinite ones and NaN too; True and False are none."""
+    """Accept any real number, infinities and NaN included; refuse True and False."""
     number = _float(value)
     if number is None:
         raise _refusal(name, value, "a number")
@@ -46,7 +46,7 @@ def real(name: str, value: Any) -> float:
 
 
 def nonnegative(name: str, value: Any, otherwise: str = "") -> float:
-    """A finite number of at least 0. `otherwise` ends the message: what else may be given."""
+    """Accept a finite number of at least 0. `otherwise` ends the message with the alternatives to a number."""
     number = _float(value)
     if number is None or not 0 <= number < math.inf:
         raise _refusal(name, value, f"0 or more{otherwise}")
@@ -67,7 +67,7 @@ def choice(name: str, value: Any, choices: Collection[str]) -> str:
 
 
 def finite_range(name: str, value: Any) -> tuple[float, float]:
-    """(lowest, highest), both finite."""
+    """Accept a pair (lo, hi) of finite numbers with lo < hi."""
     try:
         low, high = value
     except (TypeError, ValueError):
@@ -79,11 +79,11 @@ def finite_range(name: str, value: Any) -> tuple[float, float]:
 
 
 def array(name: str, values: Any, wanted: str = "numbers", none_is_nan: bool = False) -> NDArray[Any]:
-    """An array of numbers, in a dtype of NumPy's that holds them; objects are the numbers that they stand for.
+    """Accept anything that NumPy can read as an array of numbers. Arrays of objects become bool, int64 or float64.
 
     Args:
-        wanted: what the message says to give.
-        none_is_nan: whether None stands for a number that is missing.
+        wanted: what the message tells the caller to give.
+        none_is_nan: whether None counts as NaN, a missing number.
     """
     given = any_array(name, values)
     if given.dtype.kind == "O":
@@ -94,12 +94,12 @@ def array(name: str, values: Any, wanted: str = "numbers", none_is_nan: bool = F
 
 
 def any_array(name: str, values: Any) -> NDArray[Any]:
-    """An array of any dtype; one whose mask would be ignored is refused."""
+    """Accept an array of any dtype; refuse masked arrays, because their masks would be ignored."""
     if isinstance(values, _MASKED):
-        raise ValueError(f"{name}: a masked array, whose mask would be ignored; give a plain one, as its filled() makes")
+        raise ValueError(f"{name}: a masked array, whose mask would be ignored; give a plain array, such as its filled() returns")
     try:
         return np.asarray(values)
-    except (TypeError, ValueError, RuntimeError) as error:  # ragged, or made of what NumPy cannot read
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged, or holds objects that NumPy cannot read
         raise ValueError(f"{name}: {error}; give a tensor or a rectangular array of numbers") from None
 
 
@@ -118,7 +118,7 @@ def _numbers(name: str, objects: NDArray[Any], wanted: str, none_is_nan: bool) -
 
 def _refusal(name: str, value: Any, wanted: str) -> ValueError:
     if hasattr(value, "is_cuda"):
-        return ValueError(f"{name}: a tensor, which would have to be waited for at every call; give a Python number")
+        return ValueError(f"{name}: a tensor, whose value every call would have to wait for; give a Python number")
     return ValueError(f"{name}={shown(value)}; give {wanted}")
 
 
@@ -133,6 +133,6 @@ def _float(value: Any) -> float | None:
 
 
 def _plain(value: Any) -> Any:
-    if type(value) is int:  # the most common, and asked for at every call of the op
+    if type(value) is int:  # a shortcut for the most common type
         return value
     return value.item() if isinstance(value, _NUMPY) and value.ndim == 0 else value

@@ -1,4 +1,4 @@
-"""Foreign text in messages: what a file, a server or a policy wrote is shown, and drives no terminal."""
+"""Untrusted text in messages. Text from a file, a server or a policy is shown without letting it control the terminal."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-# Control characters but for tab and line break; what turns the direction of text; separators that some terminals break lines at;
-# halves of surrogate pairs, which no terminal can be sent.
+# Control characters except tab and line break; marks that change the direction of text; separators at which some terminals break
+# lines; lone surrogates, which cannot be encoded.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-COLOUR = re.compile("\x1b\\[[0-9;?]*[ -/]*[@-~]")  # and all else that a terminal is told in that form
+COLOUR = re.compile("\x1b\\[[0-9;?]*[ -/]*[@-~]")  # and other control sequences of that form
 MOST_QUOTED = 500  # characters of foreign text in a message
-MOST_TOLD = 4  # of the faults of one value
+MOST_TOLD = 4  # errors of one value in a message
 LONGEST_VALUE = 80  # characters
 
 
 def printable(text: str) -> str:
-    """The text without colours, and with an escape such as \\x07 for every character that drives a terminal or that none takes."""
+    """The text without colours and with an escape such as \\x07 for each unprintable character."""
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), COLOUR.sub("", text))
 
 
 def quoted(data: bytes) -> str:
-    """The beginning of what somebody else sent, as one line of a message."""
+    """The beginning of received data on one line, for use in a message."""
     text = data[: 4 * MOST_QUOTED].decode(errors="replace").strip()
     return printable(" ".join(text.split()))[:MOST_QUOTED]
 
 
 def explained_places(error: ValidationError) -> str:
-    """What pydantic found wrong, in one line and without links to its documentation: "seed=-1: Input should be greater ..."."""
+    """The errors of pydantic on one line, without links to its documentation: "seed=-1: Input should be greater ..."."""
     errors = error.errors()
     told = []
     for found in errors[:MOST_TOLD]:

@@ -1,8 +1,8 @@
-"""The table of advantage methods: what each subtracts, how it scales, what its paper prescribes beside; and the numbers of a
-calibration.
+"""The table of advantage methods, `METHODS`, and `Calibration`, the numbers that calibrated methods fit to past groups.
 
-A method is a row of data, not code. No other file compares a method's name with a string. The arithmetic behind `Baseline` lives
-in the fusion files: `csrc/include/v05/fusion.hpp`, `kernels/advantage/fusion.py` and, as the specification, `v05/reference/`.
+A method is a row of data, not code: the baseline it subtracts, its scale, and the training settings that its paper prescribes. No
+other file compares a method's name with a string. The arithmetic of each `Baseline` is in `csrc/include/v05/fusion.hpp` and
+`kernels/advantage/fusion.py`; `v05/reference/` specifies it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Weights = TypeVar("Weights")
 
 
 class Baseline(IntEnum):
-    """What is subtracted from a reward. The numbers are shared with `fusion.hpp` and `kernels/advantage/fusion.py`."""
+    """What a method subtracts from a reward. `fusion.hpp` and `kernels/advantage/fusion.py` have the same numbers."""
 
     GROUP_MEAN = 0
     PRIOR = 1
@@ -37,22 +37,24 @@ class Baseline(IntEnum):
 
 @dataclass(frozen=True)
 class Calibration:
-    """What past groups say of the prior: the four numbers of calibrated fusion (`v05/reference/`, `calibrated`), and the two of
-    the shift by which the baseline of least variance differs from the success rate (`v05/reference/`, `least_variance`).
+    """How far priors can be trusted, and how the energies of successes and failures differ.
+
+    `v05.prior.calibration.Calibrator` fits these numbers to past groups. The defaults are the values to start from: the prior is
+    right on average, is worth 4.5 rollouts and says nothing about one group in eight, and energies do not depend on success. A fit
+    to few groups stays close to the defaults.
 
     Attributes:
-        alpha, beta: a prior v, rewards scaled to [0, 1], predicts the success rate sigmoid(alpha + beta logit v); -100 to 100.
-        kappa: as sure of it as after that many rollouts; 1e-6 to 1e12.
-        eps: how often the prior says nothing (hallucinates); above 0, below 1.
-        delta0, delta1: where the success rate is p, the log-ratio of the mean energies of successes and of failures is
-            delta0 + delta1 log(1 - p); -8 to 8.
-
-    The defaults are for before anything is known: a prior taken at its word, worth 4.5 rollouts, wrong about one time in eight, and
-    energies that know nothing of success.
-    `v05.prior.calibration` fits the numbers, and is drawn to these where the data are silent.
+        alpha, beta: a prior v, scaled to [0, 1], predicts the success rate sigmoid(alpha + beta logit v); each in [-100, 100].
+        kappa: the number of rollouts that the prior is worth; in [1e-6, 1e12].
+        eps: the share of groups about which the prior says nothing (it hallucinates); above 0 and below 1.
+        delta0, delta1: at success rate p, the log-ratio of the mean energy of successes to that of failures is
+            delta0 + delta1 log(1 - p); each in [-8, 8].
 
     Raises:
         ValueError: a number is out of bounds.
+
+    Source: alpha to eps describe a robust mixture prior (Schmidli et al. 2014, `v05.reference.calibrated`). docs/optimal.md derives
+    delta0 and delta1 (`v05.reference.least_variance`).
     """
 
     alpha: float = 0.0
@@ -65,7 +67,7 @@ class Calibration:
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "kappa", "eps", "delta0", "delta1"):
             object.__setattr__(self, name, real(name, getattr(self, name)))
-        # The bounds are those of Calibration::within_bounds in fusion.hpp.
+        # Calibration::within_bounds in fusion.hpp has the same bounds.
         for name, value, within, bounds in (
             ("alpha", self.alpha, -100 <= self.alpha <= 100, "between -100 and 100"),
             ("beta", self.beta, -100 <= self.beta <= 100, "between -100 and 100"),
@@ -79,14 +81,16 @@ class Calibration:
 
     @property
     def fresh_prompt_gain(self) -> float:
-        """What rule "variance" weighs another rollout against (`v05/reference/`, `fresh_prompt_gain`): Beta(1/2, 1/2) makes its V
-        that of the success rate 1/2, halved."""
+        """The default cost of a rollout under budget rule "variance", in centred units: the gain from a new prompt's first rollout.
+
+        `v05.reference.fresh_prompt_gain` specifies it. For the vague prior Beta(1/2, 1/2) it is half of V at success rate 1/2.
+        """
         ratio = math.exp(min(max(self.delta0 - self.delta1 * math.log(2), -8.0), 8.0))
         return ratio / (1.0 + ratio)
 
 
 BudgetRule = Literal["osla", "calibrated", "variance"]
-# Of the baselines with a prior, the sequential test of the prior.
+# The budget rule (sequential test) of each baseline that has one.
 BUDGET_RULES: dict[Baseline, BudgetRule] = {
     Baseline.PRIOR: "osla",
     Baseline.SHRINKAGE: "osla",
@@ -99,19 +103,20 @@ FIXED_AT_4: Mapping[str, Any] = {"budget": {"initial": 4, "maximum": 4}}
 
 @dataclass(frozen=True)
 class Method:
-    """One way to turn rewards into advantages: all that tells it from the others.
+    """One way to turn rewards into advantages, as a row of `METHODS`.
 
     Attributes:
         name: the public name, as in `fused_advantage(method=...)`.
-        baseline: what is subtracted.
+        baseline: what is subtracted from a reward.
         source: the paper.
-        colour: in every picture: on light ground, and on dark.
-        scale: what the difference is divided by unless the caller says otherwise.
-        leave_one_out: the baseline of a rollout never sees that rollout's own reward.
-        recipe: what its paper prescribes beside the advantage: fields of `v05.train.config.RunConfig`. Departures stand in
-            v05/train/trainer.py.
-        weight: what the rollouts of a group are weighed by: their `energy`, or their length where no energy is given.
-        rival: ours are compared with it at its best group size in the headline experiment.
+        colour: the colour in every plot, as (on a light background, on a dark one).
+        scale: the default divisor of the advantages, see `fused_advantage`.
+        leave_one_out: whether the baseline of a rollout always leaves out that rollout's own reward.
+        recipe: the training settings that the paper prescribes, as fields of `v05.train.config.RunConfig`. v05/train/trainer.py
+            lists departures from the paper.
+        weight: what the method weighs rollouts by: "energy" requires the argument `energy`; "length" uses it if given, otherwise
+            the length of the response; None weighs all rollouts equally.
+        rival: whether the headline experiment compares our methods with this one at its best group size.
     """
 
     name: str
@@ -126,55 +131,55 @@ class Method:
 
     @property
     def ours(self) -> bool:
-        """V_0.5, the method of this library's name, or one that is described here first; all others are rivals."""
+        """Whether the method is V_0.5, which gave the library its name, or was first described here."""
         return self.name == "v05" or self.source.startswith("ours")
 
     @property
     def needs_prior(self) -> bool:
-        """The method reads a value prior, and therefore a `reward_range` that holds prior and rewards."""
+        """Whether the method needs a value prior, and so a `reward_range` that contains priors and rewards."""
         return self.baseline in (*BUDGET_RULES, Baseline.CONJUGATE)
 
     @property
     def prior(self) -> str:
-        """The kind of prior that it has unless the user says otherwise."""
+        """The name of the prior that a training run uses by default."""
         return str(self.recipe.get("prior", "history"))
 
     @property
     def budget_rule(self) -> BudgetRule | None:
-        """The sequential test that decides on another rollout; None for a method that has none."""
+        """The rule that decides whether a group gets another rollout; None for a method without one."""
         return BUDGET_RULES.get(self.baseline)
 
     @property
     def is_calibrated(self) -> bool:
-        """How far the prior is to be trusted is fitted to past groups."""
+        """Whether the method fits the trust in its prior to past groups."""
         return self.baseline in (Baseline.CALIBRATED, Baseline.LEAST_VARIANCE)
 
     @property
     def reads_calibration(self) -> bool:
-        """It reads numbers of a calibration, which are fitted to past groups."""
+        """Whether the method reads a `Calibration`."""
         return self.is_calibrated or self.fits_variances
 
     @property
     def fits_variances(self) -> bool:
-        """Of the calibration it reads kappa alone, as variances have it."""
+        """Whether the method reads only kappa of the calibration, which is then fitted to variances."""
         return self.baseline is Baseline.CONJUGATE
 
     @property
     def learns_energies(self) -> bool:
-        """What successes and failures have for energies is fitted to past groups."""
+        """Whether the method fits the energies of successes and failures to past groups."""
         return self.baseline is Baseline.LEAST_VARIANCE
 
     @property
     def reads_energies(self) -> bool:
-        """It weighs rollouts by their energies, or learns from them."""
+        """Whether the method uses the energies of rollouts, as weights or to learn from them."""
         return self.weight == "energy" or self.learns_energies
 
     def weights(self, lengths: Callable[[], Weights], energies: Callable[[], Weights | None]) -> Weights | None:
-        """What it weighs rollouts by, or learns of them, for the argument `energy` of the op; None where it asks for neither.
+        """The argument `energy` of the op for this method, or None if the method needs none. Only the function needed is called.
 
         Args:
-            lengths: gives the numbers of tokens that are trained on.
-            energies: gives the energies (`v05.energy`), or None where they are not known.
+            lengths: returns the (N,) numbers of tokens that are trained on.
+            energies: returns the (N,) energies (`v05.energy`), or None if they are unknown.
         """
         if self.weight == "length":
             return lengths()
@@ -182,12 +187,12 @@ class Method:
 
     @property
     def estimator(self) -> str:
-        """Its name among the estimators of verl and SkyRL, which have some of these names for their own."""
+        """The method's name as an estimator in verl and SkyRL, which already use some of these names."""
         return self.name if self.name == "v05" else f"v05_{self.name}"
 
     @property
     def counts_paths(self) -> bool:
-        """Its advantages under its own test can be made unbiased (`v05.path_counting`)."""
+        """Whether path counting (`v05.path_counting`) can make the advantages unbiased under the method's own budget rule."""
         return self.baseline in (Baseline.SHRINKAGE, Baseline.CALIBRATED, Baseline.LEAST_VARIANCE)
 
 
@@ -211,7 +216,7 @@ METHODS = {
             rival=True,
         ),
         Method("dr_grpo", Baseline.GROUP_MEAN, "Dr. GRPO, arXiv 2503.20783", colour=("#be185d", "#f472b6"), rival=True),
-        # With groups of one size RLOO is Dr. GRPO times k / (k - 1), which AdamW divides out: one of them is rival enough.
+        # In groups of equal size k, RLOO is Dr. GRPO times k / (k - 1), a factor that AdamW cancels. So RLOO is no separate rival.
         Method("rloo", Baseline.GROUP_MEAN, "RLOO, arXiv 2402.14740", colour=("#7c3aed", "#a78bfa"), leave_one_out=True),
         Method("prior", Baseline.PRIOR, "V_0, arXiv 2602.03584", colour=("#64748b", "#94a3b8")),
         Method(
@@ -292,16 +297,16 @@ METHODS = {
         ),
     )
 }
-REFERENCE = METHODS["grpo"]  # what the others are measured against
+REFERENCE = METHODS["grpo"]  # the method that others are compared with
 
 
 def find_method(name: str) -> Method:
-    """The method called `name`; a ValueError that lists the known names if there is none."""
+    """The method called `name`. A ValueError lists the known names if there is none."""
     return METHODS[choice("method", name, METHODS)]
 
 
 def known_calibration(given: Any) -> Calibration | None:
-    """The argument `calibration`; a ValueError if it is neither a Calibration nor None."""
+    """Return the argument `calibration`. A ValueError if it is neither a Calibration nor None."""
     if given is None or isinstance(given, Calibration):
         return given
     raise ValueError(f"calibration={shown(given)} is no v05.ops.Calibration; give Calibration(alpha, beta, kappa, eps) or None")
