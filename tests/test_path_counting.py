@@ -101,8 +101,8 @@ def test_reward_units_are_kept():
     [
         ([0.5, 1.0], {}, r"rewards\[0\]=0.5 is neither 0.0 nor 1.0"),
         ([1.0, 1.0], {"method": "grpo"}, "method='grpo' has no stopping rule"),
-        ([1.0], {}, "group 0 of 1 rollouts, 1 successes, is not where the rule stops"),
-        ([1.0, 0.0], {"cost": 1e-9}, "group 0 of 2 rollouts, 1 successes, is not where the rule stops; give initial"),
+        ([1.0], {}, "group 0: the rule does not stop at 1 rollouts with 1 successes"),
+        ([1.0, 0.0], {"cost": 1e-9}, "group 0: the rule does not stop at 2 rollouts with 1 successes; give initial"),
         ([1.0] * 5, {}, "group 0 of 5 rollouts"),
         ([1.0, 0.0], {"initial": 0}, "initial=0 is not positive"),
     ],
@@ -116,7 +116,7 @@ def test_mistakes_are_named(rewards, changed, message):
 @pytest.mark.parametrize(
     ("prior", "offsets", "message"),
     [
-        ([0.5], [0, 2, 4], r"prior has shape \(1,\), group_offsets make 2 groups; give one prior a group"),
+        ([0.5], [0, 2, 4], r"prior has shape \(1,\), but group_offsets has 2 groups; give one prior a group"),
         ([0.5, 0.5, 0.5], [0, 2, 4], r"prior has shape \(3,\)"),
         (0.5, [0, 4], r"prior has shape \(\)"),
         ([0.5, 1.5], [0, 2, 4], r"prior\[1\]=1.5 is outside reward_range=\(0.0, 1.0\)"),

@@ -1,5 +1,7 @@
-"""One life of a batch of groups, alike in v05's own trainer and in every host: priors of its prompts before they are sampled,
-advantages of its rewards, and what prior and calibration learn from the outcomes.
+"""`Estimator` combines a method with its prior, its calibration and its budget. v05's trainer and all integrations use it.
+
+For each batch of groups it predicts the priors of the prompts before they are sampled, turns rewards into advantages, and lets the
+prior and the calibration learn from the outcomes:
 
     rates = estimator.open(prompts)
     ...  # sample and verify; estimator.allocator() says how many rollouts each prompt needs
@@ -33,13 +35,15 @@ GROUP_WEIGHTINGS = get_args(GroupWeighting)
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a batch's rewards came to.
+    """The result of `Estimator.advantages` for a batch of N rollouts in G groups.
 
     Attributes:
-        advantages: (N,), or in the layout that was asked for; reward units, unless a scale divides them.
-        stats: of each group.
-        counted: (G,) the group's advantages come from counted paths (v05.path_counting), so its early stop does not bias them.
-        energies: (2, G) of the group's successes and of its failures, for a method that learns from them; else None.
+        advantages: (N,), or (N, T) with a response mask; reward units, unless a scale divides them.
+        stats: statistics of each group.
+        counted: (G,) bool, whether the group's advantages come from path counting (`v05.path_counting`), so that stopping the group
+            early does not bias them.
+        energies: (2, G) float64, the summed energies of each group's successes and of its failures; None if the method does not
+            learn from energies, or none were given.
     """
 
     advantages: torch.Tensor
@@ -50,22 +54,35 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Estimator:
-    """A method with its settings, its prior and its calibration. What is learnt lives in `prior` and `calibrator` alone, so
-    estimators that share them (`dataclasses.replace`) learn together.
+    """A method with its settings, its prior and its calibration.
+
+    Only `prior` and `calibrator` hold learnt state. Estimators that share them, such as copies by `dataclasses.replace`, learn
+    together.
 
     Attributes:
-        method: a name of `v05.methods.METHODS`.
-        prior: predicts success rates and learns from outcomes; read by methods with a prior.
-        calibrator: fits how far the prior is to be trusted; read by calibrated methods, which without one trust it by default.
+        method: a name in `v05.methods.METHODS`.
+        prior: predicts success rates and learns from outcomes. Only methods with a prior use it. With None all priors are NaN.
+        calibrator: fits how far the prior can be trusted. Only methods that read a calibration use it. With None they use the
+            default `Calibration()`.
         reward_range, scale, leave_one_out, eps: as in `v05.ops.fused_advantage`.
-        rule: of the budget (`v05.budget.RolloutAllocator`); None is the method's own.
-        initial, maximum, chunk, cost: of the budget.
-        unbiased: advantages of groups that the method's own rule stopped come from counted paths, where these can be counted.
-        group_weighting: "prompt" is for a loss that averages over rollouts, to have prompts weigh alike in it: the advantages of a
-            group of k are multiplied by initial / k. "rollout" leaves them.
+        rule: the budget rule, as in `v05.budget.RolloutAllocator`; None is the method's own rule, or "uniform" if it has none.
+        initial, maximum, chunk, cost: settings of the budget, as in `v05.budget.RolloutAllocator`.
+        unbiased: whether to use path counting for groups that the method's own rule stopped, where it is possible. Rewards must
+            then be the two ends of `reward_range`.
+        group_weighting: "rollout" leaves the advantages as they are. "prompt" multiplies the advantages of a group of k rollouts by
+            initial / k, so that prompts have equal weight in a loss that averages over rollouts.
 
     Raises:
-        ValueError: the method is unknown, or `unbiased` is asked of a method or rule whose paths cannot be counted.
+        ValueError: the method is unknown, or `unbiased` is set for a method or rule without path counting.
+
+    Example:
+        >>> estimator = Estimator("rloo")
+        >>> rates = estimator.open(["1 + 1 =", "2 + 3 ="])
+        >>> estimate = estimator.advantages([1.0, 0.0, 1.0, 1.0], rates, group_offsets=[0, 2, 4])
+        >>> estimate.advantages.tolist()
+        [1.0, -1.0, 0.0, 0.0]
+        >>> estimator.outcomes(estimate.stats)  # successes and trials of each prompt
+        (array([1., 2.]), array([2., 2.]))
     """
 
     method: str
@@ -87,39 +104,39 @@ class Estimator:
         of = self.of
         if self.unbiased and not (of.counts_paths and self.rule in (None, of.budget_rule)):
             raise ValueError(
-                f"unbiased=True with method={self.method!r}, rule={self.rule!r}: paths are counted of methods with a sequential "
-                "test, under their own rule; leave it out"
+                f"unbiased=True with method={self.method!r}, rule={self.rule!r}: paths are counted only for methods with a "
+                "sequential test, under their own rule; leave it out"
             )
 
     @property
     def of(self) -> Method:
-        """The method's row."""
+        """The row of the method in `v05.methods.METHODS`."""
         return find_method(self.method)
 
     @property
     def calibration(self) -> Calibration | None:
-        """What the prior is trusted by now; None for methods that do not ask."""
+        """The current calibration; None for a method that does not read one."""
         if not self.of.reads_calibration:
             return None
         return Calibration() if self.calibrator is None else self.calibrator.calibration
 
     def open(self, prompts: Sequence[str]) -> Floats:
-        """(G,) success rates predicted for G prompt texts; NaN where nothing is, and for a method without a prior."""
+        """Predict the (G,) success rates, in [0, 1], of G prompt texts. They are NaN without a prediction or a prior."""
         if self.prior is None or not self.of.needs_prior:
             return np.full(len(prompts), np.nan)
         return self.prior.predict(prompts)
 
     def in_reward_units(self, rates: Floats) -> Floats:
-        """Success rates in [0, 1] as rewards."""
+        """Convert success rates in [0, 1] to mean rewards."""
         low, high = self.reward_range
         return low + rates * (high - low)
 
     def allocator(self, *, calibration: Calibration | None = None, total: int | None = None, seed: int = 0) -> RolloutAllocator:
-        """A new one with the budget's settings. Its priors are in reward units.
+        """Make a new `RolloutAllocator` with this estimator's budget. Pass it priors in reward units (`in_reward_units`).
 
         Args:
-            calibration: of the rules that read one; None is the estimator's own.
-            total, seed: of the allocator.
+            calibration: for budget rules that read one; None is the estimator's own.
+            total, seed: as in `RolloutAllocator`.
         """
         rule = self.rule or self.of.budget_rule or "uniform"
         reads_calibration = rule in ("calibrated", "variance", "total")
@@ -149,18 +166,20 @@ class Estimator:
         calibrations: Sequence[Calibration | None] | None = None,
         **options: Any,
     ) -> Estimate:
-        """Of N rollouts in G groups.
+        """Compute the advantages of N rollouts in G groups.
 
         Args:
-            rewards: (N,) reward units; NaN, or `valid` False, for a rollout that is left out.
-            rates: (G,) as `open` gave them.
-            group_offsets, group_ids, valid, response_mask, energy: as in `v05.ops.fused_advantage`, one of the first two.
-            whole: (G,) the group is all that its allocator saw. Groups that are not, or that hold a rollout that is left out, have
-                the advantages of the op. None is True for all.
-            calibrations: (G,) what each group's rule trusted the prior by when it was opened; None is the last fit.
-            options: `trajectory_ids` and `dtype` of the op.
+            rewards: (N,) in reward units. A rollout with a non-finite reward is excluded, as with `valid` False.
+            rates: (G,) success rates from `open`, in the order of the groups.
+            group_offsets, group_ids, valid, response_mask, energy: as in `v05.ops.fused_advantage`. Give exactly one of
+                `group_offsets` and `group_ids`.
+            whole: (G,) bool, whether the batch has all rollouts of the group that its allocator saw. Path counting needs this: a
+                group that is not whole, or has an excluded rollout, gets the advantages of the op. None is True for all.
+            calibrations: (G,) the calibration with which each group was opened, for path counting; None is the current one.
+            options: `trajectory_ids` and `dtype`, as in the op.
 
-        Raises ValueError as the op does.
+        Raises:
+            ValueError: an argument is invalid, see the op.
         """
         out = fused_advantage(
             rewards,
@@ -191,7 +210,7 @@ class Estimator:
             left_out = ~np.isfinite(given) if valid is None else ~np.isfinite(given) | (torch.as_tensor(valid).cpu().numpy() == 0)
         if learns_energies:
             low, high = self.reward_range
-            shares = np.clip((given[~left_out] - low) / (high - low), 0.0, 1.0)  # of a success
+            shares = np.clip((given[~left_out] - low) / (high - low), 0.0, 1.0)  # of a success; rewards in between count in part
             spent = np.asarray(energy, dtype=np.float64)[~left_out]
             both = [np.bincount(group_of[~left_out], spent * part, len(rates)) for part in (shares, 1.0 - shares)]
             energies = np.stack(both)
@@ -219,8 +238,10 @@ class Estimator:
         whole: NDArray[np.bool_],
         calibrations: Sequence[Calibration | None] | None,
     ) -> tuple[Floats, Floats]:
-        """(G,) advantages of a success and (G,) of a failure by path counting; NaN where paths cannot be counted, as of all groups
-        where the rewards that take part have more than two values."""
+        """The (G,) advantages of a success and the (G,) advantages of a failure by path counting.
+
+        They are NaN for groups whose paths cannot be counted, and for all groups if a reward is not an end of `reward_range`.
+        """
         of_success, of_failure = np.full((2, len(rates)), np.nan)
         low, high = self.reward_range
         if not np.isin(rewards, self.reward_range).all():
@@ -230,7 +251,7 @@ class Estimator:
         successes = np.rint((mean - low) / (high - low) * sizes).astype(np.int64)
         priors = self.in_reward_units(rates)
         fits = [self.calibration] * len(rates) if calibrations is None else list(calibrations)
-        for fit in dict.fromkeys(fits):  # as a rule one for the whole batch
+        for fit in dict.fromkeys(fits):  # usually there is only one
             of_fit = whole & (sizes > 0) & np.array([other == fit for other in fits], dtype=bool)
             if of_fit.any():
                 of_success[of_fit], of_failure[of_fit] = advantages_of_outcomes(
@@ -248,18 +269,18 @@ class Estimator:
         return of_success, of_failure
 
     def outcomes(self, stats: AdvantageStats) -> tuple[Floats, Floats]:
-        """(successes, trials), each (G,), that a prior learns from; rewards scaled from their range to [0, 1]."""
+        """The (successes, trials) from which a prior learns, each (G,) float64. Successes are sums of rewards scaled to [0, 1]."""
         low, high = self.reward_range
         trials = stats.count.cpu().numpy().astype(np.float64)
         mean = np.where(trials > 0, stats.mean.cpu().numpy(), low)
         return np.clip((mean - low) / (high - low), 0.0, 1.0) * trials, trials
 
     def state_dict(self) -> dict[str, dict[str, NDArray[Any]]]:
-        """All that was learnt, as numeric arrays by part ("prior", "calibrator") and name; a checkpoint keeps them."""
+        """The learnt state for a checkpoint: numeric arrays by name, for each part ("prior", "calibrator") that exists."""
         return {name: part.state_dict() for name, part in self._learners().items()}
 
     def load_state_dict(self, state: Mapping[str, dict[str, NDArray[Any]]]) -> None:
-        """Go on from what `state_dict` of an estimator with the same settings gave. ValueError for what it never gave."""
+        """Resume from the `state_dict` of an estimator with the same settings. A ValueError if the state cannot be from one."""
         for name, part in self._learners().items():
             part.load_state_dict(state[name])
 
@@ -276,10 +297,14 @@ class Estimator:
         energies: Floats | None = None,
         fit: bool = True,
     ) -> None:
-        """Learn what (G,) trials of each prompt, opened at these rates, came to, and what energies (2, G) they had; nothing for a
-        method without a prior.
+        """Let the prior and the calibration learn from the outcomes of G prompts. Does nothing for a method without a prior.
 
-        With `fit` False the calibration is left for another process to fit.
+        Args:
+            prompts: the G prompt texts.
+            rates: (G,) success rates from `open`.
+            successes, trials: (G,) from `outcomes`.
+            energies: (2, G) from `Estimate.energies`, or None.
+            fit: whether to fit the calibration now. False leaves the fit to another process.
         """
         if self.prior is None or not self.of.needs_prior:
             return
@@ -291,7 +316,7 @@ class Estimator:
 
 
 def _groups_of(offsets: ArrayLike | None, ids: Sequence[str] | None) -> NDArray[np.int64]:
-    """(N,) the place of each rollout's group."""
+    """(N,) int64, the position of each rollout's group."""
     if offsets is not None:
         edges = np.asarray(offsets, dtype=np.int64)
         return np.repeat(np.arange(len(edges) - 1), edges[1:] - edges[:-1])
@@ -300,5 +325,5 @@ def _groups_of(offsets: ArrayLike | None, ids: Sequence[str] | None) -> NDArray[
 
 
 def _beside(of_rollouts: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-    """(N,) values in a shape and on the device that go with (N,) or (N, T) advantages."""
+    """Reshape (N,) values so that they broadcast with (N,) or (N, T) advantages, and move them to their device."""
     return of_rollouts.reshape(-1, *[1] * (advantages.ndim - 1)).to(advantages.device)

@@ -1,4 +1,4 @@
-"""Reading files that people hand over, and writing to disks that fill up, fail and lose power."""
+"""Reading files from users, and writing files so that a full disk, an error or a power failure leaves no broken file."""
 
 from __future__ import annotations
 
@@ -20,26 +20,29 @@ BLOCK = 1 << 20  # bytes
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, without a byte-order mark. ValueError names the file and the line that is not UTF-8."""
+    """The text of a UTF-8 file without its byte-order mark. A ValueError names the file and the line that is not UTF-8."""
     data = path.read_bytes()
     try:
         return _decoded(data, str(path))
     except ValueError:
-        for _ in _numbered_lines(path):  # names the line
+        for _ in _numbered_lines(path):  # raises an error that names the line
             pass
         raise
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds. ValueError names the file and what is wrong with it."""
+    """The JSON object in a file. A ValueError names the file and what is wrong with it."""
     return _object(read_text(path), str(path))
 
 
 def read_objects(path: Path, *, growing: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The JSON objects of a file that has one a line, each with the number of its line; blank lines are skipped.
+    """Yield (line number, JSON object) of a file with one object on each line. Blank lines are skipped.
 
-    With `growing`, a last line without a line break is still being written, and left out. The file is read as a stream.
-    Raises ValueError that names the file and the line: not UTF-8, no JSON object, a number of too many digits, a lone surrogate.
+    The file is read as a stream. With `growing`, a last line without a line break is skipped, because it is still being written.
+
+    Raises:
+        ValueError: a line is not UTF-8 or not a JSON object, or has a number of too many digits or a lone surrogate. The message
+            names the file and the line.
     """
     for number, line in _numbered_lines(path):
         if line.strip() and not (growing and not line.endswith("\n")):
@@ -64,9 +67,9 @@ def _decoded(data: bytes, where: str) -> str:
 def _object(text: str, where: str, each: str = "") -> dict[str, Any]:
     try:
         value = json.loads(text)
-        if "\\ud" in text.lower():  # half of a surrogate pair has no UTF-8, which would show where it is written or tokenised
+        if "\\ud" in text.lower():  # raises for a lone surrogate, which cannot be written or tokenised later
             json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:  # ValueError: no JSON, a lone surrogate, or more digits than Python reads
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, a lone surrogate, or too many digits
         raise ValueError(f"{where}: {error}; give one JSON object{each}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where} holds no JSON object but {text.strip()[:60]!r}; give one{each}")
@@ -74,9 +77,9 @@ def _object(text: str, where: str, each: str = "") -> dict[str, Any]:
 
 
 def content_digest(path: Path) -> str | None:
-    """A hash of a file's bytes, or of a folder's model files by name: paths of one hash hold the same data, wherever they lie.
+    """A SHA-256 of a file's bytes, or of the names and bytes of a folder's model files. Equal digests mean equal data.
 
-    None for what is neither: nothing is there, or a pipe, which can be read only once.
+    None if the path does not exist or is something else, such as a pipe, which could be read only once.
     """
     if path.is_dir():
         parts = sorted(file for file in path.iterdir() if file.suffix in MODEL_FILES and file.is_file())
@@ -92,12 +95,12 @@ def _sha256_as_of(path: Path) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _remembered_sha256(path: Path, inode: int, size: int, changed: int) -> str:
-    """A comparison asks for the same weights again and again; they are read anew when the file has changed."""
+    """Cached, because a comparison hashes the same weights many times. A changed file is read again."""
     return sha256(path)
 
 
 def sha256(path: Path) -> str:
-    """The hash of a file's bytes."""
+    """The SHA-256 of a file's bytes in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(BLOCK):
@@ -107,25 +110,27 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def explained(path: Path, outlook: str) -> Iterator[None]:
-    """An OSError that names `path`, the remedy and the `outlook` for any error of writing within."""
+    """Turn errors of writing into an OSError that names `path`, the remedy and the `outlook`: what a repeated call will do."""
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors wraps what the system said
+    except (OSError, SafetensorError) as error:  # safetensors wraps an OSError in an error of its own
         raise OSError(f"{path} cannot be written ({error}); make room or give write access, then call again: {outlook}") from error
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A scratch file beside `path`; what is written to it within takes the place of `path`, whole, or nothing changes. The folder
-    is made if need be."""
+    """Yield a scratch file beside `path`, which replaces `path` at the end of the block.
+
+    If the block raises, `path` is unchanged. The folder is created if it does not exist.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Processes of one node or several, which may have the same number in their containers, may write the same file.
+    # The name is random because several processes may write the same file, and their ids can be equal in different containers.
     scratch = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         scratch.touch()
         mode = scratch.stat().st_mode
         yield scratch
-        scratch.chmod(mode)  # safetensors replaces it by a file that its owner alone may read
+        scratch.chmod(mode)  # safetensors makes files that only their owner can read
         flush(scratch)
         os.replace(scratch, path)
     finally:
@@ -133,8 +138,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def flush_folder(folder: Path) -> None:
-    """Have the disk hold a folder and its files, and let whoever may read the folder read them: safetensors writes files that their
-    owner alone may read, whatever the umask says."""
+    """Flush a folder and its files to disk, and give the files the read and write permissions of the folder.
+
+    safetensors writes files that only their owner can read, whatever the umask is.
+    """
     mode = folder.stat().st_mode & 0o666
     for path in folder.iterdir():
         if path.is_file() and not path.is_symlink():
@@ -144,7 +151,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold a file's contents, or a directory's names."""
+    """Flush a file's contents, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,10 +1,11 @@
 """Unbiased advantages for groups whose size depended on their own rewards.
 
-A budget that stops where the rewards agree favours agreement: the mean over such a group is biased, and so is its policy gradient,
-with leave-one-out too. The gradient of the first `initial` rollouts alone, leave-one-out among themselves, is unbiased, because
-their number is fixed; but it throws the rest away. Averaged over all orders of the group's rewards under which the rule would have
-stopped at the same place, it stays unbiased, gives every rollout a say and is less noisy (Rao-Blackwell; for a mean: Girshick,
-Mosteller & Savage 1946). Orders are counted as paths over the lattice of (rollouts, successes). docs/calibrated.md has figures.
+A budget rule that stops when the rewards agree favours agreement. The mean of such a group is biased, and so is its policy
+gradient, even with leave-one-out. The gradient of only the first `initial` rollouts, leave-one-out among themselves, is unbiased,
+because their number is fixed, but it discards the other rollouts. Path counting averages that gradient over all orders of the
+group's rewards under which the rule would have stopped at the same point. The average is still unbiased, uses every rollout and has
+less noise (Rao-Blackwell; for a mean: Girshick, Mosteller & Savage 1946). The orders are counted as paths on the lattice of
+(rollouts, successes). docs/calibrated.md has figures.
 """
 
 from __future__ import annotations
@@ -34,23 +35,25 @@ def path_counting_advantages(
     calibration: Calibration | None = None,
     reward_range: tuple[float, float] = (0.0, 1.0),
 ) -> torch.Tensor:
-    """Advantages whose mean over a group, times the scores, is an unbiased policy gradient although the group was stopped early.
+    """Compute advantages that give an unbiased policy gradient for groups that a budget rule stopped early.
+
+    Average advantage times score within each group, then over groups.
 
     Args:
-        rewards: (N,) each the lowest or the highest of `reward_range`; rollouts of a group are contiguous.
-        prior: (G,) reward units; NaN is no prior.
-        group_offsets: (G + 1,) ints.
-        method: "v05" for groups of budget rule "osla", "calibrated" for those of rule "calibrated", "optimal" for those of rule
-            "variance"; it makes the baselines too.
-        initial, maximum, cost, chunk, calibration: what the groups were sampled with.
-        reward_range: (lowest, highest).
+        rewards: (N,) rewards, each of them lo or hi of `reward_range`. The rollouts of a group are contiguous.
+        prior: (G,) priors in reward units; NaN means no prior.
+        group_offsets: (G + 1,) integers that rise from 0 to N.
+        method: the method for the baselines, which must match the rule that stopped the groups: "v05" for "osla", "calibrated" for
+            "calibrated", "optimal" for "variance".
+        initial, maximum, cost, chunk, calibration: the settings of the `RolloutAllocator` that sampled the groups.
+        reward_range: (lo, hi).
 
     Returns:
-        (N,) float64, reward units. To be averaged within groups, then over groups.
+        (N,) float64 advantages in reward units, on the CPU.
 
     Raises:
-        ValueError: a reward is between the two, the method has no such rule, a group has a size at which the rule does not stop, a
-            shape does not fit, a prior is outside `reward_range`.
+        ValueError: a reward is neither lo nor hi, the method has no rule of its own, a group's size and successes are not where the
+            rule stops, a shape is wrong, or a prior is outside `reward_range`.
     """
     rule = find_method(method)
     if not rule.counts_paths:
@@ -75,12 +78,12 @@ def path_counting_advantages(
             f"group_offsets={offsets.tolist()[:8]} do not rise from 0 to the length of rewards, shaped {r.shape}; give (G + 1,)"
         )
     if v.shape != (len(offsets) - 1,):
-        raise ValueError(f"prior has shape {v.shape}, group_offsets make {len(offsets) - 1} groups; give one prior a group")
+        raise ValueError(f"prior has shape {v.shape}, but group_offsets has {len(offsets) - 1} groups; give one prior a group")
     if outside := np.flatnonzero((v < low) | (v > high)).tolist():
         raise ValueError(f"prior[{outside[0]}]={v[outside[0]]} is outside reward_range={reward_range}; give it in reward units")
     if not np.isin(r, (low, high)).all():
         row = int(np.flatnonzero(~np.isin(r, (low, high)))[0])
-        raise ValueError(f"rewards[{row}]={r[row]} is neither {low} nor {high}; paths are counted for such rewards only")
+        raise ValueError(f"rewards[{row}]={r[row]} is neither {low} nor {high}; paths are counted only for these two rewards")
     if not len(v):
         return torch.zeros(0, dtype=torch.float64, device="cpu")
     succeeds = r == high
@@ -102,7 +105,7 @@ def path_counting_advantages(
     if not stopped.all():
         g = int(np.flatnonzero(~stopped)[0])
         raise ValueError(
-            f"group {g} of {size[g]} rollouts, {successes[g]} successes, is not where the rule stops; "
+            f"group {g}: the rule does not stop at {size[g]} rollouts with {successes[g]} successes; "
             "give initial, maximum, cost, chunk and calibration as they were when it was sampled"
         )
     return torch.from_numpy(np.where(succeeds, np.repeat(of_success, size), np.repeat(of_failure, size)))
@@ -121,8 +124,15 @@ def advantages_of_outcomes(
     calibration: Calibration | None,
     reward_range: tuple[float, float],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(G,) advantages of a success and (G,) of a failure in groups of these (G,) sizes and successes; NaN where no path leads to
-    such a group, or the rule would have gone on. The arguments are those of `path_counting_advantages`."""
+    """The (G,) advantages of a success and the (G,) advantages of a failure, reward units, by path counting.
+
+    They are NaN if no path leads to such a group or the rule would not have stopped there.
+
+    Args:
+        prior: (G,) reward units.
+        sizes, successes: (G,) numbers of rollouts and of successes.
+        others: as in `path_counting_advantages`.
+    """
     allocator = RolloutAllocator(
         rule=find_method(method).budget_rule or "uniform",
         initial=initial,
@@ -143,17 +153,19 @@ def advantages_of_outcomes(
 def count_paths(
     asked: NDArray[np.integer | np.bool_], of_success: NDArray[np.float64], of_failure: NDArray[np.float64], initial: int
 ) -> NDArray[np.float64]:
-    """(2, G, K + 1, K + 1) advantages of a success and of a failure in a group that stopped at k rollouts with x successes.
+    """The (2, G, K + 1, K + 1) advantages of a success and of a failure in a group that stopped at k rollouts with x successes.
+
+    They are NaN where the rule does not stop, and where no path leads to (k, x).
 
     Args:
-        asked: (G, K + 1, K + 1): how many rollouts the rule adds at (k, x), at most K - k. NaN is returned where it adds some, or
-            is never asked.
+        asked: (G, K + 1, K + 1), how many rollouts the rule adds at (k, x), at most K - k.
         of_success, of_failure: (G, initial + 1) leave-one-out advantages among `initial` rollouts with x successes.
     """
     groups, rows, _ = asked.shape
     x = np.arange(initial + 1)
     paths = np.array([comb(initial, int(successes)) for successes in x], dtype=np.float64)
-    # Paths to (k, x); over these the sum of the block's terms, of successes and of failures. By how far the next test is away.
+    # First axis: rollouts until the next test. Second axis: the number of paths to (k, x), and the sums over these paths of the
+    # successes' and of the failures' part in the mean advantage of the first `initial` rollouts.
     under_way = np.zeros((rows - initial, 3, groups, rows))
     under_way[0, 0, :, : initial + 1] = paths
     under_way[0, 1, :, : initial + 1] = paths * np.where(x > 0, x * of_success, 0.0) / initial
@@ -164,17 +176,17 @@ def count_paths(
         for more in range(1, len(under_way)):
             under_way[more] += np.where(asked[:, k] == more, under_way[0], 0.0)
         under_way = under_way[1:]
-        under_way[..., 1:] += under_way[..., :-1].copy()  # a success; else a failure
+        under_way[..., 1:] += under_way[..., :-1].copy()  # a path goes on to x + 1 (a success) or stays at x (a failure)
     sizes, successes = np.indices((rows, rows))
     reached = (tested[0] > 0) & (asked == 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        block = np.where(reached, tested[1:] / tested[0], np.nan)  # expected share of the block's gradient
+        block = np.where(reached, tested[1:] / tested[0], np.nan)  # averages over the paths
         shared_out = np.stack([block[0] * sizes / np.maximum(successes, 1), block[1] * sizes / np.maximum(sizes - successes, 1)])
     return shared_out
 
 
 def _asked(allocator: RolloutAllocator, prior: NDArray[np.float64], initial: int, maximum: int) -> NDArray[np.int64]:
-    """(G, K + 1, K + 1) rollouts that the allocator adds to a group at (k, x), for every (k, x) at which it may be tested."""
+    """(G, K + 1, K + 1), how many rollouts the allocator adds to a group at (k, x), for k from initial to maximum."""
     sizes, successes = np.array([(k, x) for k in range(initial, maximum + 1) for x in range(k + 1)]).T
     asked = np.zeros((len(prior), maximum + 1, maximum + 1), dtype=np.int64)
     found = allocator.would_ask(np.tile(sizes, len(prior)), np.tile(successes, len(prior)), np.repeat(prior, len(sizes)))
@@ -185,7 +197,7 @@ def _asked(allocator: RolloutAllocator, prior: NDArray[np.float64], initial: int
 def _block(
     prior: NDArray[np.float64], initial: int, *, method: str, calibration: Calibration | None, reward_range: tuple[float, float]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(G, initial + 1) leave-one-out advantages of a success and of a failure among `initial` rollouts with x successes."""
+    """The (G, initial + 1) leave-one-out advantages of a success and of a failure among `initial` rollouts with x successes."""
     low, high = reward_range
     template = np.concatenate([np.repeat((high, low), (x, initial - x)) for x in range(initial + 1)])
     groups = len(prior) * (initial + 1)
