@@ -1,8 +1,8 @@
-"""The method as float64 NumPy: the executable specification that every fast path is tested against.
+"""The methods in float64 NumPy: the executable specification against which the fast implementations are tested.
 
-Read it top to bottom beside the papers. It favours the printed formula over speed and loops over groups in Python. What computes
-never imports it; `v05 doctor` does, to check what computes. Statistics are in reward units; the formulas of V_0.5
-(arXiv 2603.10848) are in centred units u = (2r - lo - hi) / (hi - lo), where a binary reward is +-1.
+It follows the formulas of the papers rather than speed, and loops over groups in Python. The ops never import it; `v05 doctor`
+compares them with it. Statistics are in reward units. The formulas of V_0.5 (arXiv 2603.10848) are in centred units
+u = (2r - lo - hi) / (hi - lo), in which a binary reward is -1 or 1.
 """
 
 from v05.reference.advantage import GroupStatistics, advantages

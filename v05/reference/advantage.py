@@ -15,10 +15,14 @@ from v05.reference.stopping import calibrated_take_more, osla_take_more, varianc
 
 @dataclass(frozen=True)
 class GroupStatistics:
-    """What is known of one group. A statistic that the method does not define is None.
+    """The statistics of one group, as in `v05.ops.AdvantageStats`. A statistic that the method does not define is None.
 
-    count: valid rollouts. mean, prior, baseline: reward units. var (ddof = 1), mse: reward units squared.
-    weight, statistic, p_value, hallucination: dimensionless. take_more: the budget rule wants another rollout.
+    Attributes:
+        count: the number of valid rollouts.
+        mean, prior, baseline: reward units.
+        var, mse: reward units squared; var has ddof = 1.
+        weight, statistic, p_value, hallucination: dimensionless.
+        take_more: whether the budget rule asks for another rollout.
     """
 
     count: int
@@ -58,9 +62,9 @@ def advantages(
     Args:
         rewards: (N,) outcome rewards.
         group_ids: (N,) integers 0 .. G-1; `prior` and the returned statistics are indexed by them.
-        prior: (G,) value prior in reward units, NaN where there is none.
-        valid: (N,) bool; False rows are left out of the statistics and get advantage 0.
-        trajectory_ids: (N,) rows of a group that share an id count once in the statistics.
+        prior: (G,) value prior in reward units, NaN for a group without one.
+        valid: (N,) bool; False rows do not count in the statistics and get advantage 0.
+        trajectory_ids: (N,) ids; rows of a group with equal ids count once in the statistics.
         energy: (N,) weights of at least 0, for the methods that weigh rollouts.
         num_groups: G; None is the largest id + 1.
         others: as in `v05.ops.fused_advantage`.
@@ -91,9 +95,9 @@ def advantages(
     weights = np.zeros(len(r)) if energy is None else np.asarray(energy, dtype=np.float64)
 
     def weighted_mean(rows: list[int], without: int | None = None) -> float:
-        """By energy, a row taken out; NaN where nothing is left."""
+        """The energy-weighted mean reward of the rows except `without`; NaN if their weights sum to 0."""
         terms = [(weights[i], weights[i] * r[i]) for i in rows]
-        if without is not None:  # one exact sum: what is taken out cancels to the last digit
+        if without is not None:  # fsum is exact, so the row cancels to the last digit
             terms.append((-weights[without], -weights[without] * r[without]))
         total = math.fsum(weight for weight, _ in terms)
         return math.fsum(weighted for _, weighted in terms) / total if total > 0 else math.nan
@@ -107,7 +111,7 @@ def advantages(
         if rule.baseline in (Baseline.GROUP_MEAN, Baseline.ENERGY_MEAN):
             return mean
         if rule.baseline in (Baseline.ZERO, Baseline.BATCH_MEAN, Baseline.BATCH_ENERGY_MEAN):
-            return 0.0  # known before any group is looked at
+            return 0.0  # known without the group
         if rule.baseline is Baseline.CONJUGATE:
             return conjugate(count, mean, value, calibration.kappa)
         if rule.baseline is Baseline.PRIOR:
@@ -154,7 +158,7 @@ def advantages(
             baseline = 0.0
         elif rule.baseline is Baseline.JAMES_STEIN:
             baseline = james_stein(mean if k > 1 else math.nan, other_groups, noise, spread)
-            if not others:  # as of a group's mean
+            if not others:  # a single group: its mean
                 baseline = mean if k else v[g]
         extra: dict[str, float | bool] = {}
         if rule.baseline is Baseline.SHRINKAGE:
@@ -206,7 +210,7 @@ def advantages(
             elif rule.baseline is Baseline.JAMES_STEIN:
                 alone = k == 1 and not others
                 b = james_stein(mean + (mean - r[i]) / (k - 1) if k > 1 else math.nan, other_groups, noise_of_others, spread)
-            if alone:  # nothing to be compared with
+            if alone:  # there is no baseline to subtract
                 advantages[i] = r[i] if singleton == "raw" else 0.0
             else:
                 advantages[i] = (r[i] - b) / divisor

@@ -1,4 +1,4 @@
-"""Baselines from a group's moments, what its batch says, and a prior."""
+"""Baselines from the moments of a group, the other groups of its batch, and a prior."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from v05.methods import Calibration
 
 @dataclass(frozen=True)
 class Shrinkage:
-    """V_0.5's fusion of a group mean with a prior, in the units of its arguments (arXiv 2603.10848, empirical shrinkage)."""
+    """The result of `shrinkage`, in centred units: the fusion of a group mean with a prior (arXiv 2603.10848)."""
 
     baseline: float
     weight: float
@@ -23,8 +23,10 @@ class Shrinkage:
 def shrinkage(count: int, mean: float, prior: float) -> Shrinkage:
     """Fuse the mean of `count` rollouts with the prior, both in centred units.
 
-    The noise of the mean is taken as 1/count, the largest variance that a variable in [-1, 1] can have. A NaN prior is no prior:
-    its squared bias is infinite and the mean stands. Without a rollout the prior stands.
+    The variance of the mean is taken as 1/count, because a variable in [-1, 1] has a variance of at most 1. Without a prior (NaN)
+    the squared bias is infinite and the baseline is the mean. Without a rollout the baseline is the prior.
+
+    Source: empirical shrinkage, arXiv 2603.10848.
     """
     if math.isnan(prior):
         noise = 1 / count if count else math.nan
@@ -58,12 +60,14 @@ class Calibrated:
 
 
 def calibrated(count: int, successes: float, prior: float, calibration: Calibration) -> Calibrated:
-    """Fuse `count` rewards scaled to [0, 1], `successes` their sum, with the prior: a Beta around it, mixed with a vague Beta.
+    """Fuse the rewards of a group with its prior v, read as a mixture of a Beta around v and a vague Beta.
 
         p | v ~ (1 - eps) Beta(kappa q, kappa (1 - q)) + eps Beta(1/2, 1/2),    q = sigmoid(alpha + beta logit v)
 
-    v is kept within [0.005, 0.995]. A NaN prior is no prior: the vague component stands alone.
-    (Robust mixture priors: Schmidli et al. 2014.)
+    `successes` is the sum of the `count` rewards, scaled to [0, 1] like the prior. v is clipped to [0.005, 0.995]. Without a prior
+    (NaN) only the vague component is used.
+
+    Source: robust mixture priors, Schmidli et al. 2014.
     """
 
     def component(a: float, b: float) -> tuple[float, float, float]:
@@ -85,15 +89,16 @@ def calibrated(count: int, successes: float, prior: float, calibration: Calibrat
 
 
 def james_stein(mean: float, others: float, noise: float, spread: float) -> float:
-    """Shrink the mean of a group's rollouts towards the mean of the other groups' means: (1 - l) mean + l others with
-    l = v / (v + s) (James-Stein, arXiv 2511.03710).
+    """Shrink the mean of a group towards the mean of the other groups' means: (1 - l) mean + l others with l = v / (v + s).
 
-    noise: v, how far chance alone moves such a mean: the mean over the groups of k >= 2 rollouts of var / (k - 1), or of var / k
-    for the statistic, which leaves none out. spread: s = max(0, variance of the groups' means - mean of var / k); every group
-    with a rollout has a part in that variance.
+    Args:
+        mean: the group's mean, usually leave-one-out. NaN if there is none (a group of one rollout); the baseline is then `others`.
+        others: the mean of the other groups' means. NaN if there is none; the baseline is then `mean`.
+        noise: v, the variance of such a mean by chance, averaged over the groups of k >= 2 rollouts: var / (k - 1) for a
+            leave-one-out mean, var / k for the statistic, whose mean leaves none out. If v is 0 the baseline is `mean`.
+        spread: s = max(0, variance of the groups' means - average of var / k), over all groups with a rollout.
 
-    A NaN mean is none, of a group of one rollout (or of none): the others stand, l = 1. NaN others are none: the mean stands.
-    Without noise the mean stands, also where there is no spread either.
+    Source: James-Stein, arXiv 2511.03710.
     """
     if math.isnan(mean) or math.isnan(others):
         return others if math.isnan(mean) else mean
@@ -102,29 +107,31 @@ def james_stein(mean: float, others: float, noise: float, spread: float) -> floa
 
 
 def least_variance(success: float, calibration: Calibration) -> float:
-    """The baseline b for which E[(r - b)^2 E] is least, rewards scaled to [0, 1] and E a rollout's energy.
+    """The baseline b that minimises E[(r - b)^2 E], with rewards r scaled to [0, 1] and E the energy of a rollout.
 
-        b = E[r E] / E[E] = p w1 / (p w1 + (1 - p) w0),    log(w1 / w0) = delta0 + delta1 log(1 - p), within [-8, 8]
+        b = E[r E] / E[E] = p w1 / (p w1 + (1 - p) w0),    log(w1 / w0) = delta0 + delta1 log(1 - p), clipped to [-8, 8]
 
-    p = `success` is what is believed of the success rate; w1, w0 are the mean energies of successes and of failures (Weaver & Tao
-    2001; Greensmith, Bartlett & Baxter 2004).
+    p = `success` is the estimated success rate; w1 and w0 are the mean energies of successes and of failures.
+
+    Source: Weaver & Tao 2001; Greensmith, Bartlett & Baxter 2004.
     """
     ratio = energy_ratio(success, calibration)
     return success * ratio / (success * ratio + 1 - success)
 
 
 def energy_ratio(success: float, calibration: Calibration) -> float:
-    """w1 / w0 at this success rate."""
+    """w1 / w0, the mean energy of successes over that of failures, at this success rate."""
     shift = calibration.delta0 + calibration.delta1 * math.log(1 - success)
     return math.exp(min(max(shift, -8.0), 8.0))
 
 
 def conjugate(count: int, mean: float, prior: float, kappa: float) -> float:
-    """The mean of `count` rollouts fused with a prior that is worth `kappa` of them: (1 - S) mean + S prior, S = kappa / (count +
+    """Fuse the mean of `count` rollouts with a prior that is worth `kappa` rollouts: (1 - S) mean + S prior, S = kappa / (count +
     kappa).
 
-    EBPO (arXiv 2602.05165) has S = (s2 / k) / (s2 / k + tau2), which this is with kappa = s2 / tau2: the variance of rewards
-    within a prompt over that of success rates among prompts. Without a rollout the prior stands, without a prior (NaN) the mean.
+    EBPO (arXiv 2602.05165) has S = (s2 / k) / (s2 / k + tau2), where s2 is the variance of rewards within a prompt and tau2 that of
+    success rates among prompts. This is the same with kappa = s2 / tau2. Without a rollout the baseline is the prior, without a
+    prior (NaN) it is the mean.
     """
     if count == 0 or math.isnan(prior):
         return mean if math.isnan(prior) else prior

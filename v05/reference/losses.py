@@ -1,5 +1,4 @@
-"""The policy loss, written out token by token in Python's own float64: the specification that `v05.ops.policy_loss` is tested
-against. Slow."""
+"""The policy loss, computed token by token in Python floats: the specification against which `v05.ops.policy_loss` is tested."""
 
 from __future__ import annotations
 
@@ -27,11 +26,16 @@ def policy_loss(
     kl_coefficient: float = 0.0,
     kl_estimator: str = "k3",
 ) -> tuple[float, list[NDArray[np.float64]], dict[str, float]]:
-    """The loss, its gradient by every log-probability and the figures of N rollouts, each a row of its tokens'.
+    """Return the loss, its gradient in every log-probability, and the figures by name, of N rollouts.
 
     Args:
-        weights: (N,) of a rollout's tokens.
-        row: of `LOSSES`, with its bounds as they are to be.
+        logprobs, old: for each rollout the log-probabilities of its tokens under the new and the old policy, nats.
+        advantages: (N,).
+        weights: (N,), the weight of each token of a rollout, as from `v05.ops.loss_weights`.
+        row: a row of `LOSSES`, or a copy of one with other bounds.
+        samplers, references: the same under the sampler and the reference policy; None if there is none.
+        importance: required with `samplers`.
+        kl_coefficient, kl_estimator: as in `v05.ops.policy_loss`.
     """
     loss, kl, gradients = 0.0, 0.0, []
     seen: dict[str, list[float]] = {name: [] for name in _MEANS}
@@ -68,7 +72,7 @@ _MEANS = ("clip_fraction", "dual_clip_fraction", "ratio", "approx_kl", "importan
 
 
 def _surrogate(row: Loss, logprob: float, ratio: float, advantage: float) -> tuple[float, float, bool, bool]:
-    """(loss, its slope by the log-probability, whether clipped, whether by the dual clip) of a token."""
+    """(loss, its slope in the log-probability, whether clipped, whether dual-clipped) of a token."""
     low, high = 1 - row.clip_low, 1 + row.clip_high
     held = min(max(ratio, low), high)
     if row.surrogate == Surrogate.WEIGHTED:
@@ -82,7 +86,7 @@ def _surrogate(row: Loss, logprob: float, ratio: float, advantage: float) -> tup
 
 
 def _bounded(importance: Importance, ratio: float) -> tuple[float, bool]:
-    """(the weight, whether the ratio was beyond the bounds)."""
+    """(importance weight, whether the ratio is out of bounds)."""
     beyond = not importance.floor <= ratio <= importance.cap
     if not beyond:
         return ratio, False
@@ -90,7 +94,7 @@ def _bounded(importance: Importance, ratio: float) -> tuple[float, bool]:
 
 
 def _kl(difference: float, estimator: str) -> tuple[float, float]:
-    """(estimate, its slope by the log-probability); reference less policy is given."""
+    """(estimated divergence, its slope in the policy's log-probability) from the reference's log-probability minus the policy's."""
     if estimator == "k1":
         return -difference, 1.0
     if estimator == "k2":

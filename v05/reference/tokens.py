@@ -1,6 +1,6 @@
-"""Token statistics as float64 NumPy: the executable specification of `v05.ops.token_statistics`.
+"""Token statistics in float64 NumPy: the executable specification of `v05.ops.token_statistics`.
 
-It favours the printed formula over speed and loops over tokens. What computes never imports it.
+It follows the formulas rather than speed, and loops over tokens. The op never imports it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ IGNORED = -100
 
 
 class TokenReference(NamedTuple):
-    """logprob, entropy, sum_pi_squared: (tokens,). Gradients of the first two in a token's own logits: (tokens, V)."""
+    """Statistics, (tokens,) each, and the gradients of logprob and entropy in a token's own logits, (tokens, V) each."""
 
     logprob: NDArray[np.float64]
     entropy: NDArray[np.float64]
@@ -24,11 +24,13 @@ class TokenReference(NamedTuple):
 
 
 def token_statistics(logits: ArrayLike, targets: ArrayLike, temperature: float = 1.0) -> TokenReference:
-    """Of pi = softmax(logits / temperature): 0 where the target is IGNORED, NaN where a logit is NaN or +inf or none is finite.
+    """Compute the statistics of pi = softmax(logits / temperature) at each token.
+
+    They are 0 if the target is IGNORED, and NaN if a logit is NaN or +inf or all are -inf.
 
     Args:
         logits: (tokens, V); -inf masks a token of the vocabulary.
-        targets: (tokens,) ids of the vocabulary.
+        targets: (tokens,) ids of the vocabulary, or IGNORED.
     """
     x = np.asarray(logits, dtype=np.float64) / temperature
     numbers, gradients = np.zeros((3, len(x))), np.zeros((2, *x.shape))
@@ -40,7 +42,7 @@ def token_statistics(logits: ArrayLike, targets: ArrayLike, temperature: float =
             continue
         d = x[row] - x[row].max()
         weights = np.exp(d)
-        others = np.delete(weights, np.argmax(d)).sum()  # of all but the largest weight, which is 1
+        others = np.delete(weights, np.argmax(d)).sum()  # without the largest weight, which is 1
         pi = weights / (1 + others)
         finite = np.where(weights > 0, d, 0.0)
         mean = np.sum(pi * finite)
