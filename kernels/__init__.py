@@ -1,3 +1,5 @@
-"""Triton kernels, installed as `v05.kernels`: a folder a kernel, with the jit function, its launch, and the variants and
-memory traffic that `aot.py` reports. Importing this package imports no Triton.
+"""Triton kernels, installed as `v05.kernels`. Importing this package does not import Triton.
+
+Each kernel has a folder with its jit functions and a `launch.py`, which also has the variants and the memory traffic that `aot.py`
+reports.
 """

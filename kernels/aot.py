@@ -1,15 +1,20 @@
-"""Compile every kernel for a list of GPU targets without a GPU, and report what the compiler made of it.
+"""Compile every kernel for a list of GPU targets without a GPU, and report properties of the machine code.
 
     python -m v05.kernels.aot [--json FILE] [--csv FILE]
 
-A variant is one way in which a launch calls its kernel. Every folder of this package is a kernel, and its `launch.py`
-says which variants there are (`variants`) and what a launch moves (`traffic`). Registers are per thread; a spill or a stack
-frame means that values live in slow memory; ld128 and st128 count the 128-bit global loads and stores in the code, without
-which a bandwidth-bound kernel is slow; `instructions` is the length of the code, and `ahead` how many of them stand before the
-first 128-bit store, that of the first tokens, or before the last store of a code without one. `bytes` is what all programs of a
-launch ask of memory for a batch of ROLLOUTS x TOKENS, `floor_bytes` what a launch must move that reads its inputs and writes its
-outputs once; what lies between them are a group's rewards, read again by each of its programs, mostly from cache. `occupancy` is
-the share of a multiprocessor's warps that its registers allow to be resident.
+A variant is one way in which a launch calls its kernel. Every folder of this package is a kernel. Its `launch.py` has the function
+`variants`, which yields the variants, and `traffic`, which counts the bytes that a launch moves. The columns of the report are
+
+- `registers`: registers per thread.
+- `stack`, `spill_bytes`: bytes per thread. A spill or a stack frame means that values are kept in slow memory.
+- `shared`: bytes of shared memory.
+- `ld128`, `st128`: numbers of 128-bit global loads and stores. Without them a kernel that is bound by bandwidth is slow.
+- `instructions`: the length of the code.
+- `ahead`: how many instructions precede the first 128-bit store (of the first tokens), or the last store if none is 128 bits wide.
+- `bytes`: the bytes that all programs of a launch request for a batch of ROLLOUTS x TOKENS.
+- `floor_bytes`: the bytes of a launch that reads its inputs and writes its outputs once. The difference to `bytes` are mostly the
+  rewards of a group, which each of its programs reads again, usually from the cache.
+- `occupancy`: the share of a multiprocessor's warps that can be resident with so many registers.
 """
 
 from __future__ import annotations
@@ -50,7 +55,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of one variant for one target."""
+    """The properties of one variant's machine code for one target, as the docstring of this module explains them."""
 
     kernel: str
     variant: str
@@ -69,23 +74,23 @@ class Report:
 
 
 def occupancy(target: str, registers: int, warps: int) -> float:
-    """Share of a multiprocessor's warps that a program of `warps` warps leaves room for, by its registers alone."""
-    allocated = -(-registers // 8) * 8  # registers are handed out in eights
-    if TARGETS[target].backend == "hip":  # 512 vector registers a lane of each SIMD, 8 waves at most
+    """The share of a multiprocessor's warps that can be resident in programs of `warps` warps, by their registers alone."""
+    allocated = -(-registers // 8) * 8  # registers are allocated in units of 8
+    if TARGETS[target].backend == "hip":  # each SIMD has 512 vector registers per lane, and at most 8 waves
         return min(8, 512 // allocated) / 8
     resident = 65536 // (allocated * 32 * warps) * warps
     return min(64, resident) / 64
 
 
 def launches() -> Iterator[ModuleType]:
-    """The launch of every kernel of this package."""
+    """Yield the `launch` module of every kernel."""
     for found in pkgutil.iter_modules(v05.kernels.__path__):
         if found.ispkg:
             yield importlib.import_module(f"v05.kernels.{found.name}.launch")
 
 
 def report(launch: ModuleType, variant: Variant, target: str) -> Report:
-    """Compile (or take from Triton's cache) and read the machine code."""
+    """Compile a variant, or take it from Triton's cache, and analyse its machine code."""
     compiled = triton.compile(variant.source(), TARGETS[target], COMPILER_OPTIONS[TARGETS[target].backend])
     read = _read_amdgcn if "amdgcn" in compiled.asm else _read_cubin
     code = read(compiled.asm)
@@ -103,7 +108,7 @@ def report(launch: ModuleType, variant: Variant, target: str) -> Report:
 
 
 def _report_named(name: tuple[str, str, str]) -> Report:
-    """The report of a variant that a process is told by name: (module, variant, target)."""
+    """The report of the variant with this (module, variant, target), which worker processes get in place of the variant."""
     module, wanted, target = name
     launch = importlib.import_module(module)
     return report(launch, next(variant for variant in launch.variants() if variant.name == wanted), target)
@@ -120,7 +125,7 @@ def _read_cubin(code: dict[str, Any]) -> dict[str, int]:
     return {
         "registers": _number(r"\bREG:(\d+)", text),
         "stack": _number(r"\bSTACK:(\d+)", text),
-        "spill_bytes": sum(int(bits or 32) // 8 for bits in spill_stores),  # a spill is no LOCAL, it is an STL
+        "spill_bytes": sum(int(bits or 32) // 8 for bits in spill_stores),  # a spill is an STL; LOCAL does not count it
         "ld128": len(re.findall(r"\bLDG[\w.]*\.128\b", text)),
         "st128": len(re.findall(r"\bSTG[\w.]*\.128\b", text)),
         **_ahead_of_stores(lines, r"\bSTG[\w.]*\.128\b", r"\bSTG\b"),
@@ -140,7 +145,7 @@ def _read_amdgcn(code: dict[str, Any]) -> dict[str, int]:
 
 
 def _ahead_of_stores(lines: list[str], wide: str, any_width: str) -> dict[str, int]:
-    """How many instructions there are, and how many before the first wide store or, where none is, before the last store."""
+    """The number of instructions, and of those before the first wide store, or before the last store if none is wide."""
     wide_stores = [place for place, line in enumerate(lines) if re.search(wide, line)]
     stores = [place for place, line in enumerate(lines) if re.search(any_width, line)]
     return {"instructions": len(lines), "ahead": wide_stores[0] if wide_stores else stores[-1]}
@@ -159,7 +164,7 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as comma-separated values")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
-        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
+        parser.error("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
 
     columns = [column.name for column in fields(Report)]
     print(f"{columns[0]:<25}{columns[1]:<34}{columns[2]:<8}" + "".join(f"{name:>12}" for name in columns[3:]))
@@ -169,7 +174,7 @@ def main() -> None:
         for variant, target in itertools.product(launch.variants(), TARGETS)
     ]
     reports = []
-    # Processes, since the compiler holds the interpreter; spawned, since Triton has threads.
+    # Processes, because the compiler holds the interpreter lock. They are spawned, because Triton has threads.
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         for made in pool.map(_report_named, wanted):
             row = asdict(made)

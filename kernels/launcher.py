@@ -1,5 +1,8 @@
-"""Launches without most of what Triton does on the host at every call: it looks at every argument, makes a key of what it finds and
-finds the kernel by it, which takes several times as long as the launch itself."""
+"""`Launcher` launches a compiled Triton kernel with less work on the host.
+
+At every call Triton inspects all arguments and looks up the compiled kernel by them, which takes several times as long as the
+launch itself.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,22 @@ from typing import Any
 import torch
 import triton
 
-# NVIDIA's assembler, left alone, spills a few values to fit 40 registers; given a bound above its need it does not.
-# AMD's has no such option.
+# By default NVIDIA's assembler spills a few values to fit 40 registers. It does not if the bound is above what the kernel needs.
+# AMD's assembler has no such option.
 COMPILER_OPTIONS = {"cuda": {"num_warps": 4, "maxnreg": 128}, "hip": {"num_warps": 4}}
 _OPTIONS = COMPILER_OPTIONS["hip" if torch.version.hip else "cuda"]
 _MOST_INT32 = 2**31 - 1
-_IS_KNOWN = hasattr(triton, "knobs")  # the way that 3.4 and later take to their launcher; older ones go it themselves
+_IS_KNOWN = hasattr(triton, "knobs")  # the launcher of Triton 3.4 and later; older versions use their own way
 
 
 class Launcher:
-    """A kernel, whose parameters are pointers (`p_...`), then numbers, then constants; bool is read and written as uint8.
+    """A kernel with its compiled versions.
 
-    It is compiled once for all calls that would make one machine code of it: those with one device, one set of dtypes and
-    constants, and numbers that are alike 1, multiples of 16 or neither. Triton also tells aligned addresses and 32-bit integers
-    from others; calls in which not all are go Triton's own way.
+    The parameters of the kernel must be pointers (`p_...`), then numbers, then constants. Bool tensors are passed as uint8.
+
+    Calls with equal device, dtypes and constants use the same machine code, as long as each number has the same class: 1, a
+    multiple of 16, or neither. Triton also distinguishes aligned addresses and 32-bit integers. A call in which not all addresses
+    are aligned or not all integers have 32 bits takes Triton's own path.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -41,7 +46,7 @@ class Launcher:
         numbers: Sequence[float],
         constants: Sequence[int],
     ) -> None:
-        """On the stream of `device` that is current. ValueError: CPU tensors without the interpreter."""
+        """Launch on the current stream of `device`. A ValueError for CPU tensors without the interpreter."""
         index = device.index
         if index is not None and index != torch.cuda.current_device():
             with torch.cuda.device(index):
@@ -68,7 +73,7 @@ class Launcher:
             compiled, run, function, metadata = kept
             stream = triton.runtime.driver.active.get_current_stream(index)
             enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-            if _calls(enter) or _calls(leave):  # of a profiler
+            if _calls(enter) or _calls(leave):  # a profiler is attached
                 told = compiled.launch_metadata(grid, stream, *addresses, *numbers, *constants)
                 run(*grid, stream, function, metadata, told, enter, leave, *addresses, *numbers, *constants)
             else:
@@ -89,5 +94,5 @@ class Launcher:
 
 
 def _calls(hook: Any) -> bool:
-    """Whether a hook does anything: a chain of none does not."""
+    """Whether a hook does anything. An empty chain of hooks does not."""
     return bool(getattr(hook, "calls", hook))

@@ -1,4 +1,4 @@
-"""One way in which a launch calls its kernel, for the ahead-of-time compiler."""
+"""`Variant`: one way in which a launch calls its kernel, for the ahead-of-time compiler."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from triton.compiler import ASTSource
 
 ELEMENT_BYTES = {"u8": 1, "bf16": 2, "fp16": 2, "i32": 4, "u32": 4, "fp32": 4, "i64": 8, "fp64": 8}
-ROLLOUTS, TOKENS, GROUPS = 4096, 2048, 256  # of the batch that memory traffic is counted for
+ROLLOUTS, TOKENS, GROUPS = 4096, 2048, 256  # the batch for which memory traffic is counted
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Variant:
     Attributes:
         name: unique within the kernel.
         kernel: the jit function.
-        pointers: element type of each pointer argument that is given; the others are None. All are 16-byte aligned, as
-            torch allocates.
+        pointers: the element type of each pointer argument; pointers that are not listed are None. All are 16-byte aligned, as
+            torch allocates them.
         constants: the constexpr arguments.
     """
 
@@ -51,5 +51,5 @@ class Variant:
         return ASTSource(self.kernel, signature, constants, attributes)
 
     def element_bytes(self) -> dict[str, int]:
-        """Bytes of an element behind each pointer."""
+        """The bytes of an element of each pointer argument."""
         return {name: ELEMENT_BYTES[element] for name, element in self.pointers.items()}

@@ -1,1 +1,1 @@
-"""Fused advantages on the GPU: `kernel` is what runs there, `fusion` its arithmetic, `launch` what calls it."""
+"""Fused advantages on the GPU. `kernel` is the kernel, `fusion` its arithmetic, and `launch` calls it."""

@@ -1,16 +1,17 @@
-"""Every baseline and stopping rule as a pure device function of a group's count, mean and prior, in reward units;
-calibrated fusion of rewards and priors scaled to [0, 1].
+"""Every baseline and stopping rule as a device function of a group's count, mean and prior.
 
-The same arithmetic as `csrc/include/v05/fusion.hpp` and `stopping.hpp`; `v05/reference/` is the specification of all
-three. Float64 throughout, elementwise over scalars or blocks; counts are int64. Two habits are for Triton's
-interpreter. No operand ever divides by zero, also not where a `tl.where` discards the quotient: it would warn. No bare
-number is assigned to a variable or passed to tl.log: it would become float32.
+Arguments are in reward units; calibrated fusion takes rewards and priors scaled to [0, 1]. The arithmetic is the same as in
+`csrc/include/v05/fusion.hpp` and `stopping.hpp`, and `v05/reference/` specifies all three. Everything is float64, elementwise over
+scalars or blocks; counts are int64.
+
+Two rules are for Triton's interpreter. Divisors are never zero, not even where a `tl.where` discards the quotient, because the
+interpreter would warn. No Python number is assigned to a variable or passed to tl.log, because it would become float32.
 """
 
 import triton
 import triton.language as tl
 
-# Shared by number with v05.methods.Baseline.
+# v05.methods.Baseline has the same numbers.
 GROUP_MEAN = tl.constexpr(0)
 PRIOR = tl.constexpr(1)
 SHRINKAGE = tl.constexpr(2)
@@ -23,23 +24,23 @@ LEAST_VARIANCE = tl.constexpr(8)
 BATCH_ENERGY_MEAN = tl.constexpr(9)
 CONJUGATE = tl.constexpr(10)
 
-# The baselines that read the batch's groups, and those that read the batch.
+# The baselines that read statistics of the other groups (p_groups), and those that read statistics of the batch (p_batch).
 NEEDS_GROUPS = (JAMES_STEIN.value,)
 NEEDS_BATCH = (BATCH_MEAN.value, BATCH_ENERGY_MEAN.value, *NEEDS_GROUPS)
 
-# What is known of a batch, in the order of its (5,) float64.
+# Positions in the (5,) float64 statistics of a batch, p_batch.
 BATCH_DIVISOR = tl.constexpr(0)
 BATCH_COUNT = tl.constexpr(1)
 BATCH_REWARD = tl.constexpr(2)  # the mean of all rewards
 BATCH_WEIGHT = tl.constexpr(3)  # the sum of the energies
 BATCH_WEIGHTED = tl.constexpr(4)  # the sum of energy * (reward - BATCH_REWARD)
 
-# What is known of its groups, in the order of their (5,) float64.
-GROUPS_COUNT = tl.constexpr(0)  # that have rollouts
-GROUPS_MEAN = tl.constexpr(1)  # of their means
-GROUPS_VAR = tl.constexpr(2)  # of their means
-# Over the groups of two rollouts or more, how far chance alone moves their means: the mean of var / k, with a rollout left out
-# of var / (k - 1).
+# Positions in the (5,) float64 statistics of the batch's groups, p_groups.
+GROUPS_COUNT = tl.constexpr(0)  # number of groups with rollouts
+GROUPS_MEAN = tl.constexpr(1)  # mean of their means
+GROUPS_VAR = tl.constexpr(2)  # variance of their means
+# Variance of a group's mean by chance, averaged over the groups of two or more rollouts: var / k, or var / (k - 1) with one rollout
+# left out.
 GROUPS_NOISE = tl.constexpr(3)
 GROUPS_NOISE_OF_OTHERS = tl.constexpr(4)
 
@@ -53,15 +54,14 @@ def is_nan(x):
 def shrinkage(count, mean, prior, half_range):
     """V_0.5's empirical shrinkage (arXiv 2603.10848): (baseline, weight, statistic, squared_bias, mse).
 
-    half_range = (hi - lo) / 2 carries reward units to centred ones. baseline is in reward units, mse in reward units
-    squared, squared_bias in centred units. A NaN prior is no prior: the mean stands. Without a rollout the prior
-    stands.
+    half_range = (hi - lo) / 2 converts reward units to centred units. baseline is in reward units, mse in reward units squared,
+    squared_bias in centred units. Without a prior (NaN) the baseline is the mean, without a rollout it is the prior.
     """
     no_prior = is_nan(prior)
     k = tl.maximum(count, 1).to(tl.float64)
     difference = (mean - prior) / half_range
     squared = difference * difference
-    statistic = k * squared  # NaN without a prior or a rollout, for then `difference` is
+    statistic = k * squared  # NaN without a prior or a rollout
     weight = 1.0 - 1.0 / tl.where(statistic > 1.0, statistic, 1.0)
     excess = squared - 1.0 / k
     squared_bias = tl.where(no_prior, float("inf"), tl.where(excess > 0.0, excess, 0.0))
@@ -73,9 +73,11 @@ def shrinkage(count, mean, prior, half_range):
 
 @triton.jit
 def james_stein(count, mean, prior, other_groups, p_groups, LEFT_OUT: tl.constexpr):
-    """The mean shrunk towards the mean of the other groups' means (James-Stein, arXiv 2511.03710), as far as chance alone
-    explains how the groups' means differ. A group of one rollout has the others' mean, also where that one is left out.
-    Without other groups the mean stands, without a rollout either the prior.
+    """Shrink the mean towards the mean of the other groups' means (James-Stein, arXiv 2511.03710).
+
+    The weight of the other groups is the share of the differences among groups that chance explains. The baseline of a group of one
+    rollout is the mean of the others, also if that rollout is left out. Without other groups it is the group's mean, and without a
+    rollout either it is the prior.
     """
     noise = tl.load(p_groups + (GROUPS_NOISE_OF_OTHERS if LEFT_OUT else GROUPS_NOISE))
     excess = tl.load(p_groups + GROUPS_VAR) - tl.load(p_groups + GROUPS_NOISE)
@@ -89,8 +91,9 @@ def james_stein(count, mean, prior, other_groups, p_groups, LEFT_OUT: tl.constex
 
 @triton.jit
 def conjugate(count, mean, prior, kappa):
-    """The mean fused with a prior that is worth kappa rollouts: a Beta prior's posterior mean (EBPO, arXiv 2602.05165). A NaN
-    prior is no prior: the mean stands. Without a rollout the prior stands.
+    """Fuse the mean with a prior that is worth kappa rollouts: the posterior mean of a Beta prior (EBPO, arXiv 2602.05165).
+
+    Without a prior (NaN) the result is the mean, without a rollout it is the prior.
     """
     k = count.to(tl.float64)
     fused = prior + k / (k + kappa) * (mean - prior)
@@ -112,11 +115,13 @@ def baseline_of(
     p_groups,
     half_range,
 ):
-    """The baseline of any method but calibrated fusion, in the shape of `mean`. Without a prior the group mean stands in,
-    without a rollout the prior, without an energy (energy_mean is NaN) the plain mean.
+    """The baseline of any method except those with a calibrated prior, in the shape of `mean`.
 
-    All of it is of the group and the batch or, where LEFT_OUT says so, of a rollout's others; `other_groups` is the mean of the
-    means of the batch's other groups. What else NEEDS_GROUPS gives a rule is at p_groups.
+    Without a prior it is the group mean, without a rollout the prior, and without energies (energy_mean is NaN) the unweighted
+    mean.
+
+    With LEFT_OUT, the arguments describe the group and the batch without the rollout in question. `other_groups` is the mean of the
+    means of the batch's other groups. p_groups has further statistics for the baselines in NEEDS_GROUPS.
     """
     if RULE == SHRINKAGE:
         return shrinkage(count, mean, prior, half_range)[0]
@@ -141,7 +146,7 @@ def baseline_of(
 
 @triton.jit
 def is_alone(RULE: tl.constexpr, count, prior, batch_count, other_groups):
-    """Whether there is nothing to compare a rollout with: then its baseline is its own reward, or nothing."""
+    """Whether a rollout has no baseline but its own reward."""
     alone = count == 1
     if RULE == ZERO:
         alone = count < 0
@@ -160,14 +165,14 @@ def is_alone(RULE: tl.constexpr, count, prior, batch_count, other_groups):
 
 @triton.jit
 def mean_without(reward, count, mean):
-    """The mean of the other rollouts; NaN without others."""
+    """The mean without this reward; NaN if `count` is 1 or less."""
     others = mean + (mean - reward) / tl.maximum(count - 1, 1).to(tl.float64)
     return tl.where(count > 1, others, float("nan"))
 
 
 @triton.jit
 def osla_take_more(count, squared_bias, max_rollouts, cost):
-    """One-step look-ahead (arXiv 2603.10848): another rollout while D2 / (k D2 + 1) would fall by more than its cost.
+    """One-step look-ahead (arXiv 2603.10848): take another rollout while it lowers D2 / (k D2 + 1) by more than its cost.
 
     Centred units. Without a prior D2 is infinite and the fall is 1 / (k (k + 1)).
     """
@@ -181,33 +186,33 @@ def osla_take_more(count, squared_bias, max_rollouts, cost):
 
 @triton.jit
 def believe(prior, alpha, beta, kappa, log_odds):
-    """(a, b, log_odds): Beta(a, b) of the success rate that a prior in [0, 1] is taken for, and the log odds that it is not
-    hallucinated, as given. A NaN prior is no prior: odds of 0.
+    """(a, b, log_odds): the distribution Beta(a, b) of the success rate given a prior in [0, 1], and the log odds that the prior is
+    not hallucinated, which are -inf without a prior (NaN).
     """
     no_prior = is_nan(prior)
     v = tl.where(no_prior, 0.5, tl.where(prior < 0.005, 0.005, tl.where(prior > 0.995, 0.995, prior)))
-    success = tl.exp(alpha + beta * tl.log(v / (1.0 - v)))  # its odds
-    log_odds = tl.where(no_prior, float("-inf"), log_odds + v * 0.0)  # a bare number would count as float32
+    success = tl.exp(alpha + beta * tl.log(v / (1.0 - v)))  # odds of a success
+    log_odds = tl.where(no_prior, float("-inf"), log_odds + v * 0.0)  # a Python number would become float32
     return kappa * (success / (1.0 + success)), kappa / (1.0 + success), log_odds
 
 
 @triton.jit
 def energy_ratio(complement, delta0, delta1):
-    """The mean energy of successes over that of failures, where `complement` is the failure rate."""
+    """The mean energy of successes over that of failures at the failure rate `complement`."""
     shift = delta0 + delta1 * tl.log(complement)
     return tl.exp(tl.where(shift < -8.0, -8.0, tl.where(shift > 8.0, 8.0, shift)))
 
 
 @triton.jit
 def least_variance(rate, complement, delta0, delta1):
-    """The baseline for which E[(reward - baseline)^2 energy] is least, rewards scaled to [0, 1]."""
+    """The baseline that minimises E[(reward - baseline)^2 energy], for rewards scaled to [0, 1]."""
     success = rate * energy_ratio(complement, delta0, delta1)
     return success / (success + complement)
 
 
 @triton.jit
 def stirling(r):
-    """log Gamma(1 / r) less its leading terms, to 1e-13 for r up to 1/8."""
+    """log Gamma(1 / r) minus its leading terms, with an error below 1e-13 for r up to 1/8."""
     r2 = r * r
     return (
         ((8.417508417508418e-4 * r2 - 5.952380952380953e-4) * r2 + 7.936507936507937e-4) * r2 - 2.777777777777778e-3
@@ -216,8 +221,10 @@ def stirling(r):
 
 @triton.jit
 def log_rising(a, x):
-    """log Gamma(a + x) - log Gamma(a) for a > 0, x >= 0, to 1e-12; as in fusion.hpp a is raised to where Stirling's series
-    holds, which here starts earlier and has more terms: a thread's registers are few.
+    """log Gamma(a + x) - log Gamma(a) for a > 0, x >= 0, with an error below 1e-12.
+
+    As in likelihood.hpp, a is raised until Stirling's series is accurate. Here the series starts at a smaller a and has more terms,
+    because a thread has few registers.
     """
     above = a * 0.0 + 1.0
     below = above + x * 0.0
@@ -229,28 +236,28 @@ def log_rising(a, x):
     r, r_end = 1.0 / a, 1.0 / (a + x)
     share = x * r
     u = 1.0 + share
-    log_u = tl.log(u) + (share - (u - 1.0)) * (a * r_end)  # what the sum rounds away is put back
+    log_u = tl.log(u) + (share - (u - 1.0)) * (a * r_end)  # adds back the rounding error of u
     return tl.log(above / below) + (a - 0.5) * log_u + x * (tl.log(a + x) - 1.0) + stirling(r_end) - stirling(r)
 
 
 @triton.jit
 def likelihood_term(term, a, b, successes, failures):
-    """The logarithm of how much likelier a group is under Beta(a, b) than under Beta(1/2, 1/2) is the sum of terms 0 to 7."""
+    """One of the terms whose sum is the log-likelihood ratio of a group under Beta(a, b) and under Beta(1/2, 1/2)."""
     start = tl.where(term == 0, a, tl.where(term == 1, b, tl.where(term == 2, a + b, tl.where(term == 5, 1.0, 0.5))))
     steps = tl.where(term % 3 == 0, successes, tl.where(term % 3 == 1, failures, successes + failures))
     rising = log_rising(start, steps)
     return tl.where(term > 5, 0.0, tl.where((term < 2) | (term == 5), rising, -rising))
 
 
-FEW = tl.constexpr(16)  # rollouts, up to which products of whole numbers stand in for Stirling's series
+FEW = tl.constexpr(16)  # up to so many rollouts, products replace Stirling's series
 
 
 @triton.jit
 def log_likelihood_ratio(count, a, b, successes, failures, is_few):
-    """That sum, for scalars or 1-D blocks of successes; the terms lie side by side, a thread each.
+    """The log-likelihood ratio of a group under Beta(a, b) and under Beta(1/2, 1/2), for scalars or 1-D blocks of successes.
 
-    is_few says that successes are whole and `count` is at most FEW: then it is the logarithm of a few products, which takes a GPU a
-    twentieth of the time. Within the bounds of a Calibration they neither overflow nor vanish.
+    `is_few` means that successes are whole numbers and `count` is at most FEW. The result is then the logarithm of a few products,
+    which takes a twentieth of the time on a GPU. Within the bounds of a Calibration the products neither overflow nor underflow.
     """
     ratio = successes * 0.0
     if is_few:
@@ -267,7 +274,7 @@ def log_likelihood_ratio(count, a, b, successes, failures, is_few):
 
 @triton.jit
 def beta_moments(a, b):
-    """(mean, 1 - mean with all its digits, variance) of Beta(a, b)."""
+    """(mean, 1 - mean without cancellation, variance) of Beta(a, b)."""
     mean, complement = a / (a + b), b / (a + b)
     return mean, complement, mean * complement / (a + b + 1.0)
 
@@ -276,8 +283,7 @@ def beta_moments(a, b):
 def calibrated(count, successes, all_ends, a, b, log_odds):
     """Calibrated fusion: (baseline, 1 - baseline, variance, hallucination) of the success rate, rewards scaled to [0, 1].
 
-    `successes` is the sum of `count` such rewards; all_ends says that they are 0 and 1 alone; a, b and log_odds are what `believe`
-    makes of the prior.
+    `successes` is the sum of `count` such rewards. `all_ends` means that all are 0 or 1. a, b and log_odds are from `believe`.
     """
     failures = count.to(tl.float64) - successes
     log_odds += log_likelihood_ratio(count, a, b, successes, failures, all_ends & (count <= FEW))
@@ -297,7 +303,7 @@ def calibrated(count, successes, all_ends, a, b, log_odds):
 
 @triton.jit
 def successes_of(count, mean, low, high):
-    """The sum of a group's rewards scaled to [0, 1]; a whole number is one again after rounding, as in advantage.cpp."""
+    """The sum of a group's rewards scaled to [0, 1]. Rounding errors around whole numbers are removed, as in judge.hpp."""
     k = count.to(tl.float64)
     total = tl.where(count == 0, 0.0, k * ((mean - low) / (high - low)))
     total = tl.minimum(tl.maximum(total, 0.0), k)
@@ -308,15 +314,16 @@ def successes_of(count, mean, low, high):
 
 @triton.jit
 def calibrated_take_more(count, baseline, complement, variance, max_rollouts, cost):
-    """Another rollout while the variance of the success rate would fall by more than its cost, as in stopping.hpp."""
+    """Take another rollout while it lowers the variance of the success rate by more than its cost, as in stopping.hpp."""
     gain = 4.0 * variance * (variance / (baseline * complement))
     return (count < max_rollouts) & (gain > cost)
 
 
 @triton.jit
 def variance_take_more(k, baseline, complement, variance, delta0, delta1, max_rollouts, cost):
-    """Another rollout while the variance of the group's gradient would fall by more than its cost, as in stopping.hpp; `k` is the
-    count as float64. A group without rollouts asks at any cost.
+    """Take another rollout while it lowers the variance of the group's gradient by more than its cost, as in stopping.hpp.
+
+    `k` is the count as float64. A group without rollouts takes one at any cost.
     """
     product = baseline * complement
     spread = product - variance

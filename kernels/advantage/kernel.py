@@ -1,10 +1,9 @@
-"""Fused advantages on the GPU: rewards in, advantages in any layout and group statistics out, in one launch.
+"""Fused advantages on the GPU: one launch computes advantages in any layout and group statistics from rewards.
 
-Each program of a group computes the group's statistics for itself, which costs a few loads that hit the cache and saves
-a second launch, then writes the advantages of its share of the group's rows. Token rewards take a first launch of their
-own, `sum_token_rewards_kernel`: a program per row and chunk that each summed the whole group's tokens would read them
-many times. Nothing here synchronises with the host or has a data-dependent shape, so a call can be captured in a CUDA
-graph.
+Several programs share a group. Each computes the group's statistics, which takes a few loads that hit the cache and saves a second
+launch. Then it writes the advantages of its share of the group's rows. Token rewards need a launch before this one,
+`sum_token_rewards_kernel`, because otherwise every program of a group would sum all its tokens again. Nothing synchronises with the
+host or has a data-dependent shape, so a call can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ from v05.kernels.advantage.fusion import (
 from v05.kernels.advantage.moments import load_energy, load_rewards, moments, weighted_sums
 from v05.kernels.advantage.tokens import fill_tokens, tokens_of
 
-# Shared by number with v05.ops.SCALES and advantage.hpp.
+# v05.ops.advantage.options.SCALES and advantage.hpp have the same numbers.
 UNSCALED = tl.constexpr(0)
 GROUP_SCALE = tl.constexpr(1)
 BATCH_SCALE = tl.constexpr(2)
 MEAN_SCALE = tl.constexpr(3)
 
-# The columns of the table, in the order of v05.ops.advantage.stats.STATISTICS and advantage.hpp.
+# The columns of the table. v05.ops.advantage.stats.STATISTICS and advantage.hpp have the same order.
 COUNT = tl.constexpr(0)
 NONFINITE = tl.constexpr(1)
 CLIPPED = tl.constexpr(2)
@@ -88,7 +87,7 @@ def advantage_of(
     LEAVE_ONE_OUT: tl.constexpr,
     RAW_SINGLETON: tl.constexpr,
 ):
-    """Advantages of a group's rollouts, scalars or blocks; 0 where not usable."""
+    """Advantages of rollouts of a group, scalars or blocks; 0 for rollouts that are not usable."""
     IS_CALIBRATED: tl.constexpr = (BASELINE == CALIBRATED) | (BASELINE == LEAST_VARIANCE)
     if IS_CALIBRATED:
         if LEAVE_ONE_OUT:
@@ -137,7 +136,7 @@ def advantage_of(
 def group_baseline(
     BASELINE: tl.constexpr, count, mean, weight, weighted, prior, kappa, batch_mean, other_groups, p_batch, p_groups, low, high
 ):
-    """The baseline of a whole group, of any method but calibrated fusion."""
+    """The baseline of a whole group, for any method except those with a calibrated prior."""
     energy_mean = energy_mean_of(mean, weight, weighted)
     batch_energy_mean = batch_mean
     if p_batch is not None:
@@ -160,13 +159,13 @@ def group_baseline(
 
 @triton.jit
 def energy_mean_of(mean, weight, weighted):
-    """The energy-weighted mean; NaN where no rollout has an energy."""
+    """The energy-weighted mean; NaN if no rollout has an energy above 0."""
     return tl.where(weight > 0.0, mean + weighted / tl.where(weight > 0.0, weight, 1.0), float("nan"))
 
 
 @triton.jit
 def output_of(b_advantage, p_out):
-    """In the dtype of out. By way of float32, as the compiler does by itself and the interpreter does not."""
+    """The advantage in the dtype of `out`. bfloat16 is rounded via float32, as the compiler does but the interpreter does not."""
     if p_out.dtype.element_ty == tl.bfloat16:
         b_advantage = b_advantage.to(tl.float32)
     return b_advantage.to(p_out.dtype.element_ty)
@@ -176,15 +175,15 @@ def output_of(b_advantage, p_out):
 def fused_advantage_kernel(
     p_rewards,  # (N,)
     p_offsets,  # (G + 1,) int64
-    p_order,  # (N,) int64, or None: rows are contiguous
+    p_order,  # (N,) int64, or None if rows are contiguous
     p_prior,  # (G,) float64, or None
-    p_mask,  # (N, T), or (N, words_of(T)) of uint32 with a bit a token; or None
+    p_mask,  # (N, T), or (N, words_of(T)) uint32 with one bit per token; or None
     p_cu_seqlens,  # (N + 1,) int64, or None
-    p_valid,  # (N,) bool, or None: all
-    p_counted,  # (N,) bool, or None: as valid
-    p_energy,  # (N,) float64, or None: the baseline reads none
-    p_batch,  # (5,) float64, as fusion.py says, with BATCH_SCALE or a baseline that NEEDS_BATCH; else None
-    p_groups,  # (5,) float64, as fusion.py says, with a baseline that NEEDS_GROUPS; else None
+    p_valid,  # (N,) bool, or None if all rows are valid
+    p_counted,  # (N,) bool, the rows that count in the statistics, or None if all valid rows do
+    p_energy,  # (N,) float64, or None if the baseline does not read it
+    p_batch,  # (5,) float64, see fusion.py; None without BATCH_SCALE and NEEDS_BATCH
+    p_groups,  # (5,) float64, see fusion.py; None without NEEDS_GROUPS
     p_out,  # (N, T), (total_tokens,) or (N,)
     p_table,  # (v05.ops.advantage.stats.STATISTICS, G) float64, or None
     G,
@@ -194,11 +193,11 @@ def fused_advantage_kernel(
     eps: tl.float64,
     max_rollouts,
     cost: tl.float64,
-    alpha: tl.float64,  # of the calibration, as are beta and kappa
+    alpha: tl.float64,  # alpha, beta and kappa of the calibration
     beta: tl.float64,
     kappa: tl.float64,
-    log_odds: tl.float64,  # that a prior is not hallucinated
-    delta0: tl.float64,  # of the log-ratio of energies, as is delta1
+    log_odds: tl.float64,  # log odds that a prior is not hallucinated
+    delta0: tl.float64,  # delta0 and delta1 of the calibration
     delta1: tl.float64,
     BASELINE: tl.constexpr,
     SCALE: tl.constexpr,
@@ -207,7 +206,7 @@ def fused_advantage_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Grid (G, splits of a group's rows, chunks of a row's tokens); any number of splits and chunks is right."""
+    """Grid (G, splits of a group's rows, chunks of a row's tokens). The result is right for any number of splits and chunks."""
     group = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(2)
     first = tl.load(p_offsets + group)
@@ -217,7 +216,7 @@ def fused_advantage_kernel(
         prior = tl.load(p_prior + group)
     rows_each = tl.cdiv(size, tl.num_programs(1))
     split = tl.program_id(1)
-    begin = split * rows_each  # of this program's rollouts
+    begin = split * rows_each  # this program has the rollouts begin .. end - 1
     end = tl.minimum(begin + rows_each, size)
     PER_ROLLOUT: tl.constexpr = p_mask is None and p_cu_seqlens is None
     if not PER_ROLLOUT:
@@ -255,15 +254,15 @@ def fused_advantage_kernel(
     divisor = tl.full((), 1.0, tl.float64)
     if SCALE == GROUP_SCALE:
         divisor = tl.sqrt(variance) + eps
-        divisor = tl.where(all_equal | (divisor == 0.0), 1.0, divisor)  # 0: with eps 0, squares that underflow
+        divisor = tl.where(all_equal | (divisor == 0.0), 1.0, divisor)  # 0 if eps is 0 and squares underflow
     if SCALE == MEAN_SCALE:
         divisor = tl.where(mean > 0.0, mean, 1.0)
     if SCALE == BATCH_SCALE:
         divisor = tl.load(p_batch + BATCH_DIVISOR)
 
     if p_table is not None:
-        # From one column of the table to the next. `group` is added last in each address: a base of p_table + group, kept in
-        # registers across the calibrated fusion, costs 8 of them and a sixth of the resident warps.
+        # The stride of columns. Each address adds `group` last: keeping p_table + group in registers across the calibrated fusion
+        # would cost 8 registers and a sixth of the resident warps.
         column = G.to(tl.int64)
         if (split == 0) & (chunk == 0):
             tl.store(p_table + COUNT * column + group, count.to(tl.float64))

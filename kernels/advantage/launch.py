@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from v05.ops.advantage.options import Options
 
 STATISTIC_COLUMNS = TAKE_MORE.value + 1
-BLOCK_T = 2048  # 4 warps of 32 threads that each load 16 bytes of a uint8 mask
+BLOCK_T = 2048  # 4 warps of 32 threads; each thread loads 16 bytes of a uint8 mask
 MAX_BLOCK_ROWS = 512
-CALIBRATED_BLOCK_ROWS = 128  # under leave-one-out, where a thread's registers hold the fusion of one row
-ENOUGH_PROGRAMS = 2048  # two or three waves on any GPU: beyond it, programs loop over rollouts
-MOST_ROLLOUTS = 2**31 - 1  # of a group
+CALIBRATED_BLOCK_ROWS = 128  # with leave-one-out, whose registers hold the fusion of one row per thread
+ENOUGH_PROGRAMS = 2048  # two or three waves on any GPU; more rollouts are looped over
+MOST_ROLLOUTS = 2**31 - 1  # in a group
 
 _advantage = Launcher(fused_advantage_kernel)
 _token_sums = Launcher(sum_token_rewards_kernel)
@@ -40,7 +40,7 @@ _group_moments = Launcher(group_moments_kernel)
 
 
 class KernelOptions(NamedTuple):
-    """What of the options the launch reads, in the kernel's own order."""
+    """The options as the launch and the kernel read them. `numbers` and `constants` are in the kernel's order."""
 
     numbers: tuple[float, ...]  # low to delta1
     constants: tuple[int, ...]  # BASELINE to RAW_SINGLETON
@@ -82,15 +82,15 @@ def launch(
     out: torch.Tensor,
     table: torch.Tensor | None,
 ) -> None:
-    """Write the advantages into `out` and the statistics into `table`, where given; the caller is `v05.ops.fused_advantage`.
+    """Write the advantages into `out` and the statistics into `table`, unless it is None. `v05.ops.fused_advantage` calls this.
 
-    Shapes and dtypes are those that `fused_advantage_kernel` notes; rewards may also be (N, T). Non-finite rewards of valid rows
-    are left out, and for a baseline with a prior rewards and priors outside [low, high] clipped; both are counted.
+    Shapes and dtypes are those of `fused_advantage_kernel`; rewards may also be (N, T). Non-finite rewards of valid rows are
+    excluded and counted. For a baseline with a prior, rewards and priors outside [low, high] are clipped and counted.
 
     Args:
-        valid: (N,) bool, in place of that of the rollouts; None: all.
-        counted: (N,) bool, the rows that count in the statistics; None: the valid ones.
-        offsets, order: (G + 1,) and (N,) int64: group g has the rows order[offsets[g]] .. order[offsets[g + 1] - 1]; without an
+        valid: (N,) bool, used in place of `rollouts.valid`; None if all rows are valid.
+        counted: (N,) bool, the rows that count in the statistics; None if all valid rows do.
+        offsets, order: (G + 1,) and (N,) int64. Group g has the rows order[offsets[g]] .. order[offsets[g + 1] - 1], or without an
             order the rows offsets[g] .. offsets[g + 1] - 1.
 
     Raises:
@@ -98,7 +98,7 @@ def launch(
     """
     rewards, mask, cu_seqlens, _, _, energy = rollouts
     device, N, G = rewards.device, rewards.shape[0], offsets.shape[0] - 1
-    if G == 0:  # rows of no group have advantage 0
+    if G == 0:  # rows without a group have advantage 0
         out.zero_()
         return
     T = 0 if mask is None else mask.shape[1]
@@ -132,8 +132,8 @@ def launch_shape(
 ) -> tuple[int, int, int]:
     """(BLOCK_ROWS, splits, chunks) for N rollouts in G groups with rows of `row_length` tokens, None for per-rollout output.
 
-    Chosen for groups and rows of average size; any size is handled. In whole numbers throughout, as Triton's own helpers are slow,
-    and kept, as shapes repeat at every step.
+    They suit groups and rows of average size and are right for any size. Plain integer arithmetic is used because Triton's helpers
+    are slow, and results are cached because shapes repeat at every step.
     """
     group_size = -(-N // G)
     block_rows = min(max(1 << (group_size - 1).bit_length(), 16), most_block_rows)
@@ -146,7 +146,7 @@ def launch_shape(
 def _sum_token_rewards(
     token_rewards: torch.Tensor, mask: torch.Tensor, N: int, T: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rewards of rollouts, and the mask as a bit a token."""
+    """The (N,) float64 rewards of rollouts, and the mask with one bit per token, (N, words_of(T)) uint32."""
     rewards = token_rewards.new_empty(N, dtype=torch.float64)
     bits = token_rewards.new_empty(N, -(-T // 32), dtype=torch.uint32)
     if N > 0:
@@ -157,14 +157,14 @@ def _sum_token_rewards(
 def _batch_moments(
     rewards: torch.Tensor, counted: torch.Tensor | None, energy: torch.Tensor | None, low: float, high: float, eps: float
 ) -> torch.Tensor:
-    """(5,) float64 of all counted finite rewards, BATCH_DIVISOR to BATCH_WEIGHTED of `fusion.py`: their standard deviation
-    (ddof = 1) + eps, 1 if they are all equal; their number; their mean, NaN without any; their energies' sums.
+    """The (5,) float64 statistics of all finite rewards that count, BATCH_DIVISOR to BATCH_WEIGHTED of `fusion.py`.
 
-    A few torch operations on the device: it needs all rewards, which no program of the one launch sees.
+    They are the standard deviation (ddof = 1) + eps, or 1 if all rewards are equal; the number of rewards; their mean, NaN if there
+    are none; and the two sums of energies. Torch computes them, because no program of the launch reads all rewards.
     """
     values = rewards.to(torch.float64)
     if values.numel() == 0:
-        nothing = values.new_zeros(5)  # and not a tensor of a list, which would be copied from the host
+        nothing = values.new_zeros(5)  # torch.tensor of a list would be copied from the host
         nothing[BATCH_DIVISOR.value].fill_(1.0)
         nothing[BATCH_REWARD.value].fill_(math.nan)
         return nothing
@@ -182,10 +182,10 @@ def _batch_moments(
 
 
 def _moments_of_groups(count: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-    """(5,) float64 of the groups, GROUPS_COUNT to GROUPS_NOISE_OF_OTHERS of `fusion.py`; (G,) each of what is given."""
+    """The (5,) float64 statistics GROUPS_COUNT to GROUPS_NOISE_OF_OTHERS of `fusion.py`, from (G,) moments of groups."""
 
     def mean_over(groups: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        return torch.where(groups, values, 0.0).sum() / groups.sum()  # NaN without any
+        return torch.where(groups, values, 0.0).sum() / groups.sum()  # NaN without any group
 
     some, several = count > 0, count > 1
     mean_of_means = mean_over(some, mean)
@@ -196,8 +196,11 @@ def _moments_of_groups(count: torch.Tensor, mean: torch.Tensor, variance: torch.
 
 
 def variants() -> Iterator[Variant]:
-    """Every layout with every baseline in float32, then each other choice once, on padded shrinkage; calibrated, whose baseline
-    differs from rollout to rollout under leave-one-out, has that on scalars and on the largest blocks."""
+    """Yield every layout with every baseline in float32, then every other choice once, mostly for padded shrinkage.
+
+    Calibrated fusion under leave-one-out, whose baseline differs among the rollouts of a group, is compiled for small and for the
+    largest blocks.
+    """
     statistics = {"p_table": "fp64"}
     inputs = {"p_rewards": "fp32", "p_offsets": "i64", "p_order": "i64", "p_prior": "fp64"}
     layouts = {"padded": {"p_mask": "u8"}, "packed": {"p_cu_seqlens": "i64"}, "per-rollout": {}}
@@ -250,7 +253,7 @@ def variants() -> Iterator[Variant]:
 
 
 def traffic(variant: Variant) -> tuple[int, int]:
-    """(bytes, floor_bytes) of one launch on ROLLOUTS x TOKENS in GROUPS equal groups, counted from the kernel's source."""
+    """(bytes, floor_bytes) of one launch on ROLLOUTS x TOKENS in GROUPS equal groups, derived from the kernel's source."""
     size = variant.element_bytes()
     tokens = ROLLOUTS * TOKENS
     if variant.kernel is sum_token_rewards_kernel:
@@ -262,7 +265,7 @@ def traffic(variant: Variant) -> tuple[int, int]:
     per_rollout = not {"p_mask", "p_cu_seqlens"} & variant.pointers.keys()
     row_length = None if per_rollout else TOKENS
     _, splits, chunks = launch_shape(ROLLOUTS, GROUPS, row_length, MAX_BLOCK_ROWS, BLOCK_T, ENOUGH_PROGRAMS)
-    row = sum(size.get(name, 0) for name in ("p_rewards", "p_order", "p_valid", "p_energy"))  # what a rollout is read as
+    row = sum(size.get(name, 0) for name in ("p_rewards", "p_order", "p_valid", "p_energy"))  # bytes read for a rollout
     group = 2 * size["p_offsets"] + size.get("p_prior", 0)
     mask_bytes = tokens // 8 if variant.pointers.get("p_mask") == "u32" else tokens * size.get("p_mask", 0)
     outputs = (ROLLOUTS if per_rollout else tokens) * size["p_out"] + mask_bytes

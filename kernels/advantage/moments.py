@@ -1,4 +1,4 @@
-"""Moments of rewards on the GPU: of one group, in the order in which its rows are read."""
+"""Moments of a group's rewards on the GPU."""
 
 import triton
 import triton.language as tl
@@ -20,8 +20,9 @@ def load_rewards(p_rewards, p_order, p_valid, position, inside, low, high):
 
 @triton.jit
 def load_statistics_rewards(p_rewards, p_order, p_valid, p_counted, position, inside, low, high):
-    """(reward, counted, nonfinite, clipped, between): counted are the usable rollouts that count in the statistics, between those
-    usable ones whose rewards are neither low nor high.
+    """(reward, counted, nonfinite, clipped, between) of the rollouts at `position`.
+
+    `counted` marks usable rollouts that count in the statistics, `between` usable rollouts whose reward is neither low nor high.
     """
     b_row, b_reward, b_usable, b_nonfinite, b_clipped = load_rewards(p_rewards, p_order, p_valid, position, inside, low, high)
     b_counted = b_usable
@@ -32,11 +33,12 @@ def load_statistics_rewards(p_rewards, p_order, p_valid, p_counted, position, in
 
 @triton.jit
 def moments(p_rewards, p_order, p_valid, p_counted, first, size, low, high, BLOCK_ROWS: tl.constexpr):
-    """(count, mean, m2, all_equal, nonfinite, clipped, all_ends) of the rollouts at positions first .. first + size - 1; all_ends:
-    every usable reward is low or high.
+    """(count, mean, m2, all_equal, nonfinite, clipped, all_ends) of the rollouts at positions first .. first + size - 1.
 
-    Two passes: rewards near 1e4 with a spread of 1e-3 keep their digits. The mean of equal rewards is exactly that
-    reward. The first block of rewards, which is all of most groups, stays in registers for the second pass.
+    m2 is the sum of squared deviations from the mean. all_ends means that every usable reward is low or high.
+
+    There are two passes, so that rewards near 1e4 with a spread of 1e-3 keep their digits. The mean of equal rewards is exactly
+    that reward. The first block of rewards, which holds all of most groups, stays in registers for the second pass.
     """
     b_member = tl.arange(0, BLOCK_ROWS)
     b_first, b_first_counted, b_nonfinite, b_clipped, b_between = load_statistics_rewards(
@@ -80,8 +82,9 @@ def moments(p_rewards, p_order, p_valid, p_counted, first, size, low, high, BLOC
 
 @triton.jit
 def weighted_sums(p_rewards, p_order, p_valid, p_counted, p_energy, first, size, mean, low, high, BLOCK_ROWS: tl.constexpr):
-    """(sum of the energies, sum of energy * (reward - mean)) of the rollouts that count. An energy that is no positive
-    finite number counts as 0.
+    """(sum of energies, sum of energy * (reward - mean)) of the rollouts that count.
+
+    Energies that are not positive and finite count as 0.
     """
     b_weight = tl.zeros((BLOCK_ROWS,), tl.float64)
     b_weighted = tl.zeros((BLOCK_ROWS,), tl.float64)
@@ -108,15 +111,15 @@ def load_energy(p_energy, row, inside):
 def group_moments_kernel(
     p_rewards,  # (N,)
     p_offsets,  # (G + 1,) int64
-    p_order,  # (N,) int64, or None: rows are contiguous
-    p_valid,  # (N,) bool, or None: all
-    p_counted,  # (N,) bool, or None: as valid
+    p_order,  # (N,) int64, or None if rows are contiguous
+    p_valid,  # (N,) bool, or None if all rows are valid
+    p_counted,  # (N,) bool, or None if all valid rows count
     p_moments,  # (3, G) float64: count, mean and variance (ddof = 1)
     low: tl.float64,
     high: tl.float64,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """The moments of every group, for the baselines that read those of other groups. Grid (G,)."""
+    """The moments of every group, for baselines that read the moments of other groups. Grid (G,)."""
     group = tl.program_id(0).to(tl.int64)
     groups = tl.num_programs(0).to(tl.int64)
     first = tl.load(p_offsets + group)

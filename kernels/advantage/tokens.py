@@ -1,4 +1,4 @@
-"""The tokens of a rollout on the GPU: where they lie, their mask, advantages spread over them, and their rewards summed."""
+"""Tokens of rollouts on the GPU: their addresses and mask, writing an advantage to them, and summing their rewards."""
 
 import triton
 import triton.language as tl
@@ -6,8 +6,8 @@ import triton.language as tl
 
 @triton.jit
 def load_block(p_mask, row, start, T, block, inside, BLOCK_T: tl.constexpr):
-    """1 for the tokens block .. block + BLOCK_T - 1 of the response of a row, whose tokens start at `start`."""
-    if p_mask.dtype.element_ty == tl.uint32:  # a bit a token
+    """The mask, 1 or other, of the tokens block .. block + BLOCK_T - 1 of a row whose tokens begin at `start`."""
+    if p_mask.dtype.element_ty == tl.uint32:  # one bit per token
         place = (block - start).to(tl.int32)
         word = (place >> 5) + tl.arange(0, BLOCK_T // 32)
         shift = (place & 31).to(tl.uint32)
@@ -23,15 +23,16 @@ def load_block(p_mask, row, start, T, block, inside, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def words_of(T):
-    """How many words of 32 bits hold a row of T tokens."""
+    """The number of 32-bit words for a row of T tokens."""
     return (T + 31) // 32
 
 
 @triton.jit
 def tokens_of(p_order, p_mask, p_cu_seqlens, position, inside, T, chunk, BLOCK_T: tl.constexpr):
-    """(row, start, stop, mask) of the rollout at a position: where its tokens lie, and the mask of the chunk's first block of them.
-    Loaded before they are needed, so that memory works while the statistics are computed, and on the next rollout while one is
-    stored.
+    """(row, start, stop, mask) of the rollout at a position: its tokens are start .. stop - 1, and mask is that of the chunk's
+    first block of them.
+
+    Callers load them early, so that memory is busy while statistics are computed, or while the previous rollout is stored.
     """
     row = position
     if p_order is not None:
@@ -51,10 +52,10 @@ def tokens_of(p_order, p_mask, p_cu_seqlens, position, inside, T, chunk, BLOCK_T
 
 @triton.jit
 def first_block(start, stop, chunk, BLOCK_T: tl.constexpr):
-    """(block, inside): where the chunk's first block of the body of tokens start .. stop - 1 begins, and which are of the body.
+    """(block, inside): the start of the chunk's first block in the body of tokens start .. stop - 1, and which tokens are in the
+    body.
 
-    The bounds of the body are multiples of 16, which the compiler can see: it makes 128-bit accesses of them wherever
-    the row starts.
+    The bounds of the body are multiples of 16, and the compiler can see that. So it uses 128-bit accesses wherever the row starts.
     """
     block = (start + 15) // 16 * 16 + chunk * BLOCK_T
     return block, block + tl.arange(0, BLOCK_T) < stop // 16 * 16
@@ -62,7 +63,7 @@ def first_block(start, stop, chunk, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def store_block(p_out, p_mask, b_mask, block, inside, value, BLOCK_T: tl.constexpr):
-    """value to the tokens block .. block + BLOCK_T - 1 whose mask is 1, 0 to the others."""
+    """Write `value` to the tokens block .. block + BLOCK_T - 1 whose mask is 1, and 0 to the others."""
     if p_mask is not None:
         value = tl.where(b_mask == 1, value, 0.0)
     tl.store(p_out + (block + tl.arange(0, BLOCK_T)), value, mask=inside)
@@ -70,8 +71,9 @@ def store_block(p_out, p_mask, b_mask, block, inside, value, BLOCK_T: tl.constex
 
 @triton.jit
 def fill_tokens(p_out, p_mask, row, start, stop, b_mask, T, value, chunk, num_chunks, BLOCK_T: tl.constexpr):
-    """This chunk's share of the tokens start .. stop - 1 of a row; b_mask is the mask of its first block. The fewer than 16 tokens
-    on either side of the body are chunk 0's; an aligned row has none.
+    """Write this chunk's share of the tokens start .. stop - 1 of a row. b_mask is the mask of its first block.
+
+    Chunk 0 also writes the up to 15 tokens on either side of the body. An aligned row has none.
     """
     first, b_inside = first_block(start, stop, chunk, BLOCK_T)
     b_first = b_mask
@@ -111,8 +113,9 @@ def sum_token_rewards_kernel(
     T,
     BLOCK_T: tl.constexpr,
 ):
-    """rewards[i] = sum of token_rewards[i, t] over the tokens where mask[i, t] is 1. Grid (N,). The mask is kept as a bit a token,
-    so that its 1 to 8 bytes need not be read again.
+    """rewards[i] = sum of token_rewards[i, t] over the tokens t with mask[i, t] = 1. Grid (N,).
+
+    It also stores the mask with one bit per token, so that the next kernel does not read its 1 to 8 bytes per token again.
     """
     row = tl.program_id(0).to(tl.int64)
     words = words_of(T)

@@ -1,1 +1,1 @@
-"""Which rows belong to which group, from ids on the device."""
+"""Grouping of rows by ids that are on the device."""

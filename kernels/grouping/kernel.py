@@ -1,4 +1,4 @@
-"""Rows in the order of their groups, counted and ranked by one launch that sorts nothing."""
+"""Order rows by group in one launch, by counting and ranking instead of sorting."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def load_ids(p_ids, row, N, G):
-    """(id, placed): an id that names no group stands as 0 and is not placed."""
+    """(id, placed). A kernel cannot reject ids: one that names no group becomes 0 and is not placed."""
     b_id = tl.load(p_ids + row, mask=row < N, other=-1)
     b_placed = (b_id >= 0) & (b_id < G)
     return tl.where(b_placed, b_id, 0).to(tl.int32), b_placed
@@ -15,18 +15,19 @@ def load_ids(p_ids, row, N, G):
 @triton.jit(do_not_specialize=["N", "G"])
 def group_rows_kernel(
     p_ids,  # (N,) int64
-    p_valid,  # (N,) bool, or None: all
+    p_valid,  # (N,) bool, or None if all rows are valid
     p_offsets,  # (G + 1,) int64, written
     p_order,  # (N,) int64, written
-    p_placed,  # (N,) bool, written: valid, and of a group
+    p_placed,  # (N,) bool, written: whether the row is valid and its id names a group
     N,
     G,
     EACH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """offsets and order so that group g has the rows order[offsets[g]] .. order[offsets[g + 1] - 1], in their own order; a row
-    whose id names no group is among those of group 0. Grid (G / EACH, rounded up): each program reads all ids twice, once to count
-    those below its own groups and in them, once to rank.
+    """Write offsets and order so that group g has the rows order[offsets[g]] .. order[offsets[g + 1] - 1], in ascending order.
+
+    A row whose id names no group goes to group 0. Grid (G / EACH, rounded up). Each program reads all ids twice: first it counts
+    the rows of its own groups and of all groups before them, then it ranks the rows.
     """
     lowest = tl.program_id(0) * EACH
     group = lowest + tl.arange(0, EACH)
@@ -43,7 +44,7 @@ def group_rows_kernel(
     if lowest == 0:
         tl.store(p_offsets, tl.zeros((), tl.int64))
 
-    place = ends - counts  # of the next row of each group
+    place = ends - counts  # place of the next row of each group
     for start in range(0, N, BLOCK):
         row = start + tl.arange(0, BLOCK)
         b_id, b_placed = load_ids(p_ids, row, N, G)

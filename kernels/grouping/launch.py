@@ -10,26 +10,28 @@ from v05.kernels.grouping.kernel import group_rows_kernel
 from v05.kernels.launcher import Launcher
 from v05.kernels.variant import GROUPS, ROLLOUTS, Variant
 
-MOST_ROWS = 1 << 15  # beyond it a sort is as fast
+MOST_ROWS = 1 << 15  # sorting more rows is as fast
 MOST_GROUPS = 1 << 13
 ENOUGH_PROGRAMS = 256
-TILE = 4096  # pairs of a group and a row that a program looks at together
+TILE = 4096  # pairs of a group and a row that a program compares at once
 MOST_EACH = MOST_GROUPS // ENOUGH_PROGRAMS
 
 _group_rows = Launcher(group_rows_kernel)
 
 
 def group_rows(ids: torch.Tensor, valid: torch.Tensor | None, num_groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(offsets, order, placed): group g has the rows order[offsets[g]] .. order[offsets[g + 1] - 1], in their own order.
+    """Order rows by group: group g has the rows order[offsets[g]] .. order[offsets[g + 1] - 1], in ascending order.
 
-    One launch or, of more than some ten thousand rollouts, one sort; neither synchronises with the host.
+    This takes one launch, or one sort for more than MOST_ROWS rollouts or MOST_GROUPS groups. Neither synchronises with the host.
 
     Args:
-        ids: (N,) int64. Rows whose id is not in [0, num_groups) are put into group 0, and are not placed.
-        valid: (N,) bool; None: all.
+        ids: (N,) int64. Rows whose id is not in [0, num_groups) go to group 0 and are not placed.
+        valid: (N,) bool; None if all rows are valid.
 
     Returns:
-        offsets: (num_groups + 1,) int64. order: (N,) int64. placed: (N,) bool, the valid rows whose id names a group.
+        offsets: (num_groups + 1,) int64.
+        order: (N,) int64.
+        placed: (N,) bool, the valid rows whose id names a group.
     """
     n, device = ids.shape[0], ids.device
     if n > MOST_ROWS or num_groups > MOST_GROUPS or num_groups == 0:
@@ -44,7 +46,7 @@ def group_rows(ids: torch.Tensor, valid: torch.Tensor | None, num_groups: int) -
 
 
 def by_sorting(ids: torch.Tensor, valid: torch.Tensor | None, num_groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `group_rows`, of any size."""
+    """Do what `group_rows` does by sorting, for any size."""
     placed = (ids >= 0) & (ids < num_groups)
     ordered, order = torch.sort(torch.where(placed, ids, 0), stable=True)
     offsets = torch.searchsorted(ordered, torch.arange(num_groups + 1, device=ids.device, dtype=ids.dtype))
@@ -52,7 +54,7 @@ def by_sorting(ids: torch.Tensor, valid: torch.Tensor | None, num_groups: int) -
 
 
 def variants() -> Iterator[Variant]:
-    """The fewest groups and the most that a program has, with `valid` and without."""
+    """Yield the kernel for the fewest and the most groups per program, with and without `valid`."""
     pointers = {"p_ids": "i64", "p_offsets": "i64", "p_order": "i64", "p_placed": "u8"}
     yield Variant("one-group-each", group_rows_kernel, pointers, {"EACH": 1, "BLOCK": 1024})
     yield Variant("one-group-each-valid", group_rows_kernel, pointers | {"p_valid": "u8"}, {"EACH": 1, "BLOCK": 1024})
@@ -60,7 +62,7 @@ def variants() -> Iterator[Variant]:
 
 
 def traffic(variant: Variant) -> tuple[int, int]:
-    """(bytes, floor_bytes) of one launch on ROLLOUTS in GROUPS groups: every program reads all ids twice, from cache."""
+    """(bytes, floor_bytes) of one launch on ROLLOUTS in GROUPS groups. Every program reads all ids twice, from the cache."""
     size = variant.element_bytes()
     programs = -(-GROUPS // int(variant.constants["EACH"]))
     written = ROLLOUTS * (size["p_order"] + size["p_placed"] + size.get("p_valid", 0)) + (GROUPS + 1) * size["p_offsets"]

@@ -1,8 +1,8 @@
-"""The policy loss on the GPU: the loss, its gradient by every token's log-probability and its figures, in one launch.
+"""The policy loss on the GPU: the loss, its gradient in every token's log-probability and its figures, in one launch.
 
-A program takes the tokens of one rollout, so that the rollout's advantage and weight are two scalars and never (N, T). It keeps its
-sums in a row of scratch; the program that is done last adds up the rows, in their order, so that the bits do not depend on which
-one that is.
+A program handles the tokens of one rollout, so the rollout's advantage and weight are scalars and are never expanded to (N, T).
+Each program writes its sums to a row of scratch memory. The program that finishes last adds up the rows in order, so the result
+does not depend on which program that is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Shared by number with v05.ops.policy_loss.losses.
+# v05.ops.policy_loss.losses has the same numbers.
 CLIPPED = tl.constexpr(0)
 WEIGHTED = tl.constexpr(1)
 OF_TOKENS = tl.constexpr(1)
@@ -19,7 +19,7 @@ K1 = tl.constexpr(1)
 K2 = tl.constexpr(2)
 FARTHEST = tl.constexpr(20.0)
 
-# What a program sums, in the order of v05.ops.policy_loss.compute.FIGURES behind the loss.
+# The sums of a program: the loss, then v05.ops.policy_loss.compute.FIGURES in that order.
 LOSS = tl.constexpr(0)
 TOKENS = tl.constexpr(1)
 KL = tl.constexpr(2)
@@ -31,13 +31,13 @@ IMPORTANCE = tl.constexpr(7)
 BEYOND = tl.constexpr(8)
 MISMATCH = tl.constexpr(9)
 SUMS = tl.constexpr(10)
-SUMS_BLOCK = tl.constexpr(16)  # a power of 2 that holds them
-ROWS_BLOCK = tl.constexpr(128)  # of scratch, that the last program adds up at once
+SUMS_BLOCK = tl.constexpr(16)  # a power of 2 of at least SUMS
+ROWS_BLOCK = tl.constexpr(128)  # rows of scratch that the last program adds up at once
 
 
 @triton.jit
 def bounded_exp(b_x):
-    """exp of log-ratios, of which those beyond FARTHEST count as that; NaN stays."""
+    """exp of log-ratios that are clipped to +-FARTHEST; NaN stays NaN."""
     b_x = tl.where(b_x > FARTHEST, FARTHEST, b_x)
     return tl.exp(tl.where(b_x < -FARTHEST, -FARTHEST, b_x))
 
@@ -49,7 +49,7 @@ def load_tokens(p_values, t, inside):
 
 @triton.jit
 def is_inside(p_mask, t, readable):
-    """Which of the tokens count."""
+    """Whether each token counts."""
     b_inside = readable
     if p_mask is not None:
         b_inside &= tl.load(p_mask + t, mask=readable, other=0) == 1
@@ -58,9 +58,10 @@ def is_inside(p_mask, t, readable):
 
 @triton.jit
 def edge_tokens(start, stop):
-    """(t, which of them are tokens start .. stop - 1): the fewer than 16 on either side of the body of a rollout.
+    """(t, whether each t is in start .. stop - 1) of the up to 15 tokens on either side of the body of a rollout.
 
-    The body lies between multiples of 16, which the compiler can see: it makes 128-bit accesses wherever the rollout starts.
+    The body begins and ends at multiples of 16, and the compiler can see that. So it uses 128-bit accesses wherever the rollout
+    starts.
     """
     lane = tl.arange(0, 32)
     body_start = (start + 15) // 16 * 16
@@ -71,13 +72,13 @@ def edge_tokens(start, stop):
 
 @triton.jit
 def fold(b_values):
-    """Sums of fours: what a thread has loaded at once, in one register."""
+    """Sums of 4 neighbouring values, which a thread loads together, so that they take one register."""
     return tl.sum(tl.reshape(b_values, (b_values.shape[0] // 4, 4)), axis=1)
 
 
 @triton.jit
 def moves_of(p_logprob, p_old, p_sampler, p_mask, t, b_mine):
-    """(which tokens count, new less old, old less sampler) of log-probabilities, folded."""
+    """Folded (number of tokens that count, new minus old, old minus sampler) of log-probabilities."""
     b_inside = is_inside(p_mask, t, b_mine)
     b_old = load_tokens(p_old, t, b_mine)
     b_moved = tl.where(b_inside, load_tokens(p_logprob, t, b_mine) - b_old, 0.0)
@@ -89,7 +90,7 @@ def moves_of(p_logprob, p_old, p_sampler, p_mask, t, b_mine):
 
 @triton.jit
 def moves_of_rollout(p_logprob, p_old, p_sampler, p_mask, start, stop, EDGES: tl.constexpr, BLOCK_T: tl.constexpr):
-    """(tokens that count, sum of new less old, sum of old less sampler) of a rollout."""
+    """(number of tokens that count, sum of new minus old, sum of old minus sampler) of a rollout."""
     b_count = tl.zeros((BLOCK_T // 4,), tl.float32)
     b_moved, b_gap = b_count, b_count
     for block in range((start + 15) // 16 * 16, stop // 16 * 16, BLOCK_T):
@@ -110,7 +111,7 @@ def moves_of_rollout(p_logprob, p_old, p_sampler, p_mask, start, stop, EDGES: tl
 
 @triton.jit
 def surrogate(b_logprob, b_log_ratio, advantage, low, high, dual, SURROGATE: tl.constexpr):
-    """(loss, its slope by the token's log-probability, whether clipped, whether by the dual clip, ratio) of tokens."""
+    """For each token: (loss, its slope in the log-probability, whether clipped, whether dual-clipped, ratio)."""
     b_ratio = bounded_exp(b_log_ratio)
     b_below, b_above = b_ratio < low, b_ratio > high
     if SURROGATE == WEIGHTED:
@@ -129,7 +130,7 @@ def surrogate(b_logprob, b_log_ratio, advantage, low, high, dual, SURROGATE: tl.
 
 @triton.jit
 def importance_of(b_log_ratio, cap, floor, MASKS_BEYOND: tl.constexpr):
-    """(weights, which are beyond the bounds) by the log-ratio of the old policy to the sampler's."""
+    """(weights, whether out of bounds) from the log-ratio of the old policy to the sampler."""
     b_ratio = bounded_exp(b_log_ratio)
     b_beyond = (b_ratio > cap) | (b_ratio < floor)
     if MASKS_BEYOND:
@@ -139,7 +140,7 @@ def importance_of(b_log_ratio, cap, floor, MASKS_BEYOND: tl.constexpr):
 
 @triton.jit
 def kl_of(b_difference, ESTIMATOR: tl.constexpr):
-    """(estimate, its slope by the token's log-probability) of the divergence from a reference; reference less policy is given."""
+    """(estimated divergence, its slope in the policy's log-probability) from the reference's log-probability minus the policy's."""
     if ESTIMATOR == K1:
         return -b_difference, b_difference * 0.0 + 1.0
     if ESTIMATOR == K2:
@@ -152,13 +153,13 @@ def kl_of(b_difference, ESTIMATOR: tl.constexpr):
 
 @triton.jit
 def add_up(p_sums, p_loss, p_figures, N):
-    """The sums of all rollouts, from their rows, as loss and figures."""
+    """Add up the rows of all rollouts and write the loss and the figures."""
     column = tl.arange(0, SUMS_BLOCK)
     b_total = tl.zeros((SUMS_BLOCK,), tl.float64)
     for first in range(0, N, ROWS_BLOCK):
         row = first + tl.arange(0, ROWS_BLOCK)
         known = (row < N)[:, None] & (column < SUMS)[None, :]
-        # From where all programs have written it, and not from this one's own cache.
+        # .cg bypasses this program's L1 cache, which may lack the writes of other programs.
         b_rows = tl.load(p_sums + row[:, None] * SUMS + column[None, :], mask=known, other=0.0, cache_modifier=".cg")
         b_total += tl.sum(b_rows.to(tl.float64), axis=0)
     tl.store(p_loss + column, b_total.to(tl.float32), mask=column == LOSS)
@@ -194,9 +195,9 @@ def terms_of(
     MASKS_BEYOND: tl.constexpr,
     KL_ESTIMATOR: tl.constexpr,
 ):
-    """Write the gradient of tokens; what they add to each of the sums, folded."""
+    """Write the gradient of tokens and return their folded contributions to each of the sums."""
     b_inside = is_inside(p_mask, t, b_mine)
-    # Padding is read with the rest, so that the loads are wide; it may hold anything, and counts for nothing.
+    # Padding is loaded too, so that loads are wide. It may hold anything, and is discarded below.
     b_logprob, b_old = load_tokens(p_logprob, t, b_mine), load_tokens(p_old, t, b_mine)
     b_moved = tl.where(b_inside, b_logprob - b_old, 0.0)
     b_log_ratio = b_moved
@@ -235,7 +236,7 @@ def terms_of(
 
 @triton.jit
 def policy_loss_kernel(
-    p_logprob,  # (N, T), or (tokens,) packed; float32, as the next three
+    p_logprob,  # float32, (N, T) or packed (tokens,); the next three have the same shape
     p_old,
     p_sampler,
     p_reference,
@@ -243,9 +244,9 @@ def policy_loss_kernel(
     p_cu_seqlens,  # (N + 1,)
     p_advantages,  # (N,) float32
     p_weights,  # (N,) float32
-    p_gradient,  # as p_logprob, written
+    p_gradient,  # like p_logprob, written
     p_sums,  # (N, SUMS) float32 scratch
-    p_arrived,  # (1,) int32, 0
+    p_arrived,  # (1,) int32, how many programs are done; 0 at the start
     p_loss,  # () float32, written
     p_figures,  # (SUMS - 1,) float64, written
     N,
@@ -264,7 +265,7 @@ def policy_loss_kernel(
     EDGES: tl.constexpr,  # whether a rollout may start or stop between multiples of 16
     BLOCK_T: tl.constexpr,
 ):
-    """Grid (N,)."""
+    """Compute the loss, its gradient and its figures. Grid (N,)."""
     rollout = tl.program_id(0).to(tl.int64)
     if p_cu_seqlens is not None:
         start, stop = tl.load(p_cu_seqlens + rollout), tl.load(p_cu_seqlens + rollout + 1)
@@ -326,7 +327,7 @@ def policy_loss_kernel(
     tl.store(p_row + IMPORTANCE, importance if p_sampler is not None else float("nan"))
     tl.store(p_row + BEYOND, beyond if p_sampler is not None else float("nan"))
     tl.store(p_row + MISMATCH, gap if p_sampler is not None else float("nan"))
-    tl.debug_barrier()  # the row is whole before this program says that it is done
+    tl.debug_barrier()  # the row must be complete before this program counts as done
     done = tl.atomic_add(p_arrived, 1, sem="acq_rel") + 1
     if done == N:
         add_up(p_sums, p_loss, p_figures, N)

@@ -14,14 +14,14 @@ from v05.kernels.variant import ROLLOUTS, TOKENS, Variant
 if TYPE_CHECKING:
     from v05.ops.policy_loss.compute import Options, Results, Rollouts, Tokens
 
-# Of 4 warps whose threads each load 16 bytes of float32; AMD's have 64 threads.
+# 4 warps, whose threads each load 16 bytes of float32. An AMD warp has 64 threads.
 BLOCK_T = {"cuda": 512, "hip": 1024}
 
 _policy_loss = Launcher(policy_loss_kernel)
 
 
 def launch(tokens: Tokens, rollouts: Rollouts, options: Options) -> Results:
-    """Loss, gradient and figures; the caller is `v05.ops.policy_loss`. One launch, and the zeroing of one number.
+    """Return (loss, gradient, figures). `v05.ops.policy_loss` calls this. It takes one launch and the zeroing of one number.
 
     Raises:
         ValueError: CPU tensors without the interpreter.
@@ -69,7 +69,7 @@ def launch(tokens: Tokens, rollouts: Rollouts, options: Options) -> Results:
 
 
 def variants() -> Iterator[Variant]:
-    """Both layouts plain, then every part of the loss once, on padded tokens; all in NVIDIA's blocks but the last two."""
+    """Yield both layouts of the plain loss, then each option once for padded tokens. The last two have the block size of AMD."""
     tokens = {"p_logprob": "fp32", "p_old": "fp32", "p_gradient": "fp32"}
     rollouts = {"p_advantages": "fp32", "p_weights": "fp32", "p_sums": "fp32", "p_arrived": "i32"}
     out = {"p_loss": "fp32", "p_figures": "fp64"}
@@ -99,7 +99,7 @@ def variants() -> Iterator[Variant]:
 
 
 def traffic(variant: Variant) -> tuple[int, int]:
-    """(bytes, floor_bytes) of one launch on ROLLOUTS x TOKENS: a ratio or a weight of the sequence reads what it sums twice."""
+    """(bytes, floor_bytes) of one launch on ROLLOUTS x TOKENS. Sequence-level ratios and weights read their terms twice."""
     size = variant.element_bytes()
     of_token = sum(size.get(name, 0) for name in ("p_logprob", "p_old", "p_sampler", "p_reference", "p_mask", "p_gradient"))
     of_rollout = size["p_advantages"] + size["p_weights"] + size.get("p_cu_seqlens", 0)

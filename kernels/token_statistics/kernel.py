@@ -1,4 +1,4 @@
-"""The passes over logits: what `v05/ops/token_statistics/sums.py` sums up over the vocabulary, and the gradient of the logits."""
+"""Kernels that read logits: the sums that `v05/ops/token_statistics/sums.py` defines, and the gradient of the logits."""
 
 import triton
 import triton.language as tl
@@ -7,14 +7,14 @@ from v05.kernels.token_statistics.rows import body_of, edges, exponential, row_o
 
 IGNORED = tl.constexpr(-100)
 LN2 = tl.constexpr(0.6931471805599453)
-LEAST = tl.constexpr(-200.0)  # bits: 2^-200 is 0 in float32, and 0 times -inf is not
+LEAST = tl.constexpr(-200.0)  # bits; 2^-200 is 0 in float32. -inf would not do, because 0 times -inf is NaN
 MAXIMUM, OTHERS, SLOPES, SQUARES, TARGET = (tl.constexpr(row) for row in range(5))
 STATE_MAXIMUM, STATE_INVERSE, STATE_MEAN, STATE_REST = (tl.constexpr(row) for row in range(4))
 
 
 @triton.jit
 def fold(m, s, a, q, b_x, column, target, has_target, bits, step_high, step_low, EXACT: tl.constexpr):
-    """Add a tile to the sums of each lane, relative to the lane's largest logit; all columns but the target's."""
+    """Add a tile, without the target's column, to the sums of each lane, which are relative to the lane's largest logit."""
     largest = tl.maximum(m, tl.max(b_x, axis=1))
     base = tl.where(largest == float("-inf"), 0.0, largest)
     b_scale, b_shift = exponential(m, base, bits, step_high, step_low, EXACT)
@@ -29,7 +29,7 @@ def fold(m, s, a, q, b_x, column, target, has_target, bits, step_high, step_low,
 
 @triton.jit(do_not_specialize=["tokens", "origin", "length", "stride_sequence", "stride_token", "V", "first"])
 def add_up_kernel(
-    p_logits,  # from an address of 16 bytes; the first row starts at element `origin`
+    p_logits,  # aligned to 16 bytes; the first row starts at element `origin`
     p_ids,  # (tokens,) int64
     p_sums,  # (5, tokens) float32, written
     tokens,
@@ -39,13 +39,13 @@ def add_up_kernel(
     stride_token,
     V,
     first,  # the id of the first column
-    bits: tl.float32,
+    bits: tl.float32,  # this and the next two are from launch._scale
     step_high: tl.float32,
     step_low: tl.float32,
     LANES: tl.constexpr,
     E: tl.constexpr,
 ):
-    """Grid (tokens,). Of an ignored token nothing is read or written."""
+    """Write the sums of each token. Grid (tokens,). The logits and sums of ignored tokens are neither read nor written."""
     token = tl.program_id(0)
     identity = tl.load(p_ids + token)
     if identity != IGNORED:
@@ -90,17 +90,17 @@ def add_up_kernel(
 def statistics_kernel(
     p_sums,  # (shards, 5, tokens) float32
     p_ids,  # (tokens,) int64
-    p_logprob,  # (tokens,) float32, written, as are the next two
+    p_logprob,  # (tokens,) float32, written, like the next two
     p_entropy,
     p_sum_pi_squared,
     p_state,  # (4, tokens) float32, written
-    p_nonfinite,  # int64 number, added to
+    p_nonfinite,  # int64 scalar; the number of such tokens is added to it
     tokens,
     shards,
     temperature: tl.float64,
     BLOCK: tl.constexpr,
 ):
-    """What `statistics` of `v05/ops/token_statistics/sums.py` does, in float64. Grid (tokens / BLOCK, rounded up)."""
+    """Do what `statistics` in `v05/ops/token_statistics/sums.py` does, in float64. Grid (tokens / BLOCK, rounded up)."""
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = token < tokens
     rows = tokens.to(tl.int64)
@@ -167,12 +167,12 @@ def gradient_of_tile(b_x, column, target, of_target, largest, weight, slope, mea
     ]
 )
 def write_gradient_kernel(
-    p_logits,  # from an address of 16 bytes; the first row starts at element `origin`
+    p_logits,  # aligned to 16 bytes; the first row starts at element `origin`
     p_ids,  # (tokens,) int64
     p_state,  # (4, tokens) float32
     p_of_logprob,  # (tokens,) float32
     p_of_entropy,  # (tokens,) float32, or None
-    p_out,  # as the logits; or these themselves
+    p_out,  # like the logits; may be the logits themselves
     tokens,
     origin,
     length,  # tokens of a sequence
@@ -188,7 +188,9 @@ def write_gradient_kernel(
     LANES: tl.constexpr,
     E: tl.constexpr,
 ):
-    """Grid (tokens,). ALIGNED: a row of the gradient lies as one of the logits does, modulo 16 elements. The logits of a token
+    """Write the gradient of the logits. Grid (tokens,).
+
+    ALIGNED means that rows of the gradient and of the logits start at the same offset modulo 16 elements. The logits of a token
     that is ignored, or whose upstream gradients are 0, are not read.
     """
     token = tl.program_id(0)

@@ -1,4 +1,4 @@
-"""The launches of the passes over logits, and their variants for the ahead-of-time compiler."""
+"""The launches of the kernels that read logits, and their variants for the ahead-of-time compiler."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from v05.ops.token_statistics.inputs import Targets, Upstream
     from v05.ops.token_statistics.sums import Made
 
-TILE = 2048  # elements that a program loads together: 16 for each of its 128 threads, twice or four times 128 bits
-BLOCK = 128  # tokens of a program that makes statistics of their sums
-TOKENS, VOCABULARY = 8192, 151_936  # that memory traffic is counted for
+TILE = 2048  # elements that a program loads at once: 16 per thread, which is two or four loads of 128 bits
+BLOCK = 128  # tokens of a program of statistics_kernel
+TOKENS, VOCABULARY = 8192, 151_936  # the batch for which memory traffic is counted
 
 _add_up = Launcher(add_up_kernel)
 _statistics = Launcher(statistics_kernel)
@@ -26,7 +26,7 @@ _write_gradient = Launcher(write_gradient_kernel)
 
 
 def add_up(logits: torch.Tensor, targets: Targets, temperature: float, out: torch.Tensor) -> None:
-    """As `v05.ops.token_statistics.cpu.add_up`. ValueError: CPU tensors without the interpreter."""
+    """Do what `v05.ops.token_statistics.cpu.add_up` does. A ValueError for CPU tensors without the interpreter."""
     tokens, columns = out.shape[1], logits.shape[-1]
     rows = _rows(logits)
     if tokens > 0:
@@ -40,7 +40,7 @@ def add_up(logits: torch.Tensor, targets: Targets, temperature: float, out: torc
 
 
 def statistics(sums: torch.Tensor, ids: torch.Tensor, temperature: float) -> Made:
-    """As `v05.ops.token_statistics.sums.statistics`. ValueError: CPU tensors without the interpreter."""
+    """Do what `v05.ops.token_statistics.sums.statistics` does. A ValueError for CPU tensors without the interpreter."""
     shards, _, tokens = sums.shape
     of_token = tuple(sums.new_empty(ids.shape) for _ in range(3))
     state, nonfinite = sums.new_empty(4, tokens), torch.zeros((), dtype=torch.int64, device=sums.device)
@@ -56,7 +56,7 @@ def statistics(sums: torch.Tensor, ids: torch.Tensor, temperature: float) -> Mad
 
 
 def write_gradient(logits: torch.Tensor, targets: Targets, upstream: Upstream, temperature: float, out: torch.Tensor) -> None:
-    """As `v05.ops.token_statistics.cpu.write_gradient`. ValueError: CPU tensors without the interpreter."""
+    """Do what `v05.ops.token_statistics.cpu.write_gradient` does. A ValueError for CPU tensors without the interpreter."""
     tokens, columns = targets.ids.numel(), logits.shape[-1]
     rows, rows_out = _rows(logits), _rows(out)
     origin, length, *strides = rows.places
@@ -73,8 +73,8 @@ def write_gradient(logits: torch.Tensor, targets: Targets, upstream: Upstream, t
 
 
 class _Rows(NamedTuple):
-    memory: torch.Tensor  # the logits, from an address of 16 bytes on
-    places: tuple[int, int, int, int]  # origin, length, stride_sequence, stride_token of the kernels
+    memory: torch.Tensor  # the logits, from an address that is a multiple of 16 bytes
+    places: tuple[int, int, int, int]  # the kernels' origin, length, stride_sequence and stride_token
 
 
 def _rows(logits: torch.Tensor) -> _Rows:
@@ -85,14 +85,15 @@ def _rows(logits: torch.Tensor) -> _Rows:
 
 
 def _tile(dtype: torch.dtype) -> tuple[int, int]:
-    """(LANES, E): 128 bits a lane."""
+    """(LANES, E) with 128 bits per lane."""
     each = 16 // dtype.itemsize
     return TILE // each, each
 
 
 def _scale(temperature: float) -> tuple[float, float, float]:
-    """(bits, step_high, step_low): bits of a logit, and logits of a bit in two float32, whose first has few enough digits that
-    150 times it is exact.
+    """(bits, step_high, step_low): log2(e) / temperature, and its inverse as the sum of two numbers for float32.
+
+    step_high has so few digits that its products with whole numbers up to 150 are exact.
     """
     step = temperature * math.log(2)
     mantissa, exponent = math.frexp(step)
@@ -101,7 +102,7 @@ def _scale(temperature: float) -> tuple[float, float, float]:
 
 
 def variants() -> Iterator[Variant]:
-    """Each dtype of logits, forward and backward; then a gradient without one of the entropy, and with rows that lie elsewhere."""
+    """Yield each dtype of logits, forward and backward, aligned and not, then the statistics and a gradient without the entropy."""
     tokens = {"p_ids": "i64"}
     for name, element, dtype in (
         ("bfloat16", "bf16", torch.bfloat16),
@@ -127,7 +128,7 @@ def variants() -> Iterator[Variant]:
 
 
 def traffic(variant: Variant) -> tuple[int, int]:
-    """(bytes, floor_bytes) of one launch on TOKENS x VOCABULARY: every logit is read once, every gradient written once."""
+    """(bytes, floor_bytes) of one launch on TOKENS x VOCABULARY. Every logit is read once and every gradient written once."""
     size = variant.element_bytes()
     if variant.kernel is statistics_kernel:
         once = TOKENS * (size["p_ids"] + (5 + 3 + 4) * size["p_sums"])

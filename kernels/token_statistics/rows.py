@@ -1,4 +1,4 @@
-"""Where a row of logits lies, and its tiles: LANES lanes of E elements that follow each other, 128 bits of a thread each."""
+"""Addresses of rows of logits, and tiles of a row: LANES lanes of E consecutive elements, 128 bits of a thread each."""
 
 import triton
 import triton.language as tl
@@ -6,15 +6,16 @@ import triton.language as tl
 
 @triton.jit
 def row_of(token, origin, length, stride_sequence, stride_token):
-    """The element of the first column of a token's row."""
+    """The position of the first element of a token's row."""
     token = token.to(tl.int64)
     return origin + token // length * stride_sequence + token % length * stride_token
 
 
 @triton.jit
 def body_of(start, V):
-    """(body, size): the columns from `body` on, `size` of them, begin and end at a multiple of 16 elements, which the compiler can
-    see: it makes 128-bit accesses of them wherever the row starts.
+    """(body, size): the position and the length of the body of a row, which begins and ends at multiples of 16 elements.
+
+    The compiler can see that, so it uses 128-bit accesses wherever the row starts.
     """
     stop = start + V
     body = (start + 15) // 16 * 16
@@ -28,7 +29,7 @@ def tile(LANES: tl.constexpr, E: tl.constexpr):
 
 @triton.jit
 def edges(start, body, size, V, LANES: tl.constexpr, E: tl.constexpr):
-    """(column, inside): the fewer than 16 columns on either side of the body, as the first 32 elements of a tile."""
+    """(column, inside) of the up to 15 columns on either side of the body, as the first 32 elements of a tile."""
     before = tl.minimum((body - start).to(tl.int32), V)
     at = tile(LANES, E)
     column = tl.where(at < 16, at, before + size + at - 16)
@@ -39,8 +40,8 @@ def edges(start, body, size, V, LANES: tl.constexpr, E: tl.constexpr):
 def exponential(x, largest, bits, step_high, step_low, EXACT: tl.constexpr):
     """(e^d, d in bits) of d = (x - largest) / temperature, where `bits` = log2(e) / temperature.
 
-    EXACT, the error of e^d does not grow with d: what the difference is rounded by is put back, and whole bits, of `step_high` +
-    `step_low` = temperature ln 2 each, are taken away before the rest is multiplied.
+    With EXACT, the error of e^d does not grow with d. The rounding error of the difference is added back, and whole bits, of
+    `step_high` + `step_low` = temperature ln 2 each, are subtracted before the rest is multiplied.
     """
     d = x - largest
     b_bits = d * bits
@@ -50,6 +51,6 @@ def exponential(x, largest, bits, step_high, step_low, EXACT: tl.constexpr):
         whole = (b_bits + 12582912.0) - 12582912.0  # 1.5 * 2^23: rounds to a whole number
         rest = (d - whole * step_high) - whole * step_low + lost
         b_e = tl.exp2(rest * bits) * tl.exp2(whole)
-        return tl.where(b_bits < -150.0, 0.0, b_e), b_bits  # masked logits too, whose difference has no rest
+        return tl.where(b_bits < -150.0, 0.0, b_e), b_bits  # also 0 for masked logits, whose rest is NaN
     else:
         return tl.exp2(b_bits), b_bits
