@@ -1,4 +1,4 @@
-// A caller's buffers by their types.
+// Calls a function with the typed elements of a caller's buffer.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,13 @@
 
 namespace v05 {
 
-// Calls body with the values of rewards or advantages, float or double.
+// Calls body with the values of rewards or advantages, which are float or double.
 template <class Body>
 void with_real(const Buffer& buffer, const Body& body) {
   buffer.dtype == Dtype::kFloat32 ? body(buffer.as<float>()) : body(buffer.as<double>());
 }
 
-// Calls body with the values of a mask, of any of its types.
+// Calls body with the values of a mask of any supported type.
 template <class Body>
 void with_mask(const Buffer& mask, const Body& body) {
   switch (mask.dtype) {

@@ -22,8 +22,7 @@ std::string range_text(const Options& options) {
   return text.str();
 }
 
-// True if every reward lies in [low, high]: then nobody has to look for the ones that do not. NaN lies nowhere.
-// Whether no value is below the lowest or above the highest; NaN is neither.
+// Whether no value is below the lowest or above the highest. NaN is neither.
 V05_MULTIVERSION bool none_outside(const double* values, std::size_t count, double lowest, double highest) {
   unsigned outside = 0;
   for (std::size_t i = 0; i < count; ++i) {
@@ -32,6 +31,7 @@ V05_MULTIVERSION bool none_outside(const double* values, std::size_t count, doub
   return outside == 0;
 }
 
+// Whether every reward is in [low, high], so that none needs to be listed. NaN is not.
 template <class Real>
 V05_MULTIVERSION bool all_within(const Real* rewards, std::size_t rows, double low, double high) {
   unsigned outside = 0;
@@ -42,11 +42,11 @@ V05_MULTIVERSION bool all_within(const Real* rewards, std::size_t rows, double l
   return outside == 0;
 }
 
-// Squares of differences between smaller rewards underflow, so that rewards that differ have a deviation of 0. An eps
-// keeps the divisor from it.
+// Squared differences of smaller rewards underflow, so that rewards that differ would have a deviation of 0. A larger
+// eps keeps the divisor above 0.
 template <class Real>
 void check_smallest(const Outcomes<Real>& outcomes, const Options& options) {
-  constexpr double kSmallest = 1e-130;  // the difference of neighbouring doubles of this size is 2e-146
+  constexpr double kSmallest = 1e-130;  // neighbouring doubles of this size differ by 2e-146
   if (options.scale == Scale::kNone || options.scale == Scale::kMean || options.eps >= kSmallest) {
     return;
   }
@@ -108,7 +108,7 @@ void check_prior(std::span<const double> prior, const Options& options) {
     return;
   }
   for (std::size_t g = 0; g < prior.size(); ++g) {
-    if (prior[g] < options.low - slack || prior[g] > options.high + slack) {  // NaN is neither: no prior
+    if (prior[g] < options.low - slack || prior[g] > options.high + slack) {  // NaN is neither, and means no prior
       outside.add(g, prior[g]);
     }
   }
@@ -134,7 +134,7 @@ void check_energy(std::span<const double> energy, std::span<const std::uint8_t> 
 template <class Real>
 bool check_rewards(const Outcomes<Real>& outcomes, const Options& options) {
   check_smallest(outcomes, options);
-  constexpr double kLargest = 1e150;  // whose squares are finite
+  constexpr double kLargest = 1e150;  // squares of such rewards are finite
   const double low = options.bounded() ? options.low - options.rounding_slack() : -kLargest;
   const double high = options.bounded() ? options.high + options.rounding_slack() : kLargest;
   if (all_within(outcomes.rewards.data(), outcomes.rewards.size(), low, high)) {

@@ -1,4 +1,5 @@
-// The order of things: check, sum tokens, collect the moments of groups and of the batch, judge, spread over tokens.
+// The steps of the op: check the arguments, sum token rewards, collect the moments of groups and of the batch, compute
+// the advantages of rollouts, and spread them over tokens.
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -23,7 +24,8 @@
 namespace v05 {
 namespace {
 
-// What a thread takes at a time. Moments of the batch are pooled by blocks of groups, so that their order is fixed.
+// The number of groups or rows that a thread takes at a time. Moments of the batch are pooled by blocks of groups, so
+// that the order of the sums is fixed.
 constexpr std::int64_t kGroupBlock = 256;
 constexpr std::int64_t kRowBlock = 4096;
 
@@ -32,8 +34,8 @@ std::size_t at(std::int64_t i) { return static_cast<std::size_t>(i); }
 template <class GroupJudge>
 using SumsOf = GroupSums<GroupJudge::Kind::kEnergy>;
 
-// The advantages of a batch whose rewards were checked; `all_usable` if no row is left out. Throws where a trajectory
-// has two rewards.
+// Computes the advantages of a batch whose rewards have been checked. `all_usable` means that no row is excluded.
+// Throws if a trajectory has two different rewards.
 template <class Real, class Out>
 class Advantages {
  public:
@@ -60,7 +62,7 @@ class Advantages {
   }
 
  private:
-  // A group at a time, without scratch.
+  // Processes one group after another, without scratch memory.
   template <class GroupJudge>
   void judge_contiguous() const {
     const auto batch = batch_moments<GroupJudge>([this](std::int64_t g) { return collect<GroupJudge>(rows_of(g)); });
@@ -71,7 +73,7 @@ class Advantages {
                });
   }
 
-  // Flat: numbers of a group that pass through memory between calls cost more than their arithmetic.
+  // Flattened, because passing the numbers of a group through memory between calls costs more than their arithmetic.
   template <class GroupJudge>
   [[gnu::flatten]] void judge_groups(std::int64_t begin, std::int64_t end, const BatchMoments& batch) const {
     for (std::int64_t g = begin; g < end; ++g) {
@@ -89,7 +91,7 @@ class Advantages {
     }
   }
 
-  // Judges groups of one size from g on, and says how many.
+  // Judges groups of one size from g on, several at once, and returns their number.
   [[nodiscard]] std::int64_t side_by_side(std::int64_t g, std::int64_t end) const {
     if (!in_lanes_) {
       return 0;
@@ -98,11 +100,11 @@ class Advantages {
         judge_lanes(outcomes_.rewards, groups_.offsets, prior_, options_, advantages_, table_, at(g), at(end)));
   }
 
-  // Over tables of the groups.
+  // Processes groups whose rows are in any order, with tables that have one entry per group.
   template <class GroupJudge>
   void judge_scattered() const {
     const Scratch<SumsOf<GroupJudge>> collected(at(groups_.count) + 1);
-    // On one thread, so that a group's rows are added in their order.
+    // On one thread, so that the rows of a group are added in order.
     for_scattered(groups_, 0, outcomes_.size(), collected.data(),
                   [this](std::size_t row, SumsOf<GroupJudge>& group) { add_row(row, group); });
     const auto sums_of = [&](std::int64_t g) -> const SumsOf<GroupJudge>& { return collected.data()[g]; };
@@ -156,8 +158,8 @@ class Advantages {
         static_cast<Out>(usable ? judge(static_cast<double>(outcomes_.rewards[row]), energy, options_) : 0.0);
   }
 
-  // The moments of the batch, where a baseline or the scale wants them: pooled in group order within blocks, then in
-  // block order.
+  // The moments of the batch, if the baseline or the scale needs them. They are pooled in the order of groups within
+  // blocks, then in the order of blocks.
   template <class GroupJudge, class SumsOfGroup>
   [[nodiscard]] BatchMoments batch_moments(const SumsOfGroup& sums_of) const {
     BatchMoments batch;
@@ -192,7 +194,7 @@ class Advantages {
     return batch;
   }
 
-  // What judges the rollouts of group g, whose statistics are written on the way.
+  // Makes the judge of the rollouts of group g, and writes the statistics of the group.
   template <class GroupJudge>
   [[nodiscard]] GroupJudge judge_of(std::int64_t g, const SumsOf<GroupJudge>& sums, const BatchMoments& batch) const {
     const Evidence evidence{
@@ -215,13 +217,13 @@ class Advantages {
   const Options& options_;
   std::span<Out> advantages_;
   const Table& table_;
-  std::vector<std::uint8_t> is_first_;  // the rows that count in the statistics; empty: all usable ones
+  std::vector<std::uint8_t> is_first_;  // the rows that count in the statistics; empty if all usable rows do
   bool all_usable_;
-  bool in_lanes_;  // groups of one size are judged side by side
+  bool in_lanes_;  // whether groups of one size are judged several at once
   int threads_;
 };
 
-// From checked outcomes to advantages, by the judge that the options ask for.
+// Checks rewards and computes their advantages with the judge that the options require.
 template <class Real, class Out>
 void judge_outcomes(const Outcomes<Real>& outcomes, const Groups& groups, std::span<const double> prior,
                     const Options& options, std::span<Out> advantages, const Table& table, int threads) {
@@ -251,7 +253,7 @@ void judge_outcomes(const Outcomes<Real>& outcomes, const Groups& groups, std::s
   }
 }
 
-// To one advantage a rollout, from rewards of either kind.
+// Computes one advantage per rollout, from outcome rewards or token rewards.
 template <class Out>
 void judge_rollouts(const Rollouts& rollouts, const Groups& groups, std::span<const double> prior,
                     const Options& options, std::span<Out> advantages, const Table& table, int threads) {
@@ -271,7 +273,7 @@ void judge_rollouts(const Rollouts& rollouts, const Groups& groups, std::span<co
   const std::vector<double> outcomes = sum_tokens(rollouts.rewards, rollouts.mask, rollouts.count, threads);
   try {
     judge(std::span<const double>(outcomes));
-  } catch (const std::invalid_argument&) {  // rewards are summed over the mask, which is then the one at fault
+  } catch (const std::invalid_argument&) {  // the sums depend on the mask, so a bad mask may be the cause
     check_mask(rollouts.mask, rollouts.count);
     throw;
   }

@@ -17,7 +17,7 @@ struct Range {
   std::int64_t lowest = std::numeric_limits<std::int64_t>::max();
   std::int64_t highest = std::numeric_limits<std::int64_t>::min();
 
-  // One less than how many integers it spans, which may be all 2^64 of them.
+  // The number of integers in the range minus 1, because there may be 2^64 of them.
   [[nodiscard]] std::uint64_t last_index() const {
     return static_cast<std::uint64_t>(highest) - static_cast<std::uint64_t>(lowest);
   }
@@ -33,7 +33,8 @@ V05_MULTIVERSION Range range_of(const std::int64_t* ids, std::size_t rows) {
   return {.lowest = lowest, .highest = highest};
 }
 
-// Ids of a small range are numbered through a table of the range: no hash, no comparison, no branch on what is new.
+// Numbers ids of a small range by a table over the range. It needs no hash, no comparison of ids and no branch for new
+// ids.
 std::int64_t number_within(const Range& range, std::span<const std::int64_t> ids, std::span<std::int64_t> slots) {
   std::vector<std::int32_t> slot_of(range.last_index() + 1, -1);
   const auto lowest = static_cast<std::uint64_t>(range.lowest);
@@ -50,7 +51,7 @@ std::int64_t number_within(const Range& range, std::span<const std::int64_t> ids
 
 std::int64_t number_any(std::span<const std::int64_t> ids, std::span<std::int64_t> slots) {
   const auto hash_of = [&](std::size_t row) { return mix(static_cast<std::uint64_t>(ids[row])); };
-  // mix is a bijection: equal hashes are equal ids.
+  // mix is a bijection, so ids with equal hashes are equal.
   return number_by_appearance(slots, hash_of, [](std::size_t /*a*/, std::size_t /*b*/) { return true; });
 }
 
@@ -60,7 +61,7 @@ bool rise_from_zero(std::span<const std::int64_t> offsets) {
   if (offsets.empty() || offsets.front() != 0) {
     return false;
   }
-  std::uint64_t bits = 0;  // of all offsets and of their differences, which are small unless an offset is negative
+  std::uint64_t bits = 0;  // the bits of all offsets and of their differences; the sign bit shows a negative one
   for (std::size_t i = 1; i < offsets.size(); ++i) {
     const auto offset = static_cast<std::uint64_t>(offsets[i]);
     bits |= offset | (offset - static_cast<std::uint64_t>(offsets[i - 1]));

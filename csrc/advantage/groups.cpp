@@ -11,7 +11,7 @@
 namespace v05 {
 namespace {
 
-// Trajectories are told apart within a group.
+// The same trajectory id in two groups means two trajectories.
 struct TrajectoryHash {
   std::size_t operator()(const std::pair<std::size_t, std::int64_t>& key) const {
     return mix(mix(key.first) ^ static_cast<std::uint64_t>(key.second));

@@ -1,4 +1,4 @@
-// Loops over the rows of groups, and which of them count.
+// Loops over the rows of groups, and the selection of rows that count.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@ namespace v05 {
 
 constexpr std::int64_t kPrefetchAhead = 32;
 
-// Calls body(row, group of the row) for all rows that are of a group.
+// Calls body(row, group of the row) for all rows that belong to a group.
 template <class Body>
 void for_rows(std::size_t rows, const Groups& groups, const Body& body) {
   const std::size_t count = static_cast<std::size_t>(groups.count);
@@ -32,8 +32,9 @@ void for_rows(std::size_t rows, const Groups& groups, const Body& body) {
   }
 }
 
-// Calls body(row, table[id of the row]) for the rows begin .. end - 1, fetched ahead, as the hardware cannot guess. The
-// table has an entry more than there are groups, for ids that another thread has changed.
+// Calls body(row, table[id of the row]) for the rows begin .. end - 1. Entries are prefetched, because the hardware
+// cannot predict their addresses. The table has one entry more than there are groups, for ids that another thread has
+// made invalid.
 template <class Entry, class Body>
 [[gnu::flatten]] void for_scattered(const Groups& groups, std::int64_t begin, std::int64_t end, Entry* table,
                                     const Body& body) {
@@ -44,8 +45,8 @@ template <class Entry, class Body>
   }
 }
 
-// Which rows count in the statistics: the first usable one of each trajectory. Empty without trajectories: all usable
-// ones. std::invalid_argument where a trajectory has two rewards.
+// Marks the rows that count in the statistics: the first usable row of each trajectory. Empty without trajectories,
+// when all usable rows count. Throws std::invalid_argument if a trajectory has two different rewards.
 template <class Real>
 std::vector<std::uint8_t> first_of_trajectories(const Outcomes<Real>& outcomes, const Groups& groups);
 

@@ -1,5 +1,5 @@
-// From the moments of a group to the advantages of its rollouts: what is subtracted, and what the difference is divided
-// by. Everything here is inline, because it runs once a group or once a row.
+// Judges compute the advantages of a group's rollouts from the moments of the group. Everything here is inline, because
+// it runs once per group or once per row.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +15,8 @@
 
 namespace v05 {
 
-// The sums of a group's rollouts; all-zero bytes are those of none. Energies are added up for the baselines that read
-// them alone.
+// The sums over a group's rollouts. All-zero bytes are the sums over no rollout. Energies are summed only for baselines
+// that read them.
 template <bool kEnergy>
 struct GroupSums {
   MomentsAccumulator rewards;
@@ -37,25 +37,25 @@ struct GroupSums<true> {
   [[nodiscard]] const WeightedSums& weighted() const { return by_energy; }
 };
 
-// What a baseline may be made of, beside the options.
+// Everything from which a baseline is computed, except the options.
 struct Evidence {
   Moments moments;        // of the group
-  WeightedSums weighted;  // of the group, by energy
-  double prior;           // reward units; NaN: none
+  WeightedSums weighted;  // weighted by energy
+  double prior;           // reward units; NaN if there is none
   const BatchMoments& batch;
 };
 
-// The mean of the others, once this reward is taken out; NaN without others.
+// The mean without this reward; NaN if there is no other.
 inline double mean_without(double reward, std::int64_t count, double mean) {
   return count > 1 ? mean + (mean - reward) / static_cast<double>(count - 1) : std::numeric_limits<double>::quiet_NaN();
 }
 
-// The mean of the means of the groups other than this one, which may have no rollout; NaN without others.
+// The mean of the means of the other groups; NaN if there is no other. This group may have no rollout.
 inline double mean_without_group(const Moments& means, const Moments& group) {
   return group.count > 0 ? mean_without(group.mean, means.count, means.mean) : means.mean;
 }
 
-// A group and its baseline, of any method but calibrated fusion.
+// A group and its baseline, for any method except those with a calibrated prior.
 template <bool kReadsEnergy, bool kReadsBatch>
 struct Group {
   static constexpr bool kEnergy = kReadsEnergy;
@@ -87,8 +87,8 @@ struct Group {
   [[nodiscard]] bool is_alone(const Options& options) const { return v05::is_alone(options.baseline, known); }
 };
 
-// The sum of a group's rewards scaled to [0, 1]. Whole numbers, as of rewards that are low or high, come back whole:
-// where a prior is certain, 1e-16 of a success is far from none.
+// The sum of a group's rewards scaled to [0, 1]. Rounding errors around whole numbers are removed, because under a
+// certain prior 1e-16 of a success differs much from none.
 inline double successes_of(const Moments& group, const Options& options) {
   const auto count = static_cast<double>(group.count);
   const double sum = group.count == 0 ? 0.0 : std::clamp(count * options.scaled(group.mean), 0.0, count);
@@ -96,20 +96,20 @@ inline double successes_of(const Moments& group, const Options& options) {
   return std::abs(sum - whole) <= count * options.scaled_rounding() ? whole : sum;
 }
 
-// The baseline that a belief of the success rate makes, in reward units.
+// The baseline of a calibrated method, in reward units.
 inline double baseline_of(const CalibratedFusion& fusion, const Options& options) {
   const bool shifted = options.baseline == Baseline::kLeastVariance;
   return options.unscaled(shifted ? least_variance(fusion, options.calibration) : fusion.baseline);
 }
 
-// A group and what calibrated fusion makes of it.
+// A group and its calibrated fusion.
 struct CalibratedGroup {
   static constexpr bool kEnergy = false;
   static constexpr bool kBatch = false;
   Moments moments;
   double successes;         // sum of the rewards scaled to [0, 1]
-  Belief belief;            // what the prior is taken for
-  CalibratedFusion fusion;  // of the two, where the baseline is wanted
+  Belief belief;            // distribution that the prior is read as
+  CalibratedFusion fusion;  // computed only if the baseline is wanted
 
   CalibratedGroup(const Evidence& evidence, const Options& options, bool wants_baseline)
       : moments(evidence.moments),
@@ -121,7 +121,8 @@ struct CalibratedGroup {
   [[nodiscard]] static bool is_alone(const Options& /*options*/) { return false; }  // there is always the vague prior
 };
 
-// Rewards that are all equal are left as they are: nothing may explode through eps. A mean of 0 divides nothing.
+// Rewards that are all equal are not scaled, because dividing by eps would blow them up. A mean of 0 scales nothing
+// either.
 inline double divisor_of(const Moments& population, const Options& options) {
   if (options.scale == Scale::kMean) {
     return population.mean > 0.0 ? population.mean : 1.0;
@@ -130,7 +131,7 @@ inline double divisor_of(const Moments& population, const Options& options) {
   return unscaled ? 1.0 : std::sqrt(population.variance()) + options.eps;
 }
 
-// Judges a reward by the baseline of its group.
+// Advantages from one baseline for the whole group.
 template <class GroupKind>
 class Judge {
  public:
@@ -138,10 +139,10 @@ class Judge {
 
   Judge(const GroupKind& group, const Evidence& /*evidence*/, const Options& options, double divisor)
       : baseline_(group.baseline(options)), divisor_(divisor) {
-    if (options.raw_singleton && group.is_alone(options)) {  // else its baseline is its own reward
+    if (options.raw_singleton && group.is_alone(options)) {  // otherwise the advantage is 0
       baseline_ = 0.0;
       divisor_ = 1.0;
-    } else if (GroupKind::kBatch && std::isnan(baseline_)) {  // or, of a rule that reads the others alone, nothing
+    } else if (GroupKind::kBatch && std::isnan(baseline_)) {  // no other rollouts: advantage 0
       baseline_ = 0.0;
       divisor_ = std::numeric_limits<double>::infinity();
     }
@@ -156,7 +157,7 @@ class Judge {
   double divisor_;
 };
 
-// Judges a reward by a baseline from the group's other rollouts.
+// Advantages from a baseline of the group's other rollouts.
 class LeaveOneOutJudge {
  public:
   using Kind = Group<false, false>;
@@ -187,7 +188,7 @@ class LeaveOneOutJudge {
   std::int64_t others_;
 };
 
-// Judges a reward by a baseline from the others of its group, weighted by energy, or from all others of the batch.
+// Advantages from a baseline of the group's other rollouts weighted by energy, or of all other rollouts of the batch.
 template <bool kReadsEnergy, bool kReadsBatch>
 class WeighedLeaveOneOutJudge {
  public:
@@ -225,8 +226,9 @@ class WeighedLeaveOneOutJudge {
   bool alone_;
 };
 
-// Calibrated fusion from the group's other rollouts. Where all rewards are the lowest or the highest, the two
-// advantages are kept; otherwise what the likelihood ratios of the group share is.
+// Advantages from the calibrated fusion of the group's other rollouts. If all rewards are the lowest or the highest,
+// there are only two advantages, which are stored. Otherwise the common part of the group's likelihood ratios is
+// stored.
 class CalibratedLeaveOneOutJudge {
  public:
   using Kind = CalibratedGroup;
@@ -235,7 +237,7 @@ class CalibratedLeaveOneOutJudge {
                              double divisor)
       : belief_(group.belief),
         successes_(group.successes),
-        others_(std::max<std::int64_t>(group.moments.count - 1, 0)),  // no others in an empty group
+        others_(std::max<std::int64_t>(group.moments.count - 1, 0)),  // 0 for an empty group
         divisor_(divisor),
         is_binary_(is_binary(group.moments, options)) {
     if (!is_binary_ || static_cast<double>(others_) > kFew) {
@@ -255,7 +257,8 @@ class CalibratedLeaveOneOutJudge {
   }
 
  private:
-  // No sample in a range has a larger variance than one of its ends. What rounding mistakes costs time alone.
+  // A sample in a range has the largest variance if all its values are ends of the range. A wrong answer by rounding
+  // only costs time.
   static bool is_binary(const Moments& m, const Options& options) {
     constexpr double kRounding = 1e-9;
     return m.m2 >= (1.0 - kRounding) * static_cast<double>(m.count) * (m.mean - options.low) * (options.high - m.mean);
@@ -276,7 +279,7 @@ class CalibratedLeaveOneOutJudge {
   bool is_binary_;
   double of_lowest_ = 0.0;
   double of_highest_ = 0.0;
-  std::optional<LikelihoodRatio> ratio_;  // none where it is multiplied out
+  std::optional<LikelihoodRatio> ratio_;  // empty if likelihood_ratio is used instead
 };
 
 }  // namespace v05

@@ -12,25 +12,25 @@
 namespace v05 {
 namespace {
 
-// A 256-bit register of double, or two smaller ones. Twice as many would be faster with AVX-512 and slower without,
-// where the compiler makes scalar code of what does not fit a register.
+// A 256-bit register of double, or two smaller registers. 512 bits would be faster with AVX-512, and slower without it,
+// because the compiler makes scalar code of vectors that do not fit a register.
 constexpr std::size_t kAbreast = 4;
 template <class Value>
 using LanesOf [[gnu::vector_size(kAbreast * sizeof(Value))]] = Value;
 using Lanes = LanesOf<double>;
 
-// What of the options and the buffers the lanes read.
+// The part of the options that the lanes read.
 struct Task {
-  bool shrinks = false;  // towards a prior, else the group's mean stands
+  bool shrinks = false;  // towards a prior; otherwise the baseline is the group's mean
   bool scales = false;   // by the group's standard deviation
   double half_range = 0.0;
   double eps = 0.0;
   double cost = 0.0;
-  double below_most = 0.0;  // 1 where the groups are below the most rollouts, else 0
+  double below_most = 0.0;  // 1 if the groups have fewer than max_rollouts, else 0
 };
 
-// Everything that works on lanes is inlined into the function that is compiled for several instruction sets, and passes
-// them by reference: how they are passed by value depends on the set.
+// Functions on lanes are inlined into the function that is compiled for several instruction sets. They take lanes by
+// reference, because how lanes are passed by value depends on the instruction set.
 #define V05_LANES [[gnu::always_inline]] inline
 
 template <class Value>
@@ -46,7 +46,7 @@ V05_LANES void store(const Lanes& from, Value* to) {
   std::memcpy(to, &values, sizeof(values));
 }
 
-// A place in the table: that of the first of the lanes' groups. No data if nobody asked for statistics.
+// The place in the table of the first of the lanes' groups. Null data if statistics are not wanted.
 struct Place {
   double* data = nullptr;
   std::size_t groups = 0;
@@ -56,13 +56,13 @@ struct Place {
   }
 };
 
-// The arithmetic of MomentsAccumulator, of its order of operations, with selections in place of branches.
+// The arithmetic of MomentsAccumulator in the same order of operations, with selections in place of branches.
 template <std::size_t kSize>
 struct LaneMoments {
   static constexpr auto kCount = static_cast<double>(kSize);
   Lanes mean;
   Lanes variance;
-  Lanes differs{};  // the sum of absolute deviations from the first: 0 where all are equal
+  Lanes differs{};  // sum of absolute deviations from the first; 0 if all are equal
 
   template <class Real>
   V05_LANES explicit LaneMoments(const Real* rewards) {
@@ -85,7 +85,7 @@ struct LaneMoments {
     variance = known / (kCount - 1.0);
   }
 
-  // One rollout of each group.
+  // Adds one rollout of each group.
   template <class Real>
   V05_LANES static void load_each(const Real* r, Lanes& to) {
     const LanesOf<Real> values = {r[0], r[kSize], r[2 * kSize], r[3 * kSize]};
@@ -93,7 +93,7 @@ struct LaneMoments {
   }
 };
 
-// The arithmetic of shrinkage and osla_gain: makes of `baseline`, which is the mean, the fusion with the prior.
+// The arithmetic of shrinkage and osla_gain. Replaces `baseline`, which holds the mean, by its fusion with the prior.
 V05_LANES void shrink(const Task& task, double count, const Lanes& prior, Lanes& baseline, const Place& table) {
   const Lanes mean = baseline;
   const auto none = prior != prior;
@@ -116,7 +116,7 @@ V05_LANES void shrink(const Task& task, double count, const Lanes& prior, Lanes&
   table.put(Statistic::kTakeMore, gain > task.cost ? Lanes{} + task.below_most : Lanes{});
 }
 
-// The arithmetic of Judge, on rows as they lie in memory.
+// The arithmetic of Judge, on rows in their order in memory.
 template <std::size_t kSize, class Real, class Out>
 V05_LANES void judge_rows(const Task& task, const Real* rewards, const Lanes& baseline, const Lanes& divisor,
                           Out* out) {
@@ -170,7 +170,7 @@ V05_MULTIVERSION void judge_blocks(const Task& task, const Real* rewards, const 
   }
 }
 
-// How many blocks of groups of `size` rows there are from `begin` on.
+// The number of consecutive blocks of groups of `size` rows from `begin` on.
 std::size_t blocks_of(std::span<const std::int64_t> offsets, std::int64_t size, std::size_t begin, std::size_t end) {
   std::size_t blocks = 0;
   for (std::size_t g = begin; g + kAbreast <= end; g += kAbreast) {
@@ -208,8 +208,8 @@ std::size_t judge_lanes(std::span<const Real> rewards, std::span<const std::int6
       .below_most = size < options.max_rollouts ? 1.0 : 0.0,
   };
   const auto judge = [&]<std::size_t kSize> {
-    // The offsets are another thread's to change: what is read and written goes by their number, and ends with the
-    // rows.
+    // Another thread may change the offsets, so they are not used as addresses below: blocks are contiguous, and
+    // limited to the rows there are.
     const std::size_t room = (rewards.size() - first) / (kAbreast * kSize);
     const std::size_t blocks = std::min(blocks_of(offsets, size, begin, end), room);
     if (blocks > 0) {

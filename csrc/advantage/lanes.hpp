@@ -1,4 +1,5 @@
-// Groups of one size side by side, a group in each lane of a register: what a batch of many small groups is made of.
+// Judges several groups of one size at once, one in each lane of a register. This is fast for batches of many small
+// groups.
 #pragma once
 
 #include <cstddef>
@@ -8,12 +9,12 @@
 
 namespace v05 {
 
-// Whether groups of these options can be judged by `judge_lanes`: each by its own rewards and its prior alone, no
-// rollout for itself.
+// Whether `judge_lanes` supports these options: the baseline depends only on the group's rewards and prior, and is the
+// same for all its rollouts.
 bool fits_lanes(const Options& options);
 
-// Judges groups from `begin` on, as long as the next ones have one size that there is code for, and returns how many.
-// All rows count. The bits are those of a group judged by itself.
+// Judges groups from `begin` on, as long as they have one size that is supported, and returns their number. All rows
+// must be usable. The results have the same bits as those of one group at a time.
 template <class Real, class Out>
 std::size_t judge_lanes(std::span<const Real> rewards, std::span<const std::int64_t> offsets,
                         std::span<const double> prior, const Options& options, std::span<Out> advantages,

@@ -1,4 +1,4 @@
-// The statistics of a group, into its place in the table.
+// Writes the statistics of a group into the table.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@ namespace v05 {
 template <class GroupKind>
 void write_moments(const Table& table, std::size_t g, const GroupKind& group, const Options& options) {
   table.at(Statistic::kCount, g) = static_cast<double>(group.moments.count);
-  table.at(Statistic::kNonfinite, g) = 0.0;  // until they are counted
+  table.at(Statistic::kNonfinite, g) = 0.0;  // they are counted later
   table.at(Statistic::kClipped, g) = 0.0;
   table.at(Statistic::kMean, g) = group.moments.mean;
   table.at(Statistic::kVar, g) = group.moments.variance();

@@ -15,17 +15,16 @@
 namespace v05 {
 namespace {
 
-constexpr std::int64_t kTokenRowBlock = 16;  // rows of many tokens, that a thread takes at a time
+constexpr std::int64_t kTokenRowBlock = 16;  // rows that a thread takes at a time
 
-// As many sums side by side as two 512-bit registers hold. The lanes are added in a fixed order, whatever the
-// registers. A whole block of zeros, which is what most token rewards are, changes no lane and is passed over without
-// a look at its mask.
+// Two 512-bit registers of partial sums. The lanes are added in a fixed order for every instruction set. Blocks of only
+// zeros, which most token rewards are, change no lane and are skipped without reading their mask.
 constexpr std::size_t kLanes = 16;
 constexpr std::size_t kZeroBlock = 64;
 
 template <class Reward, class Mask>
 V05_MULTIVERSION double sum_row(const Reward* rewards, const Mask* mask, std::size_t tokens) {
-  // Rewards are kept or cleared as bits: `mask ? reward : 0` becomes a masked load that g++ 12 gets wrong here.
+  // Rewards are kept or cleared by their bits, because g++ 12 compiles `mask ? reward : 0` to a wrong masked load here.
   using Bits = std::conditional_t<sizeof(Reward) == sizeof(std::uint32_t), std::uint32_t, std::uint64_t>;
   const auto kept = [&](std::size_t t) {
     return std::bit_cast<Reward>(std::bit_cast<Bits>(rewards[t]) & (mask[t] != Mask{0} ? ~Bits{0} : Bits{0}));
@@ -64,13 +63,13 @@ V05_MULTIVERSION void spread_row(Out advantage, const Mask* mask, std::size_t to
   }
 }
 
-// Whether a row of a mask holds nothing but 0 and 1. Asked in the loop that spreads the row, it would make that loop
-// wait longer for memory; asked after it, the row is in the cache.
+// Whether a row of a mask has only values 0 and 1. This is a loop of its own after the one that spreads the row, when
+// the row is in the cache. In the same loop it would make that loop wait longer for memory.
 template <class Mask>
 V05_MULTIVERSION bool are_flags(const Mask* mask, std::size_t tokens) {
   if constexpr (std::is_integral_v<Mask>) {
     using Bits = std::make_unsigned_t<Mask>;
-    Bits bits = 0;  // of all values
+    Bits bits = 0;  // the bits of all values
     for (std::size_t t = 0; t < tokens; ++t) {
       bits |= static_cast<Bits>(mask[t]);
     }
@@ -84,7 +83,7 @@ V05_MULTIVERSION bool are_flags(const Mask* mask, std::size_t tokens) {
   }
 }
 
-// From the first cache line that is its own on, so that no vector is written to two: packed rows start anywhere.
+// Packed rows start anywhere. The second loop starts at a cache line, so that no vector store spans two lines.
 template <class Out>
 V05_MULTIVERSION void fill_row(Out advantage, std::size_t tokens, Out* out) {
   constexpr std::size_t kLine = 64 / sizeof(Out);
@@ -117,7 +116,7 @@ void sum_rows(std::span<const Reward> rewards, std::span<const Mask> mask, std::
   });
 }
 
-// Returns whether the mask holds nothing but 0 and 1.
+// Returns whether the mask has only values 0 and 1.
 template <class Out, class Mask>
 bool spread_padded(std::span<const Out> advantages, std::span<const Mask> mask, std::span<Out> out, int threads) {
   const std::size_t tokens = advantages.empty() ? 0 : out.size() / advantages.size();

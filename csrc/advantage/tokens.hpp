@@ -1,4 +1,4 @@
-// From token rewards to outcomes, and from the advantages of rollouts to those of tokens.
+// Sums token rewards to outcomes, and spreads the advantages of rollouts over tokens.
 #pragma once
 
 #include <cstddef>
@@ -9,11 +9,11 @@
 
 namespace v05 {
 
-// (N, T) token rewards to N outcomes: sums over the tokens whose mask is 1. The mask is not checked.
+// Returns the N sums of (N, T) token rewards over the tokens whose mask is 1. The mask is not checked.
 std::vector<double> sum_tokens(const Buffer& rewards, const Buffer& mask, std::size_t rows, int threads);
 
-// N advantages to the layout of the rollouts: (N, T), 0 where the mask is, or packed. What it reads of a mask it
-// checks, so that `out` is written when it throws what check_mask does.
+// Writes N advantages in the layout of the rollouts: (N, T), with 0 where the mask is 0, or packed. It checks the mask
+// while it reads it, so `out` has been written when it throws the error of check_mask.
 template <class Out>
 void spread_tokens(std::span<const Out> advantages, const Rollouts& rollouts, std::span<Out> out, int threads);
 

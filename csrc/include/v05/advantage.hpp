@@ -1,6 +1,6 @@
-// Fused advantages for CPU buffers: rewards in, advantages and group statistics out. No Python here.
+// Fused advantages on CPU buffers: computes advantages and group statistics from rewards. No Python.
 //
-// Three values under the names that they have in Python and Triton: Rollouts, Groups, Options.
+// Rollouts, Groups and Options have the same names in Python and Triton.
 #pragma once
 
 #include <algorithm>
@@ -18,10 +18,10 @@
 
 namespace v05 {
 
-// Shared by number with v05.ops.
+// v05.ops.advantage.options.SCALES has the same numbers.
 enum class Scale : std::uint8_t { kNone = 0, kGroup = 1, kBatch = 2, kMean = 3 };
 
-// How rewards become advantages. The defaults are those of v05.ops.
+// How rewards become advantages. v05.ops has the same defaults.
 struct Options {
   Baseline baseline = Baseline::kGroupMean;
   Scale scale = Scale::kNone;
@@ -40,29 +40,29 @@ struct Options {
   [[nodiscard]] double half_range() const { return (high - low) / 2.0; }
   [[nodiscard]] double scaled(double reward) const { return (reward - low) / (high - low); }  // to [0, 1]
   [[nodiscard]] double unscaled(double rate) const { return low + (high - low) * rate; }
-  // What rounding may do to a mean once it is scaled.
+  // A bound on the rounding error of a scaled mean.
   [[nodiscard]] double scaled_rounding() const {
     return 8.0 * std::numeric_limits<double>::epsilon() * std::max(std::abs(low), std::abs(high)) / (high - low);
   }
   [[nodiscard]] double rounding_slack() const { return v05::rounding_slack(low, high); }
 };
 
-// Group g owns the rows offsets[g] .. offsets[g + 1] - 1 or, where there are no offsets, the rows whose id is g.
+// Group g has the rows offsets[g] .. offsets[g + 1] - 1 or, without offsets, the rows whose id is g.
 struct Groups {
   std::span<const std::int64_t> offsets;  // (count + 1,), or empty
-  std::span<const std::int64_t> ids;      // (N,) where offsets is empty, in [0, count)
+  std::span<const std::int64_t> ids;      // (N,) in [0, count) if offsets is empty
   std::int64_t count = 0;
 
-  // The group that a row's id names; `count` if another thread has changed the id to one that names none.
+  // The group of a row by its id. It is `count` if another thread has changed the id to an invalid one.
   [[nodiscard]] std::size_t named_by(std::size_t row) const {
     return within(static_cast<std::uint64_t>(ids[row]), static_cast<std::size_t>(count));
   }
 };
 
-// What a buffer holds. Shared by number with v05.ops.
+// The type of a buffer's elements. v05.ops has the same numbers.
 enum class Dtype : std::uint8_t { kNone = 0, kBytes = 1, kInt64 = 2, kFloat32 = 3, kFloat64 = 4, kInt32 = 5 };
 
-// A caller's contiguous memory, whose type is known when it is read. `name` is the argument that it came by.
+// Contiguous memory of the caller, with its type known only at run time. `name` is that of the argument.
 struct Buffer {
   void* data = nullptr;
   Dtype dtype = Dtype::kNone;
@@ -76,19 +76,19 @@ struct Buffer {
   }
 };
 
-// N rollouts as they are given.
+// N rollouts as the caller passes them.
 struct Rollouts {
   Buffer rewards;                                // (N,), or (N, T) by token: float32 or float64
-  Buffer mask;                                   // (N, T) where rewards or advantages are by token; none else
-  std::span<const std::int64_t> cu_seqlens;      // (N + 1,) where advantages are packed; empty else
-  std::span<const std::uint8_t> valid;           // (N,); empty: all
-  std::span<const std::int64_t> trajectory_ids;  // (N,); empty: every row is a trajectory of its own
-  std::span<const double> energy;                // (N,), at least 0; empty where no baseline reads it
+  Buffer mask;                                   // (N, T); empty unless rewards or advantages are by token
+  std::span<const std::int64_t> cu_seqlens;      // (N + 1,); empty unless advantages are packed
+  std::span<const std::uint8_t> valid;           // (N,); empty if all are valid
+  std::span<const std::int64_t> trajectory_ids;  // (N,); empty if every row is a trajectory of its own
+  std::span<const double> energy;                // (N,), at least 0; empty if the baseline does not read it
   std::size_t count = 0;                         // N
-  bool by_token = false;                         // rewards are (N, T)
+  bool by_token = false;                         // whether rewards are (N, T)
 };
 
-// The same with one reward each, as statistics and baselines read them.
+// N rollouts with one reward each, which statistics and baselines read.
 template <class Real>
 struct Outcomes {
   std::span<const Real> rewards;
@@ -101,7 +101,7 @@ struct Outcomes {
   [[nodiscard]] bool is_usable(std::size_t row) const { return is_valid(row) && std::isfinite(rewards[row]); }
 };
 
-// The columns of the table of statistics, in the order that v05.ops and the kernel read too.
+// The columns of the table of statistics. v05.ops and the Triton kernel have the same order.
 enum class Statistic : std::uint8_t {
   kCount,
   kNonfinite,
@@ -120,9 +120,9 @@ inline constexpr std::array<const char*, 11> kStatistics{
     "mse",   "weight",    "statistic", "hallucination", "take_more",
 };
 
-// Where the statistics of each group go, whole numbers too. A column that the baseline does not define is not written.
+// The table of group statistics, all stored as double. Columns that the baseline does not define are not written.
 struct Table {
-  double* data = nullptr;  // (columns, groups); null if nobody asked
+  double* data = nullptr;  // (columns, groups); null if statistics are not wanted
   std::size_t groups = 0;
 
   [[nodiscard]] explicit operator bool() const { return data != nullptr; }
@@ -131,11 +131,13 @@ struct Table {
   }
 };
 
-// Writes the advantages into `out`, in the layout of the rollouts, and the statistics into `table`; a row left out has
-// advantage 0. At most `threads` threads, the same bits on any number of them. Contiguous groups need no scratch,
-// others a few numbers a group; trajectories a map of their ids. `out` shares no memory with what is read. Throws
-// std::invalid_argument that names the argument, the rows and the remedy, before it has written anything, but for the
-// values of a mask, which are checked as `out` is written.
+// Writes the advantages into `out`, in the layout of the rollouts, and the statistics into `table`. Excluded rows have
+// advantage 0. Uses at most `threads` threads; the result has the same bits on any number of them. Contiguous groups
+// need no scratch memory, other groups need a few numbers each, and trajectories a map of their ids. `out` must not
+// share memory with an input.
+//
+// Throws std::invalid_argument that names the argument, the rows and the remedy. Nothing has been written then, unless
+// the error is a mask value, because masks are checked while `out` is written.
 void compute_advantages(const Rollouts& rollouts, const Groups& groups, std::span<const double> prior,
                         const Options& options, const Buffer& out, const Table& table, int threads);
 

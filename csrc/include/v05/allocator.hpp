@@ -1,9 +1,11 @@
-// Rollout budget bookkeeping: which rollouts to run next, and when a group has enough of them. No Python, no clock.
+// The bookkeeping of rollout budgets: which rollouts to run next, and when a group has enough of them. No Python and no
+// clock.
 //
-// Groups live in a window in open order. `serial` is a group's number since construction, its slot is serial minus the
-// first serial still in the window. A rollout is the number (serial, index) and a lease (serial, index, attempt), each
-// a field of bits: ids are decoded, never looked up, so a lease costs no memory and the id of a forgotten one still
-// says what it was. A drained group keeps its (empty) slot until every group opened before it is drained too.
+// Groups are kept in a window, in the order in which they were opened. `serial` is a group's number since construction.
+// Its slot is serial minus the first serial in the window. A rollout's number has the bit fields (serial, index), a
+// lease id the bit fields (serial, index, attempt). Ids are decoded and never looked up, so a lease takes no memory,
+// and the id of a forgotten lease can still be decoded. A drained group keeps its empty slot until every group that was
+// opened before it is drained too.
 #pragma once
 
 #include <algorithm>
@@ -34,37 +36,37 @@ class ByteReader;
 
 enum class BudgetRule : std::uint8_t { kOsla, kUniform, kCalibrated, kVariance, kTotal };
 
-// Whether a group by itself, by its own rewards, decides when it has enough.
+// Whether the rule decides for each group by its own rewards alone.
 inline bool is_sequential(BudgetRule rule) { return rule != BudgetRule::kUniform && rule != BudgetRule::kTotal; }
 
-// The rule called `name`; std::invalid_argument that lists the known names if there is none.
+// The rule called `name`. Throws std::invalid_argument that lists the known names if there is none.
 BudgetRule find_budget_rule(std::string_view name);
 
 struct AllocatorOptions {
   BudgetRule rule = BudgetRule::kOsla;
   std::int64_t initial = 4;               // rollouts of a group before its first test
   std::int64_t maximum = 16;              // rollouts of a group, invalid ones included
-  std::optional<double> cost;             // of a rollout, in units of the rule's gain; none is default_cost()
+  std::optional<double> cost;             // cost of a rollout in units of the rule's gain; empty is default_cost()
   std::optional<std::int64_t> total;      // rollouts of all groups that are open together
-  std::optional<std::int64_t> chunk = 1;  // rollouts added at a time; none is as many as the rule is expected to take
+  std::optional<std::int64_t> chunk = 1;  // rollouts added at a time; empty is as many as the rule is expected to take
   std::int64_t seed = 0;
   double lowest_reward = 0.0;
   double highest_reward = 1.0;
   std::optional<Calibration> calibration;
   std::int64_t max_attempts = 3;  // failures after which a rollout is closed as invalid
 
-  // 1 / maximum^2 or, of rule kVariance, what a rollout of a fresh prompt brings.
+  // 1 / maximum^2 or, for rule kVariance, the gain from the first rollout of a new prompt.
   [[nodiscard]] double default_cost() const;
 
-  // A reward or prior that rounding took past a bound is the bound.
+  // Clips a reward or prior to the reward range, which rounding may have exceeded.
   [[nodiscard]] double within(double value) const { return std::clamp(value, lowest_reward, highest_reward); }
 };
 
 using GroupIdList = std::variant<std::vector<std::int64_t>, std::vector<std::string>>;
 
-// V0's budget before any rollout (arXiv 2602.03584): every group has `lowest` rollouts, and the next of `total` goes to
-// the group of predicted success rate `rates[g]` whose utility grows most, the first if equal, up to `highest`; to none
-// once no utility grows. NaN: a rate of 1/2.
+// V0's allocation before any rollout (arXiv 2602.03584). Every group gets `lowest` rollouts. Each further rollout, up
+// to `total` in all and `highest` per group, goes to the group whose utility grows most (the first of equals), given
+// its predicted success rate `rates[g]`. None is added once no utility grows. A rate of NaN counts as 1/2.
 std::vector<std::int64_t> predicted_counts(std::span<const double> rates, std::int64_t total, std::int64_t lowest,
                                            std::int64_t highest);
 
@@ -76,7 +78,7 @@ struct Leases {
   std::vector<std::int64_t> seeds;
 };
 
-// The rewards of group g are rewards[offsets[g] .. offsets[g + 1]), in index order, NaN where the rollout is invalid.
+// The rewards of group g are rewards[offsets[g] .. offsets[g + 1]), in index order, NaN for an invalid rollout.
 struct ClosedGroups {
   GroupIdList group_ids;
   std::vector<std::int64_t> offsets;
@@ -86,20 +88,20 @@ struct ClosedGroups {
 
 struct AllocatorCounts {
   std::int64_t open_groups = 0;    // now
-  std::int64_t closed_groups = 0;  // now: waiting for drain
-  std::int64_t queued = 0;         // rollouts now waiting for a lease
-  std::int64_t leased = 0;         // rollouts now out
-  std::int64_t reported = 0;       // since construction, like all below: reports applied
+  std::int64_t closed_groups = 0;  // now, waiting for drain
+  std::int64_t queued = 0;         // rollouts that wait for a lease now
+  std::int64_t leased = 0;         // rollouts that are leased now
+  std::int64_t reported = 0;       // reports applied; this and all below count since construction
   std::int64_t failed = 0;         // failures applied
-  std::int64_t expired = 0;        // leases taken back
+  std::int64_t expired = 0;        // leases that expired
   std::int64_t invalid = 0;        // rollouts that settled without a reward
   std::int64_t duplicate = 0;      // ids whose lease was reported before
   std::int64_t late = 0;           // ids whose lease failed or expired before, or whose group was drained
   std::int64_t unknown = 0;        // ids that were never handed out
 };
 
-// Where a rollout stands, in eight bytes: its reward once it has settled, and until then a NaN with the sign bit, whose
-// payload is the time of the lease or, all ones, says that it waits for one.
+// The state of a rollout in eight bytes. Once the rollout has settled they are its reward. Until then they are a NaN
+// with the sign bit set, whose payload is the time of the lease, or all ones while the rollout waits for a lease.
 class RolloutState {
  public:
   RolloutState() = default;  // queued
@@ -129,7 +131,7 @@ class RolloutState {
   std::uint64_t bits_ = kQueued;
 };
 
-// Two numbers in one, the lower of `bits` bits.
+// Two numbers packed into one, of which the lower has `bits` bits.
 inline std::int64_t join_bits(std::int64_t high, std::int64_t low, unsigned bits) {
   return static_cast<std::int64_t>((static_cast<std::uint64_t>(high) << bits) | static_cast<std::uint64_t>(low));
 }
@@ -140,31 +142,33 @@ inline std::int64_t low_bits(std::int64_t joined, unsigned bits) {
   return joined - join_bits(high_bits(joined, bits), 0, bits);
 }
 
-// Thread-safe. But for rule kTotal, decisions read a group's own rewards in index order only: any order of arrival
-// gives the same allocation. Times are microseconds of one monotonic clock of the caller's, 0 or more.
+// Thread-safe. With every rule except kTotal, decisions depend only on a group's own rewards in index order, so any
+// order of arrival gives the same allocation. Times are microseconds of 0 or more on one monotonic clock of the caller.
 class RolloutAllocator {
  public:
   explicit RolloutAllocator(const AllocatorOptions& options);
 
-  // Whatever a call throws, it has changed nothing: what needs memory is done before anything changes, or is undone.
+  // A call that throws has changed nothing: memory is allocated before anything changes, or changes are undone.
 
-  // All of the groups or, if an argument is at fault (std::invalid_argument), none. `counts` are the rollouts that each
-  // group is tested after, options.initial where it is empty; those beyond options.initial queue as extra ones do.
+  // Opens all of the groups, or none if an argument is invalid (std::invalid_argument). `counts` are the numbers of
+  // rollouts after which each group is tested, options.initial if it is empty. Rollouts beyond options.initial are
+  // queued like extra rollouts.
   void open(const GroupIdList& ids, std::span<const double> priors, std::span<const std::int64_t> counts);
 
-  // At most `limit` rollouts: those of tested groups and retries first, then those of new groups in open order; then,
-  // with rule kTotal, of the groups where the gain is largest.
+  // Hands out at most `limit` rollouts: first those of tested groups and retries, then those of new groups in open
+  // order, and with rule kTotal then those of the groups with the largest gain.
   Leases lease(std::int64_t limit, std::int64_t now);
 
-  // Each reward at most once; ids that are not out are counted. A reward out of range refuses the whole batch.
+  // Each lease settles at most once; ids of leases that are not out are only counted. If a reward is out of range,
+  // nothing is applied (std::invalid_argument).
   void report(std::span<const std::int64_t> lease_ids, std::span<const double> rewards);
   void fail(std::span<const std::int64_t> lease_ids);
 
-  // Fails every lease that has been out for `older_than` seconds or longer, in open order. Returns how many.
+  // Fails every lease that has been out for at least `older_than` seconds, in open order, and returns their number.
   std::int64_t expire(double older_than, std::int64_t now);
 
-  // How many rollouts a sequential rule adds at once to groups of `counts`, `successes` of them with the highest reward
-  // and the others with the lowest; 0 if it closes the group. Reads the options alone.
+  // How many rollouts a sequential rule adds at once to each group of `counts` rollouts, of which `successes` have the
+  // highest reward and the others the lowest; 0 if it closes the group. Depends only on the options.
   [[nodiscard]] std::vector<std::int64_t> would_ask(std::span<const std::int64_t> counts,
                                                     std::span<const std::int64_t> successes,
                                                     std::span<const double> priors) const;
@@ -172,46 +176,47 @@ class RolloutAllocator {
   [[nodiscard]] bool done() const;
   [[nodiscard]] AllocatorCounts counts() const;
 
-  // The closed groups in open order; they are forgotten once they are handed over, if that does not throw.
+  // Returns the closed groups in open order and forgets them, unless hand_over throws.
   ClosedGroups drain(const std::function<void(const ClosedGroups&)>& hand_over = {});
 
-  // Everything a new process needs to go on. Its leases are those of workers that will be gone: in the snapshot they
-  // wait again, ahead of the queue, and their attempts do not count. Bytes of equal allocators are equal.
+  // Everything a new process needs to resume. The workers with the present leases will be gone, so in the snapshot
+  // these rollouts wait again, at the head of the queue, and the attempt does not count. Equal allocators have equal
+  // bytes.
   [[nodiscard]] std::string snapshot() const;
 
-  // std::invalid_argument if `blob` is anything but an intact snapshot of this version.
+  // Throws std::invalid_argument if `blob` is not an intact snapshot of this version.
   static std::unique_ptr<RolloutAllocator> restore(std::string_view blob);
 
  private:
   struct Group {
-    // Of the rollouts that were ever leased: those beyond `room` are queued. A vector would weigh 16 bytes more.
+    // States of the first `room` rollouts; the others are queued. A vector would take 16 bytes more.
     std::unique_ptr<RolloutState[]> states;  // NOLINT(modernize-avoid-c-arrays)
     double prior = 0.0;
-    std::uint16_t asked = 0;  // none once drained
+    std::uint16_t asked = 0;  // 0 once the group is drained
     std::uint16_t settled = 0;
     std::uint32_t room = 0;
 
     [[nodiscard]] RolloutState state(std::size_t index) const { return index < room ? states[index] : RolloutState(); }
-    // Of a group whose rollouts were all leased.
+    // Only for a group whose rollouts have all been leased.
     [[nodiscard]] std::span<RolloutState> rollouts() const { return {states.get(), asked}; }
     void ask(std::int64_t more) { asked = static_cast<std::uint16_t>(asked + more); }
-    // False, and nothing is changed, if there is no memory.
+    // Returns false and changes nothing if there is no memory.
     [[nodiscard]] bool make_room(std::size_t rollouts) { return rollouts <= room || grow(rollouts); }
     void require_room(std::size_t rollouts) {
       if (!make_room(rollouts)) {
         throw std::bad_alloc();
       }
     }
-    // For four at a time: not double, as most groups stop before the next doubling.
+    // Grows by four and does not double, because most groups stop before the next doubling.
     [[nodiscard]] bool grow(std::size_t rollouts);
   };
 
-  // A group that waits, all its rollouts settled, for a share of the total.
+  // A group whose rollouts have all settled, and which waits for a share of the total.
   struct Candidate {
     double gain;
     std::int64_t serial;
 
-    // Of equal gains the first to be opened leads.
+    // Of groups with equal gains, the one that was opened first comes first.
     [[nodiscard]] bool operator<(const Candidate& other) const {
       return gain != other.gain ? gain < other.gain : serial > other.serial;
     }
@@ -243,14 +248,14 @@ class RolloutAllocator {
   void prefetch_states(std::int64_t lease_id) const;
   [[nodiscard]] std::optional<std::int64_t> find_leased(std::int64_t lease_id, AllocatorCounts& strays) const;
 
-  // What needs memory, before anything changes.
+  // These may allocate memory. They run before anything changes.
   template <class Id>
   void open_groups(const std::vector<Id>& rows, std::span<const double> priors, std::span<const std::int64_t> counts);
   void promote_candidate(std::vector<Candidate>& promoted);
   void prepare_decisions(std::size_t settled, std::size_t retried);
   void prepare_failures(std::span<const std::int64_t> rollouts);
 
-  // What changes, and needs no memory then.
+  // These change the state and allocate no memory.
   [[nodiscard]] std::optional<std::int64_t> next_rollout();
   template <class Rewards, class Body>
   [[nodiscard]] auto with_gain(const Rewards& for_each, double prior, const Body& body) const;
@@ -278,22 +283,23 @@ class RolloutAllocator {
   mutable std::mutex mutex_;
 
   std::deque<Group> groups_;
-  // Pointers, which move without memory.
+  // Pointers, because moving them allocates no memory.
   std::variant<std::unique_ptr<GroupIds<std::int64_t>>, std::unique_ptr<GroupIds<std::string>>> ids_;
-  std::int64_t first_serial_ = 0;  // of the window
+  std::int64_t first_serial_ = 0;  // first serial in the window
   std::int64_t opened_ = 0;        // the next serial
 
-  // What waits for a lease: extra rollouts and retries, then the initial rollouts. Of both, so many went out.
+  // The queues of rollouts that wait for a lease, and how many of each were leased: first extra rollouts and retries,
+  // then initial rollouts.
   std::vector<std::int64_t> extra_;
   std::size_t extra_leased_ = 0;
   std::int64_t initial_leased_ = 0;
 
-  // Rule kTotal only: a heap, and how much of the total the groups have that are open together.
+  // For rule kTotal only: a heap of candidates, and how much of the total is assigned to the groups that are open.
   std::vector<Candidate> candidates_;
   std::int64_t spent_ = 0;
 
-  std::unordered_map<std::int64_t, std::int64_t> failures_;  // by rollout; most never fail
-  std::vector<std::int64_t> closed_;                         // serials, in order of closing
+  std::unordered_map<std::int64_t, std::int64_t> failures_;  // by rollout; most rollouts never fail
+  std::vector<std::int64_t> closed_;                         // serials in the order of closing
   AllocatorCounts counts_;                                   // without `queued`, which is derived
 };
 

@@ -1,4 +1,4 @@
-// Little-endian bytes that say what they are: written once, read back or refused. No Python.
+// A little-endian byte format with a header and a checksum, so that damaged or foreign bytes are rejected. No Python.
 #pragma once
 
 #include <array>
@@ -15,7 +15,7 @@
 
 namespace v05 {
 
-// What cannot be read; `what()` says why.
+// Thrown for bytes that cannot be read. `what()` says why.
 struct BytesError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
@@ -71,7 +71,7 @@ class ByteReader {
     bytes_.remove_prefix(size);
     return taken;
   }
-  // How many items of at least `item` bytes follow: never more than there is room for.
+  // Reads the number of the items that follow, each of at least `item` bytes. Throws if the rest is too short for them.
   std::size_t get_size(std::size_t item) {
     const auto size = get<std::uint64_t>();
     if (size > bytes_.size() / item) {
@@ -86,7 +86,7 @@ class ByteReader {
   std::string_view bytes_;
 };
 
-// Every step is a bijection of the state, so a change within any eight bytes changes the sum.
+// Every step is a bijection of the state, so any change within eight bytes changes the checksum.
 inline std::uint64_t checksum(std::string_view bytes) {
   std::uint64_t sum = mix(bytes.size());
   for (; bytes.size() >= sizeof(std::uint64_t); bytes.remove_prefix(sizeof(std::uint64_t))) {
@@ -98,7 +98,7 @@ inline std::uint64_t checksum(std::string_view bytes) {
   return sum;
 }
 
-// magic, version, length and checksum, then the content.
+// Returns magic, version, length and checksum, followed by the content.
 inline std::string seal(std::string_view magic, std::uint32_t version, std::string_view content) {
   ByteWriter sealed;
   sealed.put_bytes(magic);
@@ -109,7 +109,7 @@ inline std::string seal(std::string_view magic, std::uint32_t version, std::stri
   return sealed.bytes();
 }
 
-// The content of what `seal` made, or a BytesError.
+// Returns the content of bytes that `seal` made. Throws BytesError for other bytes.
 inline std::string_view unseal(std::string_view magic, std::uint32_t version, std::string_view sealed) {
   if (!sealed.starts_with(magic)) {
     throw BytesError("it does not start with " + std::string(magic) + ": it is something else, or empty");

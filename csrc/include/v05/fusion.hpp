@@ -1,6 +1,6 @@
-// Every baseline as a pure function of a group's count, mean and prior, in reward units; calibrated fusion of rewards
-// and priors scaled to [0, 1].
-// `kernels/advantage/fusion.py` is the same arithmetic for the GPU; `v05/reference/` is the specification of both.
+// Every baseline as a pure function of a group's count, mean and prior, in reward units. Calibrated fusion takes
+// rewards and priors scaled to [0, 1]. `kernels/advantage/fusion.py` has the same arithmetic for the GPU, and
+// `v05/reference/` specifies both.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 
 namespace v05 {
 
-// Shared by number with v05.methods.Baseline.
+// v05.methods.Baseline has the same numbers.
 enum class Baseline : std::uint8_t {
   kGroupMean = 0,
   kPrior = 1,
@@ -28,35 +28,35 @@ enum class Baseline : std::uint8_t {
   kConjugate = 10,
 };
 
-// Whether the baseline is made of a success rate that is believed, by the numbers of a Calibration.
+// Whether the baseline is computed from a posterior of the success rate, which a Calibration defines.
 inline bool is_calibrated(Baseline rule) { return rule == Baseline::kCalibrated || rule == Baseline::kLeastVariance; }
 
-// Whether the baseline reads a prior, and therefore a range that holds prior and rewards.
+// Whether the baseline reads a prior, and so requires a range that contains priors and rewards.
 inline bool needs_prior(Baseline rule) {
   return rule == Baseline::kPrior || rule == Baseline::kShrinkage || rule == Baseline::kConjugate ||
          is_calibrated(rule);
 }
 inline bool needs_energy(Baseline rule) { return rule == Baseline::kEnergyMean || rule == Baseline::kBatchEnergyMean; }
-inline bool needs_groups(Baseline rule) { return rule == Baseline::kJamesStein; }  // of the batch
+inline bool needs_groups(Baseline rule) { return rule == Baseline::kJamesStein; }  // other groups of the batch
 inline bool needs_batch(Baseline rule) {
   return rule == Baseline::kBatchMean || rule == Baseline::kBatchEnergyMean || needs_groups(rule);
 }
 
-// What a bound of the rewards may be exceeded by: 0.3 in float32 is above 0.3, and sums of rewards round.
+// By how much rewards may exceed a bound, because of rounding: 0.3 in float32 is above 0.3, and sums of rewards round.
 inline double rounding_slack(double low, double high) {
   return std::numeric_limits<float>::epsilon() * std::max(std::abs(low), std::abs(high));
 }
 
 struct Fusion {
   double baseline = std::numeric_limits<double>::quiet_NaN();     // reward units
-  double weight = 1.0;                                            // of the group mean
+  double weight = 1.0;                                            // weight of the group mean
   double statistic = std::numeric_limits<double>::quiet_NaN();    // T = k d^2, d in centred units
-  double squared_bias = std::numeric_limits<double>::infinity();  // D2, centred units; infinite where there is no prior
+  double squared_bias = std::numeric_limits<double>::infinity();  // D2, centred units; infinite without a prior
   double mse = std::numeric_limits<double>::quiet_NaN();          // reward units squared
 };
 
-// V_0.5's empirical shrinkage (arXiv 2603.10848). half_range = (hi - lo) / 2 carries reward units to centred ones.
-// A NaN prior is no prior: the mean stands. Without a rollout the prior stands.
+// V_0.5's empirical shrinkage (arXiv 2603.10848). half_range = (hi - lo) / 2 converts reward units to centred units.
+// Without a prior (NaN) the baseline is the mean, without a rollout it is the prior.
 inline Fusion shrinkage(std::int64_t count, double mean, double prior, double half_range) {
   Fusion fusion;
   const auto k = static_cast<double>(count);
@@ -81,24 +81,26 @@ inline Fusion shrinkage(std::int64_t count, double mean, double prior, double ha
   return fusion;
 }
 
-// What is known of the rollouts that a baseline is made of: a group's, or its others'. Reward units.
+// Statistics from which a baseline is computed, reward units: those of a group or, with left_out, those without one of
+// its rollouts.
 struct Known {
-  std::int64_t count = 0;  // of the group
+  std::int64_t count = 0;  // rollouts
   double mean = std::numeric_limits<double>::quiet_NaN();
   double energy_mean = std::numeric_limits<double>::quiet_NaN();  // NaN: no energies, or all 0
-  double prior = std::numeric_limits<double>::quiet_NaN();        // NaN: none
-  double kappa = 0.0;                                             // rollouts that the prior is worth
-  std::int64_t batch_count = 0;                                   // as are the next two, of the batch or its others
+  double prior = std::numeric_limits<double>::quiet_NaN();        // NaN if there is none
+  double kappa = 0.0;                                             // the number of rollouts that the prior is worth
+  std::int64_t batch_count = 0;                                   // this and the next two describe the batch
   double batch_mean = std::numeric_limits<double>::quiet_NaN();
   double batch_energy_mean = std::numeric_limits<double>::quiet_NaN();  // NaN: no energies, or all 0
-  double other_groups = std::numeric_limits<double>::quiet_NaN();       // mean of the means of the batch's other groups
-  const BatchMoments* batch = nullptr;                                  // null unless needs_batch
-  bool left_out = false;                                                // these are a rollout's others
+  double other_groups = std::numeric_limits<double>::quiet_NaN();       // mean of the other groups' means
+  const BatchMoments* batch = nullptr;                                  // null unless needs_batch(rule)
+  bool left_out = false;                                                // whether a rollout is left out
 };
 
-// The mean shrunk towards the mean of the other groups' means (James-Stein, arXiv 2511.03710), as far as chance alone
-// explains how the groups' means differ. A group of one rollout has the others' mean, also where that one is left out.
-// Without other groups the mean stands, without a rollout either the prior.
+// Shrinks the mean towards the mean of the other groups' means (James-Stein, arXiv 2511.03710). The weight of the other
+// groups is the share of the differences among groups that chance explains. The baseline of a group of one rollout is
+// the mean of the others, also if that rollout is left out. Without other groups it is the group's mean, and without a
+// rollout either it is the prior.
 inline double james_stein(std::int64_t count, double mean, double prior, double other_groups, bool left_out,
                           const GroupsOfBatch& groups) {
   if (std::isnan(other_groups)) {
@@ -113,8 +115,8 @@ inline double james_stein(std::int64_t count, double mean, double prior, double 
   return mean + weight * (other_groups - mean);
 }
 
-// The mean fused with a prior that is worth kappa rollouts: a Beta prior's posterior mean (EBPO, arXiv 2602.05165).
-// A NaN prior is no prior: the mean stands. Without a rollout the prior stands.
+// Fuses the mean with a prior that is worth kappa rollouts: the posterior mean of a Beta prior (EBPO, arXiv
+// 2602.05165). Without a prior (NaN) the result is the mean, without a rollout it is the prior.
 inline double conjugate(std::int64_t count, double mean, double prior, double kappa) {
   if (std::isnan(prior)) {
     return mean;
@@ -123,8 +125,8 @@ inline double conjugate(std::int64_t count, double mean, double prior, double ka
                     : prior + static_cast<double>(count) / (static_cast<double>(count) + kappa) * (mean - prior);
 }
 
-// The baseline of any method but calibrated fusion. Where there is no prior the group mean stands in, where there is no
-// rollout the prior, where no rollout has an energy the plain mean.
+// The baseline of any method except those with a calibrated prior. Without a prior it is the group mean, without a
+// rollout the prior, and without energies the unweighted mean.
 inline double baseline_of(Baseline rule, const Known& known, double half_range) {
   switch (rule) {
     case Baseline::kShrinkage:
@@ -151,7 +153,7 @@ inline double baseline_of(Baseline rule, const Known& known, double half_range) 
   }
 }
 
-// Whether there is nothing to compare a rollout with: then its baseline is its own reward, or nothing.
+// Whether a rollout has no baseline but its own reward.
 inline bool is_alone(Baseline rule, const Known& known) {
   switch (rule) {
     case Baseline::kZero:
@@ -172,9 +174,9 @@ inline bool is_alone(Baseline rule, const Known& known) {
   }
 }
 
-// The four numbers of calibrated fusion. A prior v is read as Beta(kappa q, kappa (1 - q)) with q = sigmoid(alpha +
-// beta logit v), and with probability eps as hallucinated: then it says nothing. And the two of the log-ratio of the
-// energies of successes and of failures, delta0 + delta1 log(1 - p) at the success rate p.
+// The four numbers of calibrated fusion, and the two of the energies. A prior v is read as Beta(kappa q, kappa (1 - q))
+// with q = sigmoid(alpha + beta logit v), and with probability eps as hallucinated, that is, uninformative. At success
+// rate p the log-ratio of the mean energies of successes and failures is delta0 + delta1 log(1 - p).
 struct Calibration {
   double alpha = 0.0;
   double beta = 1.0;
@@ -185,28 +187,28 @@ struct Calibration {
 
   [[nodiscard]] bool knows_energies() const { return delta0 != 0.0 || delta1 != 0.0; }
 
-  // Within these bounds (those of v05.methods.Calibration) nothing below overflows or divides by zero.
+  // Within these bounds nothing below overflows or divides by zero. v05.methods.Calibration has the same bounds.
   [[nodiscard]] bool within_bounds() const {
     return std::abs(alpha) <= 100.0 && std::abs(beta) <= 100.0 && kappa >= 1e-6 && kappa <= 1e12 && eps > 0.0 &&
            eps < 1.0 && std::abs(delta0) <= 8.0 && std::abs(delta1) <= 8.0;
   }
 };
 
-// What a prior is taken for: a distribution of the success rate, and the odds that it is not hallucinated. By default
-// there is no prior: what is vague has no rival.
+// How a prior is read: a distribution of the success rate, and the odds that the prior is not hallucinated. The default
+// is that of no prior, with odds of 0 against the vague distribution.
 struct Belief {
   Beta rate = kVague;
   double odds = 0.0;
 };
 
-// Of a prior in [0, 1]; NaN is no prior.
+// The belief from a prior in [0, 1]; NaN means no prior.
 inline Belief believe(double prior, const Calibration& calibration) {
   constexpr double kLeastPrior = 0.005;
   if (std::isnan(prior)) {
     return {};
   }
   const double v = std::clamp(prior, kLeastPrior, 1.0 - kLeastPrior);
-  const double success = std::exp(calibration.alpha + calibration.beta * std::log(v / (1.0 - v)));  // its odds
+  const double success = std::exp(calibration.alpha + calibration.beta * std::log(v / (1.0 - v)));  // odds of a success
   return {
       .rate = {.a = calibration.kappa * (success / (1.0 + success)), .b = calibration.kappa / (1.0 + success)},
       .odds = std::min((1.0 - calibration.eps) / calibration.eps, std::numeric_limits<double>::max()),
@@ -214,14 +216,14 @@ inline Belief believe(double prior, const Calibration& calibration) {
 }
 
 struct CalibratedFusion {
-  double baseline = 0.5;       // mean of the success rate, rewards scaled to [0, 1]
-  double complement = 0.5;     // 1 - baseline, with all its digits
+  double baseline = 0.5;       // posterior mean of the success rate, rewards scaled to [0, 1]
+  double complement = 0.5;     // 1 - baseline, computed without cancellation
   double variance = 0.0;       // of the success rate
-  double hallucination = 1.0;  // probability that the prior says nothing here
+  double hallucination = 1.0;  // probability that the prior is uninformative here
 };
 
-// Calibrated fusion of `count` rewards, each scaled to [0, 1] and `successes` their sum, with what is believed; `ratio`
-// is their likelihood ratio.
+// Calibrated fusion of `count` rewards, scaled to [0, 1], with a belief. `successes` is the sum of the rewards and
+// `ratio` their likelihood ratio.
 inline CalibratedFusion calibrated(std::int64_t count, double successes, const Belief& belief, double ratio) {
   const double failures = static_cast<double>(count) - successes;
   const Beta vague = kVague.after(successes, failures);
@@ -238,14 +240,14 @@ inline CalibratedFusion calibrated(std::int64_t count, double successes, const B
   };
 }
 
-// The mean energy of successes over that of failures, where `complement` is the failure rate.
+// The mean energy of successes over that of failures at the failure rate `complement`.
 inline double energy_ratio(double complement, const Calibration& calibration) {
   constexpr double kMost = 8.0;
   const double shift = calibration.delta0 + calibration.delta1 * std::log(complement);
   return std::exp(std::clamp(shift, -kMost, kMost));
 }
 
-// The baseline for which E[(reward - baseline)^2 energy] is least, rewards scaled to [0, 1]: E[reward energy] /
+// The baseline that minimises E[(reward - baseline)^2 energy], for rewards scaled to [0, 1]: E[reward energy] /
 // E[energy].
 inline double least_variance(const CalibratedFusion& fusion, const Calibration& calibration) {
   const double success = fusion.baseline * energy_ratio(fusion.complement, calibration);

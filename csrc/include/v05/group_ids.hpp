@@ -1,4 +1,4 @@
-// Group ids in open order, each taken at most once at a time. No Python.
+// Group ids in the order in which groups were opened. No two open groups have the same id. No Python.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ inline std::uint64_t mix(std::uint64_t x) {
   return x ^ (x >> 31U);
 }
 
-// Seeds derive from these keys: std::hash, which may differ between platforms, would not do.
+// Seeds derive from these keys. std::hash is not used because it can differ between platforms.
 inline std::uint64_t key_of(std::int64_t id) { return static_cast<std::uint64_t>(id); }
 
 // FNV-1a over the UTF-8 bytes.
@@ -29,12 +29,12 @@ inline std::uint64_t key_of(const std::string& id) {
   return hash;
 }
 
-// A queue of ids by slot, with a hash table of positions (linear probing) that says which are taken. std::unordered_set
-// would be half of what an open group weighs, and would hold every string twice.
+// A queue of ids by slot, with a hash table of positions (linear probing) to find ids that are taken. A
+// std::unordered_set would be half of the memory of an open group, and would hold every string twice.
 template <class Id>
 class GroupIds {
  public:
-  // False, and nothing is added, if the id is taken. Nor is anything where it throws.
+  // Returns false and adds nothing if the id is taken. Adds nothing if it throws.
   bool push_back(Id id) {
     if (2 * (taken_ + 1) > table_.size()) {
       grow();
@@ -49,16 +49,16 @@ class GroupIds {
     return true;
   }
 
-  // A slot whose id was released already.
+  // Adds a slot whose id is already released.
   void push_released() { ids_.emplace_back(); }
 
   [[nodiscard]] const Id& operator[](std::size_t slot) const { return ids_[slot]; }
   [[nodiscard]] std::size_t size() const { return ids_.size(); }
 
-  // The id can be used again; its slot stays.
+  // Makes the id available again; its slot stays.
   void release(std::size_t slot) {
     std::size_t hole = find(ids_[slot]);
-    // Entries that the hole cuts off from their home move into it, so that no tombstones pile up.
+    // Entries that the hole would cut off from their home move into it, so that no tombstones accumulate.
     for (std::size_t at = next(hole); table_[at] != kFree; at = next(at)) {
       const std::size_t from_home = (at - home(id_of(table_[at]))) & mask();
       if (from_home >= ((at - hole) & mask())) {
@@ -71,13 +71,13 @@ class GroupIds {
     ids_[slot] = {};
   }
 
-  // Of released ids only.
+  // Only for slots whose ids are released.
   void pop_front() {
     ids_.pop_front();
     ++popped_;
   }
 
-  // Takes back what was added beyond the first `size` ids.
+  // Removes all ids after the first `size`.
   void shrink(std::size_t size) {
     while (ids_.size() > size) {
       release(ids_.size() - 1);
@@ -93,7 +93,7 @@ class GroupIds {
   [[nodiscard]] std::size_t home(const Id& id) const { return mix(key_of(id)) & mask(); }
   [[nodiscard]] const Id& id_of(std::int64_t entry) const { return ids_[static_cast<std::size_t>(entry - popped_)]; }
 
-  // Where the id is, or would go.
+  // The place of the id in the table, or the free place for it.
   [[nodiscard]] std::size_t find(const Id& id) const {
     std::size_t at = home(id);
     while (table_[at] != kFree && id_of(table_[at]) != id) {

@@ -1,4 +1,4 @@
-// Which rows belong together: keys of any kind, numbered by first appearance. No Python.
+// Grouping of rows: keys of any kind are numbered by first appearance. No Python.
 #pragma once
 
 #include <algorithm>
@@ -12,24 +12,24 @@
 
 namespace v05 {
 
-// Rows and groups are counted in 32 bits where tables of them should fit the cache.
+// Tables that should fit the cache count rows and groups in 32 bits.
 inline constexpr std::size_t kMostRows = std::numeric_limits<std::int32_t>::max();
 
-// Ids and offsets lie in the caller's memory, where another thread may change them after they were checked. Whoever
-// takes one for a place in memory reads it by this function: once, and cut to the `size` of that memory. A negative one
-// is larger than any size.
+// Ids and offsets are in memory of the caller, where another thread may change them after they were checked. So a value
+// that is used as an index is read through this function: once, and limited to `size`. A negative value is larger than
+// any size.
 inline std::size_t within(std::uint64_t place, std::size_t size) {
-  asm("" : "+r"(place));  // It lies in a register: the compiler does not read the memory again.
+  asm("" : "+r"(place));  // Forces the value into a register, so that the compiler does not read the memory again.
   return std::min<std::size_t>(place, size);
 }
 
-// The elements begin .. end - 1; none where the end lies before the beginning.
+// The elements begin .. end - 1, which are none if end is below begin.
 struct Part {
   std::size_t begin;
   std::size_t end;
 };
 
-// The part that starts at offsets[number], of `size` elements in all.
+// Part `number` of `size` elements, by its offsets.
 inline Part part_of(std::span<const std::int64_t> offsets, std::size_t number, std::size_t size) {
   return {
       .begin = within(static_cast<std::uint64_t>(offsets[number]), size),
@@ -37,9 +37,10 @@ inline Part part_of(std::span<const std::int64_t> offsets, std::size_t number, s
   };
 }
 
-// Numbers the keys of rows by first appearance into `slots` and returns how many there are. hash_of(row) is 64 well
-// mixed bits; same(a, b) tells whether two rows of equal hash hold the same key. A flat table (linear probing, at most
-// half full) whose lines are fetched a batch ahead: a table of a million keys is far larger than a cache.
+// Numbers the keys of rows by first appearance, writes the numbers to `slots` and returns the number of keys.
+// hash_of(row) must return 64 well mixed bits. same(a, b) tells whether two rows with equal hashes have the same key.
+// The hash table is flat (linear probing, at most half full). Its cache lines are fetched a batch ahead, because a
+// table of a million keys is far larger than a cache.
 template <class Slot, class HashOf, class Same>
 std::int64_t number_by_appearance(std::span<Slot> slots, const HashOf& hash_of, const Same& same) {
   if (slots.size() > kMostRows) {
@@ -48,7 +49,7 @@ std::int64_t number_by_appearance(std::span<Slot> slots, const HashOf& hash_of, 
   struct Entry {
     std::uint64_t hash = 0;
     std::int32_t first_row = 0;
-    std::int32_t slot = -1;  // negative: no key
+    std::int32_t slot = -1;  // negative if the entry is free
   };
   constexpr std::size_t kBatch = 32;
   std::vector<Entry> table(1024);
@@ -94,17 +95,18 @@ std::int64_t number_by_appearance(std::span<Slot> slots, const HashOf& hash_of, 
   return found;
 }
 
-// Numbers ids of any value by first appearance and returns how many there are.
+// Numbers ids of any value by first appearance and returns the number of distinct ids.
 std::int64_t number_ids(std::span<const std::int64_t> ids, std::span<std::int64_t> numbers);
 
-// Whether the first offset is 0 and none is smaller than the one before it.
+// Whether the first offset is 0 and no offset is smaller than the previous one.
 bool rise_from_zero(std::span<const std::int64_t> offsets);
 
-// std::invalid_argument that names the rows whose id is not in [0, num_groups).
+// Throws std::invalid_argument that names the rows whose id is not in [0, num_groups).
 void check_ids(std::span<const std::int64_t> ids, std::int64_t num_groups);
 
-// Group g has the rows order[offsets[g]] .. order[offsets[g + 1] - 1], in their own order. `offsets` (groups + 1) are
-// zeros; rows whose id was changed to no group's since they were checked are put into the last one.
+// Writes order and offsets so that group g has the rows order[offsets[g]] .. order[offsets[g + 1] - 1], in ascending
+// order. `offsets` (groups + 1) must be zeros. A row whose id another thread has made invalid since the check goes to
+// the last group.
 void order_rows(std::span<const std::int64_t> ids, std::span<std::int64_t> offsets, std::span<std::int64_t> order);
 
 }  // namespace v05

@@ -1,4 +1,4 @@
-// How much likelier a group's rewards are under one Beta distribution of their success rate than under the vague one.
+// The likelihood ratio of a group's rewards under a Beta distribution of their success rate and under the vague one.
 #pragma once
 
 #include <algorithm>
@@ -14,19 +14,19 @@ struct Beta {
   double b = 0.5;
 
   [[nodiscard]] double mean() const { return a / (a + b); }
-  [[nodiscard]] double complement() const { return b / (a + b); }  // 1 - mean, with all its digits
+  [[nodiscard]] double complement() const { return b / (a + b); }  // 1 - mean, computed without cancellation
   [[nodiscard]] double variance() const { return mean() * complement() / (a + b + 1.0); }
   [[nodiscard]] Beta after(double successes, double failures) const { return {.a = a + successes, .b = b + failures}; }
 };
 
 inline constexpr Beta kVague{.a = 0.5, .b = 0.5};
 
-// Gamma(z + x) / Gamma(z) as a function of x >= 0, for z > 0. z is raised to where Stirling's series is exact to
-// rounding. Differences of lgamma lose their digits where z is large: there the series' leading terms are subtracted on
-// paper.
+// Gamma(z + x) / Gamma(z) as a function of x >= 0, for z > 0. z is raised until Stirling's series is exact up to
+// rounding. Differences of lgamma would lose digits for large z; here the leading terms of the series are subtracted
+// analytically.
 class Rising {
  public:
-  struct Value {  // above / below * exp(log)
+  struct Value {  // the value is above / below * exp(log)
     double above = 1.0;
     double below = 1.0;
     double log = 0.0;
@@ -49,7 +49,7 @@ class Rising {
  private:
   static constexpr double kRaise = 10.0;
 
-  // z (z + 1) .. (z + 9), the first factor times the last and so on
+  // z (z + 1) .. (z + 9), multiplied in pairs from both ends.
   static double product(double z) {
     const double w = z * (z + 9.0);
     return w * (w + 8.0) * ((w + 14.0) * (w + 18.0)) * (w + 20.0);
@@ -73,10 +73,10 @@ class Rising {
   double series_;
 };
 
-// Gamma(1/2 + x) Gamma(1/2 + n - x) / pi for a whole n >= 1 and x in [0, n]. What is whole of x and n is multiplied
-// out, the rest is Gamma(1 - d) Gamma(1 + d) = pi d / sin(pi d) with |d| <= 1/2: no logarithm is taken.
+// Gamma(1/2 + x) Gamma(1/2 + n - x) / pi for a whole n >= 1 and x in [0, n]. The whole parts are multiplied out. The
+// rest is Gamma(1 - d) Gamma(1 + d) = pi d / sin(pi d) with |d| <= 1/2, so no logarithm is needed.
 inline Rising::Value reflected(double x, int n) {
-  constexpr auto kSinc = [] {  // Taylor's series of sin(pi d) / d in d^2, exact to rounding; the last term first
+  constexpr auto kSinc = [] {  // Taylor series of sin(pi d) / d in d^2, exact up to rounding, last term first
     std::array<double, 11> terms{};
     double term = std::numbers::pi;
     for (std::size_t i = 0; i < terms.size(); ++i) {
@@ -99,12 +99,12 @@ inline Rising::Value reflected(double x, int n) {
   return {.above = product, .below = sinc};
 }
 
-// Where a group is as small as this, its whole numbers are multiplied out: within the bounds of a Calibration the
-// products neither overflow nor vanish.
+// Up to this size of a group, products of whole numbers are used. Within the bounds of a Calibration they neither
+// overflow nor underflow.
 inline constexpr double kFew = 16.0;
 
-// How many times likelier a group of `count` rollouts is under `rate` than under the vague distribution, as a function
-// of its successes, whole or not.
+// The likelihood of a group of `count` rollouts under `rate` over that under the vague distribution, as a function of
+// its successes, which need not be a whole number.
 class LikelihoodRatio {
  public:
   LikelihoodRatio(const Beta& rate, double count)
@@ -148,11 +148,11 @@ class LikelihoodRatio {
   bool is_few_;
   Rising a_;
   Rising b_;
-  double of_count_;  // the part that successes have none in, as of_count_ * exp(log_of_count_)
+  double of_count_;  // of_count_ * exp(log_of_count_) is the factor without successes
   double log_of_count_ = 0.0;
 };
 
-// The same once. Whole successes of a small group are multiplied out too.
+// The likelihood ratio for one number of successes. For a small group with whole successes it is a few products.
 inline double likelihood_ratio(const Beta& rate, double successes, double failures) {
   const double count = successes + failures;
   if (count > kFew || static_cast<double>(static_cast<int>(successes)) != successes) {
@@ -160,11 +160,10 @@ inline double likelihood_ratio(const Beta& rate, double successes, double failur
   }
   double above = 1.0;
   double below = 1.0;
-  for (int rollout = 0; rollout < static_cast<int>(count);
-       ++rollout) {  // successes first: the order is nothing to them
+  for (int rollout = 0; rollout < static_cast<int>(count); ++rollout) {  // successes first; the order does not matter
     const auto n = static_cast<double>(rollout);
     const bool success = n < successes;
-    const double before = success ? n : n - successes;  // of its kind
+    const double before = success ? n : n - successes;  // earlier rollouts with the same outcome
     above *= ((success ? rate.a : rate.b) + before) * (1.0 + n);
     below *= (kVague.a + before) * (rate.a + rate.b + n);
   }

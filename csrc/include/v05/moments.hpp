@@ -1,4 +1,4 @@
-// Moments of rewards: of one group, and of the batch. No Python, no tensors.
+// Moments of the rewards of a group and of the batch. No Python, no tensors.
 #pragma once
 
 #include <algorithm>
@@ -20,9 +20,9 @@ struct Moments {
   [[nodiscard]] double variance() const { return count > 1 ? m2 / static_cast<double>(count - 1) : 0.0; }
 };
 
-// Collects rewards one by one; all-zero bytes are an empty one. Sums run over the deviations from the first reward, so
-// that rewards near 1e4 with a spread of 1e-3 keep their digits, which sum(x^2) - n mean^2 would lose: what cancels is
-// at most a factor of the number of rewards (Chan, Golub & LeVeque 1983).
+// Collects rewards one by one. All-zero bytes are an empty accumulator. Sums run over the deviations from the first
+// reward, so that rewards near 1e4 with a spread of 1e-3 keep their digits, which sum(x^2) - n mean^2 would lose. The
+// loss by cancellation is at most a factor of the number of rewards (Chan, Golub & LeVeque 1983).
 class MomentsAccumulator {
  public:
   void add(double reward) {
@@ -42,8 +42,8 @@ class MomentsAccumulator {
     const double m2 = sum_squares_ - sum_ * (sum_ / count);
     return {
         .count = count_,
-        .mean = differs_ == 0 ? first_ : (count * first_ + sum_) / count,  // exact sums, as of 0 and 1, stay exact
-        .m2 = std::isnan(m2) ? std::numeric_limits<double>::infinity() : std::max(0.0, m2),  // NaN: squares overflowed
+        .mean = differs_ == 0 ? first_ : (count * first_ + sum_) / count,  // exact for sums of 0 and 1
+        .m2 = std::isnan(m2) ? std::numeric_limits<double>::infinity() : std::max(0.0, m2),  // NaN: overflow
         .all_equal = differs_ == 0,
     };
   }
@@ -80,10 +80,10 @@ inline Moments merge(const Moments& a, const Moments& b) {
   };
 }
 
-// Sums that an energy-weighted mean of rewards is made of. All-zero bytes are an empty one. Rewards enter as deviations
-// from the first, as in MomentsAccumulator, so that the mean of equal rewards is that reward.
+// Sums for an energy-weighted mean of rewards. All-zero bytes are empty sums. Rewards are added as deviations from the
+// first, as in MomentsAccumulator, so that the mean of equal rewards is exactly that reward.
 struct WeightedSums {
-  double origin = 0.0;     // the first reward of a weight above 0
+  double origin = 0.0;     // the first reward with a weight above 0
   double weight = 0.0;     // sum of the weights
   double deviation = 0.0;  // sum of weight * (reward - origin)
 
@@ -95,10 +95,10 @@ struct WeightedSums {
     }
   }
 
-  // NaN where no weight is above 0.
+  // NaN if no weight is above 0.
   [[nodiscard]] double mean() const { return origin + deviation / weight; }
 
-  // The mean of the others, once this reward is taken out; NaN where they have no weight.
+  // The mean without this reward; NaN if the other rewards have no weight.
   [[nodiscard]] double mean_without(double reward, double of_weight) const {
     const double left = weight - of_weight;
     return left > 0.0 ? origin + (deviation - of_weight * (reward - origin)) / left
@@ -117,23 +117,23 @@ inline WeightedSums merge(const WeightedSums& a, const WeightedSums& b) {
   };
 }
 
-// What a baseline may ask of a batch's groups.
+// Statistics of a batch's groups that some baselines read.
 struct GroupsOfBatch {
-  Moments means;  // of the groups that have rollouts
-  // Over the groups of two rollouts or more, how far chance alone moves their means: the mean of var / k, with a
-  // rollout left out of var / (k - 1).
+  Moments means;  // moments of the means of all groups with rollouts
+  // Variance of a group's mean by chance, averaged over the groups of two or more rollouts: var / k, or var / (k - 1)
+  // with one rollout left out.
   Moments noise;
   Moments noise_of_others;
 };
 
-// What a baseline or a scale may ask of the whole batch.
+// Statistics of the whole batch that some baselines and scales read.
 struct BatchMoments {
-  Moments rewards;        // of all rollouts that count
-  WeightedSums weighted;  // of them by energy; empty without energies
-  GroupsOfBatch groups;   // empty unless a baseline asks for them
+  Moments rewards;        // moments of all rollouts that count
+  WeightedSums weighted;  // their sums weighted by energy; empty without energies
+  GroupsOfBatch groups;   // empty unless the baseline reads them
 };
 
-// Of one group.
+// The statistics of a single group, to be merged.
 inline GroupsOfBatch groups_of(const Moments& group) {
   const auto one_if = [](bool known, double value) { return known ? Moments{.count = 1, .mean = value} : Moments{}; };
   const auto count = static_cast<double>(group.count);

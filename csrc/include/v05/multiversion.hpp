@@ -1,11 +1,12 @@
-// One source, several instruction sets: the loader picks the clone the processor can run. Results agree bitwise because
-// nothing is contracted (-ffp-contract=off) and every sum's order is written in the source.
+// Compiles a function for several instruction sets. The loader picks the clone that suits the processor. Results are
+// bitwise equal, because the compiler contracts nothing (-ffp-contract=off) and the source fixes the order of every
+// sum.
 #pragma once
 
-#include <cstddef>  // says which C library this is
+#include <cstddef>  // defines the macros of the C library
 
-// Needs GNU indirect functions; elsewhere (clang, macOS, musl, aarch64), and where a build defines it empty, there is
-// one version, for the target built for.
+// This needs GNU indirect functions. Without them (clang, macOS, musl, aarch64), or if a build defines the macro as
+// empty, there is one version, for the target of the build.
 #ifndef V05_MULTIVERSION
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11 && defined(__x86_64__) && defined(__GLIBC__)
 #define V05_MULTIVERSIONED

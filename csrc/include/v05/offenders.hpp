@@ -1,4 +1,4 @@
-// Error messages that show which values are at fault.
+// Error messages that list the offending values.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +10,7 @@
 
 namespace v05 {
 
-// Collects offending positions and turns them into one readable complaint.
+// Collects offending positions and values, and throws one readable error for them.
 class Offenders {
  public:
   void add(std::size_t position, double value) {
@@ -25,7 +25,7 @@ class Offenders {
 
   [[noreturn]] void raise(const std::string& what, const std::string& remedy) const {
     std::ostringstream message;
-    message.precision(std::numeric_limits<double>::digits10);  // rounded further, it could look legal
+    message.precision(std::numeric_limits<double>::digits10);  // with fewer digits a value could look legal
     message << what << ' ';
     for (std::size_t i = 0; i < positions_.size(); ++i) {
       message << (i > 0 ? ", " : "") << positions_[i] << " (" << values_[i] << ')';

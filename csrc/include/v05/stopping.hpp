@@ -1,4 +1,4 @@
-// When to stop buying rollouts for a group: pure functions of its statistics.
+// Budget rules, which decide when a group has enough rollouts, as pure functions of its statistics.
 #pragma once
 
 #include <cmath>
@@ -8,8 +8,8 @@
 
 namespace v05 {
 
-// One-step look-ahead (arXiv 2603.10848): by how much the estimated error D2 / (k D2 + 1) falls with one more rollout.
-// Centred units. Without a prior D2 is infinite and the fall is 1 / (k (k + 1)).
+// One-step look-ahead (arXiv 2603.10848): the decrease of the estimated error D2 / (k D2 + 1) with one more rollout,
+// centred units. Without a prior D2 is infinite and the decrease is 1 / (k (k + 1)).
 inline double osla_gain(std::int64_t count, double squared_bias) {
   const auto k = static_cast<double>(count);
   if (std::isinf(squared_bias)) {
@@ -23,15 +23,15 @@ inline bool osla_take_more(std::int64_t count, double squared_bias, std::int64_t
   return count < max_rollouts && osla_gain(count, squared_bias) > cost;
 }
 
-// By how much one more rollout is expected to shrink the variance of the success rate p, centred units (hence the 4).
-// The expected fall is the variance of the next mean (law of total variance). With mean m and variance s2 of p, the
-// next mean is m + s2 / m after a success, which has probability m, and m - s2 / (1 - m) after a failure.
+// The expected decrease of the variance of the success rate p with one more rollout, centred units (hence the 4). It is
+// the variance of the next mean (law of total variance). With mean m and variance s2 of p, the next mean is m + s2 / m
+// after a success, which has probability m, and m - s2 / (1 - m) after a failure.
 inline double calibrated_gain(const CalibratedFusion& fusion) {
   return 4.0 * fusion.variance * (fusion.variance / (fusion.baseline * fusion.complement));
 }
 
-// The same after `further` more rollouts that leave the mean m where it is, with p as of a Beta: its variance is then
-// s2 / (1 + further s2 / (m (1 - m))).
+// The gain of `calibrated_gain` after `further` other rollouts, which are assumed to leave the mean m unchanged. If p
+// has a Beta distribution, its variance is then s2 / (1 + further s2 / (m (1 - m))).
 inline double calibrated_gain(const CalibratedFusion& fusion, std::int64_t further) {
   const double shrinks_by =
       1.0 + static_cast<double>(further) * (fusion.variance / (fusion.baseline * fusion.complement));
@@ -44,10 +44,10 @@ inline bool calibrated_take_more(std::int64_t count, const CalibratedFusion& fus
   return count < max_rollouts && calibrated_gain(fusion) > cost;
 }
 
-// The variance of one rollout's gradient under the baseline of least variance, as it is expected to be: E[p (1 - p) w1
-// w0 / (p w1 + (1 - p) w0)] over the success rate p, with w1 and w0 the mean energies of successes and of failures.
-// Centred units (hence the 4), w0 = 1. E[p (1 - p)] is exact; p and w1 in the other factor are taken at the mean that
-// p has under the weights p (1 - p), as of a Beta with the mean and the variance of p.
+// The expected variance of one rollout's gradient under the least-variance baseline, in centred units (hence the 4) and
+// with w0 = 1. It is the mean of p (1 - p) w1 w0 / (p w1 + (1 - p) w0) over the success rate p, where w1 and w0 are the
+// mean energies of successes and failures. E[p (1 - p)] is exact. In the other factor, p and w1 are taken at one rate:
+// the mean of p weighted by p (1 - p), for a Beta with the mean and the variance of p.
 inline double gradient_variance(const CalibratedFusion& fusion, const Calibration& calibration) {
   const double product = fusion.baseline * fusion.complement;
   const double spread = product - fusion.variance;
@@ -57,15 +57,15 @@ inline double gradient_variance(const CalibratedFusion& fusion, const Calibratio
   return 4.0 * spread * (ratio / (success * ratio + failure));
 }
 
-// By how much one more rollout lowers the variance of the mean of a group's gradients, `variance` being that of one
-// rollout's; infinite without a rollout.
+// The decrease of the variance of the mean of a group's gradients with one more rollout. `variance` is that of one
+// rollout's gradient. Infinite without a rollout.
 inline double variance_gain(std::int64_t count, double variance) {
   const auto k = static_cast<double>(count);
   return variance / (k * (k + 1.0));
 }
 
-// The variance that one rollout of a fresh prompt brings down, where nothing is known of its success rate: what another
-// rollout of an old prompt has to compete with.
+// The gain from the first rollout of a new prompt, whose success rate has the vague prior. Another rollout of a known
+// prompt competes with it.
 inline double fresh_prompt_gain(const Calibration& calibration) {
   return gradient_variance(calibrated(0, 0.0, {}), calibration);
 }
@@ -76,8 +76,8 @@ inline bool variance_take_more(std::int64_t count, const CalibratedFusion& fusio
   return count < max_rollouts && variance_gain(count, gradient_variance(fusion, calibration)) > cost;
 }
 
-// What a group of `count` rollouts is worth before any of them is run (V0, arXiv 2602.03584): B (1 - p) (1 - (1 - p)^(B
-// - 1)).
+// The utility of a group of B = `count` rollouts at the predicted success rate p (V0, arXiv 2602.03584):
+// B (1 - p) (1 - (1 - p)^(B - 1)).
 inline double predicted_utility(std::int64_t count, double rate) {
   const auto b = static_cast<double>(count);
   return b * (1.0 - rate) * (1.0 - std::pow(1.0 - rate, b - 1.0));

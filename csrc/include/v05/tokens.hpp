@@ -1,5 +1,4 @@
-// The passes over logits of v05.ops.token_statistics: sums over the vocabulary, and the gradient of the logits. No
-// Python.
+// The C++ part of v05.ops.token_statistics: sums over the vocabulary, and the gradient of the logits. No Python.
 #pragma once
 
 #include <cstddef>
@@ -7,9 +6,9 @@
 
 namespace v05 {
 
-inline constexpr std::int64_t kIgnored = -100;  // the id of a token that counts in nothing
+inline constexpr std::int64_t kIgnored = -100;  // the id of an ignored token
 
-// Rows of `columns` logits each that follow each other in memory: sequences of `length` tokens, at strides in elements.
+// Rows of contiguous logits, for sequences of `length` tokens. Strides are in elements.
 template <class Value>
 struct LogitRows {
   Value* data = nullptr;
@@ -22,7 +21,7 @@ struct LogitRows {
   }
 };
 
-// What is asked of each token's row: columns `first` .. first + columns - 1 of the vocabulary.
+// The targets of tokens, whose rows are the columns `first` .. first + columns - 1 of the vocabulary.
 struct TokenTargets {
   const std::int64_t* ids = nullptr;  // (tokens,)
   std::int64_t tokens = 0;
@@ -31,17 +30,17 @@ struct TokenTargets {
   double temperature = 1.0;
 };
 
-// Writes, for each token that is not ignored, the rows of `out`, `stride` apart: m, s, a, q and x_y as
-// v05/ops/token_statistics/sums.py defines them.
+// Writes the sums of each token that is not ignored into the rows of `out`, which are `stride` apart: m, s, a, q and
+// x_y as v05/ops/token_statistics/sums.py defines them.
 void add_up_logits(const LogitRows<const float>& logits, const TokenTargets& targets, float* out, std::int64_t stride,
                    int threads);
 
-// What reaches the tokens from above.
+// The inputs of the backward pass: the state of tokens, and the gradients of their statistics.
 struct TokenUpstream {
-  const float* state = nullptr;  // rows of m, 1 / Z, the mean of d and 1 - pi(y), `stride` apart
+  const float* state = nullptr;  // the rows m, 1 / Z, mean of d and 1 - pi(y), `stride` apart
   std::int64_t stride = 0;
   const float* of_logprob = nullptr;
-  const float* of_entropy = nullptr;  // or none
+  const float* of_entropy = nullptr;  // null if there is no gradient of the entropy
 };
 
 // Writes the gradient of every row into `out`, which may be the logits.
