@@ -1,4 +1,5 @@
-// What is refused before anything changes: std::invalid_argument that names the argument, the rows and the remedy.
+// Checks of the arguments. They throw std::invalid_argument, which names the argument, the rows and the remedy, before
+// anything changes.
 #pragma once
 
 #include <cstdint>
@@ -13,10 +14,10 @@
 
 namespace v05 {
 
-// Of rollouts and of attempts. Keeps lease numbers within 63 bits for the first two billion groups.
+// The limit on rollouts of a group and on attempts. With it lease ids fit 63 bits for the first two billion groups.
 inline constexpr std::int64_t kLargestCount = 65535;
 
-// Throws std::invalid_argument with the parts as one text.
+// Throws std::invalid_argument with the parts as its text.
 template <class... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
   std::ostringstream text;
@@ -25,10 +26,10 @@ template <class... Parts>
   throw std::invalid_argument(text.str());
 }
 
-// Rows for a message, the first few of many.
+// Rows for a message; only the first few if there are many.
 std::string row_list(std::span<const std::int64_t> rows);
 
-// Rewards or priors outside the reward range. NaN is admitted: no prior, no reward.
+// Throws if rewards or priors are outside the reward range. NaN, which means no reward or no prior, is allowed.
 void require_in_range(std::string_view name, std::span<const double> values, const AllocatorOptions& options);
 
 }  // namespace v05

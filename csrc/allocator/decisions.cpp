@@ -1,4 +1,5 @@
-// The decisions on a group whose rollouts have all settled: more rollouts, a wait for a share of the total, or its end.
+// Decisions on a group whose rollouts have all settled: it gets more rollouts, waits for a share of the total, or is
+// closed.
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -16,18 +17,19 @@
 
 namespace v05 {
 
-// Room for the decisions on the groups of rollouts that are about to settle, and for those that are queued again.
+// Allocates memory for the decisions that follow when `settled` rollouts settle, and for `retried` rollouts that are
+// queued again.
 void RolloutAllocator::prepare_decisions(std::size_t settled, std::size_t retried) {
   const std::size_t groups = std::min(settled, static_cast<std::size_t>(counts_.open_groups));  // each is decided once
   make_room(closed_, groups);
   make_room(candidates_, options_.rule == BudgetRule::kTotal ? groups : 0);
-  const std::int64_t most = options_.maximum - options_.initial;  // that a group asks for at a time
+  const std::int64_t most = options_.maximum - options_.initial;  // the most that a group asks for at a time
   const std::int64_t more = is_sequential(options_.rule) ? std::min(options_.chunk.value_or(most), most) : 0;
   make_room(extra_, retried + (groups * static_cast<std::size_t>(more)));
 }
 
-// Calls `body` with a function that tells the gain of one more rollout after so many further ones, if what is estimated
-// of a group with these valid rewards stays as it is.
+// Calls `body` with a function of `further`: the gain of one more rollout after so many further rollouts, if the
+// estimates for a group with these valid rewards stay the same.
 template <class Rewards, class Body>
 auto RolloutAllocator::with_gain(const Rewards& for_each, double prior, const Body& body) const {
   const double width = options_.highest_reward - options_.lowest_reward;
@@ -55,7 +57,7 @@ auto RolloutAllocator::with_gain(const Rewards& for_each, double prior, const Bo
   return body([&](std::int64_t further) { return osla_gain(sample.count + further, squared_bias); });
 }
 
-// How many of `room` more rollouts a group with these valid rewards is given at once; 0 if it has enough.
+// How many rollouts a group with these valid rewards gets at once, at most `room`; 0 if it has enough.
 template <class Rewards>
 std::int64_t RolloutAllocator::wanted(const Rewards& for_each, double prior, std::int64_t room) const {
   return with_gain(for_each, prior, [&](const auto& gain_after) {
@@ -100,7 +102,7 @@ std::vector<std::int64_t> RolloutAllocator::would_ask(std::span<const std::int64
   return asked;
 }
 
-// All rollouts of the group that were asked for have settled.
+// Decides on a group after all rollouts that it asked for have settled.
 void RolloutAllocator::decide(std::int64_t serial, Group& group) {
   const std::int64_t room = options_.maximum - group.asked;
   const bool shares = options_.rule == BudgetRule::kTotal;
@@ -116,8 +118,8 @@ void RolloutAllocator::decide(std::int64_t serial, Group& group) {
     }
   };
   if (shares) {
-    // By how much one more rollout would shrink the error of the group's baseline or, where energies are known, the
-    // variance of its gradient; centred units.
+    // The decrease of the error of the group's baseline or, if energies are known, of the variance of its gradient with
+    // one more rollout; centred units.
     const double gain = with_gain(for_each, group.prior, [](const auto& gain_after) { return gain_after(0); });
     candidates_.push_back({.gain = gain, .serial = serial});
     std::ranges::push_heap(candidates_, std::less{});
@@ -128,7 +130,7 @@ void RolloutAllocator::decide(std::int64_t serial, Group& group) {
   }
 }
 
-// Gives rollouts of the total to the group where the gain is largest. `promoted` says who was a candidate.
+// Gives rollouts of the total to the group with the largest gain, and appends that candidate to `promoted`.
 void RolloutAllocator::promote_candidate(std::vector<Candidate>& promoted) {
   const Candidate chosen = candidates_.front();
   Group& group = group_of(chosen.serial);
@@ -138,7 +140,7 @@ void RolloutAllocator::promote_candidate(std::vector<Candidate>& promoted) {
 
   std::ranges::pop_heap(candidates_, std::less{});
   candidates_.pop_back();
-  if (!candidates_.empty()) {  // most likely the next, and far away in memory
+  if (!candidates_.empty()) {  // most likely the next one, and not in the cache
     __builtin_prefetch(&group_of(candidates_.front().serial));
   }
   spent_ += more;
@@ -151,7 +153,7 @@ void RolloutAllocator::ask_more(std::int64_t serial, Group& group, std::int64_t 
   }
   group.ask(more);
   static_cast<void>(
-      group.make_room(group.asked));  // while it is in the cache; if there is no memory, the lease needs it
+      group.make_room(group.asked));  // now, while the group is in the cache; on failure the lease tries again
 }
 
 void RolloutAllocator::close(std::int64_t serial) {

@@ -1,4 +1,4 @@
-// Groups, from opening one to draining it.
+// Opening, growing and draining groups.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -50,7 +50,7 @@ void RolloutAllocator::open(const GroupIdList& ids, std::span<const double> prio
   if (!counts.empty() && counts.size() != groups) {
     refuse("counts has ", counts.size(), " rows and group_ids ", groups, "; give one count per group");
   }
-  const std::vector<std::int64_t> asked(counts.begin(), counts.end());  // another thread may change the caller's
+  const std::vector<std::int64_t> asked(counts.begin(), counts.end());  // a copy, which no other thread changes
   for (const std::int64_t count : asked) {
     if (count < options_.initial || count > options_.maximum) {
       refuse("counts holds ", count, ", which is not between initial=", options_.initial,
@@ -72,7 +72,7 @@ void RolloutAllocator::open_groups(const std::vector<Id>& rows, std::span<const 
     refuse("group_ids has ", groups, " rows, which take ", asked, " initial rollouts, and ", *total - spent,
            " of total=", *total, " are left; open fewer groups, or raise total");
   }
-  std::unique_ptr<GroupIds<Id>> first;  // the allocator's kind of ids follows its first groups
+  std::unique_ptr<GroupIds<Id>> first;  // the first groups decide the type of ids
   if (opened_ == 0) {
     first = std::make_unique<GroupIds<Id>>();
   } else if (!std::holds_alternative<std::unique_ptr<GroupIds<Id>>>(ids_)) {

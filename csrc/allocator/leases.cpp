@@ -1,4 +1,4 @@
-// Leases, from handing one out to settling its rollout.
+// Handing out leases, and settling their rollouts.
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -20,11 +20,11 @@
 namespace v05 {
 namespace {
 
-// Rows of a batch between a prefetch and its use; states are found through their group, so it comes first.
+// How many rows of a batch ahead to prefetch. States are found through their group, so the group is prefetched first.
 constexpr std::size_t kStatesAhead = 24;
 constexpr std::size_t kGroupsAhead = 2 * kStatesAhead;
 
-// Depends on what the rollout is, not on when it runs. 63 bits: torch generators take a non-negative int64.
+// Depends only on the rollout, not on when it runs. It has 63 bits because torch generators take a non-negative int64.
 std::int64_t rollout_seed(std::int64_t seed, std::uint64_t key, std::int64_t index) {
   const std::uint64_t group = mix(mix(static_cast<std::uint64_t>(seed)) ^ key);
   return static_cast<std::int64_t>(mix(group ^ static_cast<std::uint64_t>(index)) >> 1U);
@@ -78,7 +78,7 @@ Leases RolloutAllocator::lease(std::int64_t limit, std::int64_t now) {
       }
     }
     for (; !promoted.empty(); promoted.pop_back()) {
-      // The group was asked for these rollouts and had none queued before: they are the queue's last.
+      // These rollouts are the last of the queue, because the group had none queued before.
       Group& group = group_of(promoted.back().serial);
       while (extra_.size() > extra_size && serial_of(extra_.back()) == promoted.back().serial) {
         extra_.pop_back();
@@ -94,7 +94,7 @@ Leases RolloutAllocator::lease(std::int64_t limit, std::int64_t now) {
   }
   counts_.leased += static_cast<std::int64_t>(serials.size());
   close_candidates_if_spent();
-  if (2 * extra_leased_ >= extra_.size()) {  // seldom enough that what is moved costs less than what was queued
+  if (2 * extra_leased_ >= extra_.size()) {  // so rarely that moving costs less than queueing did
     extra_.erase(extra_.begin(), extra_.begin() + static_cast<std::ptrdiff_t>(extra_leased_));
     extra_leased_ = 0;
   }
@@ -109,7 +109,7 @@ void RolloutAllocator::report(std::span<const std::int64_t> lease_ids, std::span
   const std::scoped_lock lock(mutex_);
   prepare_decisions(lease_ids.size(), 0);
   for (std::size_t i = 0; i < lease_ids.size(); ++i) {
-    // The groups of a batch lie all over memory: ask for those of later rows while this one is applied.
+    // The groups of a batch are scattered in memory. Prefetch those of later rows while this one is applied.
     if (i + kGroupsAhead < lease_ids.size()) {
       prefetch_group(lease_ids[i + kGroupsAhead]);
     }
@@ -141,7 +141,8 @@ void RolloutAllocator::fail(std::span<const std::int64_t> lease_ids) {
   }
 }
 
-// Leases hold their time themselves, so this looks at every group that is not drained, until no lease is left.
+// The time of a lease is only in the state of its rollout, so this checks every group that is not drained, until no
+// lease is left.
 std::int64_t RolloutAllocator::expire(double older_than, std::int64_t now) {
   if (!(older_than >= 0.0)) {
     refuse("older_than=", older_than, " is not a number of seconds >= 0; use 0 to take every lease back");
@@ -194,7 +195,7 @@ void RolloutAllocator::prefetch_states(std::int64_t lease_id) const {
   }
 }
 
-// The rollout of a lease that is out. Any other id is counted, under what it is, in `strays`.
+// The rollout of a lease that is out. Any other id is counted by its kind in `strays`.
 std::optional<std::int64_t> RolloutAllocator::find_leased(std::int64_t lease_id, AllocatorCounts& strays) const {
   const std::int64_t rollout = high_bits(lease_id, attempt_bits_);
   const std::int64_t attempt = low_bits(lease_id, attempt_bits_);
@@ -230,7 +231,7 @@ std::optional<std::int64_t> RolloutAllocator::find_leased(std::int64_t lease_id,
   return rollout;
 }
 
-// Room for the rollouts to fail.
+// Allocates memory for the failures of these rollouts.
 void RolloutAllocator::prepare_failures(std::span<const std::int64_t> rollouts) {
   prepare_decisions(rollouts.size(), rollouts.size());
   try {

@@ -1,4 +1,4 @@
-// The rules by name, and the checks of the options.
+// The names of the rules, and checks of the options.
 #include <array>
 #include <bit>
 #include <cmath>
@@ -40,7 +40,7 @@ void require_counts(const AllocatorOptions& options) {
   }
 }
 
-// An input that the rule does not read is a mistake of the caller's.
+// Rejects inputs that the rule does not read, because giving them is a mistake of the caller.
 void require_rule_inputs(const AllocatorOptions& options) {
   const bool needs_calibration = options.rule == BudgetRule::kCalibrated || options.rule == BudgetRule::kVariance;
   if (options.cost && !is_sequential(options.rule)) {

@@ -1,4 +1,4 @@
-// Memory that is taken before anything changes.
+// Allocates memory before anything changes.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 
 namespace v05 {
 
-// Room for `more` elements, which can then be added without memory.
+// Reserves room for `more` elements, so that adding them allocates no memory.
 template <class T>
 void make_room(std::vector<T>& elements, std::size_t more) {
   if (elements.capacity() - elements.size() < more) {

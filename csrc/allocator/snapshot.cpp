@@ -1,5 +1,5 @@
-// The allocator as bytes. What can be derived is not written; what is read is believed only where it is consistent, so
-// that no blob, however made, leads to a state that the allocator could not have reached by itself.
+// Saves and restores the allocator as bytes. Values that can be derived are not written. Values that are read are
+// checked for consistency, so that no blob can lead to a state that the allocator could not have reached.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -29,7 +29,7 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 constexpr std::int64_t kNoChunk = 0;
 
-// Counters stay far from overflow.
+// Far enough from overflow for counters to grow further.
 constexpr std::int64_t kLargestCounter = std::numeric_limits<std::int64_t>::max() / 2;
 
 void believe(bool consistent, const char* what) {
@@ -62,7 +62,7 @@ void put_options(ByteWriter& out, const AllocatorOptions& options) {
   out.put(options.lowest_reward);
   out.put(options.highest_reward);
   out.put(static_cast<std::uint8_t>(options.calibration.has_value()));
-  // The numbers of no calibration, which nobody reads, are part of the format.
+  // The format always has the numbers of a calibration. Without a calibration they are not used.
   const Calibration calibration = options.calibration.value_or(Calibration{.kappa = 1.0, .eps = 0.5});
   for (const double number : {
            calibration.alpha,
@@ -117,7 +117,7 @@ void put_id(ByteWriter& out, const std::string& id) {
 void get_id(ByteReader& in, std::int64_t& id) { id = in.get<std::int64_t>(); }
 void get_id(ByteReader& in, std::string& id) { id = in.get_bytes(in.get_size(1)); }
 
-// The counters that are not derived, in the order they are written.
+// The counters that cannot be derived, in the order of the format.
 constexpr std::array kCounters = {
     &AllocatorCounts::reported,  &AllocatorCounts::failed, &AllocatorCounts::expired, &AllocatorCounts::invalid,
     &AllocatorCounts::duplicate, &AllocatorCounts::late,   &AllocatorCounts::unknown,
@@ -213,7 +213,7 @@ void RolloutAllocator::read(ByteReader& in) {
   believe(in.rest().empty(), "there is more");
 }
 
-// Returns how many rollouts are queued.
+// Returns the number of queued rollouts.
 std::int64_t RolloutAllocator::read_groups(ByteReader& in) {
   const auto kind = in.get<std::uint8_t>();
   believe(kind < std::variant_size_v<decltype(ids_)>, "the kind of ids");
@@ -262,7 +262,7 @@ std::int64_t RolloutAllocator::read_groups(ByteReader& in) {
   return queued;
 }
 
-// Whatever is queued is either an initial rollout that never went out or named in the queue, once.
+// A queued rollout is either an initial rollout that was never leased, or is listed in the queue exactly once.
 void RolloutAllocator::read_queue(ByteReader& in, std::int64_t queued) {
   std::vector<std::int64_t> sorted;
   for (std::size_t left = in.get_size(sizeof(std::int64_t)); left > 0; --left) {
@@ -291,7 +291,7 @@ void RolloutAllocator::read_failures(ByteReader& in) {
   }
 }
 
-// A group whose rollouts have all settled is closed or, with rule kTotal, a candidate for more.
+// A group whose rollouts have all settled is either closed or, with rule kTotal, a candidate for more.
 void RolloutAllocator::read_closed(ByteReader& in) {
   for (std::size_t left = in.get_size(sizeof(std::int64_t)); left > 0; --left) {
     const auto serial = in.get<std::int64_t>();

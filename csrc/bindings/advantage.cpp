@@ -18,10 +18,10 @@ namespace py = pybind11;
 
 namespace {
 
-// v05.ops hands over addresses: to make NumPy arrays of a small batch's tensors costs more than its advantages. It has
-// checked that what lies there is contiguous, of the dtype said here and of as many elements as the arguments say.
+// v05.ops passes addresses, because making NumPy arrays of a small batch's tensors costs more than its advantages. It
+// has checked that the tensors are contiguous and have the dtype and the number of elements that the arguments say.
 using Address = std::uintptr_t;
-using MaybeAddress = std::optional<Address>;  // of what need not be given
+using MaybeAddress = std::optional<Address>;  // of an optional argument
 
 void* memory(const char* name, Address address, std::size_t size) {
   if (address == 0 && size > 0) {
@@ -44,8 +44,8 @@ v05::Buffer buffer(const char* name, MaybeAddress address, int dtype, std::size_
           .name = name};
 }
 
-// The fields of v05.ops.advantage.inputs.Rollouts and Groups and of the output: addresses, each with its dtype where
-// that may differ.
+// The fields of v05.ops.advantage.inputs.Rollouts and Groups, and the output: addresses, with the dtype if there are
+// several.
 using RolloutFields = std::tuple<std::size_t, bool, Address, int, MaybeAddress, int, MaybeAddress, MaybeAddress,
                                  MaybeAddress, MaybeAddress>;
 using GroupFields = std::tuple<std::int64_t, MaybeAddress, MaybeAddress>;
@@ -127,6 +127,6 @@ void register_advantage(py::module_& m) {
         v05::check_mask(buffer("response_mask", mask, dtype, size), rows);
       },
       arg("mask"), arg("dtype"), arg("rows"), arg("size"));
-  // By position only: names would cost more than the advantages of a small batch.
+  // Arguments are positional, because keywords would cost more than the advantages of a small batch.
   m.def("compute_advantages", &compute_advantages);
 }

@@ -50,8 +50,8 @@ v05::Calibration to_calibration(const CalibrationNumbers& numbers) {
   return {.alpha = alpha, .beta = beta, .kappa = kappa, .eps = eps, .delta0 = delta0, .delta1 = delta1};
 }
 
-// Runs C++ work without the interpreter lock: the allocator's mutex is never waited for while holding it. So the work
-// may take the lock back while it holds the mutex.
+// Runs C++ work without the interpreter lock, so that no thread waits for the allocator's mutex while it holds that
+// lock. The work may then take the lock again while it holds the mutex.
 template <class Work>
 auto unlocked(Work&& work) {
   const py::gil_scoped_release release;

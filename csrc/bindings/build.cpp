@@ -6,7 +6,7 @@ namespace py = pybind11;
 
 namespace {
 
-// The loader picks one of these by the rule that it picks the kernels' clones by.
+// The loader picks one of these by the same rule as the clones of the kernels.
 #ifdef V05_MULTIVERSIONED
 __attribute__((target("arch=x86-64-v4"))) const char* instruction_set() { return "x86-64-v4 (AVX-512)"; }
 __attribute__((target("arch=x86-64-v3"))) const char* instruction_set() { return "x86-64-v3 (AVX2)"; }

@@ -32,7 +32,7 @@ std::pair<Ids, std::int64_t> number_ids(const Ids& ids) {
   return {std::move(numbers), found};
 }
 
-// The offsets of the groups (num_groups + 1), and from `start` on the rows in the order of their groups.
+// Returns one array: first the offsets of the groups (num_groups + 1), and from `start` on the rows ordered by group.
 Ids order_rows(const Ids& ids, std::int64_t num_groups, std::int64_t start) {
   const std::span<const std::int64_t> id_view(ids.data(), static_cast<std::size_t>(ids.size()));
   v05::check_ids(id_view, num_groups);
@@ -51,7 +51,7 @@ Ids order_rows(const Ids& ids, std::int64_t num_groups, std::int64_t start) {
 
 using Keys = std::span<PyObject* const>;
 
-// The items of a sequence or an object array, and what keeps them.
+// The items of a sequence or an object array, and the object that keeps them alive.
 std::pair<Keys, py::object> items_of(const py::object& keys) {
   if (py::isinstance<py::array>(keys) && py::cast<py::array>(keys).dtype().kind() == 'O') {
     auto array = py::array::ensure(keys, py::array::c_style);
@@ -78,7 +78,7 @@ std::size_t count_if_ahead(Keys keys, const Is& is) {
   return count;
 }
 
-// Whether the keys are strings: all of them or none.
+// Whether the keys are strings. Throws std::invalid_argument if only some are.
 bool are_strings(const std::string& name, const py::object& keys) {
   const auto [items, owner] = items_of(keys);
   const std::size_t strings = count_if_ahead(items, [](PyObject* key) { return PyUnicode_Check(key) != 0; });
@@ -88,7 +88,8 @@ bool are_strings(const std::string& name, const py::object& keys) {
   return strings != 0;
 }
 
-// Exact str only: hashing and comparing them runs no Python code, so the borrowed keys stay alive.
+// Whether all keys are exactly of type str. Hashing and comparing those runs no Python code, so the borrowed keys stay
+// alive.
 bool all_exact_strings(Keys keys) {
   return count_if_ahead(keys, [](PyObject* key) { return PyUnicode_CheckExact(key) != 0; }) == keys.size();
 }
@@ -100,16 +101,17 @@ bool equal_strings(PyObject* a, PyObject* b) {
 }
 
 std::int64_t number_strings(Keys keys, std::span<std::int64_t> ids) {
-  constexpr std::size_t kAhead = 48;  // beyond the batch whose table lines are being fetched
+  constexpr std::size_t kAhead = 48;  // prefetch beyond the batch of number_by_appearance
   const auto hash_of = [&](std::size_t row) {
     __builtin_prefetch(keys[std::min(row + kAhead, keys.size() - 1)]);
-    return static_cast<std::uint64_t>(PyObject_Hash(keys[row]));  // cached in the string after the first time
+    return static_cast<std::uint64_t>(PyObject_Hash(keys[row]));  // the string caches its hash
   };
   return v05::number_by_appearance(ids, hash_of,
                                    [&](std::size_t a, std::size_t b) { return equal_strings(keys[a], keys[b]); });
 }
 
-// Any hashable keys, by a dict. A tuple of its own holds them, because their __hash__ and __eq__ are Python code.
+// Numbers any hashable keys by a dict. A tuple keeps the keys alive, because their __hash__ and __eq__ may run Python
+// code.
 std::int64_t number_hashables(const py::tuple& keys, std::span<std::int64_t> ids) {
   py::dict slots;
   std::int64_t next = 0;
@@ -129,7 +131,7 @@ std::int64_t number_hashables(const py::tuple& keys, std::span<std::int64_t> ids
   return next;
 }
 
-// Dense ids of string (or any hashable) keys, numbered by first appearance. `keys` is a sequence or an object array.
+// Numbers strings or other hashable keys by first appearance. `keys` is a sequence or an object array.
 std::pair<Ids, std::int64_t> factorize(const py::object& keys) {
   const auto [items, owner] = items_of(keys);
   Ids ids(static_cast<py::ssize_t>(items.size()));

@@ -11,7 +11,7 @@ namespace py = pybind11;
 
 namespace {
 
-// v05.ops hands over addresses of what it has checked: float32 rows and int64 ids.
+// v05.ops passes addresses of tensors that it has checked: float32 rows and int64 ids.
 using Address = std::uintptr_t;
 using Rows = std::tuple<Address, std::int64_t, std::int64_t, std::int64_t>;  // data, length and the two strides
 using Targets = std::tuple<Address, std::int64_t, std::int64_t, std::int64_t, double>;

@@ -15,21 +15,22 @@ namespace v05 {
 namespace tokens {
 namespace {
 
-// A 256-bit register, or two smaller ones.
+// A 256-bit register, or two smaller registers.
 constexpr std::int64_t kAbreast = 8;
 using Floats [[gnu::vector_size(kAbreast * sizeof(float))]] = float;
 using FloatsAnywhere [[gnu::vector_size(kAbreast * sizeof(float)), gnu::aligned(sizeof(float)), gnu::may_alias]] =
     float;
 using Integers [[gnu::vector_size(kAbreast * sizeof(float))]] = std::int32_t;
 
-constexpr std::int64_t kBlock = 64 * kAbreast;  // columns that are added up in float before the sum is in double
+constexpr std::int64_t kBlock = 64 * kAbreast;  // columns that are summed in float before they are added in double
 constexpr std::int64_t kBlockWork = 16384;      // logits that a thread takes at a time
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Everything that works on lanes is inlined into the function that is compiled for several instruction sets.
+// Functions on lanes are inlined into the function that is compiled for several instruction sets.
 #define V05_LANES [[gnu::always_inline]] inline
 
-// Not by memcpy, of which GCC 12 makes four moves through general registers where it compiles for several sets.
+// Not with memcpy, which GCC 12 compiles to four moves through general registers in functions with several instruction
+// sets.
 V05_LANES void load(const float* from, Floats& to) { to = *reinterpret_cast<const FloatsAnywhere*>(from); }
 
 V05_LANES void store(const Floats& from, float* to) { *reinterpret_cast<FloatsAnywhere*>(to) = from; }
@@ -42,12 +43,12 @@ V05_LANES double sum(const Floats& lanes) {
   return total;
 }
 
-// e to the power of a difference of logits over the temperature.
+// The exponential of a difference of logits divided by the temperature.
 struct Exponential {
   float inverse = 1.0F;    // 1 / temperature
   float bits = 0.0F;       // log2(e) / temperature
-  float step_high = 0.0F;  // temperature ln 2, what a bit is in logits: so few digits that 150 times it is exact,
-  float step_low = 0.0F;   // and the rest
+  float step_high = 0.0F;  // temperature ln 2 with so few digits that whole multiples up to 150 are exact
+  float step_low = 0.0F;   // the rest of temperature ln 2
 
   explicit Exponential(double temperature)
       : inverse(static_cast<float>(1.0 / temperature)), bits(static_cast<float>(std::numbers::log2e / temperature)) {
@@ -58,9 +59,10 @@ struct Exponential {
     step_low = static_cast<float>(step - static_cast<double>(step_high));
   }
 
-  // Of d + lost, where `lost` is far below d. The polynomial is that of Cephes' expf, good to 2e-9.
+  // Computes the exponential of d + lost, where `lost` is far smaller than d. The polynomial is from Cephes' expf, with
+  // an error of 2e-9.
   V05_LANES void operator()(const Floats& d, const Floats& lost, Floats& e) const {
-    constexpr float kRounds = 12582912.0F;  // 1.5 * 2^23: what is added to it is rounded to a whole number
+    constexpr float kRounds = 12582912.0F;  // 1.5 * 2^23: adding it rounds to a whole number
     const Floats in_bits = d * bits;
     const Floats shifted = in_bits + kRounds;
     const Floats whole = shifted - kRounds;
@@ -73,11 +75,11 @@ struct Exponential {
     p = p * r * r + r + 1.0F;
     const Integers power = (reinterpret_cast<Integers>(shifted) - std::bit_cast<std::int32_t>(kRounds) + 127) << 23;
     const Floats scaled = p * reinterpret_cast<Floats>(power);
-    e = in_bits < -125.0F ? Floats{} : scaled;  // of masked logits too, whose difference has no rest
+    e = in_bits < -125.0F ? Floats{} : scaled;  // also for masked logits, for which r is NaN
   }
 };
 
-// At most as many as there are lanes, filled up with -inf.
+// Loads at most one register of logits, and fills the rest of it with -inf.
 V05_LANES void load_some(const float* from, std::int64_t count, Floats& to) {
   if (count >= kAbreast) {
     load(from, to);
@@ -111,7 +113,7 @@ V05_LANES float largest_of(const float* logits, std::int64_t columns) {
   return most;
 }
 
-// Sums of a row relative to its largest logit: of lanes, and in double of the blocks before.
+// Sums of a row relative to its largest logit: those of the lanes, and in double those of all earlier blocks.
 struct RowSums {
   float base = 0.0F;
   Floats of_lanes{};
@@ -121,10 +123,10 @@ struct RowSums {
   double slopes = 0.0;
   double squares = 0.0;
 
-  // A target of none of the lanes is none.
+  // Adds a register of logits except the target, if that is one of the lanes.
   V05_LANES void add(const Floats& x, const Exponential& exponential, std::int64_t target) {
     const Floats d = x - base;
-    const Floats back = d - x;  // -base, rounded; so `lost` is what the difference was rounded by
+    const Floats back = d - x;  // -base, rounded; `lost` is the rounding error of d
     const Floats lost = (x - (d - back)) - (base + back);
     Floats e;
     exponential(d, lost, e);
@@ -182,7 +184,7 @@ V05_MULTIVERSION void add_up_rows(const LogitRows<const float>& logits, const To
   }
 }
 
-// The gradient of a row is e^d (weight + slope max(d, least)) but at its target.
+// The gradient of a row is e^d (weight + slope max(d, least)), except at its target.
 struct RowGradient {
   float largest = 0.0F;
   float weight = 0.0F;
