@@ -103,7 +103,7 @@ def test_reward_units_are_kept():
         ([1.0, 1.0], {"method": "grpo"}, "method='grpo' has no stopping rule"),
         ([1.0], {}, "group 0: the rule does not stop at 1 rollouts with 1 successes"),
         ([1.0, 0.0], {"cost": 1e-9}, "group 0: the rule does not stop at 2 rollouts with 1 successes; give initial"),
-        ([1.0] * 5, {}, "group 0 of 5 rollouts"),
+        ([1.0] * 5, {}, "group 0: the rule does not stop at 5 rollouts"),
         ([1.0, 0.0], {"initial": 0}, "initial=0 is not positive"),
     ],
 )

@@ -233,7 +233,7 @@ def _above_one(name: str, value: float) -> float:
 def _importance_numbers(importance: Importance | None, sampler: torch.Tensor | None) -> tuple[int, bool, float, float]:
     if sampler is None:
         if importance is not None:
-            raise ValueError("importance: needs sampler_logprob to compute its weights; give that too")
+            raise ValueError("importance: its weights need the sampler's log-probabilities; give sampler_logprob too")
         return _NO_IMPORTANCE
     chosen = importance or Importance()
     return 1 if chosen.level == "token" else 2, chosen.beyond == "mask", chosen.cap, chosen.floor
@@ -243,6 +243,6 @@ def _kl_numbers(reference: torch.Tensor | None, coefficient: float, estimator: s
     coefficient = nonnegative("kl_coefficient", coefficient)
     if reference is None:
         if coefficient:
-            raise ValueError(f"kl_coefficient={coefficient}: needs reference_logprob; give that too")
+            raise ValueError(f"kl_coefficient={coefficient}: there is no reference to diverge from; give reference_logprob too")
         return 0, 0.0
     return KL_ESTIMATORS[choice("kl_estimator", estimator, KL_ESTIMATORS)], coefficient
