@@ -123,7 +123,7 @@ def _rollouts(output: GeneratorOutput) -> list[_Rollout]:
 
 
 class PromptedGenerator(GeneratorInterface):  # type: ignore[misc]
-    """A generator that wraps another one. It predicts the priors of training prompts and keeps `_Rollout`s for the estimators.
+    """A generator that wraps another one. It predicts the priors of training prompts and keeps the rollouts for the estimators.
 
     Args:
         generator: the generator that samples, SkyRL's own or any other.

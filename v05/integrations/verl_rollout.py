@@ -97,7 +97,7 @@ def _settings(config: Any) -> Settings:
 
 
 class SequentialAgentLoopManager(AgentLoopManagerTQ):  # type: ignore[misc]
-    """verl's agent loop manager with `SequentialAgentLoopWorker`s. It takes verl's arguments.
+    """verl's agent loop manager whose workers are `SequentialAgentLoopWorker`. It takes verl's arguments.
 
     Raises:
         ValueError: a setting is unknown or out of bounds; the prior's model or outcomes cannot be read; or rewards come from a
