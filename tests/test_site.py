@@ -7,7 +7,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from helpers.chromium import PATIENCE, chromium
+from helpers.chromium import PATIENCE, assert_looks_alike, chromium
 from helpers.documents import ROOT, build_site
 
 
@@ -165,6 +165,14 @@ def test_dark_where_the_system_is(open_page):
     dark = open_page("optimal.html", 1300, color_scheme="dark")
     assert brightness(dark) < 100
     assert dark.evaluate("getComputedStyle(document.querySelector('article img')).backgroundColor") == "rgb(255, 255, 255)"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("page", "width"), [("index", 1300), ("index", 390), ("methods", 1300), ("hosts/verl", 390)])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pages_look_as_they_did(page, width, scheme, open_page):
+    shown = open_page(f"{page}.html", width, color_scheme=scheme)
+    assert_looks_alike(shown, f"{page.replace('/', '-')}-{width}-{scheme}")
 
 
 @pytest.mark.browser

@@ -4,7 +4,7 @@ searched.
 
 import pytest
 
-from helpers.chromium import PATIENCE, chromium
+from helpers.chromium import PATIENCE, assert_looks_alike, chromium
 from helpers.made_up_runs import HOSTILE, write_run
 from v05.report.figures import document
 from v05.report.page import write_page
@@ -91,6 +91,15 @@ def test_every_chart_is_drawn(file, open_page):
     assert "completions: not recorded by old" in notices
     sideways = page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth")
     assert not sideways
+
+
+@pytest.mark.parametrize("width", [1300, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_looks_as_it_did(width, scheme, file, open_page):
+    page = open_page(file, color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 2400})
+    page.wait_for_timeout(500)  # charts are drawn anew for the width
+    assert_looks_alike(page, f"report-{width}-{scheme}")
 
 
 def test_methods_axes_and_tasks_are_switched(file, open_page):
