@@ -1,7 +1,9 @@
 """Text from outside cannot control a terminal when it is shown in a message."""
 
+from typing import Literal
+
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from v05.messages import explained_places, printable, quoted
 
@@ -28,9 +30,19 @@ def test_a_quotation_is_one_short_line():
     assert len(quoted(b"a" * 10_000_000)) == 500
 
 
+class Round(BaseModel):
+    kind: Literal["round"]
+
+
+class Square(BaseModel):
+    kind: Literal["square"]
+
+
 class Thing(BaseModel):
     name: str
     sizes: list[int]
+    colour: Literal["red", "green", "blue"] = "red"
+    shape: Round | Square = Field(default=Round(kind="round"), discriminator="kind")
 
 
 @pytest.mark.parametrize(
@@ -40,6 +52,9 @@ class Thing(BaseModel):
         ({"name": "a", "sizes": ["b" * 1000]}, f"sizes.0={'b' * 79!r}"[:-1] + "...: Input should be a valid integer"),
         ({"name": "a", "sizes": ["b"] * 10}, "and 6 more"),
         ([], "Input should be a valid dictionary or instance of Thing"),
+        ({"name": "a", "sizes": [], "colour": "pink"}, "colour='pink' is unknown; choose one of red, green, blue"),
+        ({"name": "a", "sizes": [], "colour": 3}, "colour=3 is unknown; choose one of red, green, blue"),
+        ({"name": "a", "sizes": [], "shape": {"kind": "oval"}}, "shape.kind='oval' is unknown; choose one of round, square"),
     ],
 )
 def test_faults_are_told_in_one_short_line(given, told):

@@ -58,7 +58,12 @@ def test_help_teaches(environment, tmp_path):
             ("compare", "--suite", "smoke", "--methods", "optimal@1"),
             "--methods optimal@1 is not of this suite; choose from grpo@4, v05@4",
         ),
-        (("train", "--method", "v05@4+magic"), "'history', 'mean', 'spo', 'v0', 'constant', 'oracle' or 'noise'"),
+        (("train", "--method", "v05@4+magic"), "prior='magic' is unknown; choose one of history, mean, spo, v0, constant, oracle"),
+        (
+            ("train", "--prior", "magic"),
+            "v05: prior='magic' is unknown; choose one of history, mean, spo, v0, constant, oracle, noise",
+        ),
+        (("train", "--distributed", "dp"), "distributed='dp' is unknown; choose one of ddp, fsdp2"),
         (("train", "--method", "grpo+oracle"), "prior='oracle': method='grpo' has none"),
         (("train", "--method", "v05@4+cost=0.1"), "budget.cost=0.1 with budget.rule='uniform', which has no cost"),
         (("train", "--config", "absent.json"), "absent.json"),
@@ -69,7 +74,10 @@ def test_help_teaches(environment, tmp_path):
         (("train", "--learning-rate", "-1"), "optimizer.learning_rate=-1.0: Input should be greater than 0"),
         (("train", "--preset", "smoke", "--engine", "vllm"), "cannot import 'vllm'; install it with: pip install 'v05[vllm]'"),
         (("train", "--preset", "smoke", "--engine", "ray"), "needs the package 'ray'; install it with: pip install 'v05[ray]'"),
-        (("train", "--preset", "smoke", "--engine", "tgi"), "'transformers', 'vllm', 'vllm_server' or 'ray'"),
+        (
+            ("train", "--preset", "smoke", "--engine", "tgi"),
+            "engine.kind='tgi' is unknown; choose one of transformers, vllm, vllm_server, ray",
+        ),
     ],
 )
 def test_mistakes_are_explained_in_one_line(arguments, message, environment, tmp_path):
@@ -229,6 +237,11 @@ def test_single_fields_of_a_comparison_are_set(environment, tmp_path):
         (("compare", "--methods", "rloo,grpo@16,grpo"), "--methods rloo,grpo@16,grpo names a method twice: in full, they are rloo"),
         (("compare", "--methods", "v05@4,v05@8", "--set", "budget.initial=8", "--set", "budget.maximum=8"), "names a method twice"),
         (("train", "--set", "task.mix.0.weight=Infinity"), "mix.0.weight=inf: Input should be a finite number"),
+        (
+            ("train", "--set", "budget.rule=best"),
+            "budget.rule='best' is unknown; choose one of uniform, osla, calibrated, variance",
+        ),
+        (("train", "--set", "task.kind=csv"), "task.kind='csv' is unknown; choose one of reasoning_gym, jsonl"),
         (("train", "--set", "budget.chunk=loo"), "budget.chunk='loo': chunk='loo'; give an integer or 'look'"),
         (("train", "--set", "budget.chunk=0"), "budget.chunk=0: chunk=0 is not positive"),
         (("compare", "--suite", "smoke", "--set", "loss.clip_high=1"), "so --set loss.clip_high=1 cannot be set beside it"),
