@@ -47,6 +47,7 @@ def run(json_file: Path | None = None) -> int:
     findings = examine()
     print("\n".join(text(findings)))
     if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(findings, indent=2) + "\n")
     return 0 if all(check["ok"] for check in findings["self_check"]) else 1
 

@@ -254,6 +254,55 @@ def test_settings_at_fault_are_named(arguments, message, tmp_path):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+MODEL_FOLDER = "no config.json there; give a Hugging Face model folder"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("simulate", "absent"), "v05: OUTCOMES absent does not exist; give a log of rollouts or a folder of logs"),
+        (
+            ("check-task", "absent"),
+            'v05: FILE absent does not exist; give a JSON-lines file with one {"prompt": ..., "answer": ...}',
+        ),
+        (("check-task", "folder"), "v05: FILE folder is a folder, not a file; give a JSON-lines file"),
+        (("fit-prior", "absent"), "v05: LOGS absent does not exist; give JSON-lines files with policy, prompt, score and trials"),
+        (("fit-prior", "folder"), "v05: LOGS folder is a folder, not a file; give JSON-lines files"),
+        (("fit-prior", "log", "--tabpfn", "absent"), "v05: --tabpfn absent does not exist; give the checkpoint file"),
+        (("fit-prior", "log", "--backbone", "absent"), "v05: --backbone absent does not exist; give the folder of a Hugging Face"),
+        (("report", "absent"), "v05: RUN_DIR=absent holds no run"),
+        (("eval", "absent", "--benchmarks", "any", "--data", "folder"), f"v05: model=absent: {MODEL_FOLDER}"),
+        (("train", "--out", "run", "--config", "absent"), "v05: --config absent does not exist; give the config.json of a run"),
+        (("train", "--out", "run", "--config", "folder"), "v05: --config folder is a folder, not a file; give the config.json"),
+        (("train", "--out", "run", "--jsonl", "absent"), "v05: --jsonl absent does not exist; give a JSON-lines file"),
+        (
+            ("train", "--out", "run", "--set", 'task={"kind": "jsonl", "path": "absent"}'),
+            "v05: task.path absent does not exist; give a JSON-lines file",
+        ),
+        (("train", "--out", "run", "--policy", "absent"), f"v05: policy.path=absent: {MODEL_FOLDER}"),
+        (("compare", "--out", "runs", "--methods", "grpo", "--policy", "absent"), f"v05: policy.path=absent: {MODEL_FOLDER}"),
+        (
+            ("compare", "--out", "runs", "--methods", "grpo", "--set", 'task={"kind": "jsonl", "path": "absent"}'),
+            "v05: task.path absent does not exist; give a JSON-lines file",
+        ),
+    ],
+)
+def test_a_missing_input_is_named_with_what_to_give(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "log").touch()
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Errno" not in result.output
+
+
+def test_an_unknown_replay_is_refused_before_the_log_is_read(tmp_path):
+    result = CliRunner().invoke(app, ["simulate", str(tmp_path), "--replay", "magic"])
+    assert result.exit_code == 2
+    assert "replay='magic' is unknown; choose one of superpopulation, finite" in result.output
+
+
 def test_settings_come_after_all_else_and_are_checked_together():
     # Each setting alone would be refused: the preset's step cannot hold a prompt of 100 rollouts, and rule 'total' needs a mean.
     assert run_config("smoke", "v05@100", ["rollouts_per_step=200"]).budget.initial == 100

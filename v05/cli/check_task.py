@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from v05.cli.shared import INTERRUPTED, fail, output, progress_bars, say
+from v05.cli.shared import INTERRUPTED, demand_input, fail, output, progress_bars, say
 
 MOST_FAULTS = 20  # of a task's rows that are shown
 
@@ -32,6 +32,7 @@ def check_task(
     from v05.train.metrics import write_json
 
     try:
+        demand_input("FILE", file, 'a JSON-lines file with one {"prompt": ..., "answer": ...} object per line')
         with progress_bars() as progress:
             bar = progress.add_task("rows", total=None, note="")
             rows = check(file, lambda: progress.advance(bar))

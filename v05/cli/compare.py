@@ -21,6 +21,7 @@ from v05.cli.shared import (
     Rollouts,
     Settings,
     console,
+    demand_task,
     fail,
     interrupted,
     no_exit,
@@ -111,13 +112,16 @@ def compare(
     set_threads(1)
     from v05.train.checkpoint import find_checkpoints
     from v05.train.compare import is_finished
-    from v05.train.policy import policy_folder
+    from v05.train.policy import demand_model_folder, policy_folder
 
     first = next(iter(configs.values()))
     started = [name for name, config in configs.items() if not is_finished(config, out / name) and find_checkpoints(out / name)]
     if started:
         console.out(f"going on where they stopped: {', '.join(started)}")
     try:
+        demand_task(first)
+        if first.policy.path is not None:
+            demand_model_folder(first.policy.path)
         with no_exit():
             with console.status("warm start of the policy (kept for later runs)"):
                 policy_folder(first.policy, first.task, make_task(first.task), console.out)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from v05.cli.shared import INTERRUPTED, console, fail, output, say, set_threads, watched
+from v05.cli.shared import INTERRUPTED, console, demand_input, fail, output, say, set_threads, watched
 from v05.machine import cache_root
 
 READ_AT_ONCE = 128  # prompts
@@ -44,6 +44,12 @@ def fit_prior(
     """
     set_threads(threads)
     try:
+        for log in logs:
+            demand_input("LOGS", log, "JSON-lines files with policy, prompt, score and trials, such as those in a run's outcomes/")
+        if tabpfn is not None:
+            demand_input("--tabpfn", tabpfn, "the checkpoint file of a TabPFN classifier; nothing is downloaded")
+        if backbone is not None:
+            demand_input("--backbone", backbone, "the folder of a Hugging Face model; nothing is downloaded", folder=True)
         from v05.prior.v0 import V0Prior
         from v05.prior.v0.adapter import AdaptedBackbone, load_adapter
         from v05.prior.v0.backbone import Backbone

@@ -7,13 +7,16 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 
 from v05.messages import explained_places, printable
+
+if TYPE_CHECKING:
+    from v05.train.config import RunConfig
 
 INTERRUPTED = 130  # exit status after Ctrl-C
 
@@ -94,6 +97,25 @@ def on_command_line(context: typer.Context) -> set[str]:
     """The names of the options that the user gave."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def demand_input(argument: str, path: Path, wanted: str, *, folder: bool = False) -> None:
+    """Raise ValueError, naming the argument and what it should be, unless there is something to read at `path`.
+
+    A pipe counts as a file. With `folder`, a folder will do as well.
+    """
+    if path.is_dir() and not folder:
+        raise ValueError(f"{argument} {path} is a folder, not a file; give {wanted}")
+    if not path.exists():
+        raise ValueError(f"{argument} {path} does not exist; give {wanted}")
+
+
+def demand_task(run: RunConfig, argument: str = "task.path") -> None:
+    """Raise ValueError if the run's prompts are to come from a file that is not there; `argument` is where the user named it."""
+    from v05.tasks import JsonlConfig
+
+    if isinstance(run.task, JsonlConfig):
+        demand_input(argument, run.task.path, 'a JSON-lines file with one {"prompt": ..., "answer": ...} object per line')
 
 
 def progress_bars() -> Progress:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from v05.cli.shared import INTERRUPTED, console, fail, output, progress_bars
+from v05.cli.shared import INTERRUPTED, console, demand_input, fail, output, progress_bars
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,12 +76,15 @@ def simulate(
 
     import numpy as np
 
+    from v05.arguments import choice
     from v05.simulate.plot import draw
-    from v05.simulate.replay import MEASURED, REFERENCE, WARM_UP, Replay, Source
+    from v05.simulate.replay import MEASURED, REFERENCE, REPLAYS, WARM_UP, Replay, Source
     from v05.simulate.summary import conclusion, table, what_was_read
     from v05.train.metrics import write_json
 
     try:
+        demand_input("OUTCOMES", outcomes, "a log of rollouts or a folder of logs, as v05 simulate --help lists them", folder=True)
+        choice("replay", replay, REPLAYS)
         noise = _number(prior)
         column = None if prior == "irt" or noise is not None else prior
         with progress_bars() as progress:

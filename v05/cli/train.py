@@ -18,6 +18,8 @@ from v05.cli.shared import (
     Settings,
     Threads,
     console,
+    demand_input,
+    demand_task,
     fail,
     interrupted,
     no_exit,
@@ -104,7 +106,9 @@ def train(
         if config is None:
             run = run_config(preset, method, settings or (), seed=seed, **overrides)
         else:
+            demand_input("--config", config, "the config.json of a run, which is in the run's directory")
             run = read_config(config, settings or ())
+        demand_task(run, "task.path" if jsonl is None else "--jsonl")
         refuse_to_overwrite(run, out)
         set_threads(threads)
         from v05.train.live import LiveView

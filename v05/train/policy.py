@@ -84,10 +84,15 @@ def character_decoder(config: PolicyConfig, vocabulary: int) -> PreTrainedModel:
     )
 
 
-def load_policy(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
-    """Model (on the accelerator if there is one) and tokenizer of a local folder."""
+def demand_model_folder(path: Path) -> None:
+    """Raise ValueError unless `path` is a model folder."""
     if not (path / "config.json").is_file():
         raise ValueError(f"policy.path={path}: no config.json there; give a Hugging Face model folder")
+
+
+def load_policy(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
+    """Model (on the accelerator if there is one) and tokenizer of a local folder."""
+    demand_model_folder(path)
     model: PreTrainedModel = load_pretrained(AutoModelForCausalLM, path, dtype=dtype)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     return model, load_tokenizer(path)
