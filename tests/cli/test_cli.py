@@ -138,7 +138,7 @@ def test_a_killed_comparison_goes_on(environment, tmp_path):
         process.kill()
     again = v05(*arguments, environment=environment, directory=tmp_path)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "going on where they stopped: v05@4..16-seed0" in again.stderr
+    assert "resuming interrupted runs: v05@4..16-seed0" in again.stderr
     assert "resuming from step" in (run / "log.txt").read_text()
     steps = read_metrics(run, "step")
     assert [s["step"] for s in steps] == list(range(len(steps)))
@@ -232,9 +232,12 @@ def test_single_fields_of_a_comparison_are_set(environment, tmp_path):
             "v05: optimizer.learning_rate=-1.0: Input should be greater than 0",
         ),
         (("compare", "--set", "loss.clip_hihg=0.28"), "there is no field loss.clip_hihg; close names are loss.clip_high"),
-        (("compare", "--set", "seed=1"), "--set seed=1: a comparison has methods and seeds of its own; use --methods and --seeds"),
-        (("compare", "--set", "method=v05"), "--set method=v05: a comparison has methods and seeds of its own"),
-        (("compare", "--methods", "rloo,grpo@16,grpo"), "--methods rloo,grpo@16,grpo names a method twice: in full, they are rloo"),
+        (("compare", "--set", "seed=1"), "--set seed=1: a comparison chooses methods and seeds itself; use --methods and --seeds"),
+        (("compare", "--set", "method=v05"), "--set method=v05: a comparison chooses methods and seeds itself"),
+        (
+            ("compare", "--methods", "rloo,grpo@16,grpo"),
+            "--methods rloo,grpo@16,grpo names a method twice: in full, the methods are rloo",
+        ),
         (("compare", "--methods", "v05@4,v05@8", "--set", "budget.initial=8", "--set", "budget.maximum=8"), "names a method twice"),
         (("train", "--set", "task.mix.0.weight=Infinity"), "mix.0.weight=inf: Input should be a finite number"),
         (
@@ -331,7 +334,7 @@ def test_an_interrupted_run_is_readable_and_goes_on(environment, tmp_path):
         finally:
             process.kill()
     assert process.returncode == 130, stderr
-    assert "interrupted; what was measured so far is in run, and the same command goes on from there" in stderr
+    assert "interrupted; the results so far are in run, and the same command resumes from there" in stderr
     assert "Traceback" not in stderr
     steps = read_metrics(tmp_path / "run", "step")
     assert [s["step"] for s in steps] == list(range(len(steps)))

@@ -1,4 +1,4 @@
-"""`v05 check-task`: how the reference answers of a task are read."""
+"""`v05 check-task`: show how the reference answers of a task are read."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from rich.text import Text
 
 from v05.cli.shared import INTERRUPTED, demand_input, fail, output, progress_bars, say
 
-MOST_FAULTS = 20  # of a task's rows that are shown
+MOST_FAULTS = 20  # faulty rows to show
 
 
 def check_task(
-    file: Annotated[Path, typer.Argument(help="A task for v05 train --jsonl, a prompt and its answer a line.")],
-    show: Annotated[int, typer.Option(help="Rows of each kind to show.", min=0)] = 3,
-    json: Annotated[Path | None, typer.Option(help="Also write a record for every line to this file.")] = None,
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help='A task for v05 train --jsonl: one {"prompt": ..., "answer": ...} object per line.'),
+    ],
+    show: Annotated[int, typer.Option(help="Example rows to show of each kind of answer.", min=0)] = 3,
+    json: Annotated[Path | None, typer.Option(help="Also write one record per line of the task to this file.")] = None,
 ) -> None:
-    """How is each reference answer of a task read, and can it be earned? Run this before training on a file of your own.
+    """Check a task file before you train on it: how is each reference answer read, and can a completion earn its reward?
 
-    Shows what the answers are read as (numbers, formulas, words), which rows cannot earn their reward even by a completion that is
-    the reference, and which prompts repeat. Ends with status 1 if a row cannot earn its reward.
+    Shows what each answer is read as (number, formula, text), the rows whose own reference answer would earn no reward, and the
+    prompts that repeat. Exit status 1 means that some row can never earn its reward: correct or remove it.
 
     Example: v05 check-task tasks.jsonl --json checked.json
     """
@@ -43,7 +46,7 @@ def check_task(
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         fail(error)
     if not rows:
-        fail(ValueError(f"{file} holds no row; give one JSON object a line"))
+        fail(ValueError(f"{file} holds no row; give one JSON object per line"))
     kinds = Table("kind", "rows", "line", "answer", "is read as", title=f"{len(rows)} rows of {file}")
     for kind in dict.fromkeys(row.kind for row in rows):
         of_kind = [row for row in rows if row.kind == kind]
@@ -54,12 +57,12 @@ def check_task(
     output().print(kinds)
     faults = [(row, ", ".join(row.unearned) or row.reads) for row in rows if row.unearned or row.kind == "unreadable"]
     if faults:
-        table = Table("line", "answer", "earns nothing", title="rows whose reference itself is not rewarded")
+        table = Table("line", "answer", "earns nothing", title="rows whose own reference answer earns no reward")
         for row, why in faults[:MOST_FAULTS]:
             table.add_row(str(row.line), *map(_plain, (row.answer, why)))
         output().print(table)
         if len(faults) > MOST_FAULTS:
-            say(f"{len(faults) - MOST_FAULTS} more such rows; --json FILE writes all")
+            say(f"{len(faults) - MOST_FAULTS} more such rows; --json FILE writes all of them")
     for row in [row for row in rows if row.repeats is not None][:MOST_FAULTS]:
         say(f"line {row.line} repeats the prompt of line {row.repeats}{', with another answer' if row.contradicts else ''}")
     cannot = sum(row.cannot_earn for row in rows)
@@ -70,5 +73,5 @@ def check_task(
 
 
 def _plain(text: str) -> Text:
-    """A text from a file, for a table: no markup, one line."""
+    """Text from a file as one line of a table cell, in which rich finds no markup."""
     return Text(" ".join(text.split()))

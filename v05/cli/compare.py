@@ -1,4 +1,4 @@
-"""`v05 compare`: several methods from one warm start, or a suite of comparisons."""
+"""`v05 compare`: train several methods from one warm start, or run a suite of comparisons."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from v05.train.config import RunConfig
 
 DEFAULT_METHODS = "grpo,dr_grpo,v05,calibrated,none,optimal"
-MOST_BARS = 24  # of a progress display; of more runs, only those under way have one
+MOST_BARS = 24  # with more runs than this, only those under way have a progress bar
 
 
 def compare(
@@ -45,33 +45,39 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            help="Comma-separated; grpo@8 fixes the group size, v05@4..16 tests from 4 up to 16, v05@4..16~6 spends 6 on average; "
-            "+PRIOR and +cost=0.01 may follow."
+            help="Methods to compare, separated by commas. grpo@8 samples 8 rollouts per prompt, v05@4..16 samples 4 and up to 16 "
+            "by its test, v05@4..16~6 spends 6 on average; +PRIOR and +cost=0.01 may follow (v05 train --help, --method)."
         ),
     ] = DEFAULT_METHODS,
     suite: Annotated[
         str | None,
         typer.Option(
-            help="In place of --preset: headline (every method at its group sizes on three task mixes, learning rates tuned, "
-            "hours; policies are not kept) or smoke (a test). --methods then runs a part of it."
+            help="Run a whole experiment in place of --preset: headline (every method at several group sizes on three task mixes, "
+            "with tuned learning rates; takes hours, and trained policies are not kept) or smoke (a quick test). --methods "
+            "then selects a part of it."
         ),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="Seeds a method; 3, or what the suite has.", min=1)] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(help="Seeds per method. Default: 3, or the suite's own number. More seeds narrow the intervals.", min=1),
+    ] = None,
     rollouts: Rollouts = None,
     learning_rate: LearningRate = None,
     policy: Policy = None,
     max_new_tokens: MaxNewTokens = None,
     settings: Settings = None,
-    out: Annotated[Path, typer.Option(help="Directory of the comparison; finished runs in it are not run again.")] = Path(
+    out: Annotated[Path, typer.Option(help="Directory of the comparison. Finished runs in it are not run again.")] = Path(
         "runs/compare"
     ),
-    jobs: Annotated[int, typer.Option(help="Runs at a time; 0 is one a core.", min=0)] = 0,
-    json: Annotated[Path | None, typer.Option(help="Also write the records (as in compare.json) to this file.")] = None,
+    jobs: Annotated[
+        int, typer.Option(help="Runs at the same time, one thread each; 0 is one per CPU core. Lower it if memory runs out.", min=0)
+    ] = 0,
+    json: Annotated[Path | None, typer.Option(help="Also write the records of compare.json to this file.")] = None,
 ) -> None:
-    """Train several methods from one warm start on the same prompts and rollout budget, and compare them.
+    """Train several methods from one warm start, on the same prompts and with the same number of rollouts, and compare them.
 
-    Ends with a table, plots (PNG) and compare.json in --out. Interrupted, it goes on where it stopped when called again. A suite
-    leaves a row of runs.csv for every run, and all that it reports is made of them.
+    Prints a table and writes plots (PNG) and compare.json to --out. Call the same command again to resume an interrupted
+    comparison. A suite also writes one row per run to runs.csv, from which its tables and plots are made.
 
     Example: v05 compare --preset tiny --methods grpo,v05@4,v05@4..16 --seeds 5 --out runs/mine
     """
@@ -80,7 +86,7 @@ def compare(
 
     try:
         if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise ValueError("v05 compare has a process for each run already; call it without torchrun")
+            raise ValueError("v05 compare starts a process for each run itself; call it without torchrun")
         out.mkdir(parents=True, exist_ok=True)
         if suite is not None:
             if (preset, learning_rate, policy, max_new_tokens) != ("tiny", None, None, None):
@@ -93,18 +99,18 @@ def compare(
             return
         for setting in settings or ():
             if setting.partition("=")[0] in ("method", "seed"):
-                raise ValueError(f"--set {setting}: a comparison has methods and seeds of its own; use --methods and --seeds")
+                raise ValueError(f"--set {setting}: a comparison chooses methods and seeds itself; use --methods and --seeds")
         specs = [spec.strip() for spec in methods.split(",")]
         overrides = overrides_of(context, rollouts, learning_rate, policy, max_new_tokens)
         configs = {
             f"{label_of(run)}-seed{seed}": run
-            for seed in range(seeds or 3)  # seed by seed: what is finished early compares all methods
+            for seed in range(seeds or 3)  # seed by seed, so that an early stop has compared all methods on some seeds
             for spec in specs
             for run in [run_config(preset, spec, settings or (), seed=seed, **overrides)]
         }
         if len(configs) < len(specs) * (seeds or 3):
             labels = ", ".join(dict.fromkeys(label_of(run) for run in configs.values()))
-            raise ValueError(f"--methods {methods} names a method twice: in full, they are {labels}; name each once")
+            raise ValueError(f"--methods {methods} names a method twice: in full, the methods are {labels}; name each once")
     except KeyboardInterrupt:
         interrupted(out)
     except (ValueError, OSError, RuntimeError) as error:
@@ -117,13 +123,13 @@ def compare(
     first = next(iter(configs.values()))
     started = [name for name, config in configs.items() if not is_finished(config, out / name) and find_checkpoints(out / name)]
     if started:
-        console.out(f"going on where they stopped: {', '.join(started)}")
+        console.out(f"resuming interrupted runs: {', '.join(started)}")
     try:
         demand_task(first)
         if first.policy.path is not None:
             demand_model_folder(first.policy.path)
         with no_exit():
-            with console.status("warm start of the policy (kept for later runs)"):
+            with console.status("warm-starting the policy (kept for later runs)"):
                 policy_folder(first.policy, first.task, make_task(first.task), console.out)
             failed = _run_watched(configs, out, jobs or usable_cores())
             _report({name: config for name, config in configs.items() if name not in failed}, out, json)
@@ -140,7 +146,11 @@ def compare(
 def _run_watched(
     configs: dict[str, RunConfig], out: Path, jobs: int, done: Callable[[str], None] = lambda name: None
 ) -> dict[str, str]:
-    """Run and show it; `done` hears of every run that ends well, once. Returns those that failed, each with what to do about it."""
+    """Run `configs` (name -> run) in `out`/name, `jobs` at a time, with progress bars.
+
+    `done` is called once with the name of each run that succeeds. Returns the names of the failed runs, each with the reason and
+    the remedy.
+    """
     from v05.train.compare import RunStatus, run_all
 
     many = len(configs) > MOST_BARS
@@ -161,7 +171,8 @@ def _run_watched(
                 running = state.status == "running"
                 if running:
                     progress.start_task(bars[state.name])
-                reached = state.total if state.status == "done" else state.rollouts  # a run ends within half a step of its total
+                # The last step may end half a step before or after the total.
+                reached = state.total if state.status == "done" else state.rollouts
                 progress.update(bars[state.name], completed=reached, note=note, visible=running or not many)
                 if state.status in ("done", "failed", "damaged"):
                     ended.add(state.name)
@@ -171,7 +182,7 @@ def _run_watched(
                     if state.status == "done":
                         done(state.name)
                     if not console.is_terminal:
-                        console.out(f"{state.name}: {note}")  # a log has no bars
+                        console.out(f"{state.name}: {note}")  # a log file shows no bars
 
         run_all(configs, out, jobs, watch)
         return failed
@@ -198,24 +209,24 @@ def _run_suite(
     set_threads(1)
     for mix in suite.mixes:
         first = run_config(mix, "grpo")
-        with console.status(f"warm start of the policy for {mix} (kept for later runs)"):
+        with console.status(f"warm-starting the policy for {mix} (kept for later runs)"):
             policy_folder(first.policy, first.task, make_task(first.task), console.out)
 
-    in_order(whole, read_rows(out))  # a file of another suite is refused before anything runs
+    in_order(whole, read_rows(out))  # refuses the file of another suite before anything runs
 
     def run(runs: list[Planned]) -> None:
         known = {row.key for row in read_rows(out)}
         missing = {run.name: run for run in runs if run.key not in known}
-        console.out(f"{len(runs) - len(missing)} of {len(runs)} runs to {runs[0].stage} are in {out / ROWS}")
+        console.out(f"{len(runs) - len(missing)} of {len(runs)} runs of the stage {runs[0].stage} are already in {out / ROWS}")
 
         def done(name: str) -> None:
             append_row(out, row_of(missing[name], out / name))
-            shutil.rmtree(out / name / "policy", ignore_errors=True)  # hundreds of them
+            shutil.rmtree(out / name / "policy", ignore_errors=True)  # a suite has hundreds of runs
 
         failed = _run_watched({name: run.config for name, run in missing.items()}, out, jobs, done)
         if failed:
             told = "; ".join(f"{name}: {why}" for name, why in failed.items())
-            raise RuntimeError(f"failed: {told}; the same command tries them again")
+            raise RuntimeError(f"failed: {told}; call the same command again to retry")
 
     run(tuning_runs(suite))
     rates = tuned_rates(suite, read_rows(out))
@@ -231,7 +242,7 @@ def _run_suite(
 
 
 def _suite_tables(records: list[dict[str, Any]]) -> Iterator[Table]:
-    """One for each mix."""
+    """One table for each task mix."""
     from v05.train.suite import RIVALS
     from v05.train.suite_summary import TARGET, difference
 
@@ -327,7 +338,7 @@ def _table(methods: list[dict[str, Any]]) -> Table:
 
 
 def _known(value: float, form: str) -> str:
-    """Nothing for NaN, where a method has no such figure."""
+    """The value as text; empty for NaN, which marks a figure that a method does not have."""
     return "" if isnan(value) else f"{value:{form}}"
 
 

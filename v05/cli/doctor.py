@@ -1,4 +1,4 @@
-"""`v05 doctor`: what of v05 runs here."""
+"""`v05 doctor`: which parts of v05 work on this machine."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from v05.cli.shared import fail
 
 
 def doctor(json: Annotated[Path | None, typer.Option(help="Also write the findings to this file.")] = None) -> None:
-    """What of v05 runs here: versions, devices, active code paths, a self-check, and what to install for the rest.
+    """List the parts of v05 that work on this machine, test them, and say what to install for the rest.
 
-    The self-check compares the op with its float64 specification; exit status 1 if they differ.
+    Shows versions, devices, active code paths, optional packages and the cache. The self-check compares the op with its float64
+    specification; exit status 1 means that they differ.
 
     Example: v05 doctor --json doctor.json
     """

@@ -1,4 +1,4 @@
-"""`v05 eval`: a model's accuracy on benchmarks."""
+"""`v05 eval`: measure a model's accuracy on benchmarks."""
 
 from __future__ import annotations
 
@@ -12,37 +12,64 @@ from v05.cli.shared import Threads, fail, interrupted, no_exit, output, progress
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="Hugging Face model folder.")],
-    benchmarks: Annotated[str, typer.Option(help="Comma-separated; NAME is the file NAME.jsonl in --data.")],
-    data: Annotated[Path, typer.Option(help="Folder of the benchmarks, a problem a line.")],
-    samples: Annotated[int, typer.Option(help="Completions a problem.", min=1)] = 16,
-    engine: Annotated[str, typer.Option(help="What samples: transformers or vllm.")] = "transformers",
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0.0)] = 0.6,
-    top_p: Annotated[float, typer.Option(help="Share of the probability that is sampled from.", min=0.0, max=1.0)] = 0.95,
-    max_new_tokens: Annotated[int, typer.Option(help="Length limit of a completion.", min=1)] = 8192,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The Hugging Face model folder to evaluate.")],
+    benchmarks: Annotated[str, typer.Option(help="Benchmarks to run, separated by commas; NAME is the file NAME.jsonl in --data.")],
+    data: Annotated[Path, typer.Option(help="Folder of the benchmark files, which have one problem per line.")],
+    samples: Annotated[
+        int,
+        typer.Option(
+            help="Completions per problem. More narrow the interval and allow pass@k for larger k, at proportional time.", min=1
+        ),
+    ] = 16,
+    engine: Annotated[
+        str, typer.Option(help="The engine that samples: transformers, or vllm (faster on a GPU; needs the extra 'vllm').")
+    ] = "transformers",
+    temperature: Annotated[
+        float,
+        typer.Option(
+            help="Sampling temperature; 0 always takes the likeliest token. 0.6 with top-p 0.95 is what many reasoning models "
+            "recommend.",
+            min=0.0,
+        ),
+    ] = 0.6,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="Sample only from the likeliest tokens that together have this probability; 1 samples from all tokens.",
+            min=0.0,
+            max=1.0,
+        ),
+    ] = 0.95,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Longest completion, in tokens. Raise it if the table shows many completions cut off.", min=1)
+    ] = 8192,
     template: Annotated[
         str | None,
         typer.Option(
-            help="The user's message, with {problem} in it; left out, the problem and on the next line "
+            help="The user's message, with {problem} where the problem goes. Default: the problem, then a line "
             "'Please reason step by step, and put your final answer within \\boxed{}.'"
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    sampling_batch: Annotated[int, typer.Option(help="Completions sampled at once.", min=1)] = 128,
-    workers: Annotated[int, typer.Option(help="Processes that verify.", min=1)] = 2,
-    time_limit: Annotated[float, typer.Option(help="Seconds that a verification may take.", min=0.1)] = 10.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.", min=0)] = 0,
+    sampling_batch: Annotated[
+        int, typer.Option(help="Completions sampled at the same time. Lower it if memory runs out.", min=1)
+    ] = 128,
+    workers: Annotated[int, typer.Option(help="Processes that verify answers.", min=1)] = 2,
+    time_limit: Annotated[
+        float, typer.Option(help="Seconds that verifying one answer may take; a longer one counts as wrong.", min=0.1)
+    ] = 10.0,
     threads: Threads = 1,
     out: Annotated[
-        Path | None, typer.Option(help="Directory of samples.jsonl, result.json and outcomes.jsonl; runs/eval/MODEL by default.")
+        Path | None, typer.Option(help="Directory for samples.jsonl, result.json and outcomes.jsonl. Default: runs/eval/MODEL.")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the records of result.json to this file.")] = None,
 ) -> None:
-    """How often does a model answer right? mean@k and pass@k on local benchmarks, with 95 % bootstrap intervals over problems.
+    """Measure how often a model answers right: mean@k and pass@k on local benchmarks, with 95 % bootstrap intervals over problems.
 
-    A line of NAME.jsonl is a JSON object with the problem under problem, question or prompt, and the answer under answer,
-    final_answer or solution (of which the last \\boxed{} counts). Each problem is asked as a user's message in the tokenizer's
-    chat template; completions are verified in processes of their own. Interrupted, the same command goes on, and
-    samples only what is missing, also where more samples or benchmarks are asked for. Nothing is downloaded.
+    Each line of NAME.jsonl is a JSON object with the problem under problem, question or prompt, and the answer under answer,
+    final_answer or solution (whose last \\boxed{} is the answer). Each problem is asked as a user's message in the tokenizer's
+    chat template, and separate processes verify the completions. Call the same command again to resume an interrupted evaluation,
+    or with more samples or benchmarks: only missing completions are sampled. Nothing is downloaded.
 
     Example: v05 eval path/to/model --benchmarks aime24,math500 --data benchmarks --samples 16 --engine vllm
     """
@@ -95,9 +122,9 @@ def evaluate(
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         fail(error)
     if verifier.timed_out:
-        say(f"{verifier.timed_out} completions took the verifier more than {time_limit:g} s and count as wrong")
+        say(f"{verifier.timed_out} completions took more than {time_limit:g} s to verify and count as wrong")
     if verifier.crashed:
-        say(f"{verifier.crashed} completions ended their verifier's process and count as wrong")
+        say(f"{verifier.crashed} completions crashed their verifier process and count as wrong")
     output().print(_benchmark_table(records))
     say(f"samples and records are in {out}")
 

@@ -1,4 +1,4 @@
-"""`v05 fit-prior`: the value model V0 fitted to logs, and how well it predicts."""
+"""`v05 fit-prior`: fit the value model V0 to logs and measure how well it predicts."""
 
 from __future__ import annotations
 
@@ -16,29 +16,45 @@ READ_AT_ONCE = 128  # prompts
 
 def fit_prior(
     logs: Annotated[
-        list[Path], typer.Argument(help="JSON-lines files: policy (model@step), prompt, score (mean reward in [-1, 1]) and trials.")
+        list[Path],
+        typer.Argument(
+            metavar="LOGS...",
+            help="JSON-lines files with the fields policy (model@step), prompt, score (mean reward in [-1, 1]) and trials, such as "
+            "RUN/outcomes/*.jsonl of v05 train.",
+        ),
     ],
     adapter: Annotated[
-        Path | None, typer.Option(help="Train a residual query adapter on the logs and write it to this file (safetensors).")
+        Path | None,
+        typer.Option(
+            help="Also train a residual query adapter on the logs and write it to this safetensors file, for --set v0.adapter in "
+            "v05 train."
+        ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Updates of the adapter.", min=1)] = 300,
+    steps: Annotated[int, typer.Option(help="Training updates of the adapter.", min=1)] = 300,
     backbone: Annotated[
         Path | None,
-        typer.Option(help="Hugging Face model folder that reads prompts; left out, the sentence model of the extra 'value'."),
+        typer.Option(
+            help="Hugging Face model folder whose features of prompts are used. Default: the sentence model of the extra 'value'."
+        ),
     ] = None,
     tabpfn: Annotated[
-        Path | None, typer.Option(help="Use TabPFN with this checkpoint file as the head, in place of the embedded one.")
+        Path | None, typer.Option(help="Predict with TabPFN from this checkpoint file, in place of the embedded head.")
     ] = None,
-    context: Annotated[int, typer.Option(help="Most rows of a context.", min=2, max=1024)] = 1024,
-    seed: Annotated[int, typer.Option(help="Of the adapter's training and the bootstrap.", min=0)] = 0,
-    threads: Annotated[int, typer.Option(min=1)] = 1,
+    context: Annotated[
+        int,
+        typer.Option(
+            help="Most logged rows that a prediction may infer from; fewer are faster and less accurate.", min=2, max=1024
+        ),
+    ] = 1024,
+    seed: Annotated[int, typer.Option(help="Seed of the adapter's training and of the bootstrap.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads of torch.", min=1)] = 1,
     json: Annotated[Path | None, typer.Option(help="Also write the records, unrounded, to this file.")] = None,
 ) -> None:
-    """Fit the value model V0 to histories of policies, and report how well it predicts.
+    """Fit the value model V0 to the logged outcomes of policies, and measure how well it predicts success rates.
 
-    Each checkpoint's test prompts are predicted from its context prompts and the checkpoints before it, beside the policy's mean,
-    nearest neighbours and logistic regression on the same context. Prompts never seen and prompts seen under earlier checkpoints
-    are reported apart. Prompts' features are kept in $V05_CACHE or ~/.cache/v05. Nothing is downloaded.
+    V0 predicts each checkpoint's test prompts from its context prompts and from earlier checkpoints. It is compared with the
+    policy's mean, nearest neighbours and logistic regression on the same context, separately for new prompts and for prompts seen
+    under earlier checkpoints. Features of prompts are cached in $V05_CACHE or ~/.cache/v05. Nothing is downloaded.
 
     Example: v05 fit-prior runs/one/outcomes/*.jsonl --backbone runs/one/policy --json scores.json
     """
@@ -73,7 +89,8 @@ def fit_prior(
             {prompt for task in tasks for prompt in (*task.context.prompts, *(row.prompt for row in task.rows))}, key=len
         )
         for start in watched(range(0, len(prompts), READ_AT_ONCE), "reading prompts"):
-            reader.features(prompts[start : start + READ_AT_ONCE])  # into the cache: an interruption loses no more than these
+            # Fills the cache, so that an interruption loses at most this block.
+            reader.features(prompts[start : start + READ_AT_ONCE])
         if adapter is not None:
             trained = train_adapter(reader, load_head(), tasks, adapter, steps=steps, seed=seed, track=watched)
             say("adapter: validation loss {before:.4f} without, {after:.4f} with the best".format(**trained))
@@ -83,16 +100,16 @@ def fit_prior(
                 say("adapter: not kept, as it is no better than the backbone's own features")
         records = score_predictors(prior, tasks, watched, seed)
         if not records:
-            raise ValueError("no checkpoint has test prompts and a context; give logs with more prompts a checkpoint")
+            raise ValueError("no checkpoint has both test prompts and a context; give logs with more prompts per checkpoint")
         if json is not None:
             write_json(json, records)
     except KeyboardInterrupt:
-        console.out("interrupted; the same command goes on from what was computed")
+        console.out("interrupted; the same command resumes from the features in the cache")
         raise typer.Exit(INTERRUPTED) from None
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     if longer := reader.longer_than_limit(prompts):
-        say(f"{longer} of {len(prompts)} prompts are longer than the backbone's {reader.limit} tokens; their ends were not read")
+        say(f"{longer} of {len(prompts)} prompts are longer than the backbone's {reader.limit} tokens, and were cut off there")
     output().print(_prior_table(records))
 
 

@@ -1,4 +1,4 @@
-"""`v05 report`: runs on one HTML page."""
+"""`v05 report`: draw runs on one HTML page."""
 
 from __future__ import annotations
 
@@ -12,18 +12,25 @@ from v05.cli.shared import console, fail, watched
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN_DIR...", help="Run directories, or directories of runs as compare's --out.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN_DIR...", help="Run directories of v05 train, or directories of runs such as --out of v05 compare."
+        ),
     ],
-    out: Annotated[Path | None, typer.Option(help="The page; left out, report.html in the first directory.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The page to write. Default: report.html in the first directory.")] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="Method whose final accuracy the others are to reach, such as grpo@16; the first grpo.")
+        str | None,
+        typer.Option(
+            help="The method, such as grpo@16, whose final accuracy counts as the target for 'rollouts saved'. Default: the first "
+            "grpo."
+        ),
     ] = None,
 ) -> None:
     """Draw runs, finished or not, on one HTML page that needs no network.
 
-    Runs that differ in their seed alone are one curve with a band; a run whose files are damaged is left out and named. The page
-    holds learning curves over rollouts, tokens and seconds, rollouts saved, group sizes, prior against outcome, gradient norm,
-    entropy, where time went, and completions to read.
+    Runs that differ only in their seed make one curve with a band. A run with damaged files is left out and named. The page shows
+    learning curves over rollouts, tokens and seconds, rollouts saved, group sizes, prior against outcome, gradient norm, entropy,
+    where the time went, and sampled completions.
 
     Example: v05 report runs/compare --out page.html
     """

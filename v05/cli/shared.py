@@ -1,4 +1,4 @@
-"""What commands share: the console, progress, options, and how a command fails or is interrupted."""
+"""Code shared by the commands: the console, progress bars, common options, checks of inputs, and ends by error or interruption."""
 
 from __future__ import annotations
 
@@ -23,36 +23,52 @@ INTERRUPTED = 130  # exit status after Ctrl-C
 Preset = Annotated[
     str,
     typer.Option(
-        help="Task and policy: tiny (0.6M parameters); arithmetic, symbols or hard (1M); smoke (a test). Tasks for a --policy: "
-        "gsm, sums, products, multiples."
+        help="Task, policy and sizes of a run. With a small policy made here: tiny (0.6M parameters, minutes on one core); "
+        "arithmetic, symbols or hard (1M); demo (symbols, short); smoke (seconds, a test that learns nothing). With an "
+        "instruct model given by --policy: gsm, sums, products or multiples."
     ),
 ]
 Policy = Annotated[
     Path | None,
     typer.Option(
-        help="Policy instead of the preset's: a Hugging Face model folder. Without --preset it is trained as a pretrained model: "
-        "4096 rollouts, 128 a step, at a rate of 1e-5."
+        help="Train this Hugging Face model folder instead of the preset's policy. Without --preset, the settings suit a "
+        "pretrained model of 0.1 to 0.6 billion parameters: 4096 rollouts, 128 per step, learning rate 1e-5."
     ),
 ]
 MaxNewTokens = Annotated[
     int | None,
-    typer.Option(help="Length limit of a completion; with --policy. The preset's if it is for language models, else 256.", min=1),
+    typer.Option(
+        help="Longest completion, in tokens; only with --policy. Default: the preset's limit if it is for language models, else "
+        "256. Raise it if many completions are cut off before their answer.",
+        min=1,
+    ),
 ]
-Rollouts = Annotated[int | None, typer.Option(help="Training rollouts of a run; evaluation is not counted.", min=1)]
-LearningRate = Annotated[float | None, typer.Option(help="AdamW's learning rate.")]
+Rollouts = Annotated[
+    int | None, typer.Option(help="Rollouts to train on in each run; evaluation does not count. Default: the preset's.", min=1)
+]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(
+        help="AdamW's learning rate. Default: the preset's, which is 3e-4 for most small policies and 1e-5 for a pretrained one."
+    ),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="NAME=VALUE",
-        help="Any field of config.json by its dotted name, after all else; the value as JSON or plain text. Repeatable.",
+        help="Set any field of config.json by its dotted name, such as loss.clip_high=0.28. The value is JSON or plain text. May "
+        "be repeated; applied after all other options.",
     ),
 ]
-Threads = Annotated[int, typer.Option(help="Threads a run; 1 is fastest for small policies.", min=1)]
+Threads = Annotated[
+    int, typer.Option(help="CPU threads of torch. 1 is fastest for the small policies; raise it for larger models on a CPU.", min=1)
+]
 
 
 class Terminal(Console):
-    """A console whose plain lines may quote anybody: what would drive the terminal is shown as text."""
+    """A console that shows control characters as text: lines may quote files, servers and policies, which must not drive the
+    terminal."""
 
     def out(self, *objects: Any, **options: Any) -> None:
         super().out(*(printable(str(each)) for each in objects), **options)
@@ -62,19 +78,22 @@ console = Terminal(stderr=True)
 
 
 def output() -> Console:
-    """Where a command's tables go; a file or a pipe gets them wide, as nothing wraps there."""
+    """The console for a command's tables, on stdout. It is 180 columns wide when stdout is a file or a pipe."""
     return Console(width=None if sys.stdout.isatty() else 180)
 
 
 def watched(items: Sequence[Any], what: str) -> Iterable[Any]:
-    """The items, with a bar that shows how many were taken."""
+    """The items, with a progress bar that counts those already taken."""
     return track(items, what, console=console)
 
 
 def overrides_of(
     context: typer.Context, rollouts: int | None, learning_rate: float | None, policy: Path | None, max_new_tokens: int | None
 ) -> dict[str, Any]:
-    """The fields of a run that these options replace, for `run_config`. A policy without a preset counts as pretrained."""
+    """The overrides of `run_config` that these options ask for. A policy without a preset is trained as a pretrained model.
+
+    Raises ValueError if --max-new-tokens is given without --policy.
+    """
     from v05.train.presets import PRETRAINED, given_policy
 
     overrides: dict[str, Any] = {}
@@ -84,7 +103,8 @@ def overrides_of(
         overrides["policy"] = given_policy(preset, policy, max_new_tokens)
     elif max_new_tokens is not None:
         raise ValueError(
-            f"--max-new-tokens {max_new_tokens} belongs to --policy; a preset has its own, under policy in config.json"
+            f"--max-new-tokens {max_new_tokens} belongs to --policy; "
+            f"to change a preset's limit, use --set policy.max_new_tokens={max_new_tokens}"
         )
     if rollouts is not None:
         overrides["total_rollouts"] = rollouts
@@ -119,7 +139,7 @@ def demand_task(run: RunConfig, argument: str = "task.path") -> None:
 
 
 def progress_bars() -> Progress:
-    """Bars with a note beside each, on one rank only."""
+    """Progress bars with a note (`task.fields["note"]`) beside each; only rank 0 shows them."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -132,12 +152,12 @@ def progress_bars() -> Progress:
 
 
 def rank() -> int:
-    """This process's number under torchrun; 0 without it."""
+    """This process's rank under torchrun; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
 def say(line: str) -> None:
-    """Print once for all ranks."""
+    """Print a line to stderr, on rank 0 only."""
     if rank() == 0:
         console.out(line)
 
@@ -149,7 +169,7 @@ def set_threads(count: int) -> None:
 
 
 def fail(error: Exception) -> NoReturn:
-    """End the command with status 2 and say why."""
+    """End the command with status 2 and the error's message."""
     from pydantic import ValidationError
 
     text = explained_places(error) if isinstance(error, ValidationError) else str(error)
@@ -159,14 +179,17 @@ def fail(error: Exception) -> NoReturn:
 
 @contextmanager
 def no_exit() -> Iterator[None]:
-    """Whatever runs within may not end the command as if it had succeeded: a task's or a policy's code may call exit()."""
+    """Turn a SystemExit inside into a RuntimeError: if a task's or a policy's code calls exit(), the command must not seem to
+    succeed."""
     try:
         yield
     except SystemExit as end:
-        raise RuntimeError(f"exit({end.code!r}) was called before there was a result; something that the run calls did it") from end
+        raise RuntimeError(
+            f"exit({end.code!r}) was called before there was a result, by code that the run uses (its task or policy)"
+        ) from end
 
 
 def interrupted(out: Path) -> NoReturn:
-    """End a command that goes on from `out` when called again."""
-    console.out(f"interrupted; what was measured so far is in {out}, and the same command goes on from there")
+    """End an interrupted command whose results so far are in `out`, from which the same command resumes."""
+    console.out(f"interrupted; the results so far are in {out}, and the same command resumes from there")
     raise typer.Exit(INTERRUPTED)

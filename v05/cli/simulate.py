@@ -1,4 +1,4 @@
-"""`v05 simulate`: recorded outcomes replayed under each method and budget."""
+"""`v05 simulate`: replay recorded outcomes under each method and budget."""
 
 from __future__ import annotations
 
@@ -20,45 +20,59 @@ def simulate(
     outcomes: Annotated[
         Path,
         typer.Argument(
-            help="A log or a folder of logs: of v05 train and eval, verl, TRL, prime-rl or SkyRL; your own, as CSV or JSON lines."
+            metavar="OUTCOMES",
+            help="A log of rollouts or a folder of logs: of v05 train, v05 eval, verl, TRL, prime-rl or SkyRL, or your own as CSV "
+            "or JSON lines.",
         ),
     ],
     prior: Annotated[
         str,
         typer.Option(
-            help="irt (one-parameter logistic, cross-fitted); a number: the truth with normal noise of that standard deviation "
-            "on its logit; or a column of the file with predicted success rates."
+            help="Where the simulated prior comes from. irt: an item-response model (one-parameter logistic) fitted to other parts "
+            "of the log. A number: the true rate with normal noise of that standard deviation on its logit. Else: the column "
+            "of the file with your own predicted success rates."
         ),
     ] = "irt",
     reward: Annotated[
         str | None,
-        typer.Option(help="Column with the reward, where a log has several or an unusual one; of prime-rl, a reward's name."),
+        typer.Option(
+            help="Column with the reward, if the log has several or an unusual name; for prime-rl logs, the name of a reward."
+        ),
     ] = None,
     success_above: Annotated[
-        float | None, typer.Option(help="A greater reward is a success. Needed where rewards are not 0 and 1, or -1 and 1.")
+        float | None, typer.Option(help="Rewards above this are successes. Needed unless the rewards are 0 and 1, or -1 and 1.")
     ] = None,
     replay: Annotated[
         str,
         typer.Option(
-            help="superpopulation: fresh draws from the rates that may lie behind the outcomes; finite: the recorded trials."
+            help="How rewards are drawn. superpopulation: fresh draws from success rates that explain the recorded outcomes; works "
+            "with few trials. finite: only the recorded trials; assumes nothing, but needs --maximum of them per prompt."
         ),
     ] = "superpopulation",
-    initial: Annotated[int, typer.Option(help="Rollouts of a prompt before its first test.", min=1)] = 4,
+    initial: Annotated[
+        int, typer.Option(help="Rollouts of each prompt before its first test. 4 is the paper's number.", min=1)
+    ] = 4,
     maximum: Annotated[
-        int | None, typer.Option(help="Most rollouts of a prompt; 16, or with --replay finite all trials if fewer.", min=1)
+        int | None,
+        typer.Option(help="Most rollouts of a prompt. Default: 16; with --replay finite, the most trials if fewer.", min=1),
     ] = None,
     cost: Annotated[
-        float | None, typer.Option(help="Of one rollout in v05+osla, squared error (centred units); 1 / maximum^2.", min=0.0)
+        float | None,
+        typer.Option(
+            help="Price of one rollout in the test of v05+osla, in squared error (rewards scaled to -1 and 1). Lower it to sample "
+            "more. Default: 1 / maximum^2.",
+            min=0.0,
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    plot: Annotated[Path, typer.Option(help="Where to draw error over mean rollouts (PNG).")] = Path("runs/simulate.png"),
-    json: Annotated[Path | None, typer.Option(help="Also write a record for each method and budget to this file.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the replay and of the prior.", min=0)] = 0,
+    plot: Annotated[Path, typer.Option(help="PNG file for the plot of error over mean rollouts.")] = Path("runs/simulate.png"),
+    json: Annotated[Path | None, typer.Option(help="Also write one record per method and budget to this file.")] = None,
 ) -> None:
-    """What would adaptive rollout budgets save on your logs? Replay recorded outcomes under each method and budget.
+    """Estimate what adaptive rollout budgets would save on your logs, by replaying recorded outcomes under each method and budget.
 
-    Measures how far each baseline is from the true success rate, and says how many rollouts a prompt each method needs for
-    the error of GRPO at 16 (or the maximum, if less). The rollouts of one prompt at one step are a group. Logs are told apart by
-    their columns:
+    Measures how far each baseline is from the true success rate, and how many rollouts per prompt each method needs to match the
+    error of GRPO at 16 rollouts (or at --maximum, if lower). The rollouts of one prompt at one step are a group. The kind of a log
+    is recognised by its columns:
 
     Example, a CSV file with model, question, successes and trials: v05 simulate outcomes.csv --initial 4 --json simulate.json
 
@@ -70,7 +84,7 @@ def simulate(
 
     Example, prime-rl: v05 simulate outputs/rollouts --success-above 0.5
 
-    Example, any other: JSON lines with prompt, reward and, in training, step: v05 simulate mine.jsonl
+    Example, your own JSON lines with prompt, reward and, from training, step: v05 simulate mine.jsonl
     """
     from dataclasses import asdict
 

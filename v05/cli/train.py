@@ -1,4 +1,4 @@
-"""`v05 train`: one policy, one method."""
+"""`v05 train`: train one policy with one method."""
 
 from __future__ import annotations
 
@@ -34,52 +34,81 @@ from v05.cli.shared import (
 def train(
     context: typer.Context,
     out: Annotated[
-        Path, typer.Option(help="Run directory: config.json, metrics.jsonl, outcomes/, tensorboard/, result.json, policy/.")
+        Path,
+        typer.Option(
+            help="Run directory to write: config.json, metrics.jsonl, outcomes/, tensorboard/, result.json and the trained policy/."
+        ),
     ],
     preset: Preset = "tiny",
     method: Annotated[
         str,
         typer.Option(
-            help="optimal, calibrated, v05, prior, none, batch, batch_energy, grpo, dr_grpo, dapo, rloo, maxrl, opo, otb, js or "
-            "ebpo (docs/methods.md says when each one wins); v05@4 fixes the group size, v05@4..16 tests up to 16, "
-            "v05@4..16~6 spends 6 on average where they gain most; +PRIOR and +cost=0.01 may follow."
+            help="How advantages are computed: optimal, calibrated, v05, prior, none, batch, batch_energy, grpo, dr_grpo, dapo, "
+            "rloo, maxrl, opo, otb, js or ebpo; docs/methods.md says when each one wins. The name alone takes the settings of "
+            "the method's paper. v05@4 samples 4 rollouts per prompt; v05@4..16 samples 4, then more up to 16 while its test "
+            "asks for them; v05@4..16~6 spends 6 per prompt on average, where they gain most. +PRIOR (a name that --prior "
+            "lists) and +cost=0.01 (the test's price of one rollout; higher samples fewer) may follow."
         ),
     ] = "v05",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of prompts, sampling and initial weights that are made new.", min=0)] = 0,
     rollouts: Rollouts = None,
     learning_rate: LearningRate = None,
     jsonl: Annotated[
-        Path | None, typer.Option(help='Prompts instead of the preset\'s: a {"prompt": ..., "answer": ...} object a line.')
+        Path | None,
+        typer.Option(
+            help='Train on your own prompts: a file with one {"prompt": ..., "answer": ...} object per line. A tenth of the '
+            "prompts is held out. Check the file first with v05 check-task."
+        ),
     ] = None,
     policy: Policy = None,
     max_new_tokens: MaxNewTokens = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Put prompts into the policy's chat template, as an instruct model expects them.")
+        bool,
+        typer.Option(
+            "--chat",
+            help="Send each prompt as a user's message in the chat template of the policy's tokenizer. Use it for instruct models; "
+            "without it the policy reads the prompt as it is.",
+        ),
     ] = False,
     engine: Annotated[
-        str | None, typer.Option(help="What samples rollouts: transformers (in this process), vllm, vllm_server or ray.")
+        str | None,
+        typer.Option(
+            help="The engine that samples rollouts: transformers (default; in this process, shares the trainer's weights), vllm "
+            "(in this process, fast on a GPU), vllm_server (a running server; --set engine.url) or ray (actors on a cluster; "
+            "--set engine.actors)."
+        ),
     ] = None,
     prior: Annotated[
         str,
         typer.Option(
-            help="Learnt in the run: history; mean, of all outcomes; spo, each prompt's own past; the generalist value model, "
-            "inferring in context: v0. For comparison: constant; noise; oracle, the policy's own chance of the reference answer."
+            help="Where a prompt's success rate is predicted from before it is sampled. history: the run's rollouts, of the prompt "
+            "and of prompts that read alike (the default; right for most runs). mean: one rate for all prompts. spo: the "
+            "prompt's own past only, for a small file that is read many times. v0: the generalist value model. For comparison "
+            "only: constant, noise (random), oracle (the policy's true chance of the reference answer)."
         ),
     ] = "history",
     config: Annotated[
         Path | None,
-        typer.Option(help="Run exactly this config.json; leave the other options of a run out, except --set."),
+        typer.Option(
+            help="Run exactly this config.json of another run. Only --out, --set, --wandb and --threads may be given beside it."
+        ),
     ] = None,
     settings: Settings = None,
-    distributed: Annotated[str, typer.Option(help="Under torchrun: ddp replicates the policy, fsdp2 shards it.")] = "ddp",
-    wandb: Annotated[str | None, typer.Option(help="Show the figures in this project of Weights & Biases, too.")] = None,
+    distributed: Annotated[
+        str,
+        typer.Option(
+            help="How torchrun's processes share the policy. ddp: each has a copy (faster). fsdp2: each has a part, for one that "
+            "does not fit."
+        ),
+    ] = "ddp",
+    wandb: Annotated[str | None, typer.Option(help="Also log the metrics to this project of Weights & Biases.")] = None,
     threads: Threads = 1,
 ) -> None:
-    """Train one policy with one method. A run that was interrupted goes on where it stopped when called again.
+    """Train one policy with one method. Call the same command again to resume an interrupted run.
 
-    The first run on a preset warm-starts its policy by supervised training (some minutes for tiny) and keeps it in
-    $V05_CACHE or ~/.cache/v05. Under torchrun several processes train the one policy. `v05 report` draws the run, also while it
-    lasts; tensorboard --logdir shows its figures.
+    The first run on a preset warm-starts its policy by supervised training (a few minutes for tiny) and keeps the result in
+    $V05_CACHE or ~/.cache/v05 for later runs. Under torchrun, several processes train one policy together. Watch the metrics with
+    `v05 report` or tensorboard --logdir, also while the run is going.
 
     Example: v05 train --preset tiny --method v05 --seed 0 --set loss.clip_high=0.28 --out runs/one
     """
@@ -102,7 +131,7 @@ def train(
             overrides["prior"] = prior
         beside = sorted(given - {"out", "config", "settings", "wandb", "threads"})
         if config is not None and beside:
-            raise ValueError(f"--config is complete, so {', '.join(beside)} cannot be set beside it; edit the file, or use --set")
+            raise ValueError(f"--config is complete, so {', '.join(beside)} cannot be set beside it; edit the file or use --set")
         if config is None:
             run = run_config(preset, method, settings or (), seed=seed, **overrides)
         else:
@@ -121,7 +150,7 @@ def train(
         with no_exit():
             trainer = Trainer(run, out, say, sinks)
     except KeyboardInterrupt:
-        console.out("interrupted before the first step; a warm start begins anew when the command is called again")
+        console.out("interrupted before the first step; an unfinished warm start begins again when you call the command again")
         raise typer.Exit(INTERRUPTED) from None
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         fail(error)
@@ -140,6 +169,6 @@ def train(
 
 
 def _demand(result: Path) -> None:
-    """The command is about to end with status 0."""
+    """Raise RuntimeError if the run has written no result: the command must not end with status 0 then."""
     if not result.is_file():
-        raise RuntimeError(f"the run ended without {result}; call it again")
+        raise RuntimeError(f"the run ended without {result}; call the same command again to resume it")
