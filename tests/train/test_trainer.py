@@ -504,7 +504,7 @@ def test_specs_and_presets():
     with pytest.raises(ValueError, match="max_refills=3: the prior of method='v05' would only see groups of mixed rewards"):
         run_config("tiny", "v05", max_refills=3)
     assert run_config("tiny", "v05@2..16~4").budget == BudgetConfig(rule="total", initial=2, maximum=16, mean=4.0)
-    with pytest.raises(ValueError, match="overlong: shaped rewards leave"):
+    with pytest.raises(ValueError, match="overlong: its penalty takes rewards out of"):
         run_config("tiny", "v05", overlong=OverlongConfig())
     for spec, message in {
         "ppo": "method='ppo' is unknown; choose one of v05, grpo",
@@ -513,20 +513,20 @@ def test_specs_and_presets():
         "dr_grpo@4..16~6": "budget.rule='total' tests a prior, which method='dr_grpo' does not",
         "calibrated@4..16~3": "budget.mean=3.0 is not between budget.initial=4 and budget.maximum=16",
         "v05@8..4": "budget.maximum=4 is below budget.initial=8",
-        "v05@1000": "rollouts_per_step=512 does not hold one prompt",
+        "v05@1000": "rollouts_per_step=512 is less than one prompt's budget.initial=1000",
     }.items():
         with pytest.raises(ValueError, match=message):
             run_config("tiny", spec)
-    with pytest.raises(ValueError, match=r"rule='variance' needs the energies that method='optimal' learns, not 'calibrated'"):
+    with pytest.raises(ValueError, match=r"rule='variance' needs the energies that only method='optimal' learns, not 'calibrated'"):
         run_config("tiny", "calibrated", budget=BudgetConfig(rule="variance", initial=1))
-    with pytest.raises(ValueError, match=r"counts paths of .* not of method='v05' under rule='uniform'"):
+    with pytest.raises(ValueError, match=r"budget.unbiased works for methods .* not for method='v05' with rule='uniform'"):
         run_config("tiny", "v05", budget=BudgetConfig(unbiased=True))
     with pytest.raises(ValueError, match=r"budget.unbiased with scale='group'"):
         run_config("tiny", "calibrated", scale="group")
     with pytest.raises(ValueError, match=r"budget.rule='calibrated' needs the fit of method='calibrated', not 'v05'"):
         run_config("tiny", "v05", budget=BudgetConfig(rule="calibrated"))
     assert run_config("tiny", "v05@4..16", ["budget.chunk=look"]).budget.chunk == "look"
-    with pytest.raises(ValueError, match=r"budget.chunk='look' with budget.rule='total', which has no cost to look ahead to"):
+    with pytest.raises(ValueError, match=r"budget.chunk='look' with budget.rule='total', which has no cost to look ahead by"):
         run_config("tiny", "v05@4..16~6", ["budget.chunk=look"])
     with pytest.raises(ValueError, match=r"budget.mean=5.0 with budget.rule='uniform'"):
         run_config("tiny", "v05", budget=BudgetConfig(mean=5.0))
