@@ -221,7 +221,7 @@ def test_single_fields_of_a_comparison_are_set(environment, tmp_path):
             ("train", "--set", "task.mix.0.wieght=2"),
             "--set task.mix.0.wieght=2: there is no field task.mix.0.wieght; close names are task.mix.0.weight",
         ),
-        (("train", "--set", "xyz=1"), "there is no field xyz; config.json of a run shows all"),
+        (("train", "--set", "xyz=1"), "there is no field xyz; the config.json of a run shows all"),
         (("train", "--set", "seed.x=1"), "--set seed.x=1: seed={'x': 1}: Input should be a valid integer"),
         (("train", "--set", "optimizer.max_grad_norm=Infinity"), "optimizer.max_grad_norm=inf: Input should be a finite number"),
         (("train", "--set", "seed=1", "--set", "loss.clip_low=2"), "v05: --set loss.clip_low=2: loss.clip_low=2: Input should be"),

@@ -167,7 +167,7 @@ def test_nothing_sound_is_an_error_that_deletes_nothing(tmp_path):
     for step in (1, 2):
         write_checkpoint(tmp_path, step, made_up(step))
         cut(tmp_path / f"checkpoint-0000000{step}")
-    with pytest.raises(ValueError, match=r"no sound checkpoint: .*00000002: policy.*00000001: policy.*; delete them to start"):
+    with pytest.raises(ValueError, match=r"no intact checkpoint: .*00000002: policy.*00000001: policy.*; delete them to start"):
         newest_checkpoint(tmp_path, ignored)
     assert len(find_checkpoints(tmp_path)) == 2
 
@@ -176,7 +176,7 @@ def test_a_newer_format_is_refused(tmp_path):
     write_checkpoint(tmp_path, 1, made_up(1))
     manifest = tmp_path / "checkpoint-00000001" / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": FORMAT + 1, "v05": "9.0"}))
-    with pytest.raises(ValueError, match=rf"has format {FORMAT + 1}, this v05 reads {FORMAT}; go on with v05 9.0"):
+    with pytest.raises(ValueError, match=rf"has format {FORMAT + 1}, this v05 reads format {FORMAT}; resume with v05 9.0"):
         newest_checkpoint(tmp_path, ignored)
 
 
@@ -234,7 +234,7 @@ def test_an_error_at_any_point_of_writing_is_explained(error, fail_at, tmp_path)
         write_checkpoint(tmp_path, step, made_up(step))
     for n in range(12):  # the calls up to the rename
         with pytest.raises(
-            OSError, match=rf"00000003 cannot be written .*{error.strerror}.*00000002 is intact and the run goes on"
+            OSError, match=rf"00000003 cannot be written .*{error.strerror}.*00000002 is intact and the run resumes"
         ):
             fail_at(n, error, tmp_path)
         assert steps_of(tmp_path) == [1, 2]
@@ -322,7 +322,7 @@ def test_a_damaged_checkpoint_costs_a_run_one_step(tmp_path):
     train(config, tmp_path / "damaged", until=3)
     flip(tmp_path / "damaged" / "checkpoint-00000003")
     lines = train(config, tmp_path / "damaged")
-    assert "deleted, an earlier checkpoint takes its place" in lines[0]
+    assert "deleted this checkpoint, an earlier one takes its place" in lines[0]
     assert "resuming from step 2" in lines[1]
     assert untimed(tmp_path / "damaged") == untimed(tmp_path / "whole")
 

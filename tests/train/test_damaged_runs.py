@@ -39,7 +39,7 @@ DAMAGES = {
     "zeros": (holding("metrics.jsonl", b"\0" * 512 + b"\n"), "metrics.jsonl, line 1: "),
     "another encoding": (holding("metrics.jsonl", b"\n\xe9\n"), "metrics.jsonl, line 2 is not UTF-8"),
     "a list": (holding("metrics.jsonl", b"[1]\n"), "metrics.jsonl, line 1 holds no JSON object"),
-    "no records": (holding("metrics.jsonl", b""), "metrics.jsonl has 0 evaluations and 0 steps of a finished run"),
+    "no records": (holding("metrics.jsonl", b""), "metrics.jsonl has 0 evaluations and 0 steps; a finished run has both"),
     "a step without rollouts": (second_line(rollouts=...), "metrics.jsonl, line 3 is not as v05 writes it: rollouts"),
     "no kind": (second_line(kind=...), "metrics.jsonl, line 3 is not as v05 writes it: kind"),
     "a kind that is a number": (second_line(kind=3), "metrics.jsonl, line 3 is not as v05 writes it: kind=3"),
@@ -71,7 +71,7 @@ def test_a_damaged_run_is_named_and_keeps_no_other_from_the_comparison(damage, t
     last = {state.name: state for state in states[-1]}
     assert {name: state.status for name, state in last.items()} == {"sound": "done", "damaged": "damaged", "also": "done"}
     assert message in last["damaged"].why
-    assert f"or delete {tmp_path / 'damaged'} to have the run run again" in last["damaged"].why
+    assert f"or delete {tmp_path / 'damaged'} to run it again" in last["damaged"].why
     assert {path: path.read_bytes() for path in sorted((tmp_path / "damaged").iterdir())} == before
 
 

@@ -1,1 +1,1 @@
-"""The thin trainer: configuration, policy, loss, the loop, metrics, comparisons of methods. The op imports nothing from here."""
+"""The trainer: configuration, policy, loss, training loop, metrics and comparisons of methods. The op imports nothing from here."""

@@ -1,9 +1,9 @@
-"""Checkpoints: what a run needs to go on after anything, `kill -9` and power cuts included. No pickle.
+"""Checkpoints, from which a run resumes after any interruption, including `kill -9` and power cuts. They contain no pickle.
 
 A checkpoint is a directory RUN/checkpoint-STEP of safetensors files, state.json, allocator.bin and a manifest with the size and
-SHA-256 of each of them. It is written beside its place, flushed to the disk and renamed, so that a directory of that name is
-whole; its predecessor stays, and is what a run goes on from should the newest one be damaged later. Only directories whose name is
-exactly one that is given here are read or deleted, never links: whatever else lies in a run's directory is somebody else's.
+SHA-256 of each file. It is written under a temporary name, flushed to the disk and renamed, so a directory with the final name is
+always complete. The previous checkpoint is kept, in case the newest one is damaged later. This module reads and deletes only
+directories whose name has exactly this form, and no symbolic links, because other files in a run directory may belong to the user.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from safetensors.torch import load_file, save_file
 from v05 import __version__
 from v05.files import explained, flush, flush_folder, read_object, sha256
 
-FORMAT = 1  # of the files; a new number refuses nothing old but is refused by what is older
-KEPT = 2  # checkpoints in a run directory
+FORMAT = 1  # of the files; newer versions of v05 must keep reading old formats, older versions refuse newer ones
+KEPT = 2  # checkpoints that stay in a run directory
 MANIFEST, STATE, ALLOCATOR, TENSORS = "manifest.json", "state.json", "allocator.bin", ".safetensors"
-PARTIAL = ".partial"  # directories being written or deleted; never read
-MAX_SHARE = 0.01  # of a run's time that goes into checkpoints
+PARTIAL = ".partial"  # suffix of directories that are being written or deleted; they are never read
+MAX_SHARE = 0.01  # largest share of a run's time that writing checkpoints may take
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run between two steps.
+    """The state of a run between two steps.
 
     Attributes:
         state: counters, cursors and other JSON values.
-        tensors: file name -> tensor name -> CPU or accelerator tensor; read back to the CPU.
+        tensors: file name -> tensor name -> tensor. Tensors on any device can be written; they are read back to the CPU.
         allocator: the allocator's snapshot.
     """
 
@@ -47,13 +47,13 @@ class Checkpoint:
 
 
 class DamagedCheckpointError(ValueError):
-    """Files that are missing, cut short or changed since they were written."""
+    """A checkpoint file is missing, cut short or changed since it was written."""
 
 
 class CheckpointSchedule:
-    """Says when the next checkpoint is due: `seconds` after the last one, or later where writing would cost over MAX_SHARE.
+    """Decides when the next checkpoint is due: `seconds` after the last one, or later if writing takes more than MAX_SHARE.
 
-    The first is due at once; with seconds = 0 every step is.
+    The first checkpoint is due at once. With `seconds` = 0 a checkpoint is due after every step.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -64,20 +64,20 @@ class CheckpointSchedule:
         return time.monotonic() >= self._next
 
     def written(self, cost: float) -> None:
-        """A checkpoint was written just now and took `cost` seconds."""
+        """Note that a checkpoint has just been written, which took `cost` seconds."""
         self._next = time.monotonic() + (max(self._seconds, cost / MAX_SHARE) if self._seconds else 0.0)
 
 
 def write_checkpoint(directory: Path, step: int, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint into a run directory, whole or not at all, and delete those it makes superfluous.
+    """Write a checkpoint to a run directory, completely or not at all, and delete all but the newest KEPT.
 
     Raises:
-        OSError: the disk is full or the directory cannot be written. Earlier checkpoints are as they were.
+        OSError: the disk is full or the directory cannot be written. Earlier checkpoints stay as they were.
     """
     target = directory / name_of(step)
     scratch = target.with_suffix(PARTIAL)
     earlier = find_checkpoints(directory)
-    outlook = f"{earlier[-1].name} is intact and the run goes on from it" if earlier else "the run starts over"
+    outlook = f"{earlier[-1].name} is intact and the run resumes from it" if earlier else "the run starts over"
     with explained(target, outlook):
         scratch.mkdir()
         try:
@@ -92,7 +92,7 @@ def write_checkpoint(directory: Path, step: int, checkpoint: Checkpoint) -> None
 
 
 def name_of(step: int) -> str:
-    """Of a checkpoint's directory."""
+    """The name of the checkpoint directory of this step."""
     return f"checkpoint-{step:08d}"
 
 
@@ -108,10 +108,12 @@ def _write_files(directory: Path, checkpoint: Checkpoint) -> None:
 
 
 def newest_checkpoint(directory: Path, report: Callable[[str], None]) -> Path | None:
-    """The checkpoint to go on from, its files verified; None without one. Deletes damaged ones and what was left half-written.
+    """The newest checkpoint whose files are intact; None if there is no checkpoint.
+
+    Deletes damaged checkpoints and unfinished directories; `report` gets a line for each damaged one.
 
     Raises:
-        ValueError: all checkpoints are damaged, or one was written in a newer format. Nothing is deleted then.
+        ValueError: all checkpoints are damaged, or one has a newer format. Nothing is deleted then.
     """
     damaged: dict[Path, str] = {}
     sound = None
@@ -125,9 +127,9 @@ def newest_checkpoint(directory: Path, report: Callable[[str], None]) -> Path | 
             break
     if damaged and sound is None:
         reasons = "; ".join(damaged.values())
-        raise ValueError(f"{directory} holds no sound checkpoint: {reasons}; delete them to start the run over")
+        raise ValueError(f"{directory} holds no intact checkpoint: {reasons}; delete them to start the run over")
     for path, reason in damaged.items():
-        report(f"{reason}; deleted, an earlier checkpoint takes its place")
+        report(f"{reason}; deleted this checkpoint, an earlier one takes its place")
         _delete(path)
     for path in _written(directory, PARTIAL):
         shutil.rmtree(path)
@@ -140,7 +142,7 @@ def find_checkpoints(directory: Path) -> list[Path]:
 
 
 def _written(directory: Path, suffix: str) -> list[Path]:
-    """The directories, links left out, that are called as `name_of` says and then `suffix`; by step."""
+    """The directories named as by `name_of`, followed by `suffix`, in the order of their steps. Symbolic links are left out."""
     found = {}
     for path in directory.glob("checkpoint-*"):
         digits = re.fullmatch(r"checkpoint-(\d+)", path.name.removesuffix(suffix), re.ASCII)
@@ -150,15 +152,15 @@ def _written(directory: Path, suffix: str) -> list[Path]:
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Compare the files with the manifest.
+    """Compare a checkpoint's files with its manifest.
 
     Raises:
-        DamagedCheckpointError: names the file and what is wrong with it.
-        ValueError: a newer v05 wrote it.
+        DamagedCheckpointError: a file is missing or differs; the message names it.
+        ValueError: a newer version of v05 wrote the checkpoint.
     """
     version, files, writer = _read_manifest(path)
     if version > FORMAT:
-        raise ValueError(f"{path} has format {version}, this v05 reads {FORMAT}; go on with v05 {writer} or newer")
+        raise ValueError(f"{path} has format {version}, this v05 reads format {FORMAT}; resume with v05 {writer} or newer")
     for name in (STATE, ALLOCATOR):
         if name not in files:
             raise DamagedCheckpointError(f"{path}: {MANIFEST} does not list {name}")
@@ -170,21 +172,21 @@ def verify_checkpoint(path: Path) -> None:
 
 
 def _read_manifest(path: Path) -> tuple[int, dict[str, Any], str]:
-    """Its format, what it says of each file by the file's name, and the version of v05 that wrote it."""
+    """(format, fingerprint of each file by its name, version of v05 that wrote the checkpoint)."""
     try:
         manifest = read_object(path / MANIFEST)
         version, files = manifest["format"], manifest["files"]
         if type(version) is not int or not isinstance(files, dict):
-            raise ValueError(f"format={version!r} is no number, or files={files!r:.60} are not listed by name")
+            raise ValueError(f"format={version!r} is not an integer, or files={files!r:.60} is not an object")
     except (OSError, KeyError, ValueError) as error:
         raise DamagedCheckpointError(f"{path}: {MANIFEST} is missing or unreadable ({error!r})") from error
     if elsewhere := [name for name in files if Path(name).name != name]:
-        raise DamagedCheckpointError(f"{path}: {MANIFEST} names {elsewhere[0]!r}, which is no file in the checkpoint")
+        raise DamagedCheckpointError(f"{path}: {MANIFEST} names {elsewhere[0]!r}, which is not a file in the checkpoint")
     return version, files, str(manifest.get("v05"))
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """A verified checkpoint's contents."""
+    """The contents of a checkpoint that `verify_checkpoint` has accepted."""
     _, files, _ = _read_manifest(path)
     return Checkpoint(
         state=read_object(path / STATE),
@@ -194,13 +196,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def delete_checkpoints(directory: Path) -> None:
-    """Delete all checkpoints of a run that needs them no more."""
+    """Delete all checkpoints of a finished run."""
     for path in find_checkpoints(directory):
         _delete(path)
 
 
 def _delete(path: Path) -> None:
-    """Rename, then delete: what a kill leaves behind is not taken for a damaged checkpoint."""
+    """Rename, then delete, so that a kill in between leaves no directory that looks like a damaged checkpoint."""
     partial = path.with_suffix(PARTIAL)
     os.replace(path, partial)
     shutil.rmtree(partial)

@@ -1,10 +1,10 @@
-"""The comparison of methods: every (method, seed) as a run of its own, then one table, the plots and compare.json.
+"""Comparison of methods: one run per method and seed, then one table, plots and compare.json.
 
     v05 compare --preset tiny
 
-All runs start from the same warm-started policy, read the same prompts in the same order for a seed, and spend the same number
-of rollouts. Each is a process of its own with one thread, so a crash costs one run; a run that has finished is not run again,
-and one that was interrupted goes on where it stopped.
+All runs start from the same warm-started policy and spend the same number of rollouts, and the runs of one seed read the same
+prompts in the same order. Each run has its own process with one thread, so a crash costs one run only. Finished runs are not run
+again, and interrupted ones are resumed.
 """
 
 from __future__ import annotations
@@ -30,26 +30,28 @@ from v05.train.metrics import METRICS, RESULT, changed_settings, read_metrics, r
 from v05.train.presets import label_of
 
 POLL_SECONDS = 2.0
-LOG = "log.txt"  # of a run's process
+LOG = "log.txt"  # output of a run's process, in the run directory
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How far one run of a comparison is."""
+    """The progress of one run of a comparison."""
 
     name: str
     rollouts: int
     total: int
     accuracy: float | None
     status: str  # "waiting", "running", "done", "failed", "damaged"
-    why: str = ""  # it failed, or is damaged, and what to do
+    why: str = ""  # for "failed" and "damaged": the reason and the remedy
 
 
 def run_all(configs: Mapping[str, RunConfig], directory: Path, jobs: int, watch: Callable[[list[RunStatus]], None]) -> list[str]:
-    """Run `configs` (name -> run) in `directory`/name, `jobs` at a time; returns the names of those that failed.
+    """Run `configs` (name -> run) in `directory`/name, `jobs` at a time; returns the names of the runs that failed.
 
-    `watch` sees all states every POLL_SECONDS. A run whose files are damaged counts as failed and is left as it is. ValueError if a
-    directory holds a run of another configuration. An exception, Ctrl-C included, stops the runs under way; what they wrote stays.
+    `watch` is called with the status of all runs every POLL_SECONDS. A run with damaged files counts as failed; its files are not
+    changed. An exception, including Ctrl-C, stops the processes, and their files stay.
+
+    Raises ValueError if a directory holds a run of another configuration.
     """
     damages = {name: damage(config, directory / name) for name, config in configs.items()}
     states = {name: _state(name, config, directory / name, "waiting") for name, config in configs.items()}
@@ -58,7 +60,7 @@ def run_all(configs: Mapping[str, RunConfig], directory: Path, jobs: int, watch:
     for name in waiting:
         refuse_to_overwrite(configs[name], directory / name)
     running: dict[str, BaseProcess] = {}
-    context = multiprocessing.get_context("forkserver")  # one import of torch and transformers for all runs
+    context = multiprocessing.get_context("forkserver")  # imports torch and transformers once for all runs
     context.set_forkserver_preload(["v05.train.trainer", "reasoning_gym"])
     watch(list(states.values()))
     try:
@@ -84,7 +86,8 @@ def run_all(configs: Mapping[str, RunConfig], directory: Path, jobs: int, watch:
 
 
 def _ended(state: RunStatus, exit_code: int, config: RunConfig, directory: Path) -> RunStatus:
-    """The state of a run whose process has ended. A status of 0 alone is no success: whatever a run calls may end its process."""
+    """The status of a run whose process has ended. Exit status 0 does not prove success: code that the run calls may end the
+    process."""
     why = damage(config, directory)
     if exit_code == 0 and why is None and is_finished(config, directory):
         return replace(state, status="done")
@@ -93,7 +96,7 @@ def _ended(state: RunStatus, exit_code: int, config: RunConfig, directory: Path)
 
 
 def is_finished(config: RunConfig, directory: Path) -> bool:
-    """The directory holds the finished run of exactly this configuration."""
+    """Whether the directory holds a finished run of exactly this configuration."""
     try:
         return (directory / RESULT).is_file() and not changed_settings(config, directory)
     except (OSError, ValueError):
@@ -101,7 +104,8 @@ def is_finished(config: RunConfig, directory: Path) -> bool:
 
 
 def damage(config: RunConfig, directory: Path) -> str | None:
-    """Why the run in `directory` can neither be shown nor go on, and what to do; None for a sound one, another one, or none."""
+    """Why the run in `directory` can be neither shown nor resumed, and the remedy. None if it can, if the directory is empty, or if
+    it holds a run of another configuration."""
     try:
         if (directory / RESULT).exists():
             if not changed_settings(config, directory):
@@ -109,12 +113,13 @@ def damage(config: RunConfig, directory: Path) -> str | None:
         elif (directory / METRICS).exists() and (directory / METRICS).stat().st_size:
             changed_settings(config, directory)
     except (OSError, ValueError) as error:
-        return f"{error}; mend it, or delete {directory} to have the run run again"
+        return f"{error}; repair the file, or delete {directory} to run it again"
     return None
 
 
 def run_one(config: RunConfig, directory: Path) -> None:
-    """A run's own process: one thread, its output in log.txt. It ends with the process that started it, however that ends."""
+    """The main function of a run's process: one thread, output to log.txt. The process ends when its parent ends, for any
+    reason."""
     import torch
 
     from v05.train.trainer import train
@@ -132,14 +137,14 @@ def run_one(config: RunConfig, directory: Path) -> None:
 
 def _end_with(sentinel: int) -> None:
     connection.wait([sentinel])
-    os._exit(1)  # as if killed: whoever starts the run again must find nobody writing it
+    os._exit(1)  # ends at once, so that a new parent can start the same run without two processes writing it
 
 
 def _state(name: str, config: RunConfig, directory: Path, status: str) -> RunStatus:
-    """How far a run is; "done" if it is finished, else as `status` says."""
+    """The status of a run from its files. "waiting" becomes "done" if the run is finished."""
     try:
         records = read_metrics(directory)
-    except (OSError, ValueError):  # a run that goes on drops what was half-written when a machine went down
+    except (OSError, ValueError):  # a half-written line after a crash of the machine, which resuming drops
         records = []
     rollouts = max((r["rollouts"] for r in records if r["kind"] in ("step", "evaluation")), default=0)
     accuracies = [r["accuracy"] for r in records if r["kind"] == "evaluation"]
@@ -149,7 +154,7 @@ def _state(name: str, config: RunConfig, directory: Path, status: str) -> RunSta
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run as the tables and plots see it."""
+    """The records of a finished run, for tables and plots."""
 
     label: str
     result: dict[str, Any]
@@ -163,24 +168,26 @@ class Run:
         return np.asarray(self.result["heldout_successes"], dtype=np.float64) / float(self.result["heldout_samples"])
 
     def curve(self, x: str, y: str = "accuracy") -> Curve:
-        """An evaluation's `y` ("accuracy", "entropy") over `x` ("rollouts", "seconds")."""
+        """The evaluations' `y` ("accuracy" or "entropy") over `x` ("rollouts" or "seconds")."""
         return np.array([e[x] for e in self.evaluations], dtype=float), np.array([e[y] for e in self.evaluations], dtype=float)
 
 
 def load_run(label: str, directory: Path) -> Run:
-    """A finished run directory; FileNotFoundError where there is none, ValueError where a file of it is damaged."""
+    """Read a finished run. Raises FileNotFoundError if there is no result.json, ValueError if a file is damaged."""
     result = read_result(directory)
     if result.get("heldout_samples") is None or result.get("heldout_successes") is None:
         raise ValueError(f"{directory / RESULT} has no heldout_samples or heldout_successes")
     records = read_metrics(directory)
     evaluations, steps, probes = ([r for r in records if r["kind"] == kind] for kind in ("evaluation", "step", "probe"))
     if not evaluations or not steps:
-        raise ValueError(f"{directory / METRICS} has {len(evaluations)} evaluations and {len(steps)} steps of a finished run")
+        raise ValueError(
+            f"{directory / METRICS} has {len(evaluations)} evaluations and {len(steps)} steps; a finished run has both"
+        )
     return Run(label, result, evaluations, steps, probes)
 
 
 def summarise(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Records for --json: one per (method, seed), then one per method; figures unrounded."""
+    """Records for --json: one per run, then one per method. Numbers are not rounded."""
     by_label: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         by_label[run.label].append(run)
@@ -197,7 +204,7 @@ def _run_record(run: Run) -> dict[str, Any]:
 
 
 def mean_of(records: Sequence[Mapping[str, Any]], key: str) -> float:
-    """Mean of a figure over the records that have it; NaN where none has."""
+    """Mean of records' values under `key`, ignoring records without one; NaN if no record has one."""
     values = [record[key] for record in records if record.get(key) is not None]
     return float(np.mean(values)) if values else float("nan")
 
@@ -205,7 +212,7 @@ def mean_of(records: Sequence[Mapping[str, Any]], key: str) -> float:
 def _means(run: Run) -> dict[str, float]:
     grad_norms = [step["grad_norm"] for step in run.steps if step.get("grad_norm") is not None]
     return {
-        "baseline_mse": mean_of(run.probes[1:], "baseline_mse"),  # the first probe precedes all learning, the prior's too
+        "baseline_mse": mean_of(run.probes[1:], "baseline_mse"),  # skips the first probe, at which the prior has learnt nothing yet
         "grad_norm": mean_of(run.steps, "grad_norm"),
         "grad_norm_std": float(np.std(grad_norms, ddof=1)) if len(grad_norms) > 1 else float("nan"),
         "entropy_before": mean_of(run.evaluations[:1], "entropy"),
@@ -248,12 +255,13 @@ def _method_record(label: str, group: list[Run], baseline: list[Run] | None) -> 
 
 
 def final_accuracy(group: Sequence[Run]) -> float:
-    """Mean over seeds of the accuracy at the end."""
+    """Mean over seeds of the final held-out accuracy."""
     return float(np.mean([run.result["accuracy_after"] for run in group]))
 
 
 def rollouts_to(baseline: Sequence[Run], group: Sequence[Run]) -> Reached | None:
-    """Rollouts that `group` needs for the final accuracy of `baseline`, on the seeds that both have; None if there is none."""
+    """Rollouts that `group` needs to reach the final accuracy of `baseline`, on the seeds that both have; None without such
+    seeds."""
     finals = {run.result["seed"]: float(run.result["accuracy_after"]) for run in baseline}
     both = [run for run in group if run.result["seed"] in finals]
     return reaching([run.curve("rollouts") for run in both], [finals[run.result["seed"]] for run in both]) if both else None

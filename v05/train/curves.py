@@ -1,4 +1,4 @@
-"""What is read off learning curves of several seeds: their mean, where it reaches a target, and 95 % bootstrap intervals."""
+"""Statistics of learning curves over several seeds: the mean, where it reaches a target, and 95 % bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 
 BOOTSTRAP_DRAWS = 2000
 INTERVAL = (2.5, 97.5)  # percentiles
-ROUNDING = 1e-12  # of a mean accuracy, summed in another order
+ROUNDING = 1e-12  # difference of mean accuracies that the order of summation can explain
 
 Array = NDArray[np.float64]
-Curve = tuple[Array, Array]  # of one seed: (E,) what was spent at each evaluation, rising, and (E,) what was found
+Curve = tuple[Array, Array]  # of one seed: (E,) rollouts, tokens or seconds spent at each evaluation, increasing, and (E,) values
 
 
 @dataclass(frozen=True)
 class Reached:
-    """From where on a mean curve stays at a target or above, and the 95 % interval of that over seeds; None is never."""
+    """The point from which a mean curve stays at or above a target, and its 95 % interval over seeds. None means never."""
 
     at: float | None
     low: float | None
@@ -27,9 +27,9 @@ class Reached:
 
 
 def bootstrap_interval(by_seed: Sequence[Array]) -> tuple[float, float]:
-    """95 % interval of the mean over seeds and held-out prompts, resampling both.
+    """95 % bootstrap interval of the mean over seeds and held-out prompts, resampling both.
 
-    `by_seed` holds one (P,) vector a seed, over the same P prompts. With a handful of seeds the interval is rough and too narrow.
+    `by_seed` holds one (P,) vector per seed, over the same P prompts. With few seeds the interval is rough and too narrow.
     """
     values = np.stack(by_seed)
     seeds, prompts = _draws(*values.shape)
@@ -39,7 +39,7 @@ def bootstrap_interval(by_seed: Sequence[Array]) -> tuple[float, float]:
 
 @lru_cache(maxsize=4)
 def _draws(seeds: int, prompts: int) -> tuple[Array, Array]:
-    """(draws, seeds) and (draws, prompts), how often each draw has each of them; the same for every mean of these shapes."""
+    """(draws, seeds) and (draws, prompts): how often each bootstrap draw contains each seed and each prompt. Deterministic."""
     rng = np.random.default_rng(0)
     counts = np.zeros((BOOTSTRAP_DRAWS, seeds)), np.zeros((BOOTSTRAP_DRAWS, prompts))
     for draw in range(BOOTSTRAP_DRAWS):
@@ -50,9 +50,10 @@ def _draws(seeds: int, prompts: int) -> tuple[Array, Array]:
 
 
 def mean_curve(curves: Sequence[Curve]) -> tuple[Array, Array, Array]:
-    """(points, mean, standard deviation) over seeds at every point where one was evaluated, up to where the shortest ends.
+    """(points, mean, standard deviation) over seeds, at every point where a seed was evaluated, up to the end of the shortest
+    curve.
 
-    Curves are straight between evaluations, and so is their mean. The deviation of one seed is zero.
+    Curves are interpolated linearly between evaluations. The standard deviation of a single seed is zero.
     """
     end = min(xs[-1] for xs, _ in curves)
     points = np.unique(np.concatenate([xs[xs <= end] for xs, _ in curves]))
@@ -61,9 +62,9 @@ def mean_curve(curves: Sequence[Curve]) -> tuple[Array, Array, Array]:
 
 
 def reaching(curves: Sequence[Curve], targets: Sequence[float]) -> Reached:
-    """From where on the mean of `curves` stays at the mean of `targets` or above: a first crossing would count its luckiest moment.
+    """The point from which the mean of `curves` stays at or above the mean of `targets`. (The first crossing may be luck.)
 
-    Both list the same seeds, which are resampled in pairs.
+    Both arguments list the same seeds, which are resampled in pairs.
     """
     draws = np.sort(np.random.default_rng(0).integers(len(curves), size=(BOOTSTRAP_DRAWS // 4, len(curves))), axis=1)
     resamples, resample_of = np.unique(draws, axis=0, return_inverse=True)  # few seeds have few different resamples
@@ -74,7 +75,7 @@ def reaching(curves: Sequence[Curve], targets: Sequence[float]) -> Reached:
 
 
 def crossing(curves: Sequence[Curve], target: float) -> float:
-    """From where on the mean curve is at `target` or above; infinity if it ends below."""
+    """The point from which the mean curve stays at or above `target`; infinity if it ends below."""
     points, mean, _ = mean_curve(curves)
     below = np.flatnonzero(mean < target - ROUNDING)
     if not len(below):

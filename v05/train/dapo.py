@@ -1,4 +1,4 @@
-"""What DAPO (arXiv 2503.14476) changes about a step's rollouts: overlong shaping of their rewards, and dynamic sampling."""
+"""DAPO's (arXiv 2503.14476) changes to a step's rollouts: a penalty for long completions, and dynamic sampling."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from v05.train.config import OverlongConfig
 def shaped_rewards(
     rewards: NDArray[np.float64], completions: Sequence[Completion], overlong: OverlongConfig | None, limit: int
 ) -> NDArray[np.float64]:
-    """(N,) rewards, less the soft punishment of long completions where it is asked for (eq. 13).
+    """(N,) rewards minus the soft penalty for long completions (eq. 13); the rewards themselves if `overlong` is None.
 
-    The token that ends a completion does not count: with a buffer of 1 only what was cut off is punished.
+    The token that ends a completion does not count, so a buffer of 1 penalises only completions that were cut off.
     """
     if overlong is None:
         return rewards
@@ -27,6 +27,6 @@ def shaped_rewards(
 
 
 def has_signal(batch: RolloutBatch) -> NDArray[np.bool_]:
-    """(G,) whether the verifier's rewards of the group differ: dynamic sampling replaces the groups where they are all equal."""
+    """(G,) whether the rewards within each group differ. Dynamic sampling replaces groups whose rewards are all equal."""
     groups = zip(batch.offsets[:-1], batch.offsets[1:], strict=True)
     return np.array([bool(np.ptp(batch.rewards[a:b]) > 0) for a, b in groups], dtype=bool)

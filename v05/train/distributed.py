@@ -1,12 +1,12 @@
-"""Several processes as one learner: what `torchrun -m v05 train` adds to a run of one process.
+"""Training one policy in several processes, as `torchrun -m v05 train` does.
 
-Every rank draws all prompts of a step, samples the rollouts of its own block of them, and learns what the others sampled: from
-there on each holds the same batch and decides the same. Only sampling, evaluation and the backward passes are shared out.
-Gradients are those of the whole step's loss; rank 0 alone writes. The run directory and the policy's folder must be visible to
-all ranks.
+Every rank draws all prompts of a step and samples the rollouts of its own block of prompts. The ranks then exchange the rollouts,
+so that each holds the whole batch and makes the same decisions. Only sampling, evaluation and the backward passes are divided among
+ranks. Gradients are those of the whole step's loss. Only rank 0 writes files. All ranks must see the run directory and the policy's
+folder.
 
 "ddp": each rank holds the whole policy (torch's DistributedDataParallel). "fsdp2": parameters, gradients and optimiser state are
-sharded by layer (torch's fully_shard), and the engine samples from an unsharded copy, since ranks decode different numbers of
+sharded by layer (torch's fully_shard). The engine then samples from an unsharded copy, because ranks decode different numbers of
 steps.
 """
 
@@ -31,28 +31,28 @@ from v05.rollout import Completion
 from v05.rollout.scoring import checkpointed_layers, completion_logprobs
 from v05.train.config import Distributed
 
-PATIENCE = timedelta(hours=2)  # that ranks wait for each other: for a warm start, or the longest completion
+PATIENCE = timedelta(hours=2)  # how long ranks wait for each other, for example during a warm start
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of a job and what they tell each other. Alone, nothing is sent."""
+    """The ranks of a job, and communication among them. A single process sends nothing."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def writes(self) -> bool:
-        """Rank 0 does, for all."""
+        """Whether this rank writes files: only rank 0 does."""
         return self.rank == 0
 
     def block(self, count: int) -> slice:
-        """This rank's stretch of `count` things; the ranks' stretches in order are all of them."""
+        """This rank's slice of `count` items. The slices of all ranks, in order, cover the items."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in rank order."""
+        """The values of all ranks, in rank order, on every rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -60,7 +60,7 @@ class World:
         return values
 
     def broadcast(self, value: T) -> T:
-        """Rank 0's value."""
+        """Rank 0's value, on every rank."""
         if self.size == 1:
             return value
         values = [value]
@@ -68,14 +68,14 @@ class World:
         return values[0]
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks of a CPU tensor."""
+        """The sum of a CPU tensor over ranks, in place and on every rank."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
 
 def join_world() -> World:
-    """The job that torchrun's environment names; this process alone without one."""
+    """Join the job that torchrun's environment variables describe; without them, a world of this process alone."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World()
@@ -85,7 +85,10 @@ def join_world() -> World:
 
 
 def _take_device() -> str:
-    """Make a GPU this rank's, if there is any; the backends for tensors on the CPU and there. NCCL refuses two ranks on a GPU."""
+    """Select a GPU for this rank, if there is any. Returns the backends for CPU and GPU tensors.
+
+    NCCL refuses two ranks on one GPU, so such ranks use gloo.
+    """
     devices = torch.cuda.device_count()
     if devices == 0:
         return "gloo"
@@ -94,14 +97,14 @@ def _take_device() -> str:
 
 
 def leave_world(status: int) -> None:
-    """End this process as one of a job, once all that it holds open is closed; nothing to do alone.
+    """End this process if it is part of a job, without tearing down the interpreter; else do nothing.
 
-    Gloo's threads let go of a collective's tensors some time after it is over, and one that needs the interpreter for it while that
-    is being torn down aborts the process (pytorch/pytorch#179291). DTensor's caches keep the group, and so these threads, to the
-    end. So the interpreter is not torn down.
+    Call it after everything is closed. Gloo's threads release a collective's tensors some time after the collective ends. A thread
+    that needs the interpreter for that, while the interpreter is being torn down, aborts the process (pytorch/pytorch#179291).
+    DTensor's caches keep the process group, and so these threads, alive to the end.
     """
     if dist.is_initialized():
-        if status == 0:  # ranks that failed may wait for each other
+        if status == 0:  # after a failure, ranks could wait here for each other forever
             dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -109,7 +112,7 @@ def leave_world(status: int) -> None:
 
 
 class Scorer(torch.nn.Module):
-    """The policy as one function from rollouts to log-probabilities, (N, width): what DDP and FSDP2 call a forward pass."""
+    """The policy as a module from N rollouts to log-probabilities, (N, width), so that DDP and FSDP2 see one forward pass."""
 
     def __init__(self, model: PreTrainedModel, pad: int, checkpointing: bool) -> None:
         super().__init__()
@@ -120,15 +123,15 @@ class Scorer(torch.nn.Module):
             checkpointed_layers(model)  # raises if there are none
 
     def forward(self, prompts: Sequence[tuple[int, ...]], completions: Sequence[Completion], width: int) -> torch.Tensor:
-        # FSDP2 hangs hooks on what comes out, which must be no view.
+        # FSDP2 registers hooks on the output, which must not be a view.
         return completion_logprobs(self.model, prompts, completions, self._pad, width, self._checkpointing).clone()
 
 
 def distribute(scorer: Scorer, strategy: Distributed, world: World) -> torch.nn.Module:
-    """`scorer`, with backward passes that average gradients over ranks. Shards its model in place for "fsdp2": the shards are
-    float32, and what is gathered of them is in the dtype that the model has now.
+    """`scorer`, with backward passes that average gradients over ranks.
 
-    All ranks must make the same number of passes, with the same `width`.
+    "fsdp2" shards the model in place. The shards are float32, and gathered parameters have the model's present dtype. All ranks
+    must make the same number of passes, with the same `width`.
     """
     if world.size == 1:
         return scorer
@@ -146,7 +149,7 @@ def distribute(scorer: Scorer, strategy: Distributed, world: World) -> torch.nn.
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The unsharded tensor, detached. Where it is sharded all ranks must ask for it."""
+    """The unsharded tensor, detached. All ranks must call this for a sharded tensor."""
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -155,13 +158,13 @@ Parameters = Mapping[str, torch.Tensor]  # by name, sharded or not
 
 
 def whole_parameters(parameters: Parameters) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and unsharded values. All ranks must go through them together."""
+    """Names and unsharded values of the parameters. All ranks must iterate together."""
     for name, parameter in parameters.items():
         yield name, whole(parameter)
 
 
 def whole_optimizer_state(parameters: Parameters, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """The optimiser's unsharded tensors, named "exp_avg/model.norm.weight". All ranks must go through them together."""
+    """The optimiser's unsharded tensors, named as in "exp_avg/model.norm.weight". All ranks must iterate together."""
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             yield f"{key}/{name}", whole(value)
@@ -180,7 +183,7 @@ def load_optimizer_state(
     """Set the optimiser's tensors to unsharded values named as in `whole_optimizer_state`."""
     for path, value in values:
         key, name = path.split("/", 1)
-        # AdamW counts its steps on the CPU.
+        # AdamW keeps its step counter on the CPU.
         optimizer.state[parameters[name]][key] = value if key == "step" else _laid_out_like(parameters[name], value)
 
 

@@ -1,6 +1,6 @@
-"""Runs by short names: a preset is a task and policy of some size, a spec a method with its group size ("v05@4..16").
+"""Short names for runs. A preset is a task with a policy of a certain size; a spec is a method with its group size ("v05@4..16").
 
-A method's recipe is what its paper prescribes beside the advantage (v05.methods).
+A method's recipe is the set of fields that its paper prescribes besides the advantage, such as the loss (v05.methods).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _words(low: int, high: int) -> Source:
     return Source(dataset="spell_backward", weight=3, settings=dict(min_word_len=low, max_word_len=high))
 
 
-# Stops the warm start while the policy still learns fast, and all of a sudden.
+# A short decay and frequent validation end the warm start near its target, although accuracy jumps suddenly.
 EARLY: dict[str, Any] = {"target_accuracy": 0.35, "decay_steps": 20, "validate_every": 20}
 
 SYMBOLS: dict[str, Any] = {
@@ -43,7 +43,7 @@ SYMBOLS: dict[str, Any] = {
 }
 
 
-# What suits a pretrained model of 0.1 to 0.6 billion parameters, whatever its task.
+# For a pretrained model of 0.1 to 0.6 billion parameters, on any task.
 PRETRAINED: dict[str, Any] = {
     "optimizer": OptimizerConfig(learning_rate=1e-5),
     "evaluation": EvaluationConfig(evaluations=4, prompts=256, samples=2, final_samples=4, probe_prompts=0),
@@ -53,7 +53,7 @@ PRETRAINED: dict[str, Any] = {
 
 
 def _for_language_models(task: ReasoningGymConfig, max_new_tokens: int, learning_rate: float, **others: Any) -> dict[str, Any]:
-    """A preset whose policy is given, an instruct model."""
+    """A preset for an instruct model that the user gives with --policy."""
     return {
         **PRETRAINED,
         "task": task,
@@ -65,7 +65,7 @@ def _for_language_models(task: ReasoningGymConfig, max_new_tokens: int, learning
 
 
 def _one_number(dataset: str, **settings: int) -> dict[str, Any]:
-    """A preset of a data set whose answers are numbers, to be given at once: 256 prompts, each of which returns."""
+    """A preset of 256 recurring prompts whose answer is a number, to be given without any other text."""
     task = ReasoningGymConfig(
         mix=(Source(dataset=dataset, settings=settings),), surface="instruct", instruction="Answer with the number only.", size=256
     )
@@ -109,15 +109,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rollouts_per_step": 256,
         "total_rollouts": 50_000,
     },
-    # `symbols`, as far as a comparison of methods needs it to tell them apart within minutes.
+    # `symbols`, shortened to the least that shows differences between methods, in a few minutes.
     "demo": {
         **SYMBOLS,
         "evaluation": EvaluationConfig(evaluations=4, prompts=512, samples=2, final_samples=4, probe_prompts=8, probe_samples=32),
-        "optimizer": OptimizerConfig(learning_rate=1e-4),  # at 3e-4 GRPO with 16 rollouts a prompt loses ground
+        "optimizer": OptimizerConfig(learning_rate=1e-4),  # at 3e-4, GRPO with 16 rollouts per prompt loses accuracy
         "rollouts_per_step": 256,
         "total_rollouts": 8_192,
     },
-    # A few seconds, for tests of the pipeline: learns nothing.
+    # A few seconds, to test the pipeline. It learns nothing.
     "smoke": {
         "task": ReasoningGymConfig(surface="terse", operand_width=1, mix=(_sums(1, 1, 1),)),
         "policy": PolicyConfig(
@@ -132,7 +132,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rollouts_per_step": 64,
         "total_rollouts": 256,
     },
-    # School problems in words: the templates of GSM-Symbolic with other names and numbers.
+    # Word problems: templates of GSM-Symbolic with new names and numbers.
     "gsm": _for_language_models(
         ReasoningGymConfig(mix=(Source(dataset="gsm_symbolic"),), surface="instruct", size=1024),
         max_new_tokens=256,
@@ -145,11 +145,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-MAX_NEW_TOKENS = 256  # of a policy that is given, where the preset is for another
+MAX_NEW_TOKENS = 256  # default for a policy that the user gives, if the preset is not for language models
 
 
 def given_policy(preset: str, path: Path, max_new_tokens: int | None = None) -> PolicyConfig:
-    """A model folder in place of the preset's policy, with the preset's limit of tokens where it is for language models."""
+    """The configuration of the model folder `path`. `max_new_tokens` defaults to the preset's limit if it is for language models,
+    else to 256."""
     fields = PRESETS.get(preset, {})
     limit = fields["policy"].max_new_tokens if fields.get("chat") else MAX_NEW_TOKENS
     return PolicyConfig(path=path, max_new_tokens=max_new_tokens or limit)
@@ -162,19 +163,20 @@ SPEC = re.compile(
 
 
 def run_config(preset: str, spec: str, settings: Sequence[str] = (), **overrides: Any) -> RunConfig:
-    """The run of a method on a preset, by the method's recipe.
+    """The run of a method, with its recipe, on a preset.
 
     Args:
         preset: a name of `PRESETS`.
-        spec: "v05", the recipe as it is; "v05@4", exactly 4 rollouts a prompt; "v05@4..16", 4 and up to 16 by the method's
-            sequential test; "v05@4..16~6", 4 and up to 16, 6 on average, where most is gained. Then, if need be and in this order,
-            a prior, the cost of a rollout in the test, loss.group_weighting and optimizer.max_grad_norm: "v05@4..16+oracle",
-            "v05@4..16+cost=0.01", "v05@4..16+weighting=rollout", "grpo@16+clip=10".
-        settings: "loss.clip_high=0.28", single fields of the run (v05.train.settings), set after all else.
-        overrides: replace top-level fields of the run.
+        spec: the method and its budget. "v05" takes the recipe's budget; "v05@4" samples exactly 4 rollouts per prompt;
+            "v05@4..16" samples 4, then up to 16 by the method's sequential test; "v05@4..16~6" samples between 4 and 16, and 6 on
+            average, where they gain most. Four options may follow, in this order: a prior, the cost of a rollout in the test,
+            loss.group_weighting and optimizer.max_grad_norm. Examples: "v05@4..16+oracle", "v05@4..16+cost=0.01",
+            "v05@4..16+weighting=rollout", "grpo@16+clip=10".
+        settings: single fields of the run, such as "loss.clip_high=0.28" (v05.train.settings). They are applied last.
+        overrides: values that replace top-level fields of the run.
 
     Raises:
-        ValueError: lists the known names for an unknown preset or method; names a malformed spec or setting.
+        ValueError: the preset or method is unknown (the message lists the known ones), or a spec or setting is malformed.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r} is unknown; choose one of {', '.join(PRESETS)}")
@@ -182,13 +184,13 @@ def run_config(preset: str, spec: str, settings: Sequence[str] = (), **overrides
     if parts is None:
         raise ValueError(
             f"method={spec!r} is malformed; write a method, method@4, method@4..16 or method@4..16~6, "
-            "then +PRIOR, +cost=NUMBER, +weighting=NAME and +clip=NUMBER if need be"
+            "optionally followed by +PRIOR, +cost=NUMBER, +weighting=NAME and +clip=NUMBER, in this order"
         )
     rule = find_method(parts["method"])
     fields = {**PRESETS[preset], **rule.recipe, "method": rule.name, **overrides}
     if parts["initial"]:
         initial, maximum = int(parts["initial"]), int(parts["maximum"] or parts["initial"])
-        test = rule.budget_rule or "osla"  # which a method without a prior is then refused
+        test = rule.budget_rule or "osla"  # for a method without a prior, RunConfig then refuses rule osla
         budget_rule = "total" if parts["mean"] else test if parts["maximum"] else "uniform"
         fields["budget"] = {"rule": budget_rule, "initial": initial, "maximum": maximum, "mean": parts["mean"]}
         fields["budget"]["unbiased"] = budget_rule in ("calibrated", "variance")  # osla's bias is small
@@ -206,7 +208,7 @@ def run_config(preset: str, spec: str, settings: Sequence[str] = (), **overrides
 
 
 def label_of(config: RunConfig) -> str:
-    """A run's method, group size and what else `run_config` reads back, where it is not the recipe's: "v05@4..16+oracle"."""
+    """The spec of a run, as `run_config` reads it, such as "v05@4..16+oracle". Options at their default are left out."""
     budget = config.budget
     maximum = "" if budget.rule == "uniform" else f"..{budget.maximum}"
     mean = "" if budget.mean is None else f"~{budget.mean:g}"

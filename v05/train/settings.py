@@ -1,4 +1,4 @@
-"""Fields of a configuration set one by one, as `--set loss.clip_high=0.28` does."""
+"""Setting single fields of a configuration, as `--set loss.clip_high=0.28` does."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def validated(model: type[Model], fields: Mapping[str, Any], settings: Sequence[str] = ()) -> Model:
-    """The configuration of these fields, with the settings put over them in their order.
+    """The configuration with these fields, after the settings have replaced some of them in their order.
 
     Args:
-        model: what checks the configuration.
-        fields: values by name, models among them too.
-        settings: "NAME=VALUE", with the field's dotted name ("task.mix.0.weight" reaches into a list) and its value as JSON or,
-            where it is no JSON, as text.
+        model: the pydantic model that validates the configuration.
+        fields: values by name; a value may be a pydantic model.
+        settings: "NAME=VALUE" texts. NAME is the field's dotted name ("task.mix.0.weight" reaches into a list). VALUE is JSON, or
+            plain text if it is not valid JSON.
 
     Raises:
-        ValueError: names a setting that has no "=", that names no field (with close names), or whose value is refused.
-        ValidationError: of pydantic, where no setting is concerned.
+        ValueError: a setting has no "=", names no field (the message lists close names), or has an invalid value.
+        ValidationError: the configuration is invalid, and no setting is the cause.
     """
     chosen: Any = dict(fields)
     names = {}
@@ -42,7 +42,8 @@ def validated(model: type[Model], fields: Mapping[str, Any], settings: Sequence[
         concerned = []
         for setting, name in names.items():
             for place, kind in faults:
-                # A fault concerns a setting at its place, above it or below it; one of the whole configuration concerns all.
+                # A fault is blamed on a setting of the same field, of a part of it, or of a section that holds it.
+                # A fault without a place concerns the whole configuration, and is blamed on every setting.
                 if all(a == b for a, b in zip(name.split("."), place, strict=False)):
                     if kind == "extra_forbidden":
                         raise _no_such_field(setting, max(name, ".".join(place), key=len), model) from None
@@ -53,11 +54,11 @@ def validated(model: type[Model], fields: Mapping[str, Any], settings: Sequence[
 
 
 def _place(location: Sequence[str | int], value: Any) -> list[str]:
-    """The names that lead to a fault, without the kind that pydantic adds where a configuration is one of several."""
+    """The field names that lead to a fault, without the tag that pydantic inserts for a section that is one of several kinds."""
     place = []
     for i, name in enumerate(location):
         held = dict(enumerate(value)) if isinstance(value, list | tuple) else _fields(value)
-        if name in held or i == len(location) - 1:  # a missing field comes last
+        if name in held or i == len(location) - 1:  # a missing field is always the last name
             place.append(str(name))
             value = held.get(name)
     return place
@@ -75,7 +76,8 @@ def _value(text: str) -> Any:
 
 
 def _with(value: Any, names: list[str], new: Any) -> Any:
-    """The value, with `new` where the names lead; pydantic refuses names that lead nowhere."""
+    """A copy of the value with `new` in the place that the names lead to. Unknown names are added, and pydantic refuses them
+    later."""
     if not names:
         return new
     first, *rest = names
@@ -86,17 +88,17 @@ def _with(value: Any, names: list[str], new: Any) -> Any:
 
 
 def _no_such_field(setting: str, wrong: str, model: type[BaseModel]) -> ValueError:
-    """The error, with fields of the same last name elsewhere and those that are spelt alike."""
+    """The error for an unknown field. It suggests fields with the same last name, and fields that are spelt alike."""
     names = dict.fromkeys(_field_names(model))
     last = wrong.rpartition(".")[2]
     close = dict.fromkeys([*(name for name in names if name.rpartition(".")[2] == last), *get_close_matches(wrong, names)])
-    close.pop(wrong, None)  # a field of another kind of task
-    hint = f"close names are {', '.join(close)}" if close else "config.json of a run shows all"
+    close.pop(wrong, None)  # the field exists, but in another kind of task
+    hint = f"close names are {', '.join(close)}" if close else "the config.json of a run shows all fields"
     return ValueError(f"--set {setting}: there is no field {wrong}; {hint}")
 
 
 def _field_names(model: type[BaseModel], above: str = "") -> Iterator[str]:
-    """The dotted names of all fields; a list's items are shown by its first."""
+    """The dotted names of all fields. The items of a list appear as item 0."""
     for name, field in model.model_fields.items():
         yield above + name
         within = f"{above}{name}.0." if get_origin(field.annotation) is tuple else f"{above}{name}."
