@@ -209,7 +209,7 @@ def test_a_chat_is_asked_with_its_messages(tmp_path):
     write(tmp_path / "b.jsonl", {"prompt": chat, "answer": 2})
     (problem,) = read_benchmark(tmp_path, "b", "{problem}?", print)
     tokenizer = character_tokenizer()
-    with pytest.raises(ValueError, match=r"is a chat, but the tokenizer has no chat template; give it one"):
+    with pytest.raises(ValueError, match=r"is a chat, but the tokenizer has no chat template; add one"):
         prompt_tokens(tokenizer, problem.prompt)
     tokenizer.chat_template = CHAT
     assert tokenizer.decode(prompt_tokens(tokenizer, problem.prompt)) == "<system>short<user>1+1=?<assistant>"

@@ -56,7 +56,7 @@ def test_help_teaches(environment, tmp_path):
         (("compare", "--suite", "smoke", "--preset", "symbols"), "--preset, --learning-rate and --policy cannot be set beside it"),
         (
             ("compare", "--suite", "smoke", "--methods", "optimal@1"),
-            "--methods optimal@1 is not of this suite; choose from grpo@4, v05@4",
+            "--methods optimal@1 is not in this suite; choose from grpo@4, v05@4",
         ),
         (("train", "--method", "v05@4+magic"), "prior='magic' is unknown; choose one of history, mean, spo, v0, constant, oracle"),
         (

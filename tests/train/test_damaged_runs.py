@@ -116,7 +116,7 @@ def test_a_run_does_not_go_on_from_records_that_nobody_can_read(tmp_path):
     path = tmp_path / "run" / "metrics.jsonl"
     data = path.read_bytes()
     path.write_bytes(b"X" + data[1:])
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1: .*; mend the line, or give another directory"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1: .*; repair the line, or give another directory"):
         Trainer(smoke(4), tmp_path / "run", print)
     states = []
     assert run_all({"run": smoke(4), "other": smoke(2)}, tmp_path, 1, states.append) == ["run"]

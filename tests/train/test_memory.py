@@ -144,8 +144,8 @@ def test_other_architectures_are_traced(name):
 
 def test_an_architecture_that_cannot_be_traced_is_named():
     sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 64, "num_experts": 4}
-    config = AutoConfig.for_model("qwen3_moe", **SMALL, **sizes)  # torch has no fake version of its experts' product in float32
-    assert "not known of model_type='qwen3_moe'" in memory_report(run_of(), config, PROMPT, 1, "cpu")
+    config = AutoConfig.for_model("qwen3_moe", **SMALL, **sizes)  # its experts' product has no fake in float32
+    assert "cannot be estimated for model_type='qwen3_moe'" in memory_report(run_of(), config, PROMPT, 1, "cpu")
 
 
 def test_a_process_takes_what_is_expected():

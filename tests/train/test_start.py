@@ -128,7 +128,7 @@ def test_a_policy_that_diverges_is_explained_and_the_checkpoint_stays(trainer_of
         return figures
 
     trainer.learner.update = diverging
-    message = r"step 3: the policy is not finite: .*; start anew with a lower optimizer.learning_rate \(3\) or optimizer.max_grad_"
+    message = r"step 3: the policy is not finite: .*; start the run over with a lower optimizer.learning_rate \(3\) or optimizer"
     with pytest.raises(RuntimeError, match=message):
         list(trainer.run())
     newest = read_checkpoint(find_checkpoints(trainer.directory)[-1])

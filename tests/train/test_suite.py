@@ -111,7 +111,7 @@ def test_a_part_of_a_suite_is_tuned_as_the_whole():
     whole, rates = {run.key for run in tuning_runs(HEADLINE)}, {(mix, spec): 1e-4 for mix in part.mixes for spec in part.tuned}
     assert {run.key for run in tuning_runs(part)} < whole
     assert {run.label for run in counted_runs(part, rates, 1)} == {"optimal@2", "rloo@4", "none@1"}
-    with pytest.raises(ValueError, match=r"--methods grpo@3 is not of this suite; choose from "):
+    with pytest.raises(ValueError, match=r"--methods grpo@3 is not in this suite; choose from "):
         HEADLINE.only(["grpo@3"])
 
 
@@ -154,7 +154,7 @@ def test_a_row_with_other_values_is_named(tmp_path, damage):
     head, first, second = (tmp_path / "runs.csv").read_text().splitlines(keepends=True)
     assert damage[0] in second
     (tmp_path / "runs.csv").write_text(head + first + second.replace(*damage))
-    with pytest.raises(ValueError, match=r"runs\.csv:3 is no whole row; delete the line, and its run is read again"):
+    with pytest.raises(ValueError, match=r"runs\.csv:3 is not a complete row; delete the line, and its run will be read"):
         read_rows(tmp_path)
 
 
@@ -165,7 +165,7 @@ def test_rows_in_another_encoding_are_named(tmp_path):
 
 
 def test_rows_of_another_suite_are_refused():
-    with pytest.raises(ValueError, match="a run of grpo@4 on arithmetic, which this suite has not"):
+    with pytest.raises(ValueError, match="a run of grpo@4 on arithmetic, which this suite does not have"):
         in_order(SUITES["smoke"], [made_up_row("grpo@4")])
 
 

@@ -1,4 +1,4 @@
-"""The engine and the verifier of a run, and the check that an engine samples from the policy that learns."""
+"""The engine and the verifier of a run, and the check that the engine samples from the trainer's policy."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from v05.train.config import OptimizerConfig, RunConfig
 from v05.train.lora import merged_weights
 from v05.train.policy import load_policy, load_tokenizer
 
-WORKERS = 2  # processes that verify by default; a formula takes 10 ms, less than sampling it
+WORKERS = 2  # verifier processes by default; verifying a formula takes 10 ms, less than sampling the completion
 
 
 def make_engine(config: RunConfig, folder: Path, directory: Path, model: PreTrainedModel, tokenizer: Any) -> RolloutEngine:
-    """The engine of a run. The embedded one samples from `model` itself, the others from a copy that they load from `folder`.
+    """The engine of a run.
 
-    Weights for a server go through a folder in the run's `directory`.
+    The embedded engine samples from `model` itself; the others load a copy from `folder`. A vLLM server receives new weights
+    through a folder in the run's `directory`.
     """
     settings = config.engine
     limits = {"max_new_tokens": config.policy.max_new_tokens, "capacity": config.sampling_batch}
@@ -38,7 +39,7 @@ def make_engine(config: RunConfig, folder: Path, directory: Path, model: PreTrai
 
         weights = directory / "engine_weights"
         embedding: Any = model.get_input_embeddings()
-        limits["vocabulary"] = len(embedding.weight)  # more than the tokenizer knows, where they are padded
+        limits["vocabulary"] = len(embedding.weight)  # embeddings may be padded beyond the tokenizer's size
         return VllmServerEngine(
             settings.url,
             weights,
@@ -57,7 +58,7 @@ def make_engine(config: RunConfig, folder: Path, directory: Path, model: PreTrai
 
 
 def engine_of_folder(kind: str, config: RunConfig, folder: Path, limits: dict[str, int]) -> RolloutEngine:
-    """An engine with a copy of the policy in `folder`, "transformers" or "vllm"."""
+    """An engine of `kind` "transformers" or "vllm", with a copy of the policy in `folder`."""
     if kind == "transformers":
         model, tokenizer = load_policy(folder, getattr(torch, config.policy.dtype))
         return TransformersEngine(model, tokenizer, **limits)
@@ -68,8 +69,10 @@ def engine_of_folder(kind: str, config: RunConfig, folder: Path, limits: dict[st
 
 
 def make_verifier(config: RunConfig, task: Task) -> Verifier:
-    """The verifier of a run: inline, or a pool. Inline by default is a task whose verifiers cannot stall: its comparisons take
-    microseconds, which a pool only adds to."""
+    """The verifier of a run: inline, or a pool of processes.
+
+    The default is inline for tasks whose verification cannot hang: it takes microseconds, less than the overhead of a pool.
+    """
     settings = config.verifier
     workers = settings.workers if settings.workers is not None else WORKERS if task.may_stall else 0
     if workers == 0:
@@ -80,28 +83,31 @@ def make_verifier(config: RunConfig, task: Task) -> Verifier:
 
 @torch.no_grad()
 def require_finite(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], pad: int) -> None:
-    """NotFiniteError unless every prompt has a most likely next token."""
+    """Raise NotFiniteError unless the largest logit after every prompt is finite."""
     if not read_prompts(model, prompts, pad).logits.amax(-1).isfinite().all():
         raise NotFiniteError("the policy is not finite: the token after a prompt has no log-probability")
 
 
 @contextlib.contextmanager
 def explaining_divergence(optimizer: OptimizerConfig, step: Callable[[], int]) -> Iterator[None]:
-    """A NotFiniteError within also names the step and what to lower."""
+    """Add the step and the settings to lower to a NotFiniteError from inside."""
     try:
         yield
     except NotFiniteError as error:
         raise NotFiniteError(
-            f"step {step()}: {error}; start anew with a lower optimizer.learning_rate ({optimizer.learning_rate:g}) or "
+            f"step {step()}: {error}; start the run over with a lower optimizer.learning_rate ({optimizer.learning_rate:g}) or "
             f"optimizer.max_grad_norm ({optimizer.max_grad_norm:g})"
         ) from error
 
 
 def sync_weights(engine: RolloutEngine, model: PreTrainedModel, probe: Sequence[Request], pad: int, tolerance: float) -> float:
-    """Give `engine` the weights of `model`, sample `probe`, and compare its log-probabilities with the model's own.
+    """Give `engine` the weights of `model`, sample `probe`, and compare the engine's log-probabilities with the model's own.
 
-    Returns the largest difference, nats. RuntimeError if that is above `tolerance`: the engine samples from another policy then.
-    NotFiniteError if the model is past sampling from.
+    Returns the largest difference, in nats.
+
+    Raises:
+        RuntimeError: the difference is above `tolerance`, so the engine samples from another policy.
+        NotFiniteError: the model gives no finite log-probabilities.
     """
     require_finite(model, [request.prompt for request in probe], pad)
     engine.update_weights(merged_weights(model))
@@ -116,6 +122,6 @@ def sync_weights(engine: RolloutEngine, model: PreTrainedModel, probe: Sequence[
     if not largest <= tolerance:
         raise RuntimeError(
             f"engine.tolerance={tolerance}: after a sync, log-probabilities of engine and trainer differ by up to {largest:.3g}; "
-            "is it the same model in the same precision? If so it should be, raise the tolerance and set loss.importance_cap"
+            "check that both use the same model; if only their precision differs, raise the tolerance and set loss.importance_cap"
         )
     return largest

@@ -1,4 +1,4 @@
-"""The estimator of a run: made from its configuration, and asked about the trainer's batches."""
+"""Makes the estimator of a run from its configuration, and applies it to the trainer's batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from v05.train.distributed import World
 
 
 def make_estimator(config: RunConfig, policy: Path) -> Estimator:
-    """By the run's configuration; `policy` is the folder of its warm start."""
+    """The estimator that the run's configuration asks for. `policy` is the model folder that training starts from."""
     budget, method = config.budget, find_method(config.method)
     return Estimator(
         config.method,
@@ -38,7 +38,7 @@ def make_estimator(config: RunConfig, policy: Path) -> Estimator:
 
 
 def make_prior(config: RunConfig, policy: Path) -> ValuePrior:
-    """The prior of the run's configuration; `policy` is the folder of its warm start."""
+    """The prior that the run's configuration asks for. `policy` is the model folder that training starts from."""
     if config.prior == "history":
         return HistoryPrior()
     if config.prior == "mean":
@@ -47,7 +47,7 @@ def make_prior(config: RunConfig, policy: Path) -> ValuePrior:
         return SpoPrior()
     if config.prior == "noise":
         return NoisePrior(config.seed)
-    if config.prior in ("constant", "oracle"):  # the trainer is the oracle
+    if config.prior in ("constant", "oracle"):  # for "oracle", the trainer computes the success rates itself
         return ConstantPrior()
     from v05.prior.v0 import load_v0
 
@@ -55,7 +55,7 @@ def make_prior(config: RunConfig, policy: Path) -> ValuePrior:
 
 
 def estimate_batch(estimator: Estimator, batch: RolloutBatch, rewards: NDArray[np.float64], **options: Any) -> Estimate:
-    """What a step's (N,) rewards came to; `options` are those of `Estimator.advantages`."""
+    """The advantages of a step with (N,) rewards. `options` are passed on to `Estimator.advantages`."""
     return estimator.advantages(
         rewards,
         batch.priors,
@@ -64,13 +64,14 @@ def estimate_batch(estimator: Estimator, batch: RolloutBatch, rewards: NDArray[n
             lambda: np.array([len(c.tokens) for c in batch.completions], dtype=np.float64),
             lambda: np.array([c.energy for c in batch.completions]),
         ),
-        whole=np.full(len(batch.prompts), not batch.invalid),  # nobody knows any more which groups lost a rollout
+        whole=np.full(len(batch.prompts), not batch.invalid),  # the batch does not say which groups lost a rollout
         **options,
     )
 
 
 def close_batch(estimator: Estimator, batch: RolloutBatch, estimate: Estimate, world: World) -> None:
-    """Learn from a step's outcomes. Every rank must call it: all go on with one rank's fit of the calibration."""
+    """Let prior and calibration learn from a step's outcomes. Every rank must call it, because rank 0 broadcasts its
+    calibration."""
     sizes = np.diff(batch.offsets)
     successes = np.add.reduceat(batch.rewards, batch.offsets[:-1]) if len(sizes) else np.zeros(0)
     estimator.close([prompt.text for prompt in batch.prompts], batch.priors, successes, sizes, estimate.energies, fit=world.writes)

@@ -1,4 +1,4 @@
-"""Evaluation: fresh rollouts that measure the policy, the prior and the baselines, and count neither as training rollouts nor as
+"""Measurements of the policy, the prior and the baselines on fresh rollouts, which count neither as training rollouts nor as
 training time."""
 
 from __future__ import annotations
@@ -27,15 +27,26 @@ from v05.train.metrics import OUTCOMES
 from v05.train.presets import label_of
 from v05.train.sampler import Sampler
 
-# The seeds of evaluations do not meet those of training rollouts, and do not depend on the method.
-EVALUATION_SEED = 1 << 40
-FINAL_SEED = 1 << 41  # of the evaluation at the end of a run
+EVALUATION_SEED = 1 << 40  # differs from the seeds of training rollouts, and is the same for every method
+FINAL_SEED = 1 << 41  # for the rollouts of the final measurement
 
 
-class Evaluator:
-    """Measures the policy, the prior and the baselines with fresh rollouts.
+def true_rewards(
+    engine: RolloutEngine,
+    verifier: Verifier,
+    world: World,
+    prompts: Sequence[Prompt],
+    prompt_tokens: Sequence[tuple[int, ...]],
+    samples: int,
+    seed: int,
+    greedy: bool = False,
+) -> tuple[NDArray[np.float64], list[Completion]]:
+    """Sample fresh rollouts: (P, samples) verified rewards, and the completions. The prompts are divided among ranks.
 
-    None of these rollouts is trained on, observed by the prior, or counted as a training rollout.
+    Args:
+        prompts, prompt_tokens: P prompts and their token ids.
+        seed: of the first rollout; each further rollout adds 1.
+        greedy: take the likeliest token instead of sampling.
     """
 
     def __init__(
@@ -122,24 +133,24 @@ class Evaluator:
 
 
 def entropy_of(completions: Sequence[Completion]) -> float:
-    """The policy's entropy a token, nats, as its own samples estimate it."""
+    """The policy's entropy per token, in nats, estimated from its own samples."""
     return -float(np.mean(np.concatenate([c.logprobs for c in completions])))
 
 
 def prior_scores(predicted: NDArray[np.float64], rates: NDArray[np.float64]) -> dict[str, float]:
-    """How well (P,) predictions fit (P,) success rates; NaN where a prediction is, as those of a prior without any outcome yet."""
+    """Scores of (P,) predictions against (P,) success rates; NaN if any prediction is NaN, as before a prior's first outcome."""
     scores = {"auc": auc, "brier": brier, "cross_entropy": cross_entropy}
     known = not np.isnan(predicted).any()
     return {f"prior_{name}": score(predicted, rates) if known else float("nan") for name, score in scores.items()}
 
 
 def baseline_error(baselines: Sequence[NDArray[np.float64]], truth: NDArray[np.float64]) -> float:
-    """Squared error of baselines against the truth, averaged within groups and then over them.
+    """Squared error of baselines against the true success rates, averaged within groups and then over groups.
 
-    The truth's own sampling variance is subtracted, so that the figure is unbiased (and may dip below zero).
+    The sampling variance of `truth` is subtracted, so that the result is unbiased; it may be slightly negative.
 
     Args:
-        baselines: of each of P groups, the baseline of every rollout in it, reward units.
+        baselines: for each of P groups, the baseline of every rollout in it, reward units.
         truth: (P, samples) rewards of fresh rollouts of the same policy.
     """
     noise = truth.var(axis=1, ddof=1) / truth.shape[1]
@@ -150,11 +161,12 @@ def baseline_error(baselines: Sequence[NDArray[np.float64]], truth: NDArray[np.f
 def write_outcomes(
     directory: Path, config: RunConfig, step: int, prompts: Sequence[str], rates: NDArray[np.float64], trials: int
 ) -> None:
-    """Write what the policy came to on (P,) prompts to outcomes/STEP.jsonl, as `v05 fit-prior` reads it."""
+    """Write the success rates (P,) of P prompts, of `trials` rollouts each, to outcomes/STEP.jsonl in the form that `v05 fit-prior`
+    reads."""
     path = directory / OUTCOMES / f"{step:08d}.jsonl"
     policy = f"{label_of(config)}-seed{config.seed}@{step}"
     rows = [
         {"policy": policy, "prompt": p, "score": 2 * r - 1, "trials": trials} for p, r in zip(prompts, rates.tolist(), strict=True)
     ]
-    with explained(path, "the run goes on from its checkpoint"), replacing(path) as scratch:
+    with explained(path, "the run resumes from its checkpoint"), replacing(path) as scratch:
         scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,8 +1,7 @@
-"""The policy that learns: the gradient of a step's loss, passed backward in micro-batches, and its optimiser.
+"""The learner: the policy in training, its optimiser, and updates by the gradient of a step's loss, in micro-batches.
 
-Several processes share out the rollouts of a step (v05.train.distributed): every rank holds the whole step and passes backward
-through its share of it. A rollout whose advantage is zero has no gradient (without a KL term) and is left out of the backward
-pass. Exact.
+With several processes (v05.train.distributed), every rank holds the rollouts of the whole step and passes backward through its
+share. Without a KL term, a rollout with advantage zero has no gradient, and is left out of the backward pass. This changes nothing.
 """
 
 from __future__ import annotations
@@ -44,9 +43,9 @@ class Learner:
     """The policy in training, on every rank.
 
     Attributes:
-        model, tokenizer: the policy of the folder that it starts from.
-        sampled: the policy to sample from: `model` itself or, where that is sharded, an unsharded copy, which `update` refreshes.
-        masters: what is trained of it, in float32.
+        model, tokenizer: the policy, loaded from the folder that training starts from.
+        sampled: the policy to sample from: `model` itself or, if that is sharded, an unsharded copy that `update` refreshes.
+        masters: float32 copies of the trained parameters.
     """
 
     def __init__(self, config: RunConfig, folder: Path, world: World) -> None:
@@ -67,7 +66,7 @@ class Learner:
         )
 
     def _load(self, folder: Path) -> tuple[PreTrainedModel, Any]:
-        """The policy to start from, with a fresh adapter if it is to have one, and its tokenizer."""
+        """(policy that training starts from, with a new adapter if LoRA is set; tokenizer)."""
         settings = self.config.policy
         model, tokenizer = load_policy(folder, getattr(torch, settings.dtype))
         if settings.lora is not None:
@@ -76,7 +75,7 @@ class Learner:
 
     @torch.no_grad()
     def rescore(self, batch: RolloutBatch) -> list[NDArray[np.float32]]:
-        """The completions' log-probabilities under the learner's own policy, before the update. Ranks share them out."""
+        """The completions' log-probabilities under the learner's own policy, before the update. They are divided among ranks."""
         mine = np.arange(len(batch.completions))[self.world.block(len(batch.completions))]
         rescored: dict[int, NDArray[np.float32]] = {}
         for part in self._parts(batch, mine):
@@ -86,18 +85,18 @@ class Learner:
         return [row for part in self.world.gather([rescored[i] for i in mine.tolist()]) for row in part]
 
     def update(self, batch: RolloutBatch, advantages: torch.Tensor, rescored: Logprobs | None = None) -> dict[str, float]:
-        """Optimiser updates on the step's rollouts, one a part of its prompts. Every rank must call it.
+        """Update the policy on the step's rollouts, once per part of its prompts. Every rank must call it.
 
         Args:
             batch: G groups, N rollouts.
-            advantages: (N,), the same for every token of a rollout.
-            rescored: N rows of log-probabilities to take ratios to; None: the engine's own.
+            advantages: (N,); each is used for every token of its rollout.
+            rescored: N rows of log-probabilities, the denominators of the probability ratios; None takes the engine's.
 
         Returns:
-            `grad_norm` before clipping, `loss`, `clip_fraction` and `kl`, means over the updates; NaN if no part had a gradient.
+            `grad_norm` before clipping, `loss`, `clip_fraction` and `kl`: means over the updates; NaN if no part had a gradient.
 
         Raises:
-            NotFiniteError: the gradient is not finite. The policy stays as it is.
+            NotFiniteError: the gradient is not finite. That update is not made.
         """
         parts = [p for p in np.array_split(np.arange(len(batch.prompts)), self.config.optimizer.updates_per_step) if len(p)]
         figures = [self._update_on(batch, int(p[0]), int(p[-1]) + 1, advantages, rescored) for p in parts]
@@ -109,7 +108,8 @@ class Learner:
     def _update_on(
         self, batch: RolloutBatch, first: int, end: int, advantages: torch.Tensor, rescored: Logprobs | None
     ) -> tuple[float, float, float, float] | None:
-        """One update on groups first .. end - 1; returns its figures, None if they have no gradient."""
+        """One update on groups first .. end - 1. Returns (grad_norm, loss, clip_fraction, kl), or None if no rollout has a
+        gradient."""
         settings, world = self.config.loss, self.world
         offsets = torch.from_numpy(batch.offsets[first : end + 1])
         lengths = torch.tensor([len(c.tokens) for c in batch.completions], dtype=torch.int64, device="cpu")
@@ -130,7 +130,7 @@ class Learner:
         for part in self._parts(batch, rows[teaches[rows]].numpy(), world.size):
             share, width = torch.from_numpy(part[world.rank :: world.size]), int(lengths[part].max())
             counted = lengths[share]
-            if not len(share):  # all ranks pass backward equally often: this one with a rollout of which no token counts
+            if not len(share):  # all ranks must pass backward equally often: this one takes a rollout with all tokens masked
                 share, counted = torch.from_numpy(part[:1]), torch.zeros_like(lengths[:1])
             mask = torch.arange(width, device="cpu") < counted[:, None]
             totals += self._backward(batch, share, advantages[share], weights[share], mask, rescored)
@@ -144,7 +144,7 @@ class Learner:
         return grad_norm, loss, clipped / int(lengths[rows].sum()), kl
 
     def _parts(self, batch: RolloutBatch, rows: NDArray[np.int64], ranks: int = 1) -> list[NDArray[np.int64]]:
-        """The rollouts `rows` in micro-batches."""
+        """The rollouts `rows`, divided into micro-batches."""
         prompts, completions = rollouts_of(batch, rows)
         parts = micro_batches(
             np.array([len(prompt) for prompt in prompts], dtype=np.int64),
@@ -163,10 +163,15 @@ class Learner:
         mask: torch.Tensor,
         rescored: Logprobs | None,
     ) -> torch.Tensor:
-        """Accumulate the gradients of n rollouts, from (n,) advantages, (n,) weights of their tokens and the (n, width) tokens that
-        count.
+        """Accumulate the gradients of n rollouts.
 
-        Returns their part of (loss, clipped tokens, KL).
+        Args:
+            rows: (n,) numbers of the rollouts in the batch.
+            advantages, weights: (n,), for every token of each rollout.
+            mask: (n, width), True for the tokens that count.
+
+        Returns:
+            (3,) the rollouts' part of loss, number of clipped tokens, and KL.
         """
         device, width = self.model.device, mask.shape[1]
         settings = self.config.loss
@@ -190,7 +195,7 @@ class Learner:
             reference_logprob=reference,
             kl_coefficient=settings.kl_coefficient,
         )
-        (loss * self.world.size).backward()  # ranks' gradients are averaged, their losses add up
+        (loss * self.world.size).backward()  # DDP and FSDP2 average gradients over ranks, where the loss is a sum
         self.masters.take_gradients()
         clipped = (figures.clip_fraction * figures.tokens).nan_to_num()
         return torch.stack((loss.detach().double(), clipped, figures.kl)).float().cpu()
@@ -205,13 +210,15 @@ class Learner:
             return completion_logprobs(reference, prompts, completions, self.tokenizer.pad_token_id, width)
 
     def refresh_sampled(self) -> None:
-        """Bring the unsharded copy of a sharded policy up to date."""
+        """Copy the present weights to the unsharded copy of a sharded policy."""
         if self.sharded:
             load_parameters(dict(self.sampled.named_parameters()), whole_parameters(self.masters.parameters))
 
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The unsharded tensors of "policy", what is trained of it in float32, and of "optimizer", on the rank that writes. Every
-        rank must call it."""
+        """Unsharded tensors of "policy" (the trained parameters in float32) and "optimizer"; empty except on the rank that writes.
+
+        Every rank must call it.
+        """
         trained = self.masters.parameters
         return {
             "policy": self._kept(whole_parameters(trained)),
@@ -219,7 +226,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Go on from what `state_dict` of a learner with the same settings gave."""
+        """Restore what `state_dict` of a learner with the same settings returned."""
         trained = self.masters.parameters
         load_parameters(trained, state["policy"].items())
         load_optimizer_state(trained, self.optimizer, state["optimizer"].items())
@@ -227,18 +234,18 @@ class Learner:
         self.refresh_sampled()
 
     def _kept(self, values: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The values on the rank that writes; the others have helped to gather each and drop it."""
+        """The values on the rank that writes. Other ranks iterate too, because gathering needs all, and drop the values."""
         return {name: value for name, value in values if self.world.writes}
 
 
 def rollouts_of(batch: RolloutBatch, rows: NDArray[np.int64]) -> tuple[list[tuple[int, ...]], list[Completion]]:
-    """Prompt tokens and completions of some rollouts."""
+    """Prompt tokens and completions of the rollouts `rows`."""
     group_of = np.repeat(np.arange(len(batch.prompts)), np.diff(batch.offsets))
     return [batch.prompt_tokens[g] for g in group_of[rows]], [batch.completions[i] for i in rows.tolist()]
 
 
 def padded(rows: Logprobs, width: int) -> torch.Tensor:
-    """(N, width) float32, zero beyond the end of each row."""
+    """The rows as (N, width) float32, with zeros beyond the end of each row."""
     matrix = torch.zeros(len(rows), width, device="cpu")
     for i, row in enumerate(rows):
         matrix[i, : len(row)] = torch.tensor(row, device="cpu")

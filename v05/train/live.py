@@ -1,4 +1,4 @@
-"""What `v05 train` shows while it runs: a panel in a terminal, plain lines now and then in a log."""
+"""The progress display of `v05 train`: a panel in a terminal, occasional plain lines in a log."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from rich.text import Text
 if TYPE_CHECKING:
     from v05.train.state import Progress as RunProgress
 
-LINE_SECONDS = 30.0  # between the lines of a log that has no new evaluation to tell of
+LINE_SECONDS = 30.0  # between lines of a log while there is no new evaluation
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 class LiveView:
-    """The view of one run on `console`; nothing on a quiet one."""
+    """Shows the progress of one run on `console`, if that is not quiet."""
 
     def __init__(self, title: str, console: Console) -> None:
         self._title = title
@@ -51,7 +51,7 @@ class LiveView:
             self._live.stop()
 
     def show(self, state: RunProgress) -> None:
-        """Where the run stands now."""
+        """Show this state of the run."""
         evaluated = self._state is None or state.evaluations != self._state.evaluations
         self._state = state
         self._bar.update(self._task, completed=state.rollouts, total=state.total)
@@ -62,7 +62,7 @@ class LiveView:
             self._console.out(self._line(), highlight=False)
 
     def _figures(self) -> list[tuple[str, str]]:
-        """Name and value of what is shown beside the bar."""
+        """(name, value) of each number beside the progress bar."""
         state = self._state
         if state is None:
             return [("held-out accuracy", "being measured")]
@@ -93,7 +93,8 @@ class LiveView:
 
 
 def sparkline(values: list[float]) -> str:
-    """The last values as blocks from their lowest to their highest; nothing for fewer than two."""
+    """The last 16 values as block characters, scaled from their lowest to their highest; empty if there are no two different
+    values."""
     values = values[-16:]
     low, high = min(values, default=0.0), max(values, default=0.0)
     if len(values) < 2 or low == high:

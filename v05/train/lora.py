@@ -1,6 +1,6 @@
-"""LoRA (arXiv 2106.09685): peft puts terms of low rank beside the linear layers of a policy, which alone are trained.
+"""LoRA (arXiv 2106.09685): peft adds low-rank terms beside the linear layers of a policy, and only these terms are trained.
 
-peft changes these layers in place. The policy stays the transformers model that it was, for the engine and the loss alike.
+peft changes the layers in place. The policy remains a transformers model, so the engine and the loss use it as before.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from transformers import PreTrainedModel
 
 from v05.train.config import LoraConfig
 
-ADAPTER = "default"  # peft's name of the only one
+ADAPTER = "default"  # peft's name of the only adapter
 
 
 def add_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
-    """Put fresh terms, which change nothing yet, beside the layers of `model`, and freeze all else.
+    """Add new low-rank terms, which start at zero, beside the layers of `model`, and freeze all other weights.
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: `config.target_modules` name no layer of this model.
+        ValueError: `config.target_modules` match no layer of this model.
     """
     try:
         import peft
@@ -45,7 +45,7 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
 
 @contextmanager
 def adapter_off(model: PreTrainedModel) -> Iterator[None]:
-    """Within, the policy is the one that training started from."""
+    """Switch the adapter off inside the block: the policy is then the one that training started from."""
     layers = _adapted(model).values()
     for layer in layers:
         layer.enable_adapters(False)
@@ -58,7 +58,7 @@ def adapter_off(model: PreTrainedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """The state of `model` under the names that it has without an adapter, whose terms are added to the weights in float32."""
+    """The state of `model` with the adapter merged into the weights (in float32), under the names of a model without an adapter."""
     layers = _adapted(model)
     for name, value in model.state_dict().items():
         path, _, kind = name.partition(".base_layer.")
@@ -69,5 +69,5 @@ def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]
 
 
 def _adapted(model: PreTrainedModel) -> dict[str, Any]:
-    """The layers beside which peft has put terms, by name."""
+    """The layers that have an adapter, by name."""
     return {name: layer for name, layer in model.named_modules() if hasattr(layer, "base_layer")}

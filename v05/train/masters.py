@@ -1,8 +1,8 @@
-"""Float32 masters of the weights that a policy in bfloat16 learns.
+"""Float32 master weights for a policy that is trained in bfloat16.
 
-An update of AdamW is often smaller than the distance between a bfloat16 weight and the next one, and would be rounded away. So the
-optimiser steps on float32 copies, the masters, and the policy's weights are the masters rounded. The gradients of several backward
-passes add up in float32, too.
+An update of AdamW is often smaller than the distance between neighbouring bfloat16 numbers, and would be lost in rounding. The
+optimiser therefore updates float32 copies, the masters, and the policy's weights are the rounded masters. Gradients of several
+backward passes are also added up in float32.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import torch
 
 
 class MasterWeights:
-    """The trainable parameters of `model` as an optimiser is to see them. A float32 parameter is its own master.
+    """Float32 masters of the trainable parameters of `model`, for the optimiser. A float32 parameter is its own master.
 
     Attributes:
-        parameters: float32 masters by the names of the parameters; of tied parameters the first.
+        parameters: float32 masters by parameter name; tied parameters have one master, under the first name.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -26,7 +26,7 @@ class MasterWeights:
         self._pairs = [(p, self.parameters[name]) for name, p in trained.items() if p is not self.parameters[name]]
 
     def take_gradients(self) -> None:
-        """Add the gradients that a backward pass has left at the parameters to those of the masters."""
+        """Move the parameters' gradients to the masters, adding to gradients that are there already."""
         for parameter, master in self._pairs:
             if parameter.grad is not None:
                 if master.grad is None:

@@ -1,9 +1,9 @@
-"""What a run needs of memory, before its first step, and which setting would lower that most.
+"""Estimate the memory that a run needs, before its first step, and find the setting that would lower it most.
 
-What the weights, their masters, gradients and AdamW's two means hold is counted. What a backward pass holds of activations is read
-off a trace: one and two layers of the policy's architecture go forward and backward on fake tensors, which have shapes and no
-memory, and every further layer is taken to hold as much as the second. The trace reads whole sequences of tokens_per_backward
-tokens in all. It is made on the processor's kernels, which keep what a GPU's keep but for the attention's statistics.
+Weights, masters, gradients and AdamW's two means are counted. Activations are measured by a trace: models with one and two layers
+of the policy's architecture run forward and backward on fake tensors, which have shapes but no memory. Every further layer is
+assumed to need as much as the second. The trace reads whole sequences, of tokens_per_backward tokens in all. It uses the CPU's
+kernels, which keep the same tensors as a GPU's, except for the statistics of attention.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from v05.train.settings import validated
 
 GIB = 1 << 30
 WIDE = 4  # bytes of a float32
-SAMPLED = 4 * WIDE  # bytes a token of the vocabulary: logits, their log-softmax, probabilities and what is made of these
+# Bytes per rollout and token of the vocabulary: logits, log-softmax, probabilities and a temporary of their size.
+SAMPLED = 4 * WIDE
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,15 @@ class Memory:
     """Bytes that one process needs on its device.
 
     Attributes:
-        weights: of the policy, its frozen ones and the unsharded copy of a sharded policy included.
-        reference: of the policy that a KL term holds on to.
-        masters: float32 copies of the weights that are trained.
-        gradients: that several backward passes add up.
+        weights: the policy's weights, including frozen ones and the unsharded copy of a sharded policy.
+        reference: the weights of the reference policy of a KL term.
+        masters: float32 copies of the trained weights.
+        gradients: accumulated gradients.
         optimizer: AdamW's means.
-        backward: activations of a micro-batch at their most, logits of a chunk, and gradients that are not added up yet.
-        update: what AdamW needs beside its means while it steps.
-        slots: keys and values of the rollouts under way, which the embedded engine holds between steps too.
-        sampling: what their next tokens are drawn with, and prompts that are being read.
+        backward: most activations of a micro-batch, logits of a chunk, and gradients that are not accumulated yet.
+        update: temporary memory of AdamW's step.
+        slots: keys and values of the rollouts under way, which the embedded engine keeps between steps.
+        sampling: temporary memory for drawing the next tokens, and for reading prompts.
     """
 
     weights: int
@@ -63,19 +64,19 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """The most that is held at once."""
+        """Largest memory in use at one time."""
         held = self.weights + self.reference + self.masters + self.gradients + self.optimizer + self.slots
         return held + max(self.backward, self.update, self.sampling)
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a model of some layers comes to.
+    """Sizes of a model with a given number of layers.
 
     Attributes:
         parameters, trained: numbers of weights.
-        kept: bytes at the end of a forward pass.
-        more: bytes that the backward pass adds to them at most, gradients of weights left out.
+        kept: bytes held at the end of a forward pass.
+        more: most bytes that the backward pass needs in addition, without the gradients of weights.
     """
 
     parameters: int
@@ -85,11 +86,11 @@ class Trace:
 
 
 def expected_memory(config: RunConfig, model: PretrainedConfig, prompt: int, ranks: int = 1, device: str = "cpu") -> Memory:
-    """What a run of `config` needs on each of `ranks` devices.
+    """Memory that a run of `config` needs on each of `ranks` devices.
 
     Args:
-        model: the configuration of the policy's architecture.
-        prompt: tokens of the longest prompt.
+        model: the transformers configuration of the policy.
+        prompt: length of the longest prompt, in tokens.
         device: "cpu" or "cuda".
     """
     text = model.get_text_config(decoder=True)
@@ -110,9 +111,9 @@ def expected_memory(config: RunConfig, model: PretrainedConfig, prompt: int, ran
     shards = ranks if config.distributed == "fsdp2" else 1
     output = text.vocab_size * text.hidden_size
     logits = min(CHUNK_BYTES[device], rows * width * text.vocab_size * WIDE)
-    # On the CPU the output layer is read in float32; its gradient is made in float32 everywhere.
+    # On the CPU, the output layer is converted to float32. Its gradient is float32 on every device.
     layer = output * WIDE * ((device == "cpu" and not wide) + is_whole)
-    # Both gradients of tied weights are held until they are added up.
+    # With tied weights, the gradients of both uses exist until they are added.
     gradients = is_whole * output * size * (2 if text.tie_word_embeddings else 1) + (0 if wide else trained * size)
     return Memory(
         weights=parameters * size + (parameters * WIDE // shards if shards > 1 else 0),
@@ -128,7 +129,7 @@ def expected_memory(config: RunConfig, model: PretrainedConfig, prompt: int, ran
 
 
 def _sampling(config: RunConfig, text: PretrainedConfig, prompt: int) -> tuple[int, int]:
-    """Bytes that the embedded engine keeps of the rollouts under way, and those that a step of it takes."""
+    """(bytes of the embedded engine's slots, temporary bytes of one sampling step)."""
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     size = WIDE if config.policy.dtype == "float32" else 2
@@ -141,7 +142,7 @@ def _sampling(config: RunConfig, text: PretrainedConfig, prompt: int) -> tuple[i
 
 
 def trace(config: RunConfig, model: PretrainedConfig, layers: int, rows: int, width: int) -> Trace:
-    """A policy with this many layers, which reads (rows, width) tokens on fake tensors."""
+    """Run a policy with this many layers forward and backward over (rows, width) fake tokens, and measure it."""
     shallow = copy.deepcopy(model)
     text = shallow.get_text_config(decoder=True)
     text.num_hidden_layers = layers
@@ -165,7 +166,7 @@ def trace(config: RunConfig, model: PretrainedConfig, layers: int, rows: int, wi
 
 
 def _fill_with_fakes(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Put fake tensors of the CPU in the place of a model's tensors: parameters of `dtype` that hold on to no gradient."""
+    """Replace a model's tensors by fake CPU tensors; parameters have this `dtype` and drop their gradients."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             fake = torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device="cpu"), parameter.requires_grad)
@@ -181,7 +182,7 @@ def _drop_gradient(parameter: torch.Tensor) -> None:
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of the tensors that are made within and still there, and the most that there were at once."""
+    """Counts the bytes of the tensors made inside the block that still exist, and the most at one time."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -207,18 +208,18 @@ class _Live(TorchDispatchMode):
 
 
 def memory_there_is(device: str, ranks: int) -> int:
-    """Bytes of the GPU, or of this machine's memory for each of its ranks."""
+    """Total bytes of the GPU, or this rank's share of the machine's memory."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[1]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
 
 
 def memory_report(config: RunConfig, model: PretrainedConfig, prompt: int, ranks: int, device: str) -> str:
-    """A line that says what `expected_memory` comes to and, where that is more than there is, what would lower it most."""
+    """One line with the expected memory and, if it exceeds the memory there is, the setting that would lower it most."""
     try:
         expected, there_is = expected_memory(config, model, prompt, ranks, device), memory_there_is(device, ranks)
-    except Exception as error:  # an architecture whose code fake tensors cannot go through is trained nevertheless
-        return f"memory: not known of model_type={model.model_type!r} ({error!r:.200})"
+    except Exception as error:  # some architectures cannot run on fake tensors; they are trained without an estimate
+        return f"memory: cannot be estimated for model_type={model.model_type!r} ({error!r:.200})"
     parts = ", ".join(f"{f.name} {getattr(expected, f.name) / GIB:.2f}" for f in fields(expected) if getattr(expected, f.name))
     line = f"memory: at most {expected.peak / GIB:.2f} GiB expected, of {there_is / GIB:.2f} ({parts})"
     if expected.peak <= there_is:
@@ -232,7 +233,7 @@ def memory_report(config: RunConfig, model: PretrainedConfig, prompt: int, ranks
 
 
 def _savings(config: RunConfig, prompt: int, ranks: int) -> Iterator[str]:
-    """Settings that take less memory than those of `config`."""
+    """Settings, as for --set, that need less memory than those of `config`."""
     if not config.optimizer.gradient_checkpointing:
         yield "optimizer.gradient_checkpointing=true"
     if config.policy.lora is None:

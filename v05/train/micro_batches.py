@@ -1,4 +1,4 @@
-"""Micro-batches: the rollouts of a step in parts that a forward and backward pass holds at once."""
+"""Micro-batches: divides the rollouts of a step into parts, each for one forward and backward pass."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from numpy.typing import NDArray
 def micro_batches(
     prompts: NDArray[np.int64], completions: NDArray[np.int64], tokens: int, ranks: int = 1
 ) -> list[NDArray[np.int64]]:
-    """Which rollouts go together. Rank r of several takes every `ranks`-th of a part, from its r-th on.
+    """Divide n rollouts into parts of similar length, so that little is padding.
 
-    A pass holds as many rollouts as fit when each is padded to the longest prompt and the longest completion among them; a rollout
-    that is longer than that goes alone. Rollouts of like length go together, so that little is padding.
+    A part has as many rollouts as fit when each is padded to the longest prompt and the longest completion of the part. A rollout
+    that exceeds `tokens` alone has a part of its own. Of several ranks, rank r takes every `ranks`-th rollout of a part, from the
+    r-th on.
 
     Args:
-        prompts, completions: (n,) lengths of n rollouts, tokens.
-        tokens: that a pass of a process may hold, padding included.
+        prompts, completions: (n,) lengths in tokens.
+        tokens: most tokens, padding included, of one pass of one process.
 
     Returns:
-        parts of 0 .. n - 1, longest rollouts first.
+        Arrays of rollout numbers, which together are 0 .. n - 1; longest rollouts first.
     """
     longest_first = np.argsort(-(prompts + completions), kind="stable")
     parts: list[NDArray[np.int64]] = []

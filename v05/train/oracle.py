@@ -1,4 +1,4 @@
-"""The true prior, for comparison: the policy's own chance of the reference answer."""
+"""The true prior, for comparison: the probability that the policy samples the reference answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from v05.rollout import Completion
 from v05.rollout.limits import stop_tokens
 from v05.rollout.scoring import completion_logprobs
 
-BLOCK = 512  # answers a forward pass
+BLOCK = 512  # answers per forward pass
 
 
 @torch.no_grad()
@@ -25,12 +25,12 @@ def answer_probability(
     answers: Sequence[str],
     max_new_tokens: int,
 ) -> NDArray[np.float64]:
-    """(P,) chance that the policy samples the reference answer: the true success rate where no other answer is right.
+    """(P,) probability that the policy samples the reference answer: the true success rate if no other answer is right.
 
     Args:
         prompts: token ids of P prompts.
         answers: their reference answers.
-        max_new_tokens: limit of a completion; a longer answer has no chance.
+        max_new_tokens: longest completion; a longer answer has probability 0.
     """
     stops = stop_tokens(tokenizer, model.generation_config)
     parts = [np.zeros(0)]
@@ -49,7 +49,7 @@ def _chances(
     answers: Sequence[tuple[int, ...]],
     max_new_tokens: int,
 ) -> NDArray[np.float64]:
-    """(P,) chance that the policy samples just these tokens; 0 where they are too many."""
+    """(P,) probability that the policy samples exactly these tokens; 0 for more than `max_new_tokens`."""
     completions = [Completion(np.array(tokens), np.zeros(len(tokens), dtype=np.float32), True) for tokens in answers]
     logprobs = completion_logprobs(model, prompts, completions, pad)
     lengths = torch.tensor([len(tokens) for tokens in answers], device=logprobs.device)

@@ -1,8 +1,9 @@
-"""The first rollouts of a step, sampled while the last groups of the step before it are tested (`RunConfig.overlap`).
+"""Overlap of steps: sampling the first rollouts of the next step while the last groups of this step are tested
+(`RunConfig.overlap`).
 
-The engine then has room, which it would have at no other time: a sequential test asks for few rollouts at last. They come from the
-policy before its update, so that the step after it is off-policy by one update in them. The ratio in the loss is to the policy that
-they were sampled from, and its clipping bounds their weight.
+A sequential test asks for few rollouts towards the end of a step, so the engine has room then. Rollouts that are sampled ahead come
+from the policy before its update, and are off-policy by one update. The loss takes the probability ratio to the policy that sampled
+them, and its clipping bounds their weight.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from v05.tasks import Prompt
 
 
 class PromptQueue:
-    """A task's prompts in order, the next of which may be looked at before they are drawn."""
+    """A task's prompts in order. The next prompts can be looked at before they are drawn."""
 
     def __init__(self, prompts: Iterator[tuple[int, Prompt]]) -> None:
         self._prompts = prompts
         self._seen: deque[tuple[int, Prompt]] = deque()
 
     def look(self, count: int) -> list[tuple[int, Prompt]]:
-        """The next `count`, which stay in the queue."""
+        """The next `count` prompts, which stay in the queue."""
         self._seen.extend(itertools.islice(self._prompts, max(0, count - len(self._seen))))
         return list(itertools.islice(self._seen, count))
 
     def draw(self, count: int) -> list[tuple[int, Prompt]]:
-        """The next `count`, which leave it."""
+        """The next `count` prompts, which leave the queue."""
         drawn = self.look(count)
         for _ in drawn:
             self._seen.popleft()
@@ -42,8 +43,7 @@ class PromptQueue:
 
 
 def requests_ahead(prompt_tokens: Sequence[tuple[int, ...]], first_group: int, initial: int, seed: int) -> list[Request]:
-    """The requests that an allocator of this seed will make first for groups first_group, first_group + 1, ...: `initial` a prompt,
-    in order."""
+    """The first `initial` requests per prompt, in order, that an allocator with this seed will make for groups first_group, ..."""
     allocator = RolloutAllocator(rule="uniform", initial=initial, maximum=initial, seed=seed)
     allocator.open(np.arange(first_group, first_group + len(prompt_tokens)), np.full(len(prompt_tokens), np.nan))
     leases = allocator.lease(initial * len(prompt_tokens))
@@ -52,12 +52,12 @@ def requests_ahead(prompt_tokens: Sequence[tuple[int, ...]], first_group: int, i
 
 
 def places(completions: Sequence[Completion | None], initial: int) -> dict[tuple[int, int], Completion]:
-    """The completions of `requests_ahead` by their place: (prompt, index in its group)."""
+    """The completions of `requests_ahead` by their place: (prompt, index in the group). Failed ones (None) are left out."""
     return {divmod(i, initial): completion for i, completion in enumerate(completions) if completion is not None}
 
 
 def packed(completions: Sequence[Completion | None]) -> dict[str, torch.Tensor]:
-    """Completions as a checkpoint keeps them, all of one engine; a length of -1 stands for None."""
+    """Completions as tensors for a checkpoint. A length of -1 stands for None. All completions must be from the same engine."""
     known = [completion for completion in completions if completion is not None]
     arrays: dict[str, list[NDArray[Any]]] = {"tokens": [c.tokens for c in known], "logprobs": [c.logprobs for c in known]}
     squares = [c.sum_pi_squared for c in known if c.sum_pi_squared is not None]
@@ -72,7 +72,7 @@ def packed(completions: Sequence[Completion | None]) -> dict[str, torch.Tensor]:
 
 
 def unpacked(tensors: Mapping[str, torch.Tensor]) -> list[Completion | None]:
-    """What `packed` was given."""
+    """The completions that `packed` turned into these tensors."""
     lengths = tensors["lengths"].tolist()
     rows = {
         name: iter(np.split(tensors[name].numpy(), np.cumsum([n for n in lengths if n >= 0])[:-1]))

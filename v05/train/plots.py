@@ -1,4 +1,4 @@
-"""A comparison's plots as PNG files: learning curves on both axes that cost something, and what happened on the way."""
+"""Plots of a comparison as PNG files: learning curves over rollouts and over time, and measurements during the runs."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from matplotlib.figure import Figure
 
 STEP_PLOTS = {
     "grad_norm": "gradient norm before clipping",
-    "group_size": "rollouts a prompt",
+    "group_size": "rollouts per prompt",
 }
 SMOOTHED_STEPS = 10
-LINES = ("-", "--", ":", "-.")  # of the variants of one method
+LINES = ("-", "--", ":", "-.")  # for the variants of one method
 
 
 def draw_all(runs: Mapping[str, Sequence[Run]], directory: Path) -> list[Path]:
-    """Draw every plot of the comparison `runs` (label -> seeds) into `directory`; returns the files."""
+    """Draw all plots of the comparison `runs` (label -> runs of all seeds) into `directory`; returns the files."""
     files = [
         _learning_curves(runs, "rollouts", "training rollouts", directory / "accuracy_by_rollouts.png"),
         _learning_curves(runs, "seconds", "training time (s, wall clock)", directory / "accuracy_by_time.png"),
-        _learning_curves(runs, "rollouts", "training rollouts", directory / "entropy.png", "entropy", "entropy (nats a token)"),
+        _learning_curves(runs, "rollouts", "training rollouts", directory / "entropy.png", "entropy", "entropy (nats per token)"),
         _baseline_error(runs, directory / "baseline_mse.png"),
     ]
     return files + [_steps(runs, key, label, directory / f"{key}.png") for key, label in STEP_PLOTS.items()]
 
 
 def _styled(runs: Mapping[str, Sequence[Run]]) -> Iterator[tuple[Sequence[Run], dict[str, Any]]]:
-    """Each label's runs and how they are drawn: in the colour of the method, by a line that tells it from others of the method."""
+    """Each label's runs, with the label, the method's colour, and a line style that differs among variants of one method."""
     seen: Counter[str] = Counter()
     for label, group in runs.items():
         method = group[0].result["method"]
@@ -61,7 +61,7 @@ def _learning_curves(
 
 
 def _takeaway(runs: Mapping[str, Sequence[Run]]) -> str:
-    """What the method that gained most gained, and beside it the method that all are measured against."""
+    """The gain of the method that gained most, and the gain of the reference method."""
 
     def gain(label: str) -> float:
         return float(np.mean([run.result["accuracy_after"] - run.result["accuracy_before"] for run in runs[label]]))
@@ -87,7 +87,7 @@ def _baseline_error(runs: Mapping[str, Sequence[Run]], file: Path) -> Path:
 def _steps(runs: Mapping[str, Sequence[Run]], key: str, y_label: str, file: Path) -> Path:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for group, style in _styled(runs):
-        steps = [s for s in group[0].steps if s[key] is not None]  # one seed: averaging would hide the spread
+        steps = [s for s in group[0].steps if s[key] is not None]  # one seed only, because averaging would hide the spread of steps
         values = np.array([s[key] for s in steps])
         window = min(SMOOTHED_STEPS, max(len(values), 1))
         smooth = np.convolve(values, np.ones(window) / window, mode="valid") if len(values) else values

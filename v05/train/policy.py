@@ -1,8 +1,8 @@
-"""The policy: a Hugging Face causal language model, either a folder on disk or a small character-level decoder made here.
+"""The policy: a Hugging Face causal language model, either from a folder on disk or a small character-level decoder made here.
 
-The small one is warm-started by supervised training on the task's own training prompts, so that its pass rates spread over
-(0, 1): reinforcement learning has nothing to do at 5 % and little at 85 %. The result is an ordinary model folder, cached by a
-hash of what made it.
+The small decoder is warm-started by supervised training on the task's training prompts, until its success rates spread over (0, 1):
+reinforcement learning can start from nothing at 5 %, and has little left to gain at 85 %. The result is an ordinary model folder,
+cached under a hash of the settings that made it.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from v05.tasks import Prompt, Task, heldout_set
 from v05.train.config import PolicyConfig
 from v05.train.identity import identity_of
 
-disable_progress_bar()  # a bar per weight file would cut through the run's own
+disable_progress_bar()  # a bar per weight file would break the run's own progress display
 
-VERSION = 1  # of the warm start; a new number makes all policies anew
-VALIDATION_START = 1_000_000  # held-out prompts that evaluations, which start at 0, do not use
-IGNORED = -100  # a label that cross-entropy skips
-POSITIONS = 4096  # that a policy which was warm-started here may use; rotary embeddings set no limit of their own
+VERSION = 1  # of the warm start; a new number makes all cached policies invalid
+VALIDATION_START = 1_000_000  # first held-out prompt of validation; evaluations start at 0 and do not reach it
+IGNORED = -100  # the label that cross-entropy ignores
+POSITIONS = 4096  # that a policy warm-started here may use; rotary embeddings themselves have no limit
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a printable ASCII character, newline included."""
+    """A tokenizer with one token per printable ASCII character, including newline."""
     vocabulary = [PAD, EOS, UNKNOWN, "\n", *string.printable[:95]]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
@@ -91,7 +91,7 @@ def demand_model_folder(path: Path) -> None:
 
 
 def load_policy(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
-    """Model (on the accelerator if there is one) and tokenizer of a local folder."""
+    """(model, tokenizer) of a local folder; the model is on the GPU if there is one. Raises ValueError for an unusable folder."""
     demand_model_folder(path)
     model: PreTrainedModel = load_pretrained(AutoModelForCausalLM, path, dtype=dtype)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
@@ -99,22 +99,22 @@ def load_policy(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrai
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a local folder, with a pad token. ValueError where nothing ends a completion."""
+    """The tokenizer of a local folder, with a pad token. Raises ValueError if no token ends a completion."""
     tokenizer = load_pretrained(AutoTokenizer, path)
     stops = stop_tokens(tokenizer, load_generation_config(path))
-    if tokenizer.pad_token_id is None:  # masked wherever it stands, so that any token will do
+    if tokenizer.pad_token_id is None:  # padding is always masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(stops[0])
     return tokenizer
 
 
 def chat_tokens(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
-    """Token ids of a prompt in the tokenizer's chat template, up to where the model answers: of its messages, or as a user's.
+    """Token ids of a prompt in the tokenizer's chat template, up to where the model answers.
 
-    Raises ValueError where the tokenizer has no chat template.
+    A prompt without messages becomes a single user message. Raises ValueError if the tokenizer has no chat template.
     """
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"the prompt {prompt.text[:60]!r} is a chat, but the tokenizer has no chat template; give it one, or the prompt as text"
+            f"the prompt {prompt.text[:60]!r} is a chat, but the tokenizer has no chat template; add one, or give the text"
         )
     messages = [{"role": role, "content": content} for role, content in prompt.messages or (("user", prompt.text),)]
     chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -122,17 +122,17 @@ def chat_tokens(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
 
 
 def policy_folder(config: PolicyConfig, task_config: BaseModel, task: Task, report: Callable[[str], None]) -> Path:
-    """The folder of the policy to start from; warm-starts and caches the character-level one the first time."""
+    """The folder of the policy that training starts from. A character-level policy is warm-started and cached at first use."""
     if config.path is not None:
         return config.path
-    made = config.model_dump(mode="json", exclude={"dtype", "lora"})  # which concern what is trained from it
+    made = config.model_dump(mode="json", exclude={"dtype", "lora"})  # dtype and lora do not affect the warm start
     made_of = json.dumps([VERSION, made, identity_of(task_config)], sort_keys=True)
     key = hashlib.blake2b(made_of.encode(), digest_size=8).hexdigest()
     folder = cache_root() / f"warm-start-{key}"
     if not folder.is_dir():
         model, tokenizer = warm_start(config, task, report)
         scratch = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
-        with explained(folder, "the warm start begins anew"):
+        with explained(folder, "the warm start will begin again"):
             try:
                 scratch.mkdir(parents=True)
                 model.save_pretrained(scratch)
@@ -142,15 +142,17 @@ def policy_folder(config: PolicyConfig, task_config: BaseModel, task: Task, repo
                 scratch.rename(folder)  # atomic: another process never sees half a folder
             except Exception:
                 shutil.rmtree(scratch, ignore_errors=True)
-                if not folder.is_dir():  # else another process was first
+                if not folder.is_dir():  # otherwise another process has finished the same warm start
                     raise
     return folder
 
 
 def warm_start(config: PolicyConfig, task: Task, report: Callable[[str], None]) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Train a fresh character-level policy on right answers until `target_accuracy`, then decay the learning rate.
+    """Train a new character-level policy on right answers until it reaches `target_accuracy`, then decay the learning rate to 0.
 
-    Raises RuntimeError if `max_steps` do not suffice: the task is too hard for a policy of this size.
+    Raises:
+        RuntimeError: `max_steps` do not suffice; the task may be too hard for a policy of this size.
+        NotFiniteError: training has diverged.
     """
     settings = config.warm_start
     torch.manual_seed(settings.seed)
@@ -196,7 +198,7 @@ def warm_start(config: PolicyConfig, task: Task, report: Callable[[str], None]) 
 
 
 def _supervised_batch(prompts: list[Prompt], tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens, labels), both (B, L), padded on the right; labels cover the answer and its end only."""
+    """(tokens, labels), both (B, L) int64, padded on the right. Only the answer and its end token have labels."""
     asked = tokenizer([p.text for p in prompts], add_special_tokens=False)["input_ids"]
     answers = tokenizer([p.answer for p in prompts], add_special_tokens=False)["input_ids"]
     longest = max(len(a) + len(b) for a, b in zip(asked, answers, strict=True)) + 1

@@ -1,6 +1,6 @@
-"""What the readers of a run's files count on: the fields of a record of metrics.jsonl by its kind, and those of result.json.
+"""The fields that readers of a run's files rely on: those of each kind of record in metrics.jsonl, and those of result.json.
 
-Fields that earlier versions did not write are optional, and null is what NaN was. Other fields and other kinds are passed over.
+Fields that earlier versions of v05 did not write are optional. null stands for NaN. Other fields and other kinds are ignored.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from v05.messages import explained_places
 
 Count = Annotated[float, Field(ge=0)]
-Histogram = list[Count]  # empty where every group was thrown away
+Histogram = list[Count]  # empty if every group of the step was discarded
 Sums = Annotated[list[float], Field(min_length=3, max_length=3)]  # groups, priors, outcomes
 TENTHS = 10  # bins of a share
 
@@ -110,13 +110,13 @@ KINDS: dict[str, type[Record]] = {"evaluation": Evaluation, "probe": Probe, "fin
 
 
 def check_record(record: dict[str, Any], where: str) -> None:
-    """ValueError, with `where`, if a record of metrics.jsonl is none."""
+    """Raise ValueError, beginning with `where`, if a record of metrics.jsonl is invalid."""
     kind = record.get("kind")
     _check(KINDS.get(kind, Record) if isinstance(kind, str) else Record, record, where)
 
 
 def check_result(result: dict[str, Any], where: str) -> None:
-    """ValueError, with `where`, if what result.json holds is no result of a run."""
+    """Raise ValueError, beginning with `where`, if the content of result.json is invalid."""
     _check(Result, result, where)
 
 

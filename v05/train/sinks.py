@@ -1,7 +1,7 @@
-"""Where a run's figures go beside metrics.jsonl: TensorBoard always, Weights & Biases when asked for.
+"""Sinks for a run's metrics besides metrics.jsonl: TensorBoard always, Weights & Biases on request.
 
-Both show every figure over training rollouts, which all methods share, under its record's kind and its own name: "step/accuracy",
-"evaluation/accuracy", "probe/baseline_mse". What only a list can hold stays in metrics.jsonl.
+Both plot every number over training rollouts, which are comparable between methods. A number's name is its record's kind and its
+own name, such as "step/accuracy", "evaluation/accuracy" or "probe/baseline_mse". Lists are only in metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ TENSORBOARD, WANDB_ID = "tensorboard", "wandb_id"
 
 
 class Sink(Protocol):
-    """Takes figures as they come, from one process."""
+    """Receives the metrics of a run, in one process."""
 
     def start(self, rollouts: int) -> None:
-        """Begin, or go on: what was shown beyond `rollouts` is about to happen again and must not stand twice."""
+        """Begin a run, or resume it after `rollouts`: later metrics will be shown again, and must not appear twice."""
         ...
 
     def show(self, figures: Mapping[str, float], rollouts: int) -> None:
-        """Figures of the run once it had spent `rollouts`."""
+        """Show the metrics `figures` of the run after `rollouts`."""
         ...
 
     def flush(self) -> None:
-        """Have the disk hold what was shown: a checkpoint follows."""
+        """Write all metrics to the disk, because a checkpoint follows."""
         ...
 
     def close(self) -> None: ...
@@ -46,13 +46,14 @@ class Sink(Protocol):
 
 @contextmanager
 def interrupted_later() -> Iterator[None]:
-    """Ctrl-C takes effect at the end of the block.
+    """Delay the effect of Ctrl-C to the end of the block.
 
-    TensorBoard hands figures to a thread through a queue. An exception within the queue's locks can lose the thread's wake-up or
-    leave a lock taken, and closing would then wait for a thread that waits.
+    TensorBoard passes metrics to a thread through a queue. An exception while the queue holds a lock can lose the thread's wake-up
+    or leave the lock taken, and closing would then wait forever.
     """
     handler = signal.getsignal(signal.SIGINT)
-    if handler is None or threading.current_thread() is not threading.main_thread():  # not Python's, or never raised here
+    # The handler is not Python's, or this thread never gets the signal.
+    if handler is None or threading.current_thread() is not threading.main_thread():
         yield
         return
     came = False
@@ -71,7 +72,7 @@ def interrupted_later() -> Iterator[None]:
 
 
 def figures_of(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of a record, but for what they are shown over."""
+    """The finite numbers of a record as "kind/name", without rollouts and step, which are the horizontal axis."""
     return {
         f"{kind}/{name}": float(value)
         for name, value in values.items()
@@ -80,14 +81,16 @@ def figures_of(kind: str, values: Mapping[str, Any]) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Event files in `directory`/tensorboard, one a start; each has TensorBoard drop what is to be repeated of those before."""
+    """Writes event files to `directory`/tensorboard, one per start. Each tells TensorBoard to drop the metrics that will be
+    repeated."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory / TENSORBOARD
         self._writer: SummaryWriter | None = None
 
     def start(self, rollouts: int) -> None:
-        from torch.utils.tensorboard.writer import SummaryWriter  # now: the trainer's functions serve hosts without it too
+        # Imported here, so that the trainer's functions also work without TensorBoard.
+        from torch.utils.tensorboard.writer import SummaryWriter
 
         with interrupted_later():
             self._writer = SummaryWriter(str(self._directory), purge_step=rollouts + 1 if rollouts else 0)
@@ -107,13 +110,13 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of `project` on Weights & Biases; its id is kept in `directory`, so that an interrupted run goes on under it.
+    """A run of `project` on Weights & Biases. Its id is kept in `directory`, so that an interrupted run resumes under the same id.
 
-    Figures repeated after an interruption carry steps that Weights & Biases has: online it drops what is earlier than its last.
-    With WANDB_MODE=offline each start leaves a folder of its own, under the same id, for `wandb sync`.
+    After an interruption, some steps are logged again; online, Weights & Biases drops steps that are not later than its last one.
+    With WANDB_MODE=offline, each start writes a folder of its own, under the same id, for `wandb sync`.
 
     Raises:
-        ValueError: the package wandb is not installed, or does not let us in.
+        ValueError: the package wandb is not installed, or the login fails.
     """
 
     def __init__(self, directory: Path, project: str, config: RunConfig) -> None:
@@ -143,7 +146,7 @@ class WeightsAndBiases:
         self._run.log(dict(figures), step=rollouts)
 
     def flush(self) -> None:
-        """Weights & Biases writes by itself."""
+        """Do nothing: Weights & Biases writes on its own."""
 
     def close(self) -> None:
         if self._run is not None:

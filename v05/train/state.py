@@ -1,4 +1,4 @@
-"""Where a run stands between two steps, and how a checkpoint keeps all that its coming steps depend on."""
+"""The state of a run between two steps, and its conversion to and from a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from v05.train.overlap import packed, unpacked
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands, to be shown.
+    """The progress of a run, for display.
 
     Attributes:
-        rollouts, total: training rollouts spent and wanted.
-        evaluations: of the held-out set after the first step.
-        accuracy: held-out, last.
-        rollouts_per_second: of training, on average; NaN before the first step.
-        group_size: running mean of rollouts a prompt.
-        prior_rejected: share of the last step's groups whose prior was rejected; NaN without one.
+        rollouts, total: training rollouts so far, and of the whole run.
+        evaluations: number of held-out evaluations after the one before training.
+        accuracy: held-out accuracy at the last evaluation.
+        rollouts_per_second: mean speed of training; NaN before the first step.
+        group_size: running mean of rollouts per prompt.
+        prior_rejected: share of the last step's groups whose prior was rejected; NaN for methods without a test.
     """
 
     rollouts: int
@@ -42,17 +42,18 @@ class Progress:
 
 @dataclass
 class TrainerState:
-    """What a run has come to between two steps, beside its tensors; the same on every rank, but for the seconds.
+    """The counters of a run between two steps. They are equal on every rank, except for `seconds`.
 
     Attributes:
-        next_prompt: where in the task's training prompts the next step reads on.
-        group_size: running mean of rollouts a prompt.
-        steps, groups: optimiser steps taken, groups opened.
-        rollouts, generated_tokens: spent on training, thrown away ones included.
-        seconds: of training.
-        evaluations: of the held-out set after the first step, at equal distances in rollouts.
-        accuracy_before, accuracy: held-out, before the first step and last; None before the first evaluation.
-        successes: of each held-out prompt, if the policy has not changed since it was evaluated.
+        next_prompt: position in the task's training prompts at which the next step starts.
+        group_size: running mean of rollouts per prompt.
+        steps, groups: training steps taken, groups opened.
+        rollouts, generated_tokens: spent on training, including discarded rollouts.
+        seconds: training time.
+        evaluations: number of held-out evaluations after the one before training, evenly spaced in rollouts.
+        accuracy_before, accuracy: held-out accuracy before training, and at the last evaluation; None before the first evaluation.
+        successes: successful rollouts of each held-out prompt; None if the policy has changed since its last evaluation.
+        final: the measurements at the end of the run (greedy, mean_at_k, pass_at_k, k).
     """
 
     next_prompt: int
@@ -69,7 +70,7 @@ class TrainerState:
     final: dict[str, float] = field(default_factory=dict)
 
     def progress(self, total: int, prior_rejected: float) -> Progress:
-        """The part of it that is shown; the run must have been evaluated once."""
+        """The progress to display. The run must have been evaluated at least once."""
         assert self.accuracy is not None
         return Progress(
             self.rollouts,
@@ -83,7 +84,7 @@ class TrainerState:
 
 
 def result_of(config: RunConfig, state: TrainerState) -> dict[str, Any]:
-    """What result.json holds of a run that has ended (v05.train.records)."""
+    """The content of result.json for a finished run (v05.train.records)."""
     return {
         "method": config.method,
         "seed": config.seed,
@@ -110,10 +111,10 @@ def snapshot(
     """The checkpoint of a run.
 
     Args:
-        identity: of its configuration (v05.train.identity), by which the run knows the checkpoint again.
-        metrics_bytes: length of what it has recorded.
-        policy: what `Learner.state_dict` gave.
-        ahead: completions that were sampled for the coming step.
+        identity: digest of the run's identity (v05.train.identity), which must be equal on resumption.
+        metrics_bytes: length of metrics.jsonl.
+        policy: the tensors of `Learner.state_dict`.
+        ahead: completions that were sampled ahead for the next step.
     """
     learnt = {
         part: {name: torch.from_numpy(value) for name, value in arrays.items()} for part, arrays in estimator.state_dict().items()
@@ -128,10 +129,11 @@ def snapshot(
 def restore(
     path: Path, identity: str, learner: Learner, estimator: Estimator
 ) -> tuple[TrainerState, int, RolloutAllocator, list[Completion | None]]:
-    """Give learner, estimator and torch's random numbers what the checkpoint at `path` holds; returns the rest of `snapshot`: the
-    state, the length of the metrics in bytes, the allocator, and the completions that were sampled ahead.
+    """Restore learner, estimator and torch's random state from the checkpoint at `path`.
 
-    ValueError if the checkpoint is of another configuration. Nothing has changed then.
+    Returns the rest of it: (state, length of metrics.jsonl in bytes, allocator, completions that were sampled ahead).
+
+    Raises ValueError if the checkpoint belongs to another configuration; nothing is changed then.
     """
     checkpoint = read_checkpoint(path)
     if checkpoint.state["config"] != identity:

@@ -1,4 +1,4 @@
-"""What a step records: figures and histograms of its groups, the seconds of its stages, and completions to read."""
+"""The records of a step: statistics and histograms of its groups, seconds per stage, and completions to read."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from v05.rollout import Completion
 from v05.rollout.scheduler import RolloutBatch
 from v05.train.records import TENTHS
 
-SAMPLED_GROUPS, SAMPLED_COMPLETIONS = 8, 4  # of a step that follows an evaluation: completions to read
-SAMPLED_CHARACTERS = 4000  # of each text
+SAMPLED_GROUPS, SAMPLED_COMPLETIONS = 8, 4  # groups, and completions of each, that are recorded after an evaluation
+SAMPLED_CHARACTERS = 4000  # that are kept of each text
 
 
 class Stopwatch:
-    """Seconds of the stages of a step, one after the other from now on."""
+    """Measures the seconds of consecutive stages of a step, starting when it is made."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
-        """The stage ends here."""
+        """End the present stage, and name it."""
         now = time.perf_counter()
         self.seconds[stage] = now - self._last
         self._last = now
@@ -38,10 +38,10 @@ class Stopwatch:
 def mismatch(
     trainer_logprobs: Sequence[NDArray[np.float32]] | None, engine_logprobs: Sequence[NDArray[np.float32]], cap: float | None
 ) -> dict[str, float]:
-    """How far the engine's policy is from the trainer's, over all tokens of all rollouts; NaN where that was not looked at.
+    """Differences between the engine's and the trainer's policy over all tokens of all rollouts; NaN if they were not compared.
 
-    `mismatch`: mean absolute difference of log-probabilities, nats. `mismatch_ratio`: mean of the trainer's probability / the
-    engine's, 1 in expectation. `capped_fraction`: of tokens whose ratio is above `cap`.
+    `mismatch`: mean absolute difference of log-probabilities, in nats. `mismatch_ratio`: mean of the trainer's probability over the
+    engine's, which is 1 in expectation. `capped_fraction`: share of tokens whose ratio is above `cap`.
     """
     if not trainer_logprobs:
         return dict.fromkeys(("mismatch", "mismatch_ratio", "capped_fraction"), float("nan"))
@@ -55,9 +55,9 @@ def mismatch(
 
 
 def group_figures(batch: RolloutBatch, stats: AdvantageStats, initial: int) -> dict[str, Any]:
-    """What the groups of a step came to, in the mean and as histograms; NaN or None for what the method has not.
+    """Means and histograms over the groups of a step; NaN or None for quantities that the method does not have.
 
-    `initial` is how many rollouts every group gets whatever its rewards.
+    `initial` is the number of rollouts that every group gets whatever its rewards.
     """
     sizes = np.diff(batch.offsets)
     weight, hallucination, prior = stats.weight, stats.hallucination, stats.prior
@@ -79,13 +79,13 @@ def group_figures(batch: RolloutBatch, stats: AdvantageStats, initial: int) -> d
 def gradient_noise(batch: RolloutBatch, rewards: NDArray[np.float64], advantages: NDArray[np.float64], scaled: bool) -> float:
     """The second moment of one rollout's gradient over the mean energy: sum A^2 E / (c^2 sum E), reward units squared.
 
-    Energies are what the engine knows of them (v05.energy). c is by how much a method that divides by a scale stretches its
-    advantages: their slope on the rewards within groups. NaN where there is no energy, or nothing to take that slope from.
+    A are advantages, and E energies as far as the engine knows them (v05.energy). c is the factor by which a method that divides by
+    a scale stretches its advantages: their slope on the rewards within groups. NaN if the energies, or the slope, are 0.
 
     Args:
         batch: G groups, N rollouts.
         rewards, advantages: (N,), as trained on.
-        scaled: the method divides its advantages.
+        scaled: whether the method divides its advantages by a scale.
     """
     energies = np.array([completion.energy for completion in batch.completions])
     stretch = 1.0
@@ -100,22 +100,23 @@ def gradient_noise(batch: RolloutBatch, rewards: NDArray[np.float64], advantages
 
 
 def rejected(stats: AdvantageStats) -> float:
-    """Share of the groups whose prior the test rejected, or (calibrated) more probably hallucinates than not; NaN for others."""
+    """Share of groups whose prior the test rejected, or (calibrated) whose prior hallucinates with probability above 1/2; NaN for
+    other methods."""
     if stats.weight is not None:
         return float((stats.weight > 0).double().mean())
     return float((stats.hallucination > 0.5).double().mean()) if stats.hallucination is not None else float("nan")
 
 
 def histogram(shares: torch.Tensor) -> list[int]:
-    """Groups in each of ten equal bins of their (G,) shares, [0, 0.1) first."""
+    """Number of groups in each tenth of [0, 1] by their (G,) shares, [0, 0.1) first. NaN is left out."""
     counts: list[int] = np.bincount(tenth(shares[~shares.isnan()].numpy()), minlength=TENTHS).tolist()
     return counts
 
 
 def prior_outcomes(batch: RolloutBatch, initial: int) -> list[list[float]]:
-    """(groups, sum of priors, sum of outcomes) in each of ten equal bins of the prior; what happened to them adds up over steps.
+    """(groups, sum of priors, sum of outcomes) for each tenth of the prior. The sums can be added over steps.
 
-    A group's outcome is the mean of its first `initial` rewards: those that came later did because of the first.
+    A group's outcome is the mean of its first `initial` rewards, because later rollouts depend on the first rewards.
     """
     sizes = np.diff(batch.offsets)
     group_of = np.repeat(np.arange(len(sizes)), sizes)
@@ -129,12 +130,12 @@ def prior_outcomes(batch: RolloutBatch, initial: int) -> list[list[float]]:
 
 
 def tenth(shares: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Which of ten equal bins of [0, 1] each share falls into."""
+    """The tenth of [0, 1], 0 to 9, that each share falls into."""
     return np.minimum((shares * TENTHS).astype(np.int64), TENTHS - 1)
 
 
 def calibration_figures(calibrator: Calibrator | None) -> dict[str, float]:
-    """What the coming step trusts the prior by, and how many fits have failed; nothing for methods that do not ask."""
+    """The calibration that the next step will use, and the number of failed fits; empty for methods without calibration."""
     if calibrator is None:
         return {}
     numbers = {f"calibration_{name}": value for name, value in asdict(calibrator.calibration).items()}
@@ -144,7 +145,8 @@ def calibration_figures(calibrator: Calibrator | None) -> dict[str, float]:
 def sampled_groups(
     batch: RolloutBatch, stats: AdvantageStats, advantages: Sequence[float], decode: Callable[[Completion], str]
 ) -> Iterator[dict[str, Any]]:
-    """The step's first groups with their first completions to read, long texts cut: at most 200,000 characters in all."""
+    """Records of the step's first groups and their first completions. Long texts are shortened: at most 200,000 characters in
+    all."""
     for g, prompt in enumerate(batch.prompts[:SAMPLED_GROUPS]):
         start, end = batch.offsets[g : g + 2].tolist()
         completions = [
@@ -163,7 +165,7 @@ def sampled_groups(
 
 
 def shortened(text: str) -> str:
-    """The text, or where it is long its beginning and its end."""
+    """The text; of a long one, its beginning and its end."""
     half = SAMPLED_CHARACTERS // 2
     left_out = len(text) - 2 * half
     return text if left_out <= 0 else f"{text[:half]} [... {left_out} characters ...] {text[-half:]}"

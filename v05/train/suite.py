@@ -2,10 +2,10 @@
 
     v05 compare --suite headline --out runs/headline
 
-First every method of `Suite.tuned` is tuned on every mix: one seed, fewer rollouts, other held-out prompts. Then every method runs
-with every seed at the rate that won. A run that ends becomes a row of runs.csv (v05.train.suite_rows), which holds all that tables
-and figures are made of (v05.train.suite_summary); a run that has a row is not run again, so the suite goes on where it stopped, in
-other processes or on another day.
+First, every method of `Suite.tuned` is tuned on every mix, with one seed, fewer rollouts and other held-out prompts. Then every
+method runs with every seed at its best learning rate. Each finished run becomes a row of runs.csv (v05.train.suite_rows), from
+which all tables and figures are made (v05.train.suite_summary). A run that has a row is not run again, so an interrupted suite can
+be resumed at any time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from v05.methods import METHODS
 from v05.train.config import EvaluationConfig, RunConfig
 from v05.train.presets import run_config
 
-TUNING_SEED = 1000  # no seed that counts
+TUNING_SEED = 1000  # differs from the seeds of counted runs
 RIVALS = tuple(method.name for method in METHODS.values() if method.rival)
 RunKey = tuple[str, str, str, int, float, int]  # stage, mix, label, seed, learning rate, total rollouts
 
@@ -27,13 +27,13 @@ class Suite:
     """An experiment.
 
     Attributes:
-        mixes: presets.
-        tuned: what is tuned -> what runs at its learning rate; as `run_config` reads it.
-        ablations: what is tuned -> what else runs at its learning rate, on the first mix only.
-        learning_rates: that are tried.
-        rollouts, tuning_rollouts: of a run.
-        seeds: of a method.
-        evaluation: of a run.
+        mixes: names of presets.
+        tuned: spec that is tuned -> specs that run at its learning rate, as `run_config` reads them.
+        ablations: spec that is tuned -> further specs that run at its learning rate, on the first mix only.
+        learning_rates: the rates that are tried.
+        rollouts, tuning_rollouts: training rollouts of a counted run, and of a tuning run.
+        seeds: seeds per method.
+        evaluation: the evaluation settings of a counted run.
     """
 
     mixes: tuple[str, ...]
@@ -47,14 +47,15 @@ class Suite:
 
     @property
     def specs(self) -> tuple[str, ...]:
-        """All that runs."""
+        """The specs of all counted runs."""
         return tuple(spec for specs in (*self.tuned.values(), *self.ablations.values()) for spec in specs)
 
     def only(self, specs: Collection[str]) -> Suite:
-        """The part of it that runs `specs`, at learning rates tuned as in the whole. ValueError names one that it has not."""
+        """The part of the suite that runs `specs`, with the same tuning. Raises ValueError for a spec that the suite does not
+        have."""
         for spec in specs:
             if spec not in self.specs:
-                raise ValueError(f"--methods {spec} is not of this suite; choose from {', '.join(self.specs)}")
+                raise ValueError(f"--methods {spec} is not in this suite; choose from {', '.join(self.specs)}")
 
         def chosen(parts: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
             return {tuned: tuple(spec for spec in of if spec in specs) for tuned, of in parts.items()}
@@ -84,7 +85,7 @@ SUITES = {
         },
         ablations={
             "v05@4": ("v05@1", "v05@8", "v05@4+noise"),
-            "v05@4..16": ("v05@4..16+cost=0.00123", "v05@4..16+cost=0.0123"),  # a decade around 1/256
+            "v05@4..16": ("v05@4..16+cost=0.00123", "v05@4..16+cost=0.0123"),  # a factor of 10, around 1/256
             "calibrated@2": ("calibrated@4+noise",),
             "dr_grpo@4": ("rloo@4",),
             "grpo@16": ("grpo@16+clip=10",),
@@ -96,7 +97,7 @@ SUITES = {
         seeds=5,
         evaluation=EvaluationConfig(evaluations=4, prompts=1024, samples=2, probe_prompts=16, probe_samples=64),
     ),
-    "smoke": Suite(  # a minute, for tests of the pipeline
+    "smoke": Suite(  # takes a minute, to test the pipeline
         mixes=("smoke",),
         tuned={"grpo@4": ("grpo@4",), "v05@4": ("v05@4", "v05@2..8+oracle")},
         ablations={"grpo@4": ("rloo@4",)},
@@ -111,7 +112,7 @@ SUITES = {
 
 @dataclass(frozen=True)
 class Planned:
-    """A run of a suite: its configuration, and what its row will be known by."""
+    """A run of a suite: its configuration, and the fields that identify its row."""
 
     stage: str
     mix: str
@@ -125,14 +126,14 @@ class Planned:
 
     @property
     def name(self) -> str:
-        """Its directory, below the suite's."""
+        """The run's directory, relative to the suite's."""
         rate = f"-lr{self.config.optimizer.learning_rate:g}" if self.stage == "tune" else ""
         return f"{self.stage}/{self.mix}/{self.label}{rate}-seed{self.config.seed}"
 
 
 def tuning_runs(suite: Suite) -> list[Planned]:
-    """What decides the learning rates."""
-    others = {"skip": suite.evaluation.prompts, "final_samples": 0}  # not the prompts that count
+    """The runs that decide the learning rates."""
+    others = {"skip": suite.evaluation.prompts, "final_samples": 0}  # skips the prompts that counted runs are evaluated on
     evaluation = suite.evaluation.model_copy(update=others)
     return [
         _planned("tune", mix, spec, TUNING_SEED, rate, suite.tuning_rollouts, evaluation)
@@ -143,7 +144,7 @@ def tuning_runs(suite: Suite) -> list[Planned]:
 
 
 def counted_runs(suite: Suite, rates: Mapping[tuple[str, str], float], seeds: int) -> list[Planned]:
-    """The runs that count, seed by seed: what is finished early compares all methods."""
+    """The runs that count, ordered by seed, so that an early stop has compared all methods on some seeds."""
     return [
         _planned("count", mix, spec, seed, rates[mix, tuned], suite.rollouts, suite.evaluation)
         for seed in range(seeds)

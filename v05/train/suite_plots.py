@@ -1,4 +1,4 @@
-"""A suite's figures as PNG files, from its rows alone: what the group size is worth, and accuracy over rollouts and tokens."""
+"""Figures of a suite as PNG files, made from its rows: accuracy over group size, over rollouts and over tokens."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from v05.train.suite_summary import TARGET, best_size, counted
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-VARIANTS = (  # of a budget with a test
+VARIANTS = (  # of a budget with a test: (pattern after the spec, marker, text of the legend)
     ("", "*", " with a test"),
     (r"\+oracle", "^", ", true prior"),
     (r"\+noise", "x", ", noise"),
     (r"\+weighting=rollout", "P", ", rollouts alike"),
 )
 
-APART = 1.015  # of two neighbouring methods at one size, so that their bars can be told apart
+APART = 1.015  # factor between the positions of neighbouring methods at one size, so that their bars do not overlap
 
 ByLabel = Mapping[str, Mapping[int, Row]]
 
 
 def draw_suite(rows: Sequence[Row], directory: Path) -> list[Path]:
-    """Draw every figure of the runs that count into `directory`; returns the files."""
+    """Draw all figures of the counted runs into `directory`; returns the files."""
     mixes = counted(rows)
     return [
         _group_sizes(mixes, directory / "accuracy_by_group_size.png"),
@@ -40,8 +40,10 @@ def draw_suite(rows: Sequence[Row], directory: Path) -> list[Path]:
 
 
 def _group_sizes(mixes: Mapping[str, ByLabel], file: Path) -> Path:
-    """Final accuracy over rollouts a prompt: a line for a method's fixed sizes, a star where a test decides, by a prior that is
-    learnt, true or noise, and where rollouts and not prompts weigh alike. Methods stand a little apart."""
+    """Final accuracy over rollouts per prompt: a line for each method's fixed sizes, and a marker for each budget with a test.
+
+    `VARIANTS` lists the markers. Methods are shifted slightly, so that they do not overlap.
+    """
     figure, panels = plt.subplots(1, len(mixes), figsize=(4.6 * len(mixes), 4.4), squeeze=False, layout="constrained")
     for axes, (mix, by_label) in zip(panels[0], mixes.items(), strict=True):
         for place, (method, rule) in enumerate(METHODS.items()):
@@ -77,7 +79,7 @@ def _group_sizes(mixes: Mapping[str, ByLabel], file: Path) -> Path:
         axes.axhline(start, color="k", lw=0.7, ls=":")
         axes.set_xscale("log", base=2)
         axes.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
-        axes.set(xlabel="rollouts a prompt", title=mix)
+        axes.set(xlabel="rollouts per prompt", title=mix)
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("final held-out accuracy, equal rollouts")
     handles = dict(zip(*reversed(panels[0][-1].get_legend_handles_labels()), strict=True))
@@ -88,7 +90,7 @@ def _group_sizes(mixes: Mapping[str, ByLabel], file: Path) -> Path:
 
 
 def _curves(mixes: Mapping[str, ByLabel], column: str, x_label: str, file: Path) -> Path:
-    """Accuracy over what it cost: every method at its best fixed group size, GRPO at 16, and V_0.5 with its test."""
+    """Accuracy over rollouts or tokens: every method at its best fixed group size, GRPO at 16, and V_0.5 with its test."""
     figure, panels = plt.subplots(1, len(mixes), figsize=(4.6 * len(mixes), 4.4), squeeze=False, layout="constrained")
     for axes, (mix, by_label) in zip(panels[0], mixes.items(), strict=True):
         best = [best_size(method, by_label) for method in METHODS]

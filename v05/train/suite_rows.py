@@ -1,4 +1,4 @@
-"""The finished runs of a suite: a row of runs.csv each."""
+"""runs.csv: one row per finished run of a suite."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ KINDS = {"int": int, "float": float, "str": str}
 
 @dataclass(frozen=True)
 class Row:
-    """A finished run: a line of runs.csv. Means are over the run's steps or probes; NaN where there is nothing to average.
+    """A finished run, as a row of runs.csv. Means are over the run's steps or probes; NaN if there is nothing to average.
 
     Attributes:
         stage: "tune" or "count".
-        mix, label, seed, learning_rate, total_rollouts: what was run; no two rows share them all.
-        rollouts, tokens, steps: spent.
-        accuracy_before, accuracy_after: on the held-out prompts.
-        group_size: rollouts a prompt.
-        prior_rejected: share of groups whose prior was.
-        baseline_mse: squared error of the baseline against fresh rollouts, without the first probe.
-        grad_norm: before clipping.
-        entropy_before, entropy_after: nats a token.
-        greedy, mean_at_k, pass_at_k, k: at the end, on the held-out prompts, as in result.json.
-        prior_auc: of the prior on the held-out prompts, at the end.
-        thrown_away: rollouts without signal (DAPO).
-        seconds: of training, and its stages.
-        samples: rollouts a held-out prompt.
-        successes: of each held-out prompt at the end, a digit each.
-        curve: [[rollouts, tokens, seconds, accuracy], ...] of each evaluation, as JSON.
+        mix, label, seed, learning_rate, total_rollouts: identify the run together with `stage`.
+        rollouts, tokens, steps: totals of training.
+        accuracy_before, accuracy_after: held-out accuracy.
+        group_size: mean rollouts per prompt.
+        prior_rejected: mean share of groups whose prior was rejected.
+        baseline_mse: mean squared error of the baseline against fresh rollouts, without the first probe.
+        grad_norm: mean gradient norm before clipping.
+        entropy_before, entropy_after: entropy in nats per token.
+        greedy, mean_at_k, pass_at_k, k: final measurements on the held-out prompts, as in result.json.
+        prior_auc: AUC of the prior on the held-out prompts, at the end.
+        thrown_away: rollouts discarded for lack of signal (DAPO).
+        seconds: training time; the other columns in seconds are its stages.
+        samples: rollouts per held-out prompt.
+        successes: successful rollouts of each held-out prompt at the end, one digit per prompt.
+        curve: JSON list of [rollouts, tokens, seconds, accuracy], one per evaluation.
     """
 
     stage: str
@@ -98,37 +98,39 @@ class Row:
 
 
 def in_order(suite: Suite, rows: Iterable[Row]) -> list[Row]:
-    """The rows as the suite lists its mixes and methods, whichever ended first; ValueError for one that is not of the suite."""
+    """The rows in the order of the suite's mixes and methods. Raises ValueError for a row that does not belong to the suite."""
     rows = list(rows)
     labels = list(suite.specs)
     for row in rows:
         if row.mix not in suite.mixes or row.label not in (*labels, *suite.tuned):
-            raise ValueError(f"{ROWS} has a run of {row.label} on {row.mix}, which this suite has not; give another --out")
+            raise ValueError(f"{ROWS} has a run of {row.label} on {row.mix}, which this suite does not have; give another --out")
     return sorted(rows, key=lambda row: (suite.mixes.index(row.mix), labels.index(row.label) if row.stage == "count" else 0))
 
 
 def read_rows(directory: Path) -> list[Row]:
-    """The rows of a suite's directory; none where it has none."""
+    """The rows of a suite's directory; empty if it has no runs.csv."""
     path = directory / ROWS
     return read_csv(path) if path.is_file() else []
 
 
 def read_csv(path: Path) -> list[Row]:
-    """The rows of a suite's file; ValueError where it has other columns, or names the line that is no row."""
+    """The rows of a runs.csv. Raises ValueError if it has other columns, or naming the line that is not a complete row."""
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     names: list[str] = [field.name for field in fields(Row)]
     try:
         columns = reader.fieldnames
         rows = [_row(line) for line in reader] if columns == names else []
     except (csv.Error, TypeError, ValueError):
-        raise ValueError(f"{path}:{reader.line_num} is no whole row; delete the line, and its run is read again") from None
+        raise ValueError(
+            f"{path}:{reader.line_num} is not a complete row; delete the line, and its run will be read again"
+        ) from None
     if columns != names:
         raise ValueError(f"{path}: columns {columns} are not those of a suite, {names}; give another --out")
     return rows
 
 
 def _row(line: Mapping[str, str]) -> Row:
-    """The row of a line; TypeError or ValueError where it is cut, or has other values than rows have."""
+    """The row of a line. Raises TypeError or ValueError if it is incomplete or has invalid values."""
     row = Row(**{field.name: KINDS[str(field.type)](line[field.name]) for field in fields(Row)})
     curve = row.evaluations()
     finite = np.isfinite(curve).all() and np.isfinite([row.accuracy_before, row.accuracy_after, row.learning_rate]).all()
@@ -140,7 +142,7 @@ def _row(line: Mapping[str, str]) -> Row:
 
 
 def append_row(directory: Path, row: Row) -> None:
-    """Add a run to runs.csv."""
+    """Append a run to runs.csv, which is created if necessary."""
     path = directory / ROWS
     fresh = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""What the finished runs of a suite say: the learning rate that tuning takes, and how methods compare."""
+"""Results of a suite from its finished runs: the learning rates that tuning chooses, and the comparison of methods."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from v05.train.curves import bootstrap_interval, reaching
 from v05.train.suite import RIVALS, Suite, tuning_runs
 from v05.train.suite_rows import Row
 
-LAST = 2  # evaluations at a tuning run's end whose mean decides
-TARGET = f"{REFERENCE.name}@16"  # whose final accuracy the others are to reach
+LAST = 2  # number of final evaluations whose mean accuracy decides a tuning
+TARGET = f"{REFERENCE.name}@16"  # the other methods are to reach its final accuracy
 
 
 def tuned_rates(suite: Suite, rows: Iterable[Row]) -> dict[tuple[str, str], float]:
-    """(mix, tuned spec) -> the learning rate whose run ended highest, by the mean of its last evaluations; of equals the lowest."""
+    """(mix, tuned spec) -> best learning rate, by the mean accuracy of the last evaluations; the lowest rate if several are
+    equal."""
     wanted = {run.key for run in tuning_runs(suite)}
     ends: dict[tuple[str, str], dict[float, float]] = defaultdict(dict)
     for row in rows:
@@ -30,7 +31,7 @@ def tuned_rates(suite: Suite, rows: Iterable[Row]) -> dict[tuple[str, str], floa
 
 
 def counted(rows: Iterable[Row]) -> dict[str, dict[str, dict[int, Row]]]:
-    """The rows that count: mix -> label -> seed -> row."""
+    """The rows of counted runs: mix -> label -> seed -> row."""
     by_mix: dict[str, dict[str, dict[int, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         if row.stage == "count":
@@ -39,14 +40,18 @@ def counted(rows: Iterable[Row]) -> dict[str, dict[str, dict[int, Row]]]:
 
 
 def summarise(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """One record per mix and label of the runs that count, in the order of the rows; figures unrounded.
+    """One record per mix and label of the counted runs, in the order of the rows. Numbers are not rounded.
 
-    Besides the means of the rows, of times the medians, which other work on the machine moves least: `seeds`, `accuracy_low`,
-    `accuracy_high` (resampling seeds and prompts), and for every rival method the difference to it at the group size where it did
-    best, on the seeds that both have (`over_grpo`, `_size`): choosing the rival's best afterwards favours the rival.
-    `rollouts_to_grpo` is where the mean curve, straight between evaluations, reaches the final accuracy of grpo@16 for good, on
-    the seeds that both have, None where it does not; `tokens_to_grpo` is the same in generated tokens. With two seeds or more
-    `_low` and `_high` are their 95 % intervals.
+    A record has the means of the rows' numbers, and the medians of times, because other work on the machine affects medians least.
+    It also has:
+
+    - `seeds`; `accuracy_low` and `accuracy_high`, the 95 % interval from resampling seeds and prompts.
+    - `over_RIVAL` and `over_RIVAL_size` for every rival method: the difference in accuracy to the rival's best group size, on the
+      seeds that both have. Choosing the best size after the fact favours the rival.
+    - `rollouts_to_grpo`: the rollouts after which the mean curve, linear between evaluations, stays at or above the final accuracy
+      of grpo@16, on the seeds that both have; None if it never does. `tokens_to_grpo` counts generated tokens instead.
+
+    With two or more seeds, `_low` and `_high` are the 95 % intervals of these values.
     """
     return [_record(mix, label, by_label) for mix, by_label in counted(rows).items() for label in by_label]
 
@@ -69,7 +74,8 @@ def _record(mix: str, label: str, by_label: Mapping[str, Mapping[int, Row]]) -> 
         if pairs:
             differences = [a.prompt_accuracy - b.prompt_accuracy for a, b in pairs]
             record |= {f"over_{rival}": float(np.mean(differences)), f"over_{rival}_size": size}
-            if len(pairs) > 1:  # one seed says nothing of the others, which differ more than prompts do
+            # The interval of one seed would ignore the differences among seeds, which are larger than those among prompts.
+            if len(pairs) > 1:
                 record[f"over_{rival}_low"], record[f"over_{rival}_high"] = bootstrap_interval(differences)
     target = by_label.get(TARGET, {})
     both = sorted(group.keys() & target.keys())
@@ -87,10 +93,10 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def over_best_rival(rows: Iterable[Row], label: str) -> dict[str, float]:
-    """How much higher `label` ends than each mix's best rival at its best size, mean over mixes: `over_best`, and with two seeds or
-    more `_low` and `_high`, its 95 % interval, resampling seeds, alike in all mixes, and prompts.
+    """How much higher `label` ends than each mix's best rival at its best size, mean over mixes: `over_best`.
 
-    Empty where a mix lacks one of the two, or they share no seed.
+    With two or more seeds, `over_best_low` and `over_best_high` are its 95 % interval from resampling seeds (the same ones in all
+    mixes) and prompts. Empty if a mix lacks `label` or a rival, or if they share no seed.
     """
     by_mix = counted(rows)
     pairs = []
@@ -104,13 +110,13 @@ def over_best_rival(rows: Iterable[Row], label: str) -> dict[str, float]:
 
 
 def over(rows: Iterable[Row], label: str, other: str, mixes: Iterable[str]) -> dict[str, float]:
-    """How much higher `label` ends than `other`, mean over `mixes`: `over`, `over_low` and `over_high` as of `over_best_rival`."""
+    """How much higher `label` ends than `other`, mean over `mixes`: `over`, `over_low` and `over_high`, as in `over_best_rival`."""
     by_mix = counted(rows)
     return _mean_difference([(by_mix[mix].get(label, {}), by_mix[mix].get(other, {})) for mix in mixes], "over")
 
 
 def _mean_difference(pairs: Sequence[tuple[Mapping[int, Row], Mapping[int, Row]]], name: str) -> dict[str, float]:
-    """Mean over pairs of runs by seed, one pair a mix, on the seeds that all have."""
+    """The mean difference over pairs (one per mix) of runs by seed, on the seeds that all runs have."""
     seeds = set.intersection(*({*ours} & {*theirs} for ours, theirs in pairs)) if pairs else set()
     if not seeds:
         return {}
@@ -125,7 +131,7 @@ def _mean_difference(pairs: Sequence[tuple[Mapping[int, Row], Mapping[int, Row]]
 
 
 def difference(record: Mapping[str, Any], name: str) -> str:
-    """A difference of such a record as tables show it, with its interval: "+0.010 [-0.002, +0.021]"."""
+    """A difference from a record as text for a table, with its interval: "+0.010 [-0.002, +0.021]"."""
     if name not in record:
         return ""
     interval = f" [{record[f'{name}_low']:+.3f}, {record[f'{name}_high']:+.3f}]" if f"{name}_low" in record else ""
@@ -133,7 +139,7 @@ def difference(record: Mapping[str, Any], name: str) -> str:
 
 
 def best_size(method: str, by_label: Mapping[str, Mapping[int, Row]]) -> str | None:
-    """The label of a method's group size that ended highest, over the seeds that all its sizes have."""
+    """The label of the fixed group size at which the method ended highest, on the seeds that all its sizes have."""
     sizes = {label: group for label, group in by_label.items() if re.fullmatch(rf"{method}@\d+", label)}
     common = set.intersection(*(set(group) for group in sizes.values())) if sizes else set()
     if not common:
