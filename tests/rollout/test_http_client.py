@@ -78,7 +78,7 @@ def test_an_answer_and_what_is_asked(monkeypatch):
 def test_an_answer_that_drips_ends_at_the_time_limit(parts):
     with serving(*parts, pause=0.1) as (url, _):
         started = time.monotonic()
-        with pytest.raises(TimeoutError, match="no whole answer in 1 seconds"):
+        with pytest.raises(TimeoutError, match="no complete answer within 1 seconds"):
             HttpClient(url, LIMIT).call("/")
         assert time.monotonic() - started < 3 * LIMIT
 
@@ -93,14 +93,14 @@ def test_an_answer_that_drips_ends_at_the_time_limit(parts):
     ids=["until closed", "chunked", "announced"],
 )
 def test_an_answer_without_end_is_not_read(parts):
-    with serving(*parts) as (url, _), pytest.raises(ValueError, match="the answer is larger than the 1000000 bytes"):
+    with serving(*parts) as (url, _), pytest.raises(ValueError, match="the answer is larger than 1000000 bytes"):
         HttpClient(url, 60.0).call("/", most_bytes=1_000_000)
 
 
 def test_an_answer_of_just_the_largest_size_is_read():
     with serving(HEAD + b"\r\n" + b"a" * 1000) as (url, _):
         assert HttpClient(url, LIMIT).call("/", most_bytes=1000) == b"a" * 1000
-        with pytest.raises(ValueError, match="larger than the 999 bytes"):
+        with pytest.raises(ValueError, match="larger than 999 bytes"):
             HttpClient(url, LIMIT).call("/", most_bytes=999)
 
 
@@ -133,5 +133,5 @@ def test_a_refusal_is_quoted_without_what_drives_a_terminal():
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://127.0.0.1", "http://", "http://127.0.0.1:port", "", "file:///etc/passwd"])
 def test_what_is_no_address_is_named(url):
-    with pytest.raises(ValueError, match=r"is no address of a server; give one such as|could not be cast to integer"):
+    with pytest.raises(ValueError, match=r"is not the address of a server; give one such as|could not be cast to integer"):
         HttpClient(url, LIMIT).call("/")

@@ -43,7 +43,7 @@ def test_a_rollout_that_was_asked_for():
     [
         ([(3, COMPLETION)], r"it answered for the rollouts \[3\], and had \[1, 2\]"),
         ([(1, COMPLETION), (1, COMPLETION)], r"it answered for the rollouts \[1, 1\], and had"),
-        ([], "it knows nothing of its rollouts"),
+        ([], "it has none of its rollouts"),
         (RayError("\x1b[36mray::_Actor\x1b[39m died\x07"), r"ray::_Actor died\\x07"),
     ],
 )

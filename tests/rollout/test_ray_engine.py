@@ -202,5 +202,5 @@ def test_a_training_run(cluster, tmp_path, monkeypatch):
 
 
 def test_an_engine_that_cannot_be_made_is_an_error(cluster):
-    with pytest.raises(RuntimeError, match=r"3 rollout actors in a row did not come up(.|\n)*no such policy"):
+    with pytest.raises(RuntimeError, match=r"3 rollout actors in a row failed to start(.|\n)*no such policy"):
         RayEngine(Broken, TOKENIZER, actors=1)

@@ -115,7 +115,7 @@ def test_a_prompt_without_a_rollout_is_left_out():
 
 
 def test_nothing_but_failures_ends_the_run():
-    with pytest.raises(RuntimeError, match="none of 240 rollouts came through; the last failure: the coin rolled under the table"):
+    with pytest.raises(RuntimeError, match="none of 240 rollouts succeeded; the last failure: the coin rolled under the table"):
         run(engine=CoinEngine(fails=lambda request, attempts: True))
 
 
@@ -157,7 +157,7 @@ def test_of_leases_that_expire_the_report_that_counted_is_kept():
 def test_nothing_but_expired_leases_ends_the_run():
     allocator = RolloutAllocator(max_attempts=1)
     allocator.report = lambda lease_ids, rewards: allocator.expire(0.0)
-    with pytest.raises(RuntimeError, match="none of 240 rollouts came through; the last failure: their leases expired"):
+    with pytest.raises(RuntimeError, match="none of 240 rollouts succeeded; the last failure: their leases expired"):
         collect(allocator, CoinEngine(), InlineVerifier(TroubleTask()), PROMPTS, [(0,)] * len(PROMPTS), HALF, first_group=0)
 
 

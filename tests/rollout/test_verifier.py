@@ -101,7 +101,7 @@ def test_what_a_process_prints_is_dropped(pool, capfd):
 @pytest.mark.parametrize(("task", "loss"), [(DoomedTask, r"died \(exit code 1\)"), (StuckTask, "took longer than 1 s")])
 def test_a_pool_that_loses_reference_answers_too_gives_up(task, loss):
     pool = VerifierPool(task, workers=2, time_limit=1.0)
-    with pytest.raises(RuntimeError, match=f"lost 3 times in a row .*; the last one {loss}: look at the machine's memory"):
+    with pytest.raises(RuntimeError, match=f"lost 3 times in a row .*; the last one {loss}: check the machine's memory"):
         results_of(pool, ["1"] * 5)
     pool.close()
 
@@ -115,12 +115,12 @@ def test_a_prompt_whose_reference_answer_is_lost_too_is_a_failure(answer):
         pool.submit(items)
         while len(results) < 3:
             results |= dict(pool.poll(wait=True))
-        with pytest.raises(RuntimeError, match=r"could not be verified in 3 attempts; .* over the reference answer too"):
+        with pytest.raises(RuntimeError, match=r"could not be verified in 3 attempts; .* with the reference answer too"):
             verify_all(pool, [items[1].prompt, PROMPT], [answer, "1"])
     finally:
         pool.close()
     assert results[0] == 1.0
-    assert "over the reference answer too" in results[1].error
+    assert "with the reference answer too" in results[1].error
     assert results[2] == 0.0
     assert (pool.timed_out, pool.crashed) == (0, 0)
 

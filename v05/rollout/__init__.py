@@ -1,6 +1,6 @@
-"""Rollouts: engines that turn requests into completions, verifiers that score them, the scheduler that says which to ask for.
+"""Rollouts: engines that turn requests into completions, verifiers that score completions, and the scheduler that connects both.
 
-An engine works continuously: rollouts join while others are under way and come back as they finish.
+An engine works continuously: new rollouts join while others are under way, and each returns as soon as it is finished.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from v05.energy import completion_energy
 if TYPE_CHECKING:
     import torch
 
-ATTEMPTS = 3  # that `generate` gives a request
+ATTEMPTS = 3  # how often `generate` tries a request
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Request:
 
     Attributes:
         prompt: token ids.
-        seed: non-negative int64; the same request under the same weights gives the same completion, but for rounding.
-        greedy: every token is the likeliest; its log-probability is still what sampling would give it.
+        seed: non-negative int64. The same request under the same weights gives the same completion, except for rounding.
+        greedy: take the likeliest token at every position. Log-probabilities are still those of sampling.
     """
 
     prompt: tuple[int, ...]
@@ -41,10 +41,10 @@ class Completion:
     """One sampled rollout.
 
     Attributes:
-        tokens: (L,) int64, the token that ends it included when the policy wrote one.
-        logprobs: (L,) float32, of each token under the sampling policy.
-        finished: False when the length limit cut it off.
-        sum_pi_squared: (L,) float64, the sum over the vocabulary of squared probabilities under the sampling policy; None where the
+        tokens: (L,) int64, including the token that ends the completion if the policy wrote one.
+        logprobs: (L,) float32, log-probability of each token under the sampling policy, in nats.
+        finished: False if the length limit cut the completion off.
+        sum_pi_squared: (L,) float64, the sum over the vocabulary of squared probabilities under the sampling policy; None if the
             engine does not know the whole distribution.
     """
 
@@ -55,27 +55,28 @@ class Completion:
 
     @property
     def energy(self) -> float:
-        """About the squared norm of the gradient of its log-probability, as far as the engine knows it (v05.energy)."""
+        """An approximation of the squared gradient norm of the completion's log-probability, from what the engine knows
+        (v05.energy)."""
         return completion_energy(self.logprobs, self.sum_pi_squared)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What stands in a result's place where there is none; `error` says why, to a person."""
+    """Takes the place of a result that could not be produced. `error` is the reason, as text for a person."""
 
     error: str
 
 
 class NotFiniteError(RuntimeError):
-    """The policy gives no finite log-probabilities: its weights have diverged, are damaged, or overflow."""
+    """The policy gives log-probabilities that are not finite: its weights have diverged, are damaged, or overflow."""
 
 
 class RolloutEngine(Protocol):
     """Samples completions from the current policy.
 
     Attributes:
-        capacity: rollouts in flight that keep it busy; more are accepted and wait.
-        reproducible: what `poll` returns follows from the calls before it, never from the time.
+        capacity: number of rollouts in flight that keep the engine busy; further ones are accepted and wait.
+        reproducible: the results of `poll` depend on the previous calls only, never on timing.
     """
 
     @property
@@ -85,46 +86,47 @@ class RolloutEngine(Protocol):
     def reproducible(self) -> bool: ...
 
     def submit(self, keys: Sequence[int], requests: Sequence[Request]) -> None:
-        """Start rollouts; each has a key that no other rollout in flight has."""
+        """Start rollouts. Each key must differ from those of all other rollouts in flight."""
         ...
 
     def poll(self, timeout: float | None = None) -> list[tuple[int, Completion | Failure]]:
-        """Wait until a rollout in flight has finished; the keys and results of all that have.
+        """Wait until a rollout in flight has finished, and return the keys and results of all finished rollouts.
 
-        Every rollout comes back: what dies or hangs on the way, in an actor or a server, comes as a Failure.
-        Empty when nothing is in flight, or after `timeout` seconds, of which a reproducible engine takes no notice.
+        Every rollout returns: one that is lost or hangs in an actor or a server returns as a Failure. The list is empty if nothing
+        is in flight, or after `timeout` seconds. A reproducible engine ignores `timeout`.
         """
         ...
 
     def update_weights(self, state: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Sample from these weights from now on, names as in the model's state_dict. Nothing may be in flight (ValueError)."""
+        """Sample from these weights from now on; names are those of the model's state_dict. Raises ValueError while rollouts are in
+        flight."""
         ...
 
     def decode(self, completion: Completion) -> str:
-        """The completion as text, special tokens and the token that ended it left out."""
+        """The completion as text, without special tokens and the token that ended it."""
         ...
 
     def close(self) -> None:
-        """Give back what the engine holds: processes, actors, connections."""
+        """Release what the engine holds: processes, actors, connections."""
         ...
 
 
 def decode(tokenizer: Any, completion: Completion) -> str:
-    """The completion as text, special tokens and the token that ended it left out: every engine's `decode`."""
+    """The completion as text, without special tokens and the token that ended it. Implements `decode` of the engines."""
     tokens = completion.tokens[:-1] if completion.finished else completion.tokens
     return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def refuse_update_in_flight(in_flight: bool) -> None:
-    """The ValueError of every engine's `update_weights` while rollouts are in flight."""
+    """Raise the ValueError of `update_weights` if rollouts are in flight."""
     if in_flight:
         raise ValueError("update_weights: rollouts are in flight; poll until none is")
 
 
 def generate(engine: RolloutEngine, requests: Sequence[Request]) -> list[Completion]:
-    """One completion a request, in the same order, from an engine with nothing in flight.
+    """One completion per request, in the same order, from an engine with nothing in flight.
 
-    Raises RuntimeError, with the engine's words, if a request fails `ATTEMPTS` times.
+    Raises RuntimeError, with the engine's error, if a request fails `ATTEMPTS` times.
     """
     done: dict[int, Completion] = {}
     waiting = deque(range(len(requests)))

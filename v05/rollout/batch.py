@@ -1,7 +1,7 @@
-"""Rollouts under way side by side: what is drawn for them, when they end, and how they make room for others.
+"""Batches of rollouts under way: drawing their tokens, ending them, and replacing finished rollouts by waiting ones.
 
-What the model has read of them is kept by `RowBatch`, in caches that grow and are cut as rollouts come and go, for any
-architecture; or by `v05.rollout.slots.SlotBatch`, in one place for all.
+The model's cache of a batch is kept by `RowBatch`, for any architecture, in tensors that grow and shrink as rollouts join and
+leave; or by `v05.rollout.slots.SlotBatch` in tensors of a fixed size.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from v05.rollout import Completion, NotFiniteError, Request
 from v05.rollout.rows import Rows, read_prompts
 from v05.rollout.sampling import Sampler, uniforms
 
-ROWS = 64  # of which tables have a multiple
+ROWS = 64  # the number of rows of the tables is a multiple of this
 
 
 @dataclass(frozen=True)
 class Ends:
-    """When a completion ends: at one of the tokens `stops`, or at `limit` tokens."""
+    """When a completion ends: after one of the tokens `stops`, or after `limit` tokens."""
 
     stops: tuple[int, ...]
     limit: int
@@ -32,15 +32,16 @@ class Ends:
 
 @dataclass
 class Draws:
-    """Tables with a row a rollout, S rows; T is the length limit.
+    """Tables on the device with one row per rollout. S is the number of rows, T the length limit.
 
     Attributes:
-        done: (S,) bool. A row that is done, or belongs to no rollout, may be drawn for too: it stays as it is.
-        lengths: (S,) int64, tokens that are drawn.
-        starts: (S,) int64, the position of the prompt's last token.
-        greedy: (S,) bool.
-        uniforms: (S, T + 1) float64, what the tokens are drawn with.
-        tokens: (S, T + 1) int64. logprobs, sum_pi_squared: (S, T + 1) float32. The last column is for rows that are done.
+        done: (S,) bool, True for rollouts that have ended and for rows without a rollout. `add` does not change such rows.
+        lengths: (S,) int64, number of tokens drawn.
+        starts: (S,) int64, position of the prompt's last token.
+        greedy: (S,) bool, whether to take the likeliest tokens.
+        uniforms: (S, T + 1) float64, the random numbers that tokens are drawn with.
+        tokens: (S, T + 1) int64. logprobs, sum_pi_squared: (S, T + 1) float32. In all of them, writes for rows at the length limit
+            go to the last column, which is not used.
     """
 
     done: torch.Tensor
@@ -56,7 +57,7 @@ class Draws:
     def empty(cls, rows: int, limit: int, device: torch.device) -> Draws:
         return cls(
             done=torch.ones(rows, dtype=torch.bool, device=device),
-            lengths=torch.ones(rows, dtype=torch.int64, device=device),  # so that each row has a last token
+            lengths=torch.ones(rows, dtype=torch.int64, device=device),  # 1, so that every row has a last token
             starts=torch.zeros(rows, dtype=torch.int64, device=device),
             greedy=torch.zeros(rows, dtype=torch.bool, device=device),
             uniforms=torch.zeros(rows, limit + 1, dtype=torch.float64, device=device),
@@ -66,7 +67,7 @@ class Draws:
         )
 
     def begin(self, rows: slice, requests: Sequence[Request], limit: int) -> None:
-        """Nothing is drawn yet for `requests`, in these rows."""
+        """Start `requests` in these rows, with no token drawn yet."""
         device = self.done.device
         seeds = np.array([r.seed for r in requests], dtype=np.uint64)
         self.uniforms[rows, :limit] = torch.from_numpy(uniforms(seeds, limit)).to(device)
@@ -76,11 +77,11 @@ class Draws:
         self.done[rows] = False
 
     def last(self, count: int) -> torch.Tensor:
-        """(count, 1) tokens: the last ones of the first rows."""
+        """(count, 1) int64, the last token of each of the first `count` rows."""
         return self.tokens[:count].gather(1, self.lengths[:count, None] - 1)
 
     def add(self, rows: slice, logits: torch.Tensor, sampler: Sampler, stops: torch.Tensor) -> None:
-        """Draw the next token of these rows from (N, V) logits. Waits for no device, and reads nothing of it."""
+        """Draw the next token of these rows from (N, V) logits. The host neither waits for the device nor reads from it."""
         limit = self.logprobs.shape[1] - 1
         done, lengths, at = self.done[rows], self.lengths[rows], self.lengths[rows, None]
         drawn = sampler.draw(logits, self.uniforms[rows].gather(1, at).squeeze(1), self.greedy[rows])
@@ -95,15 +96,15 @@ class Draws:
         return [getattr(self, field.name) for field in fields(self)]
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy rows."""
+        """Copy the rows `source` to the rows `target`."""
         for table in self.tables():
             table[target] = table[source]
 
 
 class Batch(ABC):
-    """N rollouts under way, in the first N rows of the tables. The model must be in evaluation mode."""
+    """N rollouts under way, which occupy the first N rows of the tables. The model must be in evaluation mode."""
 
-    look_every = 1  # tokens that are drawn between two looks at what has ended
+    look_every = 1  # tokens drawn between checks for finished rollouts
 
     def __init__(self, model: PreTrainedModel, pad: int, ends: Ends, sampler: Sampler) -> None:
         self._model = model
@@ -112,14 +113,14 @@ class Batch(ABC):
         self._sampler = sampler
         self._stops = torch.tensor(ends.stops, dtype=torch.int64, device=model.device)
         self._draws = Draws.empty(0, ends.limit, model.device)
-        # What the host knows of each rollout: its key, and `starts` and `lengths` as in the tables.
+        # The host's copy for each rollout: its key, and `starts` and `lengths` of the tables.
         self._keys, self._starts, self._lengths = np.zeros((3, 0), dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def join(self, keys: Sequence[int], requests: Sequence[Request]) -> None:
-        """Read the prompts of rollouts and draw their first tokens; they are then under way too."""
+        """Add rollouts to the batch: read their prompts and draw their first tokens."""
         joining = slice(len(self), len(self) + len(keys))
         self._keys = np.append(self._keys, np.array(keys, dtype=np.int64))
         self._starts = np.append(self._starts, np.array([len(r.prompt) - 1 for r in requests], dtype=np.int64))
@@ -131,9 +132,9 @@ class Batch(ABC):
         self._draws.add(joining, logits, self._sampler, self._stops)
 
     def step(self) -> list[tuple[int, Completion]]:
-        """Draw the next tokens of every rollout; the keys and completions of those that end, which make room.
+        """Draw the next token or tokens of every rollout. Returns the keys and completions of finished rollouts, and removes them.
 
-        Raises NotFiniteError where a token has no log-probability.
+        Raises NotFiniteError if the log-probability of a drawn token is not finite.
         """
         self._go_on(min(self.look_every, self._ends.limit - int(self._lengths.min())))
         count = len(self)
@@ -165,7 +166,7 @@ class Batch(ABC):
         return finished
 
     def _keep(self, staying: int, source: NDArray[np.int64], target: NDArray[np.int64]) -> None:
-        """Keep the first `staying` rows, once those of `source` are copied to `target`."""
+        """Copy the rows `source` to `target`, then keep only the first `staying` rows."""
         for column in (self._keys, self._starts, self._lengths):
             column[target] = column[source]
         self._keys, self._starts, self._lengths = self._keys[:staying], self._starts[:staying], self._lengths[:staying]
@@ -183,19 +184,19 @@ class Batch(ABC):
 
     @abstractmethod
     def _read(self, prompts: Sequence[tuple[int, ...]]) -> torch.Tensor:
-        """Read the prompts of the last rows; the logits of what follows each."""
+        """Read the prompts of the last rows. Returns the (n, V) logits of the first token of each completion."""
 
     @abstractmethod
     def _go_on(self, count: int) -> None:
-        """Read the last token of every rollout and draw the next, `count` times."""
+        """Read the last token of every rollout and draw the next one, `count` times."""
 
     @abstractmethod
     def _move(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy what is read of rollouts; only the first N are under way from now on."""
+        """Copy the cached rows `source` to `target`, and drop all but the first N rows."""
 
 
 class RowBatch(Batch):
-    """Keeps what is read in `Rows`: for every architecture whose state transformers keeps in a cache."""
+    """Keeps the model's cache in `Rows`. Works for every architecture whose state transformers keeps in a cache."""
 
     _rows: Rows | None = None
 

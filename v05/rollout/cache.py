@@ -1,7 +1,7 @@
-"""The cache of a transformers model as rows, which are selected, put below one another and aligned to the right.
+"""Operations on the rows of a transformers model's cache: selecting, concatenating and widening. Rows are aligned to the right.
 
-A layer of attention keeps keys and values, a column a token; padding among them is masked. The recurrent and convolutional layers
-of hybrid models (Mamba, the gated delta rule, short convolutions) keep a state without columns, which padding must not enter.
+An attention layer keeps keys and values, with one column per token; padding is masked. The recurrent and convolutional layers of
+hybrid models (Mamba, the gated delta rule, short convolutions) keep a state without columns, which must not see padding.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-BY_COLUMN = ("keys", "values", "indexer_keys")  # what a layer keeps a column a token of, on the last axis but one
+BY_COLUMN = ("keys", "values", "indexer_keys")  # attributes with one column per token, on the second-to-last axis
 
 
 def keeps_only_columns(model: PreTrainedModel) -> bool:
-    """Whether every layer is of attention. If not, padding is not masked everywhere, and a pass of several tokens may not go on
-    from a cache."""
+    """Whether every layer is an attention layer.
+
+    If not, padding is not masked everywhere, and a pass over several tokens may not be able to continue from a cache.
+    """
     layers = DynamicCache(config=model.config).layers
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def new_cache(model: PreTrainedModel) -> DynamicCache:
-    """An empty cache. Its layers with a sliding window keep all columns, so that rows of any length can be put together."""
+    """An empty cache. Layers with a sliding window keep all columns, so that rows of any length can be concatenated."""
     if keeps_only_columns(model):
-        return DynamicCache()  # without the configuration no layer has a window
+        return DynamicCache()  # without a configuration, no layer has a window
     cache = DynamicCache(config=model.config)
     cache.layers = [_without_window(layer) for layer in cache.layers]
     return cache
@@ -36,18 +38,18 @@ def new_cache(model: PreTrainedModel) -> DynamicCache:
 def _without_window(layer: Any) -> Any:
     if not isinstance(layer, DynamicSlidingWindowLayer):
         return layer
-    if hasattr(layer, "number_of_states"):  # of attention and recurrent at once
+    if hasattr(layer, "number_of_states"):  # a layer with both attention and a recurrent state
         return cache_utils.DYNAMIC_LAYER_TYPE_MAPPING["hybrid"](number_of_states=layer.number_of_states)
     return DynamicLayer()
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """The name of the model's argument for its cache: Mamba has another than most."""
+    """The name of the model's argument for its cache; Mamba's differs from most."""
     return "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def has_columns(cache: DynamicCache) -> bool:
-    """Whether any layer keeps columns. Where none does, there is nothing to mask."""
+    """Whether any layer has columns. If none has, there is nothing to mask."""
     return any(name in BY_COLUMN for name, _, _ in _states(cache))
 
 
@@ -58,20 +60,20 @@ def select_rows(cache: DynamicCache, rows: torch.Tensor) -> None:
 
 
 def append_rows(cache: DynamicCache, other: DynamicCache) -> None:
-    """Put the rows of `other`, which has as many columns, below."""
+    """Append the rows of `other`, which must have the same number of columns."""
     for (_, mine, key), (_, theirs, _) in zip(_states(cache), _states(other), strict=True):
         mine[key] = torch.cat((mine[key], theirs[key]))
 
 
 def add_columns(cache: DynamicCache, count: int) -> None:
-    """Add `count` columns of zeros on the left; a negative `count` cuts columns off."""
+    """Add `count` columns of zeros on the left; a negative `count` removes columns there."""
     for name, states, key in _states(cache):
         if name in BY_COLUMN:
             states[key] = torch.nn.functional.pad(states[key], (0, 0, count, 0))
 
 
 def _states(cache: DynamicCache) -> Iterator[tuple[str, dict[Any, Any], Any]]:
-    """Every tensor with a row a sequence that a layer keeps: the attribute's name, the dictionary that holds it, and its key."""
+    """Every tensor of the cache with one row per sequence: (attribute's name, dictionary that holds the tensor, key in it)."""
     for layer in cache.layers:
         for name, value in vars(layer).items():
             if isinstance(value, torch.Tensor) and value.ndim > 1:

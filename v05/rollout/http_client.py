@@ -1,6 +1,6 @@
-"""HTTP with a server that may answer slowly, without end, or be something else: every answer has a deadline and a largest size.
+"""An HTTP client for servers that may be slow or misbehave: every answer has a deadline and a largest size.
 
-The server is the one at the address: no proxy is asked, whatever the environment names, and no redirect is followed.
+Requests go directly to the given address: proxies named in the environment are not used, and redirects are not followed.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from v05.messages import printable, quoted
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-LEAST_ANSWER = 1 << 16  # bytes that any answer may have
+LEAST_ANSWER = 1 << 16  # bytes that every answer may have
 
 
 class RefusedError(Exception):
-    """The server answered with a status that is no success; says which, and the beginning of its words."""
+    """The server answered with a status other than 2xx. The message has the status and the beginning of the answer."""
 
 
 class HttpClient:
-    """Asks the server at `url`, http://host:port or https://host:port with a path if need be, one connection a request.
+    """Sends requests to the server at `url`, with one connection per request.
 
     Args:
+        url: http://host:port or https://host:port, optionally followed by a path.
         time_limit: seconds from the request to the last byte of its answer.
 
-    Raises ValueError, from any method, if `url` is no such address.
+    `call` raises ValueError if `url` is not such an address.
     """
 
     def __init__(self, url: str, time_limit: float) -> None:
@@ -39,12 +40,13 @@ class HttpClient:
         self._time_limit = time_limit
 
     def call(self, path: str, body: dict[str, Any] | None = None, most_bytes: int = LEAST_ANSWER) -> bytes:
-        """POST `body` as JSON, or GET without one; returns the bytes of the answer.
+        """POST `body` as JSON, or GET if `body` is None. Returns the bytes of the answer.
 
         Raises:
-            RefusedError: the status is no success.
+            RefusedError: the status is not 2xx.
             ValueError: the answer is larger than `most_bytes`.
-            OSError, http.client.HTTPException: no connection, no answer within the time limit (TimeoutError), or half an answer.
+            OSError, http.client.HTTPException: no connection, no answer within the time limit (TimeoutError), or an incomplete
+            answer.
         """
         deadline = time.monotonic() + self._time_limit
         connection, prefix = self._connection()
@@ -58,25 +60,25 @@ class HttpClient:
             connection.request("GET" if data is None else "POST", prefix + path, data, headers)
             return _read(connection.getresponse(), most_bytes)
         except TimeoutError:
-            raise TimeoutError(f"no whole answer in {self._time_limit:g} seconds") from None
+            raise TimeoutError(f"no complete answer within {self._time_limit:g} seconds") from None
         finally:
             connection.close()
             if connected is not None:
                 connected.close()
 
     def _connection(self) -> tuple[http.client.HTTPConnection, str]:
-        """A connection that is not yet made, and what the address has before every path."""
+        """(connection that is not open yet, path of the address, which precedes every request's path)."""
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{self.url!r} is no address of a server; give one such as http://127.0.0.1:8000")
+            raise ValueError(f"{self.url!r} is not the address of a server; give one such as http://127.0.0.1:8000")
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         return kind(parts.hostname, parts.port, timeout=self._time_limit), parts.path
 
 
 class _Impatient:
-    """A connected socket, as http.client uses it, that waits for the other side no longer than until a deadline.
+    """A connected socket, with the methods that http.client uses, that waits for the server until a deadline only.
 
-    A socket's own timeout begins anew with every byte that comes.
+    A socket's own timeout is not enough, because it restarts with every byte received.
     """
 
     def __init__(self, connected: socket.socket, deadline: float) -> None:
@@ -95,7 +97,7 @@ class _Impatient:
         return self._socket.recv_into(buffer)
 
     def close(self) -> None:
-        """The answer may still be read: whoever connected the socket closes it."""
+        """Keep the socket open, because the answer may still be read. `HttpClient.call` closes it."""
 
     def _wait(self) -> None:
         left = self._deadline - time.monotonic()
@@ -105,7 +107,7 @@ class _Impatient:
 
 
 class _Stream(io.RawIOBase):
-    """What comes from such a socket."""
+    """A readable stream from an `_Impatient` socket."""
 
     def __init__(self, source: _Impatient) -> None:
         self._source = source
@@ -118,7 +120,7 @@ class _Stream(io.RawIOBase):
 
 
 def _read(response: http.client.HTTPResponse, most_bytes: int) -> bytes:
-    """The body of an answer."""
+    """The body of an answer. Raises as `HttpClient.call`."""
     if not 200 <= response.status < 300:
         target = response.headers.get("Location")
         elsewhere = f"; it redirects to {printable(target)[:200]}, give that address if it is the server's" if target else ""
@@ -127,7 +129,7 @@ def _read(response: http.client.HTTPResponse, most_bytes: int) -> bytes:
     announced = response.length or 0
     data = b"" if announced > most_bytes else response.read(most_bytes + 1)
     if max(announced, len(data)) > most_bytes:
-        raise ValueError(f"the answer is larger than the {most_bytes} bytes that what was asked for can take")
-    if response.length:  # bytes that were announced and did not come
+        raise ValueError(f"the answer is larger than {most_bytes} bytes, the most that this request can need")
+    if response.length:  # bytes that were announced but never received
         raise http.client.IncompleteRead(data, response.length)
     return data

@@ -1,4 +1,4 @@
-"""Where completions end: the tokens that a policy ends them by, and the positions that it has for them."""
+"""The limits of completions: the tokens that end them, and the number of positions of the model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ SHOWN = 80  # characters of a prompt in a message
 
 
 def stop_tokens(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
-    """The ids that end a completion: those that transformers' `generate` stops at, and the tokenizer's own.
+    """The ids of tokens that end a completion: those of the generation configuration, and the tokenizer's.
 
-    Chat models name several: one ends a turn, another a text. Raises ValueError where there is none.
+    Chat models often have several, such as one for the end of a turn and one for the end of a text. Raises ValueError if there is
+    none.
     """
     named = getattr(generation_config, "eos_token_id", None)
     ids = named if isinstance(named, list | tuple) else [named]
@@ -25,18 +26,19 @@ def stop_tokens(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
 
 
 def positions_of(config: Any) -> int | None:
-    """Tokens that a model of this configuration can read, prompt and completion together; None where it sets no limit."""
+    """Most tokens, prompt and completion together, that a model of this configuration can read; None if it sets no limit."""
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return positions if positions and positions > 0 else None
 
 
 def refuse_prompt(length: int, max_new_tokens: int, positions: int | None, text: str = "") -> None:
-    """The ValueError for a prompt of `length` tokens that is empty, or leaves no room for a completion; `text` is to find it by."""
+    """Raise ValueError for a prompt of `length` tokens that is empty, or leaves no room for a completion. The message quotes
+    `text`."""
     where = f": {text[:SHOWN]!r}" if text else ""
     if length == 0:
-        raise ValueError(f"a prompt has no tokens, so that nothing can follow it; leave it out, or use a chat template{where}")
+        raise ValueError(f"a prompt has no tokens, so no completion can follow it; leave it out, or use a chat template{where}")
     if positions is not None and length + max_new_tokens > positions:
-        remedy = f"at most {positions - length} do" if positions > length else "shorten the prompt, or leave it out"
+        remedy = f"at most {positions - length} fit" if positions > length else "shorten the prompt, or leave it out"
         raise ValueError(
             f"max_new_tokens={max_new_tokens} after a prompt of {length} tokens does not fit the model's {positions} positions; "
             f"{remedy}{where}"

@@ -1,8 +1,8 @@
-"""Rollout actors on a Ray cluster, each with an engine of its own inside.
+"""An engine of several actors on a Ray cluster, each with an engine of its own inside.
 
-Weights are put into the object store once a sync and read from there by every actor. The rollouts of an actor that dies, or that
-hangs and is killed for it, come back as failures, and the allocator leases them again with the same seeds. Another actor, which
-starts from the same weights, takes its place.
+At each sync, weights are put into the object store once, and every actor reads them from there. If an actor dies, or hangs and is
+killed, its rollouts return as failures, and the allocator leases them again with the same seeds. A new actor with the same weights
+takes its place.
 """
 
 from __future__ import annotations
@@ -16,21 +16,23 @@ import torch
 from v05.messages import printable
 from v05.rollout import Completion, Failure, Request, RolloutEngine, decode, refuse_update_in_flight
 
-FAILED_STARTS = 3  # of actors, one after another, that are put up with
-PATIENCE = 600.0  # seconds that the cluster may take to bring up an actor while none works, and an actor to take new weights
+FAILED_STARTS = 3  # actors in a row that fail to start before the engine raises
+PATIENCE = 600.0  # seconds to wait for a first actor to start, and for an actor to load new weights
 
 
 class RayEngine:
     """`actors` engines on the cluster that Ray is connected to; without one, Ray is started on this machine.
 
     Args:
-        make_engine: makes the engine in an actor; picklable.
-        tokenizer: the policy's, for `decode`.
-        actors: how many.
-        options: of the actors, as Ray names them: num_cpus, num_gpus, resources, scheduling_strategy.
-        time_limit: seconds that a rollout may take, waiting in its actor included; after them the actor is taken to hang.
+        make_engine: makes the engine inside an actor; must be picklable.
+        tokenizer: the policy's tokenizer, for `decode`.
+        actors: number of actors.
+        options: Ray's options of the actors, such as num_cpus, num_gpus, resources and scheduling_strategy.
+        time_limit: seconds that a rollout may take, including its wait inside the actor. An actor that takes longer is killed.
 
-    Raises ImportError, naming the extra, where Ray is not installed; RuntimeError, from any method, if no actor comes up.
+    Raises:
+        ImportError: Ray is not installed; the message names the extra.
+        RuntimeError: no actor starts. Any method may raise this.
     """
 
     reproducible = False
@@ -46,7 +48,7 @@ class RayEngine:
     ) -> None:
         try:
             import ray
-            import ray.exceptions  # which a folder that happens to be called ray has not
+            import ray.exceptions  # fails if "ray" is only a folder of that name
         except ImportError as error:
             raise ImportError("the Ray engine needs the package 'ray'; install it with: pip install 'v05[ray]'") from error
         if not ray.is_initialized():
@@ -55,7 +57,7 @@ class RayEngine:
         self._tokenizer = tokenizer
         self._time_limit = time_limit
         self._failed_starts = 0
-        self._weights: Any = None  # in the object store, what the last sync put there
+        self._weights: Any = None  # reference to the weights of the last sync in the object store
         actor_class = ray.remote(_Actor).options(max_restarts=0, **(options or {}))
         self._start: Callable[[], _Remote] = lambda: _Remote(actor_class.remote(make_engine, self._weights))
         self._actors = [self._start() for _ in range(actors)]
@@ -65,7 +67,7 @@ class RayEngine:
         return decode(self._tokenizer, completion)
 
     def submit(self, keys: Sequence[int], requests: Sequence[Request]) -> None:
-        """Rollouts go to the actors that have the fewest; those that are coming up are passed over."""
+        """Give each rollout to the actor that has the fewest. Actors that are still starting get none."""
         shares: dict[_Remote, list[tuple[int, Request]]] = {actor: [] for actor in self._working()}
         due = time.monotonic() + self._time_limit
         for key, request in zip(keys, requests, strict=True):
@@ -99,7 +101,7 @@ class RayEngine:
         syncs = {actor: actor.handle.update_weights.remote(self._weights) for actor in self._actors}
         for actor in self._working():
             try:
-                if actor in syncs:  # else it was started a moment ago, from these weights
+                if actor in syncs:  # else the actor was started after the sync, from these weights
                     self._ray.get(syncs[actor], timeout=PATIENCE)
             except (self._ray.exceptions.RayActorError, self._ray.exceptions.GetTimeoutError):
                 self._replace(actor)
@@ -109,7 +111,7 @@ class RayEngine:
             self._ray.kill(actor.handle)
 
     def _working(self) -> list[_Remote]:
-        """The actors that have come up; waits until one has."""
+        """The actors that have started. Waits until there is at least one."""
         deadline = time.monotonic() + PATIENCE
         while True:
             coming = {actor.coming_up: actor for actor in self._actors if actor.capacity == 0}
@@ -125,7 +127,7 @@ class RayEngine:
                     self._failed_starts += 1
                     if self._failed_starts == FAILED_STARTS:
                         raise RuntimeError(
-                            f"{FAILED_STARTS} rollout actors in a row did not come up; the last error: {error}"
+                            f"{FAILED_STARTS} rollout actors in a row failed to start; the last error: {error}"
                         ) from error
                     self._replace(coming[started])
             working = [actor for actor in self._actors if actor.capacity]
@@ -133,18 +135,18 @@ class RayEngine:
                 return working
             if time.monotonic() >= deadline:
                 raise RuntimeError(
-                    f"no rollout actor came up in {PATIENCE:.0f} seconds; give the cluster what one needs, or wait longer"
+                    f"no rollout actor started within {PATIENCE:.0f} seconds; check the cluster has the resources it needs"
                 )
 
     def _take(self, actor: _Remote) -> list[tuple[int, Completion | Failure]]:
-        """What an actor's poll came to: its results, or the failure of all that it had."""
+        """The results of an actor's poll; if the actor was lost, failures for all its rollouts."""
         answer, actor.polling = actor.polling, None
         try:
             results: list[tuple[int, Completion | Failure]] = self._ray.get(answer)
         except self._ray.exceptions.RayError as error:
             return self._lose(actor, printable(str(error)))
         if not results:
-            return self._lose(actor, "it knows nothing of its rollouts")
+            return self._lose(actor, "it has none of its rollouts")
         keys = [key for key, _ in results]
         if len(set(keys)) < len(keys) or not actor.due.keys() >= set(keys):
             return self._lose(actor, f"it answered for the rollouts {keys}, and had {sorted(actor.due)}")
@@ -153,7 +155,7 @@ class RayEngine:
         return results
 
     def _lose(self, actor: _Remote, why: str) -> list[tuple[int, Completion | Failure]]:
-        """Replace an actor; the failure of all that it had."""
+        """Replace an actor. Returns failures for all its rollouts."""
         self._replace(actor)
         return [(key, Failure(f"a rollout actor was lost: {why}")) for key in sorted(actor.due)]
 
@@ -163,7 +165,11 @@ class RayEngine:
 
 
 class _Remote:
-    """An actor seen from here: when its rollouts in flight are `due`, `polling` the awaited answer, `capacity` 0 until it is up."""
+    """The engine's view of an actor.
+
+    `due` maps the keys of its rollouts in flight to their deadlines, `polling` is the pending answer of its `poll`, and `capacity`
+    is 0 until the actor has started.
+    """
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
@@ -174,7 +180,7 @@ class _Remote:
 
 
 class _Actor:
-    """An engine in a process on the cluster. Calls are carried out one after another, in the order they were made."""
+    """An engine in a process on the cluster. Ray runs its calls one at a time, in the order in which they were made."""
 
     def __init__(self, make_engine: Callable[[], RolloutEngine], weights: Mapping[str, torch.Tensor] | None) -> None:
         self._engine = make_engine()

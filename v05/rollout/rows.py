@@ -1,4 +1,4 @@
-"""Sequences that a model has read side by side: they go on by a token each, leave, and are joined by others."""
+"""A batch of sequences that a model has read, with its cache: sequences can be extended by a token each, removed and added."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from v05.rollout.cache import add_columns, append_rows, cache_argument, has_colu
 
 @dataclass
 class Rows:
-    """N sequences. A row of the mask, and of what attention keeps in the cache, both L wide, is aligned to the right.
+    """N sequences. The rows of the mask and of the attention cache are L wide and aligned to the right.
 
     Attributes:
-        logits: (N, V) of the next token.
-        mask: (N, L) int64, one where the cache holds a token of the row.
+        logits: (N, V), for the next token.
+        mask: (N, L) int64, 1 where the cache holds a token of the row, else 0.
+        cache: the model's cache of the N sequences.
     """
 
     logits: torch.Tensor
@@ -29,7 +30,7 @@ class Rows:
         return len(self.mask)
 
     def advance(self, model: PreTrainedModel, tokens: torch.Tensor) -> None:
-        """Read (N, 1) tokens, the next of every row."""
+        """Read (N, 1) tokens, the next token of every row."""
         self.mask = torch.cat((self.mask, self.mask.new_ones(len(self), 1)), dim=1)
         self.logits = model(
             input_ids=tokens,
@@ -40,13 +41,13 @@ class Rows:
         ).logits[:, -1]
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows in this order, and only the columns that one of them uses; a row may be repeated."""
+        """Keep these rows in this order, and only the columns that any of them uses. A row may be repeated."""
         select_rows(self.cache, rows)
         self.logits, self.mask = self.logits[rows], self.mask[rows]
         self._widen(int(self.mask.sum(-1).max()))
 
     def append(self, other: Rows) -> None:
-        """Add the rows of `other` below."""
+        """Append the rows of `other`, which may be widened."""
         width = max(self.mask.shape[1], other.mask.shape[1])
         self._widen(width)
         other._widen(width)
@@ -54,7 +55,7 @@ class Rows:
         self.logits, self.mask = torch.cat((self.logits, other.logits)), torch.cat((self.mask, other.mask))
 
     def _widen(self, width: int) -> None:
-        """Make cache and mask `width` columns wide, on their left: fill up with zeros, or cut off."""
+        """Make cache and mask `width` columns wide, by adding zeros or removing columns on the left."""
         more = width - self.mask.shape[1]
         if more:
             self.mask = torch.nn.functional.pad(self.mask, (more, 0))
@@ -62,10 +63,10 @@ class Rows:
 
 
 def read_prompts(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], pad: int) -> Rows:
-    """The rows of N prompts, of which the distinct ones are read: all in one pass, or where a state must be kept from padding, one
-    pass a length.
+    """The rows of N prompts. Each distinct prompt is read only once.
 
-    Differentiable where a model keeps only columns: in training, too, a prompt is read once for all its rollouts.
+    All are read in one pass, or, for models with a state that must not see padding, in one pass per length. For models that keep
+    only columns, gradients pass through, so that training also reads a prompt once for all its rollouts.
     """
     distinct = list(dict.fromkeys(prompts))
     if keeps_only_columns(model):
@@ -81,7 +82,7 @@ def read_prompts(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], pad
 
 
 def read_distinct(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]], pad: int) -> Rows:
-    """As `read_prompts`, in one pass, where no prompt is like another and padding is masked."""
+    """The rows of distinct prompts, read in one pass. The model must mask padding, unless all prompts have the same length."""
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), pad, device="cpu")
     mask = torch.zeros(len(prompts), longest, dtype=torch.int64, device="cpu")

@@ -1,4 +1,4 @@
-"""How a token is drawn: from the logits, a uniform number of the rollout's own, and nothing else."""
+"""Drawing tokens, as a function of the logits and one uniform random number per rollout and position."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import torch
 from numpy.typing import NDArray
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-BLOCK = 256  # tokens whose probabilities are added up before they are searched
+BLOCK = 256  # tokens per block of the two-level search in `inverse_cdf`
 
 
 class Sampler:
-    """Draws tokens, with what the statistics of a completion need. No call waits for the device.
+    """Draws tokens and computes their statistics. No call makes the host wait for the device.
 
     Args:
         temperature: divides the logits; 0 takes the likeliest token.
-        top_p: share of the probability that is sampled from, the likeliest tokens first.
+        top_p: sample only from the likeliest tokens that together have this probability.
     """
 
     def __init__(self, temperature: float = 1.0, top_p: float = 1.0) -> None:
@@ -29,28 +29,35 @@ class Sampler:
     def draw(
         self, logits: torch.Tensor, uniform: torch.Tensor, greedy: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens (N,), their log-probabilities and the sums of squared probabilities (N,) float32, of (N, V) logits.
+        """Draw one token per row of (N, V) logits.
 
-        `uniform` (N,) float64 decides, but where `greedy` (N,) takes the likeliest. Probabilities are computed in float32: each
-        token's slice of the unit interval, and the sum of squares, are right to a relative 1e-5 of what the logits say.
+        Args:
+            uniform: (N,) float64 in [0, 1), decides which token is drawn.
+            greedy: (N,) bool, take the likeliest token instead.
+
+        Returns:
+            (N,) int64 tokens, (N,) float32 log-probabilities of the tokens, and (N,) float32 sums of squared probabilities over the
+            vocabulary. Probabilities are computed in float32, and have a relative error of at most about 1e-5.
         """
-        # transformers annotates its arguments as LongTensor and FloatTensor, which no torch function returns; none reads ids.
+        # transformers annotates its arguments as LongTensor and FloatTensor, which no torch function returns. No warper reads the
+        # ids.
         logits = self._warp(None, logits.float())  # type: ignore[arg-type]
         if self._greedy:
             largest, likeliest = logits.max(-1, keepdim=True)
-            # The difference is 0, or NaN where the largest is not finite.
+            # The difference is 0, or NaN if the largest logit is not finite.
             logits = torch.full_like(logits, -torch.inf).scatter_(1, likeliest, largest - largest)
         log_p = torch.log_softmax(logits, dim=-1)
         pi = log_p.exp()
         token = torch.where(greedy, log_p.argmax(-1), inverse_cdf(pi, uniform))
-        norm = torch.linalg.vector_norm(pi, dim=-1)  # without a second (N, V)
+        norm = torch.linalg.vector_norm(pi, dim=-1)  # avoids a second (N, V) tensor
         return token, log_p.gather(1, token[:, None]).squeeze(1), norm.square()
 
 
 def inverse_cdf(pi: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The token whose slice of the unit interval holds `uniform`: (N, V), (N,) float64 -> (N,).
+    """The token whose slice of the unit interval contains `uniform`: (N, V), (N,) float64 -> (N,) int64.
 
-    A long vocabulary is searched twice: for the block of tokens, then within it, so that few sums are kept in float64.
+    A long vocabulary is searched in two levels, first for a block of tokens and then within it, so that few float64 sums are
+    needed.
     """
     vocabulary = pi.shape[1]
     if vocabulary <= BLOCK:
@@ -62,11 +69,11 @@ def inverse_cdf(pi: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def _search(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The column whose slice holds `uniform`, and where in that slice it lies, in [0, 1): (N, C), (N,) -> (N,), (N,)."""
+    """The column whose slice contains `uniform`, and the position within the slice, in [0, 1): (N, C), (N,) -> (N,), (N,)."""
     cdf = weights.double().cumsum(-1)
-    # Scaled by the last entry, so that rounding never leaves the interval's end uncovered.
+    # Scaling by the last entry makes the slices cover the whole interval in spite of rounding.
     target = uniform[:, None] * cdf[:, -1:]
-    # Where nothing is finite, no slice holds anything.
+    # If the weights are not finite, searchsorted may return a column beyond the last.
     column = torch.searchsorted(cdf, target, right=True).clamp(max=weights.shape[1] - 1)
     width = weights.gather(1, column).double()
     within = (target - cdf.gather(1, column) + width) / width
@@ -74,7 +81,7 @@ def _search(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def uniforms(seeds: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
-    """(N, count) numbers in [0, 1), a function of seed and position alone."""
+    """(N, count) float64 numbers in [0, 1), each a function of its seed and position only."""
     with np.errstate(over="ignore"):
         positions = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
         bits = _mix(_mix(seeds + _GOLDEN)[:, None] + positions[None, :])

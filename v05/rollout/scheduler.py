@@ -1,12 +1,13 @@
-"""The continuous loop: lease rollouts, sample them, verify them, report them, until every group has stopped.
+"""The scheduler loop: lease rollouts, sample them, verify them and report them, until every group is closed.
 
-The engine is kept full. As soon as a rollout is verified its group is tested, and a group that needs more rollouts has them leased
-ahead of new groups. Which rollouts a group gets is the allocator's decision alone, so it depends on no order of arrival. A rollout
-that fails, or whose verification does, goes back to the allocator, which leases it again with the same seed or gives it up. Leases
-that somebody lets expire meanwhile come back too, and find their rollouts leased again.
+The loop keeps the engine full. A group is tested as soon as its rollouts are verified, and if it needs more, those are leased ahead
+of new groups. Only the allocator decides which rollouts a group gets, so the decision does not depend on the order of arrival. If
+sampling or verification of a rollout fails, it goes back to the allocator, which leases it again with the same seed or closes it as
+invalid. A lease may also expire while its rollout is under way; the rollout is then leased again, and the result of the old lease
+is ignored.
 
-While the last groups are tested the engine has room. Requests may be given that it fills it with: the first rollouts of the coming
-groups, which are then ready when their turn comes.
+The engine has room while the last groups are tested. The caller can give requests to fill it: the first rollouts of groups of the
+next step, which are then ready when those groups are opened.
 """
 
 from __future__ import annotations
@@ -25,25 +26,25 @@ from v05.rollout import Completion, Failure, Request, RolloutEngine
 from v05.rollout.verifier import Item, Verifier
 from v05.tasks import Prompt
 
-VERIFIER_GLANCE = 0.02  # seconds between looks at the verifier while the engine has nothing to give
+VERIFIER_GLANCE = 0.02  # seconds between polls of the verifier while the engine has no results
 
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """The finished rollouts of G prompts, N in all; those of prompt g are offsets[g] .. offsets[g+1] - 1, at least one.
+    """The finished rollouts of G prompts, N in all. Prompt g has rollouts offsets[g] .. offsets[g+1] - 1, at least one.
 
     Attributes:
         prompts: G prompts.
-        prompt_tokens: their token ids.
-        priors: (G,) float64, what the prior predicted, reward units.
+        prompt_tokens: token ids of each prompt.
+        priors: (G,) float64, predicted success rates, reward units.
         offsets: (G+1,) int64.
-        rewards: (N,) float64, the verifier's.
+        rewards: (N,) float64, from the verifier.
         completions: N completions.
-        invalid: rollouts given up after repeated failures; they are not among the N.
-        failures: what went wrong, a text an attempt.
+        invalid: number of rollouts given up after repeated failures; they are not among the N.
+        failures: one error text per failed attempt.
         in_flight: mean number of rollouts in the engine when it was polled; NaN for an empty batch.
-        generate_seconds, verify_seconds: wall-clock that the loop spent on the engine and on the verifier.
-        ahead: the completions of the requests that were sampled ahead, None for one that failed. They are not among the N.
+        generate_seconds, verify_seconds: wall-clock time that the loop spent on the engine and on the verifier.
+        ahead: completions of the requests sampled ahead; None for a failed one. They are not among the N.
     """
 
     prompts: list[Prompt]
@@ -72,33 +73,34 @@ def collect(
     ready: Mapping[tuple[int, int], Completion] | None = None,
     ahead: Sequence[Request] = (),
 ) -> RolloutBatch:
-    """Sample and verify rollouts of `prompts` until the allocator has stopped all their groups.
+    """Sample and verify rollouts of `prompts` until the allocator has closed all their groups.
 
-    In flight are at most `engine.capacity` rollouts in the engine, and that many more with the verifier; none is when it returns.
-    With a reproducible engine each poll's rollouts are verified before the next poll, so that the same seed gives the same batches
-    bitwise.
+    At most `engine.capacity` rollouts are in the engine, and as many with the verifier; both are empty when this returns. With a
+    reproducible engine, the rollouts of each poll are verified before the next poll, so the same seed gives bitwise equal batches.
 
     Args:
-        allocator: decides how many; group `first_group + g` is opened for prompt g, so ids stay unique (and seeds fresh) in a run.
-        engine, verifier: with nothing in flight.
+        allocator: decides the number of rollouts. Group `first_group + g` is opened for prompt g, so that group ids, and with them
+            the seeds, are unique in a run.
+        engine, verifier: must have nothing in flight.
         prompt_tokens: token ids of each prompt.
-        priors: (G,) reward units.
-        ready: completions that were sampled before, by their place: (prompt, index in its group). They are verified when the
-            allocator leases their place, and not sampled again.
-        ahead: requests of groups to come. They are sampled once, from the first reward on, where the allocator leaves the engine
-            room; all have ended when this returns.
+        priors: (G,) float64, predicted success rates, reward units.
+        ready: completions that were sampled before, by place: (prompt, index in its group). Each is verified when the allocator
+            leases its place, instead of being sampled.
+        ahead: requests for groups of the next step. After the first reward, they are sampled whenever the allocator leaves room in
+            the engine. All have ended when this returns.
 
     Raises:
-        RuntimeError: not one rollout came through; with the last failure's text.
+        RuntimeError: no rollout succeeded; the message has the last failure.
     """
     allocator.open(np.arange(first_group, first_group + len(prompts)), priors)
     ready = ready or {}
     waiting = deque(range(len(ahead)))
     sampled_ahead: list[Completion | None] = [None] * len(ahead)
-    early = 0  # of `ahead`, in the engine
+    early = 0  # number of requests of `ahead` in the engine
     sampling: dict[int, tuple[int, int]] = {}  # lease -> place: (prompt, index in its group)
     verifying: dict[int, tuple[int, int, Completion]] = {}
-    newest: dict[tuple[int, int], int] = {}  # place -> its last lease, whose report counts: those before have failed or expired
+    # Place -> its latest lease; earlier leases have failed or expired, and their reports do not count.
+    newest: dict[tuple[int, int], int] = {}
     done: dict[tuple[int, int], Completion] = {}
     failures: list[str] = []
     in_flight: list[int] = []
@@ -165,7 +167,7 @@ def collect(
     valid = ~np.isnan(closed.rewards)
     if len(prompts) and not valid.any():
         last = failures[-1] if failures else "their leases expired"
-        raise RuntimeError(f"none of {len(closed.rewards)} rollouts came through; the last failure: {last}")
+        raise RuntimeError(f"none of {len(closed.rewards)} rollouts succeeded; the last failure: {last}")
     slots = np.repeat(np.arange(len(prompts)), np.diff(closed.offsets))
     indices = np.arange(len(slots)) - closed.offsets[slots]
     batch = RolloutBatch(
@@ -186,7 +188,7 @@ def collect(
 
 
 def select(batch: RolloutBatch, keep: NDArray[np.bool_]) -> RolloutBatch:
-    """The groups of `batch` where (G,) `keep` is set. What was spent, failures and seconds, stays."""
+    """The groups of `batch` for which (G,) `keep` is True. Failures and seconds are kept unchanged."""
     sizes = np.diff(batch.offsets)
     rows = np.repeat(keep, sizes)
     return replace(
@@ -201,7 +203,7 @@ def select(batch: RolloutBatch, keep: NDArray[np.bool_]) -> RolloutBatch:
 
 
 def join(batches: Sequence[RolloutBatch]) -> RolloutBatch:
-    """The groups of all batches, in order; failures and seconds add up."""
+    """One batch of the groups of all batches, in order. Failures and seconds add up."""
     sizes = np.concatenate([np.diff(batch.offsets) for batch in batches])
     return RolloutBatch(
         prompts=[prompt for batch in batches for prompt in batch.prompts],

@@ -1,6 +1,6 @@
-"""Log-probabilities of completions that are there already, under a transformers model in this process; gradients pass through.
+"""Scoring: log-probabilities of given completions under a transformers model in this process, with gradients.
 
-The output layer is `v05.ops.token_statistics`' to apply, which makes the logits of some tokens at a time: (N, T, V) is never held.
+`v05.ops.token_statistics` applies the output layer to a few tokens at a time, so the (N, T, V) logits are never in memory at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from v05.rollout import Completion
 from v05.rollout.cache import keeps_only_columns
 from v05.rollout.rows import read_prompts
 
-PROBED_TOKENS = 4  # by which the output layer is found
+PROBED_TOKENS = 4  # of the pass that checks the output layer
 
 
 def completion_statistics(
@@ -33,10 +33,15 @@ def completion_statistics(
     width: int | None = None,
     checkpointing: bool = False,
 ) -> TokenStatistics:
-    """Statistics of completion tokens under `model`, (N, width) each; 0 beyond a completion's end.
+    """Statistics of completion tokens under `model`, (N, width) each; 0 beyond the end of a completion.
 
-    `width` is the longest completion's length, or more where it is given. With `checkpointing` the layers' activations are computed
-    again in the backward pass, where they would be kept, and prompts are read once a completion.
+    Args:
+        prompts: N prompts as token ids.
+        completions: N completions.
+        pad: id of the padding token.
+        width: width of the result; by default the longest completion's length, which is the least.
+        checkpointing: recompute the layers' activations in the backward pass instead of keeping them. A prompt is then read once
+            per completion rather than once.
     """
     width = width or max(len(c.tokens) for c in completions)
     tokens = torch.full((len(prompts), width), pad, device="cpu")
@@ -44,9 +49,9 @@ def completion_statistics(
     for row, completion in enumerate(completions):
         tokens[row, : len(completion.tokens)] = torch.tensor(completion.tokens, device="cpu")
         counted[row, : len(completion.tokens)] = True
-    place = counted.flatten().nonzero()[:, 0].to(model.device)  # found on the host, so that no GPU is waited for
+    place = counted.flatten().nonzero()[:, 0].to(model.device)  # computed on the CPU, because nonzero() on a GPU would wait for it
     tokens = tokens.to(model.device)
-    # A layer that is computed again must not find its own keys and values in a cache.
+    # A recomputed layer must not find its own keys and values in a cache.
     read = _after_prompts if keeps_only_columns(model) and not checkpointing else _of_whole_sequences
     layer = output_layer(model)
     with computed_again(model) if checkpointing else nullcontext():
@@ -72,12 +77,12 @@ def completion_logprobs(
     width: int | None = None,
     checkpointing: bool = False,
 ) -> torch.Tensor:
-    """The `logprob` of `completion_statistics`."""
+    """The log-probabilities of `completion_statistics`, (N, width) in nats; same arguments."""
     return completion_statistics(model, prompts, completions, pad, width, checkpointing).logprob
 
 
 def checkpointed_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    """The layers whose activations can be computed again. ValueError if there are none."""
+    """The layers whose activations can be recomputed. Raises ValueError if there are none."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(
@@ -89,8 +94,10 @@ def checkpointed_layers(model: PreTrainedModel) -> list[GradientCheckpointingLay
 
 @contextmanager
 def computed_again(model: PreTrainedModel) -> Iterator[None]:
-    """Within, the layers keep for the backward pass only what they are given. transformers' own switch works in training mode
-    alone, where dropout would change what is computed."""
+    """Inside the block, layers keep only their inputs for the backward pass, and recompute the rest.
+
+    transformers' own switch works only in training mode, where dropout would change the results.
+    """
     layers = checkpointed_layers(model)
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
@@ -109,8 +116,7 @@ class _Read:
 
 
 class _Trunk:
-    """A model without its output layer, called as the whole model is: its logits are the hidden states that they would be made
-    of."""
+    """A model without its output layer, called like the whole model. It returns the last hidden states in place of logits."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.config, self.device, self.forward = model.config, model.device, model.base_model.forward
@@ -125,8 +131,9 @@ _OUTPUT_LAYERS: WeakKeyDictionary[PreTrainedModel, torch.nn.Linear | None] = Wea
 
 
 def output_layer(model: PreTrainedModel) -> torch.nn.Linear | None:
-    """The layer that makes the model's logits of the trunk's hidden states; None where that is not all that is done to them (a
-    scale, a soft cap), as a short pass tells.
+    """The layer that turns the trunk's hidden states into the model's logits.
+
+    None if the model does more than that, such as scaling or a soft cap. A short pass checks this, and the answer is cached.
     """
     if model not in _OUTPUT_LAYERS:
         layer = model.get_output_embeddings()
@@ -137,7 +144,8 @@ def output_layer(model: PreTrainedModel) -> torch.nn.Linear | None:
 
 @torch.no_grad()
 def _makes_logits(model: PreTrainedModel, layer: torch.nn.Linear) -> bool:
-    """Bit for bit: a soft cap does little to the small logits of a model that has learnt nothing yet."""
+    """Whether the layer gives the model's logits bit for bit. A tolerance would miss a soft cap, which hardly changes the small
+    logits of an untrained model."""
     ids = torch.arange(PROBED_TOKENS, device=model.device)[None] % layer.out_features
     given: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     made = layer(_Trunk(model)(**given).logits.to(layer.weight.dtype))
@@ -145,12 +153,12 @@ def _makes_logits(model: PreTrainedModel, layer: torch.nn.Linear) -> bool:
 
 
 def _after_prompts(model: Any, prompts: Sequence[tuple[int, ...]], tokens: torch.Tensor, pad: int) -> torch.Tensor:
-    """(N, width, ...) logits of (N, width) tokens, or hidden states; a prompt is read once for all its completions."""
+    """(N, width, ...) logits, or hidden states, that predict (N, width) tokens. A prompt is read once for all its completions."""
     read = read_prompts(model, prompts, pad)
     width = tokens.shape[1]
     if width == 1:
         return read.logits[:, None]
-    # Causal: what follows a completion's end is never seen by what counts.
+    # Attention is causal, so tokens that count never see the padding after a completion's end.
     mask = torch.cat((read.mask, read.mask.new_ones(len(prompts), width - 1)), dim=1)
     rest = model(
         input_ids=tokens[:, :-1],
@@ -163,7 +171,7 @@ def _after_prompts(model: Any, prompts: Sequence[tuple[int, ...]], tokens: torch
 
 
 def _of_whole_sequences(model: Any, prompts: Sequence[tuple[int, ...]], tokens: torch.Tensor, pad: int) -> torch.Tensor:
-    """As `_after_prompts`, from one pass without a cache, padded on the right, where no state sees it."""
+    """As `_after_prompts`, but in one pass without a cache. Padding is on the right, where it enters no state that counts."""
     width = tokens.shape[1]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
@@ -171,7 +179,7 @@ def _of_whole_sequences(model: Any, prompts: Sequence[tuple[int, ...]], tokens: 
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt, device="cpu")
         ids[row, len(prompt) : len(prompt) + width - 1] = tokens[row, :-1]
-    # The first kept logits are those after the shortest prompt.
+    # The first logits that are kept follow the shortest prompt.
     logits: torch.Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - shortest + 1).logits
     at = (lengths - shortest)[:, None] + torch.arange(width, device=tokens.device)
     return logits.gather(1, at[..., None].expand(-1, -1, logits.shape[-1]))

@@ -1,12 +1,14 @@
-"""Rollouts under way whose keys and values stay where they are: a slot each, in two tensors of a fixed size.
+"""A batch whose keys and values stay in place: each rollout has a slot in two tensors of a fixed size.
 
-Column p of a slot holds the key and the value of the rollout's position p, in every layer. So a step writes one column a rollout,
-whatever the others have read, and a rollout may join at any time. A step reads the last token of every rollout and draws the next
-one. The host says nothing but how many slots and columns it goes over, and on a CUDA device these are of few sizes: a step of each
-size is captured once as a CUDA graph and replayed, since the host takes longer to start its kernels than they take to run.
+Column p of a slot holds the key and the value of the rollout's position p, for every layer. A step reads the last token of every
+rollout, draws the next one, and writes one column per rollout. Rollouts may differ in length, and may join at any time.
 
-A graph keeps the addresses of what it reads. They are compared at every call, so that weights may be replaced as well as changed
-in place, as an optimiser does.
+The host decides only how many slots and columns a step covers. On a CUDA device these numbers are rounded to a few sizes, and a
+step of each size is captured once as a CUDA graph and replayed, because the host takes longer to launch the kernels than they take
+to run.
+
+A graph contains the addresses of the tensors that it uses. They are compared at every call, so weights may be replaced as well as
+changed in place (as an optimiser does).
 """
 
 from __future__ import annotations
@@ -25,16 +27,19 @@ from transformers.cache_utils import Cache, DynamicLayer
 from v05.rollout.batch import Batch
 from v05.rollout.rows import Rows, read_distinct
 
-LOOK_EVERY = 8  # tokens, on a CUDA device: the slot of a rollout that has ended stands idle for half as long on average
-COLUMNS = 64  # of which a cache has a multiple
-FEWEST_SLOTS = 16  # that a graph goes over: fewer take as long
-# Rotary embeddings that depend on the longest sequence of a batch.
+LOOK_EVERY = 8  # tokens between checks for finished rollouts on a CUDA device; a finished slot is idle for half as long on average
+COLUMNS = 64  # the number of columns of a cache is a multiple of this
+FEWEST_SLOTS = 16  # least slots of a graph; fewer would not be faster
+# Types of rotary embeddings that depend on the longest sequence of a batch.
 OF_THE_LONGEST = ("dynamic", "longrope")
 
 
 def fits_slots(model: PreTrainedModel) -> bool:
-    """Whether all that a sequence leaves behind are keys and values, every token attends to all of them by torch's own function,
-    and a step by one token does the same whatever the data, as transformers says of the model."""
+    """Whether `SlotBatch` can sample from a model.
+
+    Its cache must consist of keys and values only, every token must attend to all earlier ones with torch's own attention function,
+    and transformers must declare that the model compiles as one graph, so that a step by one token does not depend on the data.
+    """
     layers = DynamicCache(config=model.config).layers
     return (
         bool(layers)
@@ -46,10 +51,10 @@ def fits_slots(model: PreTrainedModel) -> bool:
 
 
 class SlotBatch(Batch):
-    """Keeps what is read in slots: for models that `fits_slots` is true of.
+    """Keeps keys and values in slots, for models that `fits_slots` accepts.
 
-    The slots stay allocated, so that they have addresses: layers x (width of keys and of values) x rollouts x (longest prompt +
-    length limit) numbers of the model's type.
+    The slots stay allocated, so that their addresses are fixed. They hold layers x (width of keys + width of values) x rollouts x
+    (longest prompt + length limit) numbers of the model's dtype.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -82,9 +87,9 @@ class SlotBatch(Batch):
         self._graphs.run((slots, columns), partial(self._step, slots, columns), count, self._addresses())
 
     def _step(self, slots: int, columns: int) -> None:
-        """Read the last token of every rollout and draw the next, from the first `columns` of the first `slots`.
+        """Read the last token of every rollout and draw the next one, using the first `columns` columns of the first `slots` slots.
 
-        Nothing here waits for the device, or does another thing for other data: it is captured.
+        This is captured as a CUDA graph, so it must not wait for the device, and must run the same kernels for all data.
         """
         positions = self._draws.starts[:slots, None] + self._draws.lengths[:slots, None]
         unseen = torch.arange(columns, device=positions.device) > positions
@@ -105,17 +110,18 @@ class SlotBatch(Batch):
             self._cache.move(source, target, int((self._starts + self._lengths).max()))
 
     def _addresses(self) -> Hashable:
-        """Of all that a step reads and writes."""
+        """Addresses and shapes of all tensors that a step reads or writes."""
         tensors = (*self._model.parameters(), *self._model.buffers(), *self._cache.tensors(), *self._draws.tables())
         return tuple((tensor.data_ptr(), tensor.shape) for tensor in tensors)
 
 
 class _SlotCache(Cache):
-    """Keys and values as a model's layers ask for them: a step's are written to the first slots, at a position of each slot's own.
+    """The cache that a model's layers use in a step. They write to the first slots, at a separate position in each slot.
 
     Attributes:
-        keys: (layers, slots, columns, heads, width); values: likewise, of a width of their own.
-        columns: that there are.
+        keys: (layers, slots, columns, heads, width of keys).
+        values: (layers, slots, columns, heads, width of values).
+        columns: number of columns.
     """
 
     def __init__(self) -> None:
@@ -130,7 +136,8 @@ class _SlotCache(Cache):
         return self.keys, self.values
 
     def reserve(self, read: DynamicCache, slots: int, columns: int, used: int) -> None:
-        """Make room for so many, with the heads and widths of `read`; the first `used` slots stay as they are."""
+        """Grow to at least `slots` slots and `columns` columns, with heads and widths of `read`. The first `used` slots keep their
+        content."""
         if slots <= self.keys.shape[1] and columns <= self.columns:
             return
         layers: Sequence[Any] = read.layers
@@ -139,27 +146,28 @@ class _SlotCache(Cache):
         self.values = _grown(self.values, layers[0].values, shape, used)
 
     def write(self, place: slice, read: Rows, row_of: torch.Tensor) -> None:
-        """Put the rows `row_of` of `read`, which are aligned to the right, into the slots `place`."""
+        """Copy the rows `row_of` of `read`, which are aligned to the right, to the slots `place`."""
         width = read.mask.shape[1]
         first = width - read.mask.sum(-1)[row_of, None]
-        columns = (first + torch.arange(width, device=first.device)).clamp(max=width - 1)  # the last again, where there are no more
+        # Beyond the end of a row, its last column is repeated.
+        columns = (first + torch.arange(width, device=first.device)).clamp(max=width - 1)
         layers: Sequence[Any] = read.cache.layers
         for layer, keys, values in zip(layers, self.keys, self.values, strict=True):
             keys[place, :width] = layer.keys[row_of[:, None], :, columns]
             values[place, :width] = layer.values[row_of[:, None], :, columns]
 
     def move(self, source: torch.Tensor, target: torch.Tensor, columns: int) -> None:
-        """Copy slots."""
+        """Copy the first `columns` columns of the slots `source` to the slots `target`."""
         for table in self.tensors():
             table[:, target, :columns] = table[:, source, :columns]
 
     def go_to(self, positions: torch.Tensor, columns: int) -> None:
-        """From now on layers write at these positions, one for each of the first slots, and read the first `columns`."""
+        """Let layers write at these positions, one for each of the first slots, and read the first `columns` columns."""
         self._positions, self._width = positions, columns
         self._slots = torch.arange(len(positions), device=positions.device)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        """Write (slots, heads, 1, width) keys and values; all that a slot has, (slots, heads, columns, width)."""
+        """Write (slots, heads, 1, width) keys and values. Returns those of all columns, (slots, heads, columns, width)."""
         shown = []
         for table, states in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
             table[self._slots, self._positions] = states.squeeze(2)
@@ -167,13 +175,13 @@ class _SlotCache(Cache):
         return tuple(shown)
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """Models ask; they are told positions and masks."""
+        """Return 0. Models call this, but do not need it, because positions and masks are passed to them."""
         return 0
 
 
 def _grown(table: torch.Tensor, like: torch.Tensor, shape: tuple[int, int, int], used: int) -> torch.Tensor:
-    """Zeros of this shape, then heads and width of `like`; what the first `used` slots hold is copied."""
-    # Memory that nobody has written could hold NaN, and what is masked counts 0 times: NaN then, and not 0.
+    """Zeros of `shape` followed by heads and width of `like`, with a copy of the first `used` slots of `table`."""
+    # Uninitialised memory could hold NaN, and masked columns are multiplied by 0, which does not remove NaN.
     grown = like.new_zeros(*shape, like.shape[1], like.shape[3])
     if used:
         grown[:, :used, : table.shape[2]] = table[:, :used]
@@ -181,19 +189,19 @@ def _grown(table: torch.Tensor, like: torch.Tensor, shape: tuple[int, int, int],
 
 
 def _power_of_two(count: int) -> int:
-    """The least that is not below `count`."""
+    """The least power of two that is not below `count`."""
     return 1 << (count - 1).bit_length()
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:
-    """The configurations that say by which function layers attend."""
+    """The configurations that select the layers' attention function."""
     found = {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}
     return [config for config in found.values() if getattr(config, "_attn_implementation", None) == "sdpa"]
 
 
 @contextlib.contextmanager
 def _grouped_attention(configs: Sequence[Any]) -> Iterator[None]:
-    """Within, layers attend by `_attend`."""
+    """Inside the block, layers use `_attend` as their attention function."""
     for config in configs:
         config._attn_implementation = ATTENTION
     try:
@@ -212,7 +220,8 @@ def _attend(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """One query a head: those of the heads that share a key head are read as the queries of one, so that no key is copied."""
+    """Attention for one query per head. Heads that share a key head are treated as several queries of it, so keys need not be
+    copied."""
     grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
     read = scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
     return read.flatten(1, 2)[:, None], None
@@ -223,8 +232,10 @@ AttentionInterface.register(ATTENTION, _attend)
 
 
 class Capturable(TorchDispatchMode):
-    """Raises RuntimeError where what runs within could not be captured: where it waits for the device, to do as the data says, or
-    copies from the host."""
+    """Raises RuntimeError if code inside could not be captured as a CUDA graph.
+
+    That is so if it waits for data from the device or copies data between the host and the device.
+    """
 
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim")
 
@@ -232,22 +243,23 @@ class Capturable(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
         waits = name in self.WAITING
-        if name in ("index", "index_put_"):  # of unknown size where an index is a mask
+        if name in ("index", "index_put_"):  # the size of the result is unknown if an index is a mask
             waits = any(index is not None and index.dtype == torch.bool for index in args[1])
         elif name == "copy_":
             waits = args[0].device != args[1].device
         elif name == "_to_copy":
             waits = torch.device(kwargs.get("device") or args[0].device).type != args[0].device.type
         if waits:
-            raise RuntimeError(f"{name} waits for the device, so that no CUDA graph can hold it")
+            raise RuntimeError(f"{name} waits for the device, so no CUDA graph can capture it")
         return func(*args, **kwargs)
 
 
 class _Graphs:
-    """Steps on a CUDA device, captured once a size.
+    """Runs steps on a CUDA device, each size captured as a CUDA graph.
 
-    The first step of a size runs as it is, which loads kernels and fills torch's workspaces, and is watched, since torch may not
-    recover from a capture that fails. The second is captured. Graphs share their memory: no step leaves anything in it for another.
+    The first step of a size runs without capture. This loads kernels and fills torch's workspaces, and `Capturable` checks the
+    step, because torch may not recover from a failed capture. The second step of a size is captured. All graphs share one memory
+    pool, which is safe because no step leaves data there for another.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -257,7 +269,7 @@ class _Graphs:
         self._pool: Any = None
 
     def run(self, size: Hashable, step: Callable[[], None], count: int, addresses: Hashable) -> None:
-        """Run `step` so many times: whether it is captured is known by its `size`, and by the `addresses` of what it uses."""
+        """Run `step` `count` times, with the graph of this `size`. All graphs are dropped if `addresses` have changed."""
         if addresses != self._addresses:
             self._addresses, self._graphs, self._pool = addresses, {}, torch.cuda.graph_pool_handle()
         for _ in range(count):
@@ -271,7 +283,7 @@ class _Graphs:
             graph = self._graphs[size]
             if graph is None:
                 graph = self._graphs[size] = torch.cuda.CUDAGraph()
-                # Other threads may go on allocating.
+                # The mode "thread_local" allows other threads to allocate memory during the capture.
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                     step()
             graph.replay()

@@ -1,6 +1,6 @@
-"""Mamba-2 layers whose time step is bounded (Nemotron-H, Zamba2), read token by token.
+"""A fix for Mamba-2 layers with a bounded time step (Nemotron-H, Zamba2) when they read one token at a time.
 
-transformers bounds the time step in a pass over several tokens and forgets to in a step by one token. Without the bound, a token is
+transformers applies the bounds in a pass over several tokens, but not in a step by one token. Without the bounds, a token is
 sampled from another distribution than the one that training computes.
 """
 
@@ -19,7 +19,7 @@ UNBOUNDED = (0.0, math.inf)
 
 def bounded_mixers(model: torch.nn.Module) -> list[Any]:
     """The Mamba-2 layers of a model whose time step is bounded."""
-    # Falcon-H1 multiplies the projection afterwards, so that a bound on it would be another.
+    # Falcon-H1 scales the projection afterwards, so a bound on the projection would be wrong.
     return [
         module
         for module in model.modules()
@@ -29,7 +29,7 @@ def bounded_mixers(model: torch.nn.Module) -> list[Any]:
 
 @contextlib.contextmanager
 def bounded_time_steps(mixers: Sequence[Any]) -> Iterator[None]:
-    """Within, steps by one token have the bounds that passes over several have."""
+    """Inside the block, steps by one token apply the same bounds as passes over several tokens."""
     with contextlib.ExitStack() as hooks:
         for mixer in mixers:
             hooks.callback(mixer.in_proj.register_forward_hook(partial(_bound, mixer)).remove)
@@ -37,7 +37,10 @@ def bounded_time_steps(mixers: Sequence[Any]) -> Iterator[None]:
 
 
 def _bound(mixer: Any, projection: torch.nn.Module, inputs: Any, projected: torch.Tensor) -> torch.Tensor | None:
-    """The (B, 1, D) projection with its last columns, time steps before bias and softplus, in bounds; longer ones as they are."""
+    """A forward hook: bounds the last columns of a (B, 1, D) projection, which are time steps before bias and softplus.
+
+    Returns None, which changes nothing, for several tokens.
+    """
     if projected.shape[1] != 1:
         return None
     low, high = (_inverse_softplus(limit) - mixer.dt_bias.float() for limit in mixer.time_step_limit)
@@ -46,7 +49,7 @@ def _bound(mixer: Any, projection: torch.nn.Module, inputs: Any, projected: torc
 
 
 def _inverse_softplus(value: float) -> float:
-    """x with log(1 + exp(x)) = value."""
+    """The x for which log(1 + exp(x)) = value."""
     if value <= 0:
         return -math.inf
     return value + math.log(-math.expm1(-value)) if math.isfinite(value) else math.inf

@@ -1,8 +1,8 @@
-"""The embedded engine: continuous batched sampling with a key-value cache from a transformers model in this process.
+"""The embedded engine: continuous batched sampling, with a key-value cache, from a transformers model in this process.
 
-Rollouts that have ended make room in the batch, and waiting ones join it every few tokens, so that none waits for the longest. A
-prompt is read once for all its rollouts that join together. Random numbers are a function of the rollout's seed and the position in
-its completion, so that what a rollout is batched with changes it only through rounding.
+Finished rollouts leave the batch, and waiting ones join it every few tokens, so no rollout waits for the longest to finish. A
+prompt is read once for all of its rollouts that join together. Random numbers are a function of the rollout's seed and the position
+in its completion, so the other rollouts in a batch affect a rollout only through rounding.
 """
 
 from __future__ import annotations
@@ -26,30 +26,32 @@ from v05.rollout.scoring import completion_logprobs
 from v05.rollout.slots import SlotBatch, fits_slots
 from v05.rollout.time_steps import bounded_mixers, bounded_time_steps
 
-# A join costs about what a token does, however few join: prompts are read and caches copied. So there is one every so many tokens
-# at most, unless nothing is under way: short completions are then sampled batch by batch, and long ones wait little.
+# A join reads prompts and copies caches, and costs about as much as a token, however few rollouts join. Joins are therefore at
+# least
+# this many tokens apart, unless the batch is empty. Short completions are then sampled batch by batch, and long ones wait little.
 JOIN_EVERY = 16
-CHECKED_PROMPTS = (4, 2, 7)  # tokens of the prompts of a self-check: two start, the third joins them, twice
-CHECKED_TOKENS = 4  # of the completions that start
-# Relative differences of log-probabilities that count as rounding in the self-check: ten times what right models show or more.
+CHECKED_PROMPTS = (4, 2, 7)  # prompt lengths of the self-check: two start, and two copies of the third join them
+CHECKED_TOKENS = 4  # completion length of the self-check
+# Relative differences of log-probabilities that count as rounding in the self-check: at least ten times those of correct models.
 ROUNDING = {torch.float32: 3e-4, torch.float16: 0.1, torch.bfloat16: 0.25}
 ROUNDING_TF32 = 0.03
 
 
 class TransformersEngine:
-    """Samples from `model`, whose weights it reads at every call: a trainer of the same model has nothing to copy.
+    """Samples from `model`. The engine reads its weights at every call, so a trainer of the same model need not copy them.
 
     Args:
-        model: a causal language model. Completions end where its `generate` ends them.
+        model: a causal language model. Completions end at the same tokens as with its `generate`.
         tokenizer: its tokenizer.
-        max_new_tokens: length limit of a completion, its end-of-sequence token included.
-        capacity: rollouts sampled at once.
+        max_new_tokens: longest completion in tokens, including its end-of-sequence token.
+        capacity: rollouts sampled at the same time.
         temperature: divides the logits; 0 takes the likeliest token.
-        top_p: share of the probability that is sampled from, the likeliest tokens first.
+        top_p: sample only from the likeliest tokens that together have this probability.
 
     Raises:
-        ValueError: no token ends a completion, or `check_sampling` refuses the model. From `submit`: a prompt does not fit.
-        NotFiniteError: from `poll` too.
+        ValueError: no token ends a completion, or `check_sampling` refuses the model. `submit` raises it for a prompt that does not
+            fit.
+        NotFiniteError: the model's log-probabilities are not finite. `poll` raises it too.
     """
 
     reproducible = True
@@ -98,7 +100,7 @@ class TransformersEngine:
                 try:
                     finished += self._batch.step()
                 except NotFiniteError:
-                    self._batch = self._make_batch()  # what is left of this one is not finite
+                    self._batch = self._make_batch()  # the rest of this batch may not be finite either
                     raise
         return finished
 
@@ -118,7 +120,7 @@ class TransformersEngine:
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
-        """Within, the model is in evaluation mode, and reads a token as it reads several."""
+        """Inside the block, the model is in evaluation mode, and time steps are bounded as in passes over several tokens."""
         was_training = self._model.training
         if was_training:
             self._model.eval()
@@ -130,7 +132,8 @@ class TransformersEngine:
                 self._model.train()
 
     def _join(self) -> None:
-        """Let waiting rollouts join the batch, if it is time."""
+        """Let waiting rollouts join the batch, if there is room and the last join is `JOIN_EVERY` tokens ago or the batch is
+        empty."""
         joining = min(len(self._waiting), self.capacity - len(self._batch))
         if joining and (len(self._batch) == 0 or self._since_join >= JOIN_EVERY):
             self._since_join = 0
@@ -140,18 +143,19 @@ class TransformersEngine:
 
 @torch.no_grad()
 def check_sampling(model: PreTrainedModel, pad: int) -> type[Batch]:
-    """The way to keep what is read of rollouts: in slots, or in rows that grow.
+    """The kind of batch that samples correctly from the model: `SlotBatch` if possible, else `RowBatch`.
 
-    Log-probabilities of a few random prompts' completions, as they are sampled and as they are trained on, are compared with those
-    of a plain forward pass: nothing tells in advance whether a new architecture's state is kept as the engine keeps it.
+    It is not known in advance whether the engine keeps the state of a new architecture correctly. Completions of a few random
+    prompts are therefore sampled, and their log-probabilities, both as sampled and as computed in training, are compared with those
+    of a plain forward pass.
 
     Raises:
-        ValueError: they differ by more than rounding; names the architecture.
-        NotFiniteError: the plain pass gives no finite log-probability.
+        ValueError: the log-probabilities differ by more than rounding; the message names the architecture.
+        NotFiniteError: the plain pass gives log-probabilities that are not finite.
     """
     text = model.config.get_text_config(decoder=True)
     if (positions_of(text) or sys.maxsize) < max(CHECKED_PROMPTS) + CHECKED_TOKENS:
-        return RowBatch  # a toy, which a check would not fit
+        return RowBatch  # a toy model, too short for the check
     random = np.random.default_rng(0)
     prompts = [tuple(random.integers(text.vocab_size, size=n).tolist()) for n in CHECKED_PROMPTS]
     prompts.append(prompts[-1])
@@ -166,13 +170,14 @@ def check_sampling(model: PreTrainedModel, pad: int) -> type[Batch]:
     if fault is not None:
         raise ValueError(
             f"model_type={text.model_type!r}: the embedded engine cannot keep this architecture's state from token to token "
-            f"({fault}); give a policy of another"
+            f"({fault}); give a policy with another architecture"
         )
     return RowBatch
 
 
 def _fault(kind: type[Batch], model: PreTrainedModel, pad: int, prompts: Sequence[tuple[int, ...]]) -> str | None:
-    """What is wrong with log-probabilities of completions that are sampled and scored this way; None if nothing is."""
+    """What is wrong with the log-probabilities of completions that this kind of batch samples, as text; None if they are
+    correct."""
     try:
         completions = _probes(kind(model, pad, Ends((), CHECKED_TOKENS), Sampler()), prompts)
         trained = completion_logprobs(model, prompts, completions, pad)
@@ -185,14 +190,14 @@ def _fault(kind: type[Batch], model: PreTrainedModel, pad: int, prompts: Sequenc
         expected = torch.log_softmax(logits, dim=-1).gather(-1, tokens).squeeze(-1)
         both = torch.stack((torch.from_numpy(completion.logprobs).to(row), row[: len(expected)]))
         difference = float(((both - expected).abs() / (1 + expected.abs())).max())
-        largest = difference if not difference <= largest else largest  # NaN is the largest
+        largest = difference if not difference <= largest else largest  # so that NaN counts as the largest
     if largest <= _rounding(model):
         return None
     return f"log-probabilities differ from a plain forward pass by up to {largest:.2g}"
 
 
 def _plain_logits(model: PreTrainedModel, tokens: Sequence[int]) -> torch.Tensor:
-    """(L, V) float32, without a cache."""
+    """(L, V) float32 logits of one sequence, computed without a cache."""
     logits: torch.Tensor = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits[0]
     return logits.float()
 
@@ -212,7 +217,7 @@ def _probes(batch: Batch, prompts: Sequence[tuple[int, ...]]) -> list[Completion
 
 
 def _rounding(model: PreTrainedModel) -> float:
-    """Relative difference of log-probabilities that the order of summation may explain."""
+    """Largest relative difference of log-probabilities that counts as rounding."""
     if model.dtype == torch.float32 and model.device.type == "cuda" and torch.backends.cudnn.allow_tf32:  # convolutions then use it
         return ROUNDING_TF32
     return ROUNDING.get(model.dtype, ROUNDING[torch.float32])

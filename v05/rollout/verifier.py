@@ -1,18 +1,19 @@
-"""Verifying completions: in this process, or in a pool of processes where a hang or a crash costs no more than its item.
+"""Verifying completions: in this process, or in a pool of processes, where a hang or a crash affects only one item.
 
-A completion is written by the policy, which learns whatever pays. So nothing that a completion does to its verifier pays:
+The policy writes the completions, and learns whatever is rewarded. A completion must therefore gain nothing from disturbing its
+verifier:
 
-- The verifier scores it: that is its reward.
-- The verifier raises, or returns what is no finite number: reward WRONG.
-- The process takes longer than the time limit, dies, or runs out of memory over it (pool only): reward WRONG, unless the reference
-  answer fares no better.
+- The verifier returns a finite number: that is the reward.
+- The verifier raises, or returns something else: reward WRONG.
+- The process exceeds the time limit, dies or runs out of memory on the completion (pool only): reward WRONG, unless the same
+  happens with the reference answer.
 
-A Failure tells nothing about the completion: the item cannot be sent to a process, a process is lost over the reference answer
-too, or one that the verifier needs does not run (ChildProcessError). The scheduler has such a rollout tried again and at last
-leaves it out. A pool that is at fault RUN_OF_LOSSES times in a row raises.
+A `Failure` says nothing about the completion: the item cannot be sent to a process, the process is also lost with the reference
+answer, or a helper process of the verifier does not run (ChildProcessError). The scheduler then tries the rollout again, and
+finally leaves it out. If this happens RUN_OF_LOSSES times in a row, the pool raises RuntimeError.
 
-A sum is verified in 8 microseconds, which the pool makes 60; answers to JSONL tasks take 0.2 milliseconds, and 10 where a formula
-is compared, which the pool spreads.
+Verifying a sum takes 8 microseconds, and 60 through the pool. An answer of a JSONL task takes 0.2 milliseconds, or 10 if formulas
+are compared; the pool's processes do this in parallel.
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ from v05.rollout import ATTEMPTS, Failure
 if TYPE_CHECKING:
     from v05.tasks import Prompt, Scorer
 
-WRONG = 0.0  # reward
-LARGEST_CHUNK = 64  # items sent to a process at once; each is timed, and answered, on its own
-RUN_OF_LOSSES = 3  # processes lost through no completion's fault, with nothing verified in between, before the pool gives up
+WRONG = 0.0  # reward of a wrong completion
+LARGEST_CHUNK = 64  # most items sent to a process at once; each item is timed and answered separately
+RUN_OF_LOSSES = 3  # processes lost in a row, not because of a completion, before the pool raises
 MEMORY_GIB = 2.0
-PRELOAD = [__name__, "reasoning_gym", "v05.tasks.jsonl"]  # what tasks import, so that a process is made in milliseconds
+PRELOAD = [__name__, "reasoning_gym", "v05.tasks.jsonl"]  # modules that tasks import, so that a new process starts in milliseconds
 
 
 class Item(NamedTuple):
-    """A completion to verify, under a key that no other item being verified has."""
+    """A completion to verify. Its key must differ from those of all other items being verified."""
 
     key: int
     prompt: Prompt
@@ -57,19 +58,20 @@ class Verifier(Protocol):
     """Scores completions.
 
     Attributes:
-        timed_out: items so far that were wrong because they took longer than the time limit.
-        crashed: items so far that were wrong because they ended the process.
+        timed_out: number of items so far that counted as wrong because they exceeded the time limit.
+        crashed: number of items so far that counted as wrong because they crashed the process.
     """
 
     timed_out: int
     crashed: int
 
     def submit(self, items: Sequence[Item]) -> None:
-        """Start verifying."""
+        """Start verifying these items."""
         ...
 
     def poll(self, *, wait: bool) -> list[tuple[int, float | Failure]]:
-        """Keys and rewards of the items verified since the last call; with `wait` at least one, if any is under way."""
+        """Keys and rewards of the items verified since the last call. With `wait`, waits for at least one, if any item is under
+        way."""
         ...
 
     def close(self) -> None:
@@ -78,7 +80,7 @@ class Verifier(Protocol):
 
 
 class InlineVerifier:
-    """Verifies in this process, as items are submitted. `task.verify` must not stall, nor evaluate what a completion says."""
+    """Verifies in this process, as items are submitted. `task.verify` must not hang, and must not execute code of a completion."""
 
     timed_out = crashed = 0
 
@@ -98,19 +100,19 @@ class InlineVerifier:
 
 
 class VerifierPool:
-    """Verifies in processes of their own. One that stalls or dies is replaced, and the rest of its chunk goes to another.
+    """Verifies in separate processes. A process that hangs or dies is replaced, and the rest of its items go to another.
 
-    A process may use `memory_gib`, write no file and leave no core dump; what it prints is dropped. (A limit of processes would
-    not bind root, and would forbid threads to others.)
+    A process may use `memory_gib` of memory, and can write no file and leave no core dump. Its output is discarded. (A limit on the
+    number of processes would not apply to root, and would forbid threads to other users.)
 
     Args:
-        make_task: makes the task in a process; picklable.
-        workers: processes.
-        time_limit: seconds an item may take. Time is taken when this process polls, so an item may get more, never less.
-        memory_gib: that a process may use beyond what it has once its task is made; on Linux only.
+        make_task: makes the task inside a process; must be picklable.
+        workers: number of processes.
+        time_limit: seconds that an item may take. Time is checked when this process polls, so an item may get more, but never less.
+        memory_gib: GiB that a process may use beyond its use after making the task; on Linux only.
 
-    Raises RuntimeError, from any method: a process cannot be started or cannot make its task, or processes are lost time and again
-    through no completion's fault.
+    Any method may raise RuntimeError: a process cannot be started or cannot make its task, or processes are lost repeatedly, not
+    because of completions.
     """
 
     def __init__(self, make_task: Callable[[], Scorer], *, workers: int, time_limit: float, memory_gib: float = MEMORY_GIB) -> None:
@@ -118,7 +120,8 @@ class VerifierPool:
         self._make_worker = functools.partial(_Worker, make_task, int(memory_gib * 2**30))
         self._time_limit = time_limit
         self._waiting: deque[Item] = deque()
-        self._suspects: dict[int, _Loss] = {}  # keys whose reference answers are verified before they are found wrong
+        # Items that lost a process, and whose reference answer is verified before they count as wrong.
+        self._suspects: dict[int, _Loss] = {}
         self._losses = 0
         self._results: list[tuple[int, float | Failure]] = []
         self._workers = [self._make_worker() for _ in range(workers)]
@@ -143,7 +146,7 @@ class VerifierPool:
             worker.stop()
 
     def _send(self) -> None:
-        """Share what is waiting among the processes that are free."""
+        """Divide the waiting items among the free processes."""
         free = [worker for worker in self._workers if worker.ready and not worker.items]
         for i, worker in enumerate(free):
             size = min(LARGEST_CHUNK, math.ceil(len(self._waiting) / (len(free) - i)))
@@ -158,11 +161,11 @@ class VerifierPool:
             if chunk:
                 worker.begun = False
                 worker.since = time.monotonic()
-                with contextlib.suppress(OSError):  # a process that died is met when its answers are read
+                with contextlib.suppress(OSError):  # a dead process is noticed when its answers are read
                     worker.connection.send(chunk)
 
     def _receive(self, timeout: float | None) -> None:
-        """Take the answers that are there, waiting `timeout` seconds for a first one; replace processes that died or stall."""
+        """Read the available answers, waiting up to `timeout` seconds for a first one, and replace processes that died or hang."""
         answered = connection.wait([worker.connection for worker in self._workers], timeout)
         for i, worker in enumerate(self._workers):
             if worker.connection in answered and not self._read(worker):
@@ -175,7 +178,7 @@ class VerifierPool:
                 self._replace(i, _Loss(f"took longer than {self._time_limit:g} s", timed_out=True))
 
     def _read(self, worker: _Worker) -> bool:
-        """Take all answers of a process; False if it has died."""
+        """Read all available answers of a process. Returns False if it has died."""
         try:
             while worker.connection.poll():
                 answer = worker.connection.recv()
@@ -191,7 +194,8 @@ class VerifierPool:
         return True
 
     def _conclude(self, key: int, result: float | Failure) -> None:
-        """Note the result of an item. A suspect's is that of its reference answer, which clears the verifier."""
+        """Note the result of an item. For a suspect, this is the result of its reference answer: if that could be verified, the
+        completion is wrong."""
         loss = self._suspects.pop(key, None)
         if loss is not None and not isinstance(result, Failure):
             self.timed_out += loss.timed_out
@@ -200,7 +204,7 @@ class VerifierPool:
         self._results.append((key, result))
 
     def _replace(self, index: int, loss: _Loss) -> None:
-        """Put a new process in a lost one's place. The item it was at is suspected; the others wait again."""
+        """Replace a lost process. Its current item becomes a suspect, and its other items wait again."""
         lost = self._workers[index]
         item = lost.items.popleft() if lost.begun and lost.items else None
         self._waiting.extendleft(reversed(lost.items))
@@ -211,26 +215,26 @@ class VerifierPool:
             self._losses += 1
             if self._losses == RUN_OF_LOSSES:
                 raise RuntimeError(
-                    f"verifier processes were lost {RUN_OF_LOSSES} times in a row over no completion, but reference answers or "
-                    f"nothing; the last one {loss.what}: look at the machine's memory, verifier.memory_gib and verifier.time_limit"
+                    f"verifier processes were lost {RUN_OF_LOSSES} times in a row while idle or with reference answers; "
+                    f"the last one {loss.what}: check the machine's memory, verifier.memory_gib and verifier.time_limit"
                 )
             if item is not None:
-                self._conclude(item.key, Failure(f"the verifier's process {loss.what} over the reference answer too"))
+                self._conclude(item.key, Failure(f"the verifier's process {loss.what} with the reference answer too"))
         self._workers[index] = self._make_worker()
 
 
 class _Loss(NamedTuple):
-    """How a process was lost."""
+    """How a process was lost: `what` is text for a message."""
 
     what: str
     timed_out: bool
 
 
 class _Worker:
-    """A process.
+    """A process of the pool.
 
-    `items` are what it was sent and has not answered; it is `begun` once the process has them, and the first is under way `since`
-    that time at the latest.
+    `items` were sent to it and are not answered yet. `begun` is True once the process has received them. Its first item has been
+    under way since the time `since`, or a little longer.
     """
 
     def __init__(self, make_task: Callable[[], Scorer], memory: int) -> None:
@@ -249,7 +253,7 @@ class _Worker:
         self.since = 0.0
 
     def stop(self) -> int | None:
-        """Kill and reap; the exit code."""
+        """Kill the process and wait for its end. Returns the exit code."""
         self.process.kill()
         self.process.join()
         self.connection.close()
@@ -257,9 +261,9 @@ class _Worker:
 
 
 def verify_all(verifier: Verifier, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
-    """Rewards of completions, one a prompt, by a verifier that has nothing under way.
+    """Rewards of completions, one per prompt, by a verifier that has nothing under way.
 
-    RuntimeError if an item fails `ATTEMPTS` times: it is not known to be wrong.
+    Raises RuntimeError if an item fails `ATTEMPTS` times, because it may be right or wrong.
     """
     items = [Item(i, *pair) for i, pair in enumerate(zip(prompts, completions, strict=True))]
     rewards: dict[int, float] = {}
@@ -278,7 +282,7 @@ def verify_all(verifier: Verifier, prompts: Sequence[Prompt], completions: Seque
 
 
 def _verify(task: Scorer, prompt: Prompt, completion: str) -> float | Failure:
-    """The reward, whatever the verifier raises or returns. Only Ctrl-C passes."""
+    """The reward of a completion, or a Failure, whatever the verifier raises or returns. Only KeyboardInterrupt passes through."""
     try:
         score = task.verify(prompt, completion)
         reward = WRONG if isinstance(score, str) else float(score)
@@ -286,14 +290,15 @@ def _verify(task: Scorer, prompt: Prompt, completion: str) -> float | Failure:
         raise
     except ChildProcessError as error:
         return Failure(f"the verifier does not run: {error}")
-    except BaseException:  # SystemExit too: a completion ends no run
+    except BaseException:  # includes SystemExit: a completion must not end the run
         return WRONG
     return reward if math.isfinite(reward) else WRONG
 
 
 def _work(make_task: Callable[[], Scorer], memory: int, answers: Any) -> None:
-    """A process of the pool: says when it is ready, then answers chunks item by item until its parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    """The main function of a process of the pool: reports that it is ready, then answers chunks item by item until its parent is
+    gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     threading.Thread(target=_die_with_parent, daemon=True).start()
     task = make_task()
     _confine(memory)
@@ -315,9 +320,9 @@ def _verify_pickled(task: Scorer, item: bytes) -> float | Failure:
 
 
 def _confine(memory: int) -> None:
-    """Limit what this process may do to the machine, as far as the system lets it; what it prints is dropped."""
+    """Limit this process's use of the machine, as far as the system allows, and discard its output."""
     limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 0}
-    with contextlib.suppress(OSError):  # only Linux says, and only there is the limit kept
+    with contextlib.suppress(OSError):  # only Linux has this file and enforces the limit
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         limits[resource.RLIMIT_AS] = used + memory
     for limit, most in limits.items():
@@ -325,12 +330,12 @@ def _confine(memory: int) -> None:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(limit, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):  # a file's end could not be written to, and a completion's text is not for a terminal
+    for stream in (1, 2):  # output could fail at the file size limit, and completions' text must not reach a terminal
         os.dup2(nowhere, stream)
 
 
 def _die_with_parent() -> None:
-    """A verifier that stalls would outlive a parent that was killed."""
+    """End this process with its parent, because a hanging verifier would outlive a killed parent."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
