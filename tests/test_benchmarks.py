@@ -167,7 +167,7 @@ def test_mistakes_say_what_to_do(tmp_path, data, model):
         read_benchmark(tmp_path, "empty", TEMPLATE, print)
     with pytest.raises(ValueError, match=r"template='ask' has no \{problem\}"):
         config_of(model, template="ask")
-    with pytest.raises(ValueError, match=r"max_new_tokens=255 after a prompt of 21 tokens does not fit .* 256 .*; at most 235 do"):
+    with pytest.raises(ValueError, match=r"max_new_tokens=255 after a prompt of 21 tokens does not fit .* 256 .*; at most 235 fit"):
         run(config_of(model, max_new_tokens=255), data, tmp_path / "long", 1)
 
 

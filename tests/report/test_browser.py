@@ -158,5 +158,5 @@ def test_a_page_of_old_runs_alone(tmp_path, open_page):
         f"chart-{name}" for name in ("noise", "group-sizes", "calibration", "prior-auc", "rejected", "weight", "weights")
     }
     assert page.locator(".empty:visible").count() == len(empty)
-    assert page.get_by_text("None was recorded by these runs.").is_visible()
+    assert page.get_by_text("These runs recorded no completions.").is_visible()
     assert page.locator("#axes button").all_text_contents() == ["rollouts", "seconds"]

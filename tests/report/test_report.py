@@ -87,7 +87,7 @@ def test_rollouts_saved_are_those_of_the_comparison(place):
     assert v05["saved"]["rollouts"] == rollouts_to(groups[1].records, groups[0].records).at
     assert v05["saved"]["rollouts"] < grpo["saved"]["needed"] == grpo["saved"]["rollouts"] <= 60 * 512
     assert document(groups, runs, "v05@4..16", untracked)["groups"][1]["saved"]["baseline"] == "v05@4..16"
-    with pytest.raises(ValueError, match=r"baseline='rloo' is none of the methods found; choose one of v05@4..16, grpo@8"):
+    with pytest.raises(ValueError, match=r"baseline='rloo' is not among the methods found; choose one of v05@4..16, grpo@8"):
         document(groups, runs, "rloo", untracked)
 
 
@@ -113,7 +113,9 @@ def test_nothing_is_saved_where_the_baseline_learnt_nothing(tmp_path):
     path.write_text(json.dumps(result | {"accuracy_after": result["accuracy_before"]}))
     page = document_of(tmp_path)
     assert [group["saved"] for group in page["groups"]] == [None, None]
-    assert page["missing"] == ["rollouts saved in chain_sum + products: grpo@8 ends no higher than it began"]
+    assert page["missing"] == [
+        "rollouts saved in chain_sum + products: cannot be computed, because grpo@8 ends no higher than it began"
+    ]
 
 
 def test_histograms_and_calibration_add_up(place):

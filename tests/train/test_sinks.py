@@ -153,9 +153,9 @@ def test_a_terminal_sees_a_panel():
 def test_a_log_sees_a_line_an_evaluation():
     lines = shown(terminal=False).splitlines()
     assert len(lines) == 3
-    assert lines[0] == "0 of 1,000 rollouts: held-out accuracy 0.450, rollouts a prompt 16.0"
+    assert lines[0] == "0 of 1,000 rollouts: held-out accuracy 0.450, rollouts per prompt 16.0"
     assert lines[1].startswith(
-        "500 of 1,000 rollouts: held-out accuracy 0.500, rollouts/s 125, rollouts a prompt 5.5, priors rejected 25%"
+        "500 of 1,000 rollouts: held-out accuracy 0.500, rollouts/s 125, rollouts per prompt 5.5, priors rejected 25%"
     )
     assert lines[2].startswith("1,000 of 1,000 rollouts: held-out accuracy 0.625")
 

@@ -132,7 +132,7 @@ def test_a_row_that_was_cut_is_named(tmp_path):
     append_row(tmp_path, made_up_row("grpo@4"))
     file = tmp_path / "runs.csv"
     file.write_text(file.read_text()[:-40])
-    with pytest.raises(ValueError, match=r"runs\.csv:2 is no whole row"):
+    with pytest.raises(ValueError, match=r"runs\.csv:2 is not a complete row"):
         read_rows(tmp_path)
 
 

@@ -261,7 +261,7 @@ def _suite_tables(records: list[dict[str, Any]]) -> Iterator[Table]:
             "pass@k",
             *versus,
             f"rollouts to {TARGET}'s",
-            "a prompt",
+            "group size",
             "rejected",
             "baseline MSE",
             "entropy",
@@ -315,7 +315,7 @@ def _table(methods: list[dict[str, Any]]) -> Table:
     reference = next((m["label"] for m in methods if m["method"] == REFERENCE.name), None)
     versus = [] if reference is None else [f"gain over {reference}", f"rollouts to {reference}'s final"]
     columns = ["method", "accuracy", *versus, "greedy", "pass@k", "rollouts", "baseline MSE", "gradient norm"]
-    columns += ["entropy", "a prompt", "seconds"]
+    columns += ["entropy", "group size", "seconds"]
     for column in columns:
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for m in methods:

@@ -1,1 +1,1 @@
-"""Run directories in, one self-contained HTML page out. Only what reads, sums up or draws runs may enter; nothing here trains."""
+"""`v05 report`: turns run directories into one self-contained HTML page. This package reads and draws runs, and trains nothing."""

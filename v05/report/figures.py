@@ -1,4 +1,4 @@
-"""What the page shows, as one document of plain lists and numbers: curves over seeds, distributions, completions to read."""
+"""The content of the page as one document of plain lists and numbers: curves over seeds, distributions and completions to read."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Document = dict[str, Any]
 Records = list[dict[str, Any]]
 Array = NDArray[np.float64]
 
-POINTS = 100  # of a curve of steps, each the mean of those that fall to it
-OVERSHOOT = 1.05  # of a run's total, by which its last step may pass that of another
-SAMPLES = 4000  # groups of completions on a page, shared out evenly among the runs
+POINTS = 100  # of a curve over steps; each point is the mean of the steps that belong to it
+OVERSHOOT = 1.05  # factor by which a run's last step may exceed the total of another run
+SAMPLES = 4000  # most groups of completions on a page, divided evenly among the runs
 AXES = ("rollouts", "generated_tokens", "seconds")
-STAGES = ("generate", "verify", "schedule", "advantages", "update", "sync")  # of a step, in this order
-NEWER = {  # records that runs of earlier versions lack, and what is not shown for them
+STAGES = ("generate", "verify", "schedule", "advantages", "update", "sync")  # of a step, in their order
+NEWER = {  # records that runs of earlier versions lack, and the name of what cannot be shown without them
     "group_sizes": "the distribution of group sizes",
     "generated_tokens": "curves over tokens",
     "gradient_noise": "the noise of the gradient",
@@ -36,28 +36,28 @@ def document(
     track: Callable[..., Any],
     left_out: Mapping[str, str] | None = None,
 ) -> Document:
-    """The page's contents.
+    """The content of the page.
 
     Args:
-        groups: of `v05.report.runs.seeds_of`.
-        runs: all of them, also those that `groups` leaves out.
-        baseline: name of the group whose final accuracy the others are to reach; None is the first of method "grpo".
-        track: shows the progress of an iteration, as `rich.progress.track`.
-        left_out: of `v05.report.runs.read_runs`.
+        groups: from `v05.report.runs.seeds_of`.
+        runs: all runs, including those that `groups` leaves out.
+        baseline: name of the group whose final accuracy the other groups are to reach; None is the first with method "grpo".
+        track: shows the progress of an iteration, like `rich.progress.track`.
+        left_out: from `v05.report.runs.read_runs`.
 
     Raises:
         ValueError: no group is called `baseline`.
     """
     names = [group.name for group in groups]
     if baseline is not None and baseline not in names:
-        raise ValueError(f"baseline={baseline!r} is none of the methods found; choose one of {', '.join(dict.fromkeys(names))}")
+        raise ValueError(f"baseline={baseline!r} is not among the methods found; choose one of {', '.join(dict.fromkeys(names))}")
     summaries, idle = [], []
     for group in track(groups, "summing up"):
         rivals = [other for other in groups if other.setting == group.setting and other.finished]
         reference = next((r for r in rivals if (r.name == baseline if baseline else r.method == REFERENCE.name)), None)
         summaries.append(summary(group, reference, best_rival(rivals)))
         if reference is not None and group is reference and not improved(group):
-            idle.append(f"rollouts saved in {group.setting}: {group.name} ends no higher than it began")
+            idle.append(f"rollouts saved in {group.setting}: cannot be computed, because {group.name} ends no higher than it began")
     every = max(1, -(-sum(len(recorded.samples) for recorded in runs) // SAMPLES))
     return {
         "groups": summaries,
@@ -69,14 +69,14 @@ def document(
 
 
 def absent(left_out: Mapping[str, str]) -> list[str]:
-    """Which runs have nothing to show, and why."""
+    """Notices about the runs that have nothing to show, with the reason."""
     waiting = [name for name, why in left_out.items() if why == NOT_EVALUATED]
     lines = [f"{name} is left out: {why}" for name, why in left_out.items() if why != NOT_EVALUATED]
-    return [*lines, f"without an evaluation yet: {listed(waiting)}"] if waiting else lines
+    return [*lines, f"not evaluated yet: {listed(waiting)}"] if waiting else lines
 
 
 def missing(runs: Sequence[Recorded]) -> list[str]:
-    """What cannot be shown, because runs of earlier versions did not record it."""
+    """Notices about what cannot be shown, because runs of earlier versions did not record it."""
     lines = []
     for key, what in NEWER.items():
         lacking = [recorded.name for recorded in runs if recorded.run.steps and key not in recorded.run.steps[0]]
@@ -87,13 +87,13 @@ def missing(runs: Sequence[Recorded]) -> list[str]:
 
 
 def listed(names: Sequence[str], most: int = 4) -> str:
-    """The names, or a few of them and how many more."""
+    """The names as text; of many names, the first few and the number of others."""
     rest = len(names) - most
     return ", ".join(names) if rest <= 1 else f"{', '.join(names[:most])} and {rest} more runs"
 
 
 def run_line(recorded: Recorded) -> Document:
-    """A run in the table of runs."""
+    """A row of the table of runs."""
     result = recorded.run.result
     keys = ("method", "seed", "accuracy_before", "accuracy_after", "rollouts", "steps", "seconds")
     return {
@@ -107,13 +107,13 @@ def run_line(recorded: Recorded) -> Document:
 
 
 def best_rival(groups: Sequence[Seeds]) -> Seeds | None:
-    """The group that ends highest among those whose method is not ours; None without one."""
+    """The group with the highest final accuracy among methods that are not ours; None if there is none."""
     rivals = [group for group in groups if not METHODS[group.method].ours]
     return max(rivals, key=lambda group: final_accuracy(group.records), default=None)
 
 
 def summary(group: Seeds, baseline: Seeds | None, rival: Seeds | None) -> Document:
-    """A group's curves, distributions and figures; `baseline` is what its rollouts are compared with, `rival` its accuracy."""
+    """A group's curves, distributions and numbers. Its rollouts are compared with `baseline`, its accuracy with `rival`."""
     runs = group.records
     steps = [run.steps for run in runs]
     finals = np.array([run.result["accuracy_after"] for run in runs])
@@ -158,9 +158,10 @@ def summary(group: Seeds, baseline: Seeds | None, rival: Seeds | None) -> Docume
 
 
 def saved(group: Seeds, baseline: Seeds) -> Document | None:
-    """Rollouts until the group's mean curve stays at the baseline's final accuracy, a 95 % interval, and what the baseline needed.
+    """Rollouts until the group's mean curve stays at or above the baseline's final accuracy, their 95 % interval, and the rollouts
+    that the baseline needed.
 
-    None where there is nothing to save: they share no seed, or the baseline learnt nothing.
+    None if the two share no seed, or if the baseline did not improve.
     """
     reached = rollouts_to(baseline.records, group.records)
     if reached is None or not improved(baseline):
@@ -176,7 +177,8 @@ def saved(group: Seeds, baseline: Seeds) -> Document | None:
 
 
 def lead(group: Seeds, rival: Seeds, axes: dict[str, tuple[Array, Array]]) -> Document | None:
-    """How much more accurate the group is than the mean of the rival at the same number of rollouts."""
+    """The curve of the group's accuracy minus the rival's mean accuracy at the same number of rollouts; None without
+    evaluations."""
     points, mean, _ = mean_curve([run.curve("rollouts") for run in rival.records])
     ahead = [
         [
@@ -191,12 +193,12 @@ def lead(group: Seeds, rival: Seeds, axes: dict[str, tuple[Array, Array]]) -> Do
 
 
 def improved(group: Seeds) -> bool:
-    """It ended above where it began, on the mean over seeds."""
+    """Whether the mean accuracy over seeds ended higher than it began."""
     return final_accuracy(group.records) > float(np.mean([run.result["accuracy_before"] for run in group.records]))
 
 
 def axes_of(steps: Sequence[Records]) -> dict[str, tuple[Array, Array]]:
-    """What a number of rollouts comes to on each other axis that was recorded, mean over runs: (rollouts, value) to interpolate."""
+    """For each other axis that all runs recorded: (rollouts, value on the axis), mean over runs, for interpolation."""
     axes = {}
     end = min((of_run[-1]["rollouts"] for of_run in steps if of_run), default=0)
     points = np.linspace(0, end, POINTS + 1)
@@ -208,7 +210,7 @@ def axes_of(steps: Sequence[Records]) -> dict[str, tuple[Array, Array]]:
 
 
 def curve(rollouts: Array, values: Array, axes: dict[str, tuple[Array, Array]]) -> Document:
-    """Mean and, of several, standard deviation over the (runs, points) `values`, on all axes."""
+    """A curve on all axes: mean over the runs of (runs, points) `values`, and standard deviation if there are several runs."""
     return {
         "mean": values.mean(axis=0).tolist(),
         "spread": values.std(axis=0, ddof=1).tolist() if len(values) > 1 else None,
@@ -218,7 +220,8 @@ def curve(rollouts: Array, values: Array, axes: dict[str, tuple[Array, Array]]) 
 
 
 def at_points(records: Sequence[Records], key: str, axes: dict[str, tuple[Array, Array]]) -> Document | None:
-    """The curve of what is measured now and then, where the first run measured it, as far as all runs have come."""
+    """The curve of an occasional measurement, at the points of the first run, up to where all runs have come; None if a run has
+    none."""
     known = [[record for record in of_run if record.get(key) is not None] for of_run in records]
     if not all(known):
         return None
@@ -230,12 +233,13 @@ def at_points(records: Sequence[Records], key: str, axes: dict[str, tuple[Array,
 
 
 def binned(steps: Sequence[Records], key: str, axes: dict[str, tuple[Array, Array]]) -> Document | None:
-    """The curve of what every step measures: means over stretches of rollouts, as far as all runs have come."""
+    """The curve of a measurement of every step, averaged over bins of rollouts, up to where all runs have come; None if a run has
+    none."""
     known = [[step for step in of_run if step.get(key) is not None] for of_run in steps]
     if not all(known):
         return None
     end = min(of_run[-1]["rollouts"] for of_run in known)
-    if not end:  # nothing came through
+    if not end:  # no rollout succeeded
         return None
     bins = min(POINTS, *(len(of_run) for of_run in known))
     values = []
@@ -250,7 +254,7 @@ def binned(steps: Sequence[Records], key: str, axes: dict[str, tuple[Array, Arra
 
 
 def shares(steps: Records, key: str) -> list[float] | None:
-    """The steps' histograms of one kind, added up, as shares of all groups; None where there are none."""
+    """The sum of the steps' histograms under `key`, as shares of all groups; None if there are none."""
     counts = [step[key] for step in steps if step.get(key)]
     total = np.zeros(max(map(len, counts), default=0))
     for row in counts:
@@ -259,7 +263,7 @@ def shares(steps: Records, key: str) -> list[float] | None:
 
 
 def stages(steps: Records, rollouts: int) -> dict[str, float]:
-    """Seconds of 1,000 rollouts by stage."""
+    """Seconds per 1,000 rollouts, by stage."""
 
     def total(key: str) -> float:
         return sum(step.get(f"{key}_seconds") or 0.0 for step in steps)
@@ -270,7 +274,7 @@ def stages(steps: Records, rollouts: int) -> dict[str, float]:
 
 
 def calibration(steps: Sequence[Records]) -> list[list[float]] | None:
-    """(groups, mean prior, mean outcome) of each bin of the prior that has any, over the second half of every run."""
+    """(groups, mean prior, mean outcome) for each bin of the prior that is not empty, over the second half of every run."""
     late = [step["prior_outcomes"] for of_run in steps for step in of_run[len(of_run) // 2 :] if step.get("prior_outcomes")]
     if not late:
         return None
@@ -279,7 +283,7 @@ def calibration(steps: Sequence[Records]) -> list[list[float]] | None:
 
 
 def mean_of(records: Records, key: str) -> float | None:
-    """Mean of what was recorded under `key`; None where nothing was."""
+    """Mean of the values under `key`; None if there are none."""
     values = [record[key] for record in records if record.get(key) is not None]
     return float(np.mean(values)) if values else None
 

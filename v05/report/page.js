@@ -1,21 +1,21 @@
 "use strict";
-// Draws the page's document: charts of the methods that are switched on, over the axis chosen; completions by filter.
+// Draws the page from its document: charts of the selected methods over the chosen axis, and completions by filter.
 
 const AXES = { rollouts: "training rollouts", generated_tokens: "generated tokens", seconds: "training time (s)" };
 const DASHES = ["solid", "dash", "dot", "dashdot"];
 const SHOWN_AT_ONCE = 12;  // samples
-const PRINTED = { width: 322, height: 220 };  // pixels of a chart on paper
+const PRINTED = { width: 322, height: 220 };  // of a chart on paper, in pixels
 
 const byId = (id) => document.getElementById(id);
 const state = { axis: "rollouts", setting: null, hidden: new Set(), samples: SHOWN_AT_ONCE, printing: false };
 let data = null;
 
-// Charts. Each returns traces and what its layout adds; no trace is "nobody recorded this".
+// Charts. draw() returns traces and additions to the layout. Without traces, the card says that nothing was recorded.
 
 const CHARTS = [
   {
     id: "accuracy", wide: true, title: "Held-out accuracy",
-    note: "Mean over seeds at each evaluation; band: one standard deviation. Dotted: what the others' rollouts are counted to.",
+    note: "Mean over seeds at each evaluation; band: one standard deviation. Dotted line: the baseline's final accuracy, the target for 'rollouts saved'.",
     draw: (groups) => {
       const traces = curves(groups, "accuracy", { markers: true, format: ".3f" });
       const target = groups.map((g) => g.saved).find(Boolean);
@@ -24,7 +24,7 @@ const CHARTS = [
   },
   {
     id: "lead", title: "Accuracy over the best rival",
-    note: "Difference to the rival that ended highest, at equal rollouts; mean over seeds, band: one standard deviation.",
+    note: "Accuracy minus that of the rival method that ended highest, at equal rollouts. Mean over seeds; band: one standard deviation.",
     draw: (groups) => {
       const traces = curves(groups, "lead", { markers: true, format: "+.3f" });
       const rival = groups.map((g) => g.lead).find(Boolean);
@@ -33,37 +33,37 @@ const CHARTS = [
   },
   {
     id: "noise", title: "Noise of the gradient",
-    note: "Second moment of one rollout's gradient over the mean energy, as far as the engine knows energies; smoothed. Half of it is worth twice the rollouts.",
+    note: "Second moment of one rollout's gradient divided by the mean energy, as far as the engine knows energies; smoothed. Lower is better: half the noise is worth twice the rollouts.",
     draw: (groups) => ({ traces: curves(groups, "gradient_noise", { format: ".3f" }), layout: { yaxis: { rangemode: "tozero" } } }),
   },
   {
     id: "saved", wide: true, title: "Rollouts to the baseline's final accuracy",
-    note: "Until the mean curve stays there; lines: 95 % interval over seeds, an open end never did. Dotted: what the baseline itself needed.",
+    note: "Training rollouts after which the mean curve stays at or above the baseline's final accuracy; fewer are better. Lines: 95 % interval over seeds, which reaches the right edge if some resampled curves never get there. Dotted: rollouts that the baseline itself needed.",
     draw: drawSaved,
   },
   {
-    id: "group-size", title: "Rollouts a prompt",
-    note: "Mean of a step, smoothed.",
+    id: "group-size", title: "Rollouts per prompt",
+    note: "Mean over the prompts of each step, smoothed.",
     draw: (groups) => ({ traces: curves(groups, "group_size", { format: ".2f" }), layout: { yaxis: { rangemode: "tozero" } } }),
   },
   {
     id: "group-sizes", title: "Distribution of group sizes",
-    note: "Share of all groups of the run that ended with so many rollouts.",
+    note: "Share of all groups of the run that ended with this number of rollouts.",
     draw: drawGroupSizes,
   },
   {
     id: "calibration", title: "Prior against outcome",
-    note: "Groups by predicted success rate, second half of the run; outcome: the first rollouts of a group, before any test. Area: groups.",
+    note: "Groups of the second half of the run, by predicted success rate. Outcome: mean reward of a group's first rollouts, before any test. On the dotted diagonal, predictions are right on average. Area of a point: number of groups.",
     draw: drawCalibration,
   },
   {
     id: "prior-auc", title: "How well the prior ranks held-out prompts",
-    note: "AUC: how often a prompt solved more than half the time is put above one that is not; 0.5 is chance.",
+    note: "AUC: how often the prior ranks a prompt that is solved more than half the time above one that is not. 1 is perfect, 0.5 is chance.",
     draw: (groups) => ({ traces: curves(groups, "prior_auc", { markers: true, format: ".3f" }), layout: {} }),
   },
   {
     id: "rejected", title: "Priors rejected",
-    note: "Share of groups: the test rejects the prior (v05), it hallucinates more probably than not (calibrated).",
+    note: "Share of groups whose prior the test rejects (v05), or whose prior hallucinates with probability above 1/2 (calibrated).",
     draw: (groups) => ({
       traces: curves(groups, "rejected", { format: ".1%" }),
       layout: { yaxis: { tickformat: ".0%", rangemode: "tozero" } },
@@ -71,12 +71,12 @@ const CHARTS = [
   },
   {
     id: "weight", title: "Weight against the prior over time",
-    note: "Mean over groups: weight of the group mean (v05), probability that the prior hallucinates (calibrated).",
+    note: "Mean over groups of the weight of the group mean (v05), or of the probability that the prior hallucinates (calibrated). 0 trusts the prior fully.",
     draw: (groups) => ({ traces: curves(groups, "weight", { format: ".3f" }), layout: { yaxis: { rangemode: "tozero" } } }),
   },
   {
     id: "weights", title: "Distribution of these weights",
-    note: "Share of all groups of the run, by tenths.",
+    note: "Share of all groups of the run, by tenths of the weight.",
     draw: (groups) => ({
       traces: groups.filter((g) => g.weights).map((g) => bars(g, g.weights.map((_, i) => (i + 0.5) / 10), g.weights, "%{x:.2f} ± 0.05")),
       layout: { barmode: "group", yaxis: { tickformat: ".0%" }, xaxis: { range: [0, 1], title: { text: "weight" } } },
@@ -84,22 +84,22 @@ const CHARTS = [
   },
   {
     id: "gradient", title: "Gradient norm",
-    note: "Before clipping, smoothed; band: one standard deviation over seeds.",
+    note: "Norm of the gradient before clipping, smoothed. Band: one standard deviation over seeds.",
     draw: (groups) => ({ traces: curves(groups, "grad_norm", { format: ".3f" }), layout: { yaxis: { rangemode: "tozero" } } }),
   },
   {
     id: "entropy", title: "Entropy",
-    note: "Nats a token, on held-out prompts.",
+    note: "Entropy of the policy on held-out prompts, in nats per token. A fast fall means that completions become alike.",
     draw: (groups) => ({ traces: curves(groups, "entropy", { markers: true, format: ".3f" }), layout: {} }),
   },
   {
     id: "baseline", title: "Error of the baseline",
-    note: "Squared, against many fresh rollouts of the same policy; reward units squared.",
+    note: "Mean squared error of the baseline against the success rate in many fresh rollouts of the same policy, in squared reward units.",
     draw: (groups) => ({ traces: curves(groups, "baseline_mse", { markers: true, format: ".4f" }), layout: { yaxis: { rangemode: "tozero" } } }),
   },
   {
     id: "stages", wide: true, title: "Training time by stage",
-    note: "Seconds of 1,000 rollouts. Schedule: what sampling takes beside the engine and the verifier.",
+    note: "Seconds per 1,000 rollouts. Schedule: time of the sampling loop outside the engine and the verifier.",
     draw: drawStages,
   },
 ];
@@ -165,7 +165,7 @@ function drawGroupSizes(groups) {
       const sizes = g.group_sizes.map((_, size) => size).slice(least);
       return { ...bars(g, sizes, g.group_sizes.slice(least), "%{x} rollouts"), opacity: 0.7 };
     }),
-    layout: { barmode: "overlay", xaxis: { title: { text: "rollouts of a group" }, dtick: most > 24 ? undefined : 1 }, yaxis: { tickformat: ".0%" } },
+    layout: { barmode: "overlay", xaxis: { title: { text: "rollouts in a group" }, dtick: most > 24 ? undefined : 1 }, yaxis: { tickformat: ".0%" } },
   };
 }
 
@@ -183,7 +183,7 @@ function drawCalibration(groups) {
         type: "scatter", mode: "lines+markers", line: { color: colour(g), width: 1.5, dash: DASHES[g.variant % DASHES.length] },
         marker: { size: g.calibration.map(([count]) => 4 + 14 * Math.sqrt(count / most)), opacity: 0.75, line: { width: 0 } },
         text: g.calibration.map(([count]) => number(count)),
-        hovertemplate: `<b>${escaped(g.name)}</b><br>predicted %{x:.2f}, came to %{y:.2f}<br>%{text} groups<extra></extra>`,
+        hovertemplate: `<b>${escaped(g.name)}</b><br>predicted %{x:.2f}, outcome %{y:.2f}<br>%{text} groups<extra></extra>`,
       };
     })],
     layout: { xaxis: { range: [-0.03, 1.03], title: { text: "prior" } }, yaxis: { range: [-0.03, 1.03], title: { text: "outcome" } } },
@@ -206,7 +206,7 @@ function drawStages(groups) {
   };
 }
 
-function named(groups, top = 10) {  // room for the groups' names to the left of their bars
+function named(groups, top = 10) {  // leaves room for the groups' names to the left of their bars
   const longest = Math.max(...groups.map((g) => g.name.length));
   return { margin: { l: Math.min(260, 16 + (state.printing ? 5.2 : 6.8) * longest), r: 14, t: top, b: 44, autoexpand: false }, yaxis: { ticks: "", showgrid: false } };
 }
@@ -218,13 +218,13 @@ function level(y, text) {
   };
 }
 
-// Small things.
+// Helpers.
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const ink = () => css("--ink");
 const isDark = () => matchMedia("(prefers-color-scheme: dark)").matches && !state.printing;
 const colour = (group) => group.colours[isDark() ? 1 : 0];
-const escaped = (text) => text.replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);  // plotly reads some markup
+const escaped = (text) => text.replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);  // plotly interprets some markup
 const number = (x) => Math.round(x).toLocaleString("en-US");
 const fixed = (x, digits) => (x === null || x === undefined ? "" : x.toFixed(digits));
 const percent = (x) => (x === null || x === undefined ? "" : `${(100 * x).toFixed(0)} %`);
@@ -247,7 +247,7 @@ function table(columns, rows) {
 
 const dot = (group) => make("span", { class: "dot", style: `--colour:${colour(group)}` });
 
-// What is on the page.
+// The parts of the page.
 
 const settings = () => [...new Set(data.groups.map((g) => g.setting))];
 const inSetting = () => data.groups.filter((g) => g.setting === state.setting);
@@ -283,7 +283,7 @@ function drawSummary() {
   const groups = inSetting();
   const reference = groups.map((g) => g.saved).find(Boolean);
   const columns = ["method", "seeds", "held-out accuracy", "gain", ...(reference ? [`rollouts to ${reference.baseline}'s final`, "saved"] : []),
-    "rollouts a prompt", "priors rejected", "rollouts/s", "seconds"];
+    "rollouts per prompt", "priors rejected", "rollouts/s", "seconds"];
   const rows = groups.map((g) => {
     const reached = g.saved && g.saved.rollouts;
     return [
@@ -298,7 +298,7 @@ function drawSummary() {
   });
   byId("summary").replaceChildren(
     make("h2", {}, "Methods"),
-    make("p", { class: "note" }, "Mean over seeds at the end ± one standard deviation; gain: over the accuracy before training."),
+    make("p", { class: "note" }, "Means over seeds at the end, ± one standard deviation. Gain: increase over the accuracy before training."),
     table(columns, rows));
 }
 
@@ -313,7 +313,7 @@ function drawRuns() {
 
 function drawMethods() {
   byId("methods").replaceChildren(...inSetting().map((g) => {
-    const button = make("button", { type: "button", "aria-pressed": String(!state.hidden.has(g.name)), title: "click: switch; double click: only this one" },
+    const button = make("button", { type: "button", "aria-pressed": String(!state.hidden.has(g.name)), title: "click: show or hide; double click: show only this method" },
       dot(g), g.name + (g.finished ? "" : " (unfinished)"));
     button.addEventListener("click", () => {
       if (!state.hidden.delete(g.name)) state.hidden.add(g.name);
@@ -388,12 +388,12 @@ function drawSamples() {
 
 function setUpSamples() {
   if (!data.samples.length) {
-    byId("completions-note").textContent = "None was recorded by these runs.";
+    byId("completions-note").textContent = "These runs recorded no completions.";
     byId("filters").hidden = byId("more").hidden = true;
     return;
   }
-  const cut = data.sampled > data.samples.length ? ` ${number(data.samples.length)} of the ${number(data.sampled)} recorded groups, evenly chosen.` : "";
-  byId("completions-note").textContent = "A few groups of each step that followed an evaluation: reward, advantage, completion." + cut;
+  const cut = data.sampled > data.samples.length ? ` ${number(data.samples.length)} of the ${number(data.sampled)} recorded groups are on this page, evenly chosen.` : "";
+  byId("completions-note").textContent = "A few groups from each step that followed an evaluation. Each line is one completion with its reward and its advantage." + cut;
   const steps = () => {
     const run = byId("filter-run").value;
     const known = new Set(data.samples.filter((s) => !run || s.run === run).map((s) => s.step));
@@ -415,14 +415,14 @@ function setUpSamples() {
   drawSamples();
 }
 
-// Once.
+// Set-up.
 
 function setUp() {
   state.setting = settings()[0];
   const unfinished = data.runs.filter((r) => !r.finished).length;
   byId("overview").textContent = `${data.runs.length} run${data.runs.length === 1 ? "" : "s"} of ${new Set(data.groups.map((g) => g.name)).size} `
     + `method${data.groups.length === 1 ? "" : "s"}` + (settings().length > 1 ? ` on ${settings().length} tasks` : ` on ${state.setting}`);
-  const notices = [...(unfinished ? [`${unfinished} of ${data.runs.length} runs ${unfinished === 1 ? "is" : "are"} unfinished: curves are of finished runs where a method has one.`] : []), ...data.missing];
+  const notices = [...(unfinished ? [`${unfinished} of ${data.runs.length} runs ${unfinished === 1 ? "is" : "are"} unfinished. Curves of a method use its finished runs if it has any.`] : []), ...data.missing];
   byId("notices").replaceChildren(...notices.map((text) => make("li", {}, text)));
   byId("setting-label").hidden = settings().length < 2;
   byId("setting").replaceChildren(...settings().map((name) => make("option", { value: name }, name)));
@@ -441,7 +441,7 @@ function setUp() {
   }));
   byId("charts").replaceChildren(...CHARTS.map((chart) => make("div", { class: `chart${chart.wide ? " wide" : ""}`, id: `chart-${chart.id}` },
     make("h2", {}, chart.title), make("p", { class: "note" }, chart.note), make("div", { class: "plot" }),
-    make("div", { class: "empty", hidden: "" }, "Not recorded by the methods shown."))));
+    make("div", { class: "empty", hidden: "" }, "The methods shown did not record this."))));
   drawRuns();
   setUpSamples();
   drawAll();

@@ -1,8 +1,9 @@
-"""The page: its skeleton, style and script with the document and plotly.js inside, in one file that needs no network.
+"""Writes the page: HTML, style and script, with the document and plotly.js inside, in one file that needs no network.
 
-Script and document travel compressed, which makes a page of 2 MB out of 5, and as base64: nothing that a policy wrote can end a
-script or become markup. The page unpacks them (`DecompressionStream`, in browsers since 2023), and writes texts as text only. Its
-content security policy lets these two scripts run, by their hashes, and nothing be fetched; plotly.js needs styles of its own.
+plotly.js and the document are compressed, which shrinks the page from 5 MB to 2, and encoded as base64, so that no text of a policy
+can end a script or become markup. The page unpacks them (with `DecompressionStream`, which browsers have since 2023) and inserts
+texts as text only. Its content security policy allows only its two scripts, by their hashes, and no network requests. Inline styles
+are allowed because plotly.js needs them.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from v05.train.metrics import plain_json
 POLICY = (
     "default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
 )
-LIGHTNESS = 0.26  # between a method's darkest and its lightest variant
+LIGHTNESS = 0.26  # difference in lightness between a method's darkest and lightest variant
 
 
 def write_page(document: Document, title: str, file: Path) -> None:
-    """Write the page of `document`, whole or not at all; its folder is made if need be."""
+    """Write the page of `document`, completely or not at all. The folder is made if necessary."""
     here = files("v05.report")
     plotly_script, script = plotly.offline.get_plotlyjs(), (here / "page.js").read_text("utf-8")
     parts = {
@@ -48,7 +49,7 @@ def write_page(document: Document, title: str, file: Path) -> None:
 
 
 def source_hash(script: str) -> str:
-    """As a content security policy names an inline script."""
+    """The hash of an inline script, as a content security policy writes it."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
@@ -57,7 +58,7 @@ def packed(text: str) -> str:
 
 
 def coloured(document: Document) -> Document:
-    """The document with a colour on each group, the same wherever its name appears."""
+    """The document with colours added to each group. Groups of the same name have the same colours."""
     variants: dict[str, list[str]] = defaultdict(list)
     for group in document["groups"]:
         if group["name"] not in variants[group["method"]]:
@@ -72,7 +73,7 @@ def coloured(document: Document) -> Document:
 
 
 def shifted(colour: str, by: float) -> str:
-    """A #rrggbb with its lightness changed by `by`."""
+    """A colour #rrggbb with `by` added to its lightness."""
     red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
     hue, lightness, saturation = colorsys.rgb_to_hls(red, green, blue)
     channels = colorsys.hls_to_rgb(hue, min(0.85, max(0.15, lightness + by)), saturation)

@@ -1,4 +1,4 @@
-"""Which runs there are, what they recorded, and which of them are seeds of one thing."""
+"""Finds and reads runs, and groups those that differ only in their seed."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from v05.train.identity import with_contents
 from v05.train.metrics import CONFIG, METRICS, RESULT, read_inputs, read_metrics, read_result
 from v05.train.presets import label_of
 
-SETTING = ("task", "policy", "evaluation")  # of a configuration: accuracies compare where they agree
-MOST_TOLD = 60  # characters
-MOST_NAMED = 8  # damaged runs, where no run is sound
-DIGEST_SHOWN = 12  # characters
+SETTING = ("task", "policy", "evaluation")  # accuracies can be compared if these sections of the configuration agree
+MOST_TOLD = 60  # characters of a setting's name
+MOST_NAMED = 8  # damaged runs in a message
+DIGEST_SHOWN = 12  # characters of a digest
 NOT_EVALUATED = "no evaluation yet"
 
 Track = Callable[[Sequence[Path]], Iterable[Path]]
 
 
 class Used(BaseModel):
-    """What the page uses of a configuration, whichever version wrote it."""
+    """The parts of a configuration that the page uses, whichever version of v05 wrote it."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -66,12 +66,12 @@ class Recorded:
     """A run directory, finished or not.
 
     Attributes:
-        name: of the run, unique on a page.
-        task: what its prompts are from.
-        settings: its config.json, with a digest of what it read in the place of each path. What an earlier version wrote need not
-            be a valid configuration any more.
-        finished: it has a result.
-        run: its records as the comparison sees them; the result of an unfinished run is what its last evaluation says.
+        name: unique name of the run on the page.
+        task: name of the source of its prompts.
+        settings: its config.json, with a digest of the content in place of each path. A configuration of an earlier version of v05
+            need not be valid any more.
+        finished: whether the run has a result.
+        run: its records, as in a comparison. The result of an unfinished run is made from its last evaluation.
         samples: its records of kind "group".
     """
 
@@ -85,11 +85,11 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Seeds:
-    """Runs that differ in their seed alone, all finished or, where none is, all unfinished.
+    """Runs that differ only in their seed. All are finished or, if none is finished, all are unfinished.
 
     Attributes:
-        name: label, and what tells it from others of the same label.
-        setting: task, policy and evaluation: accuracies compare within one only.
+        name: the label and, if other groups have the same label, the settings that differ.
+        setting: name of task, policy and evaluation. Accuracies can be compared only within one setting.
     """
 
     name: str
@@ -104,7 +104,7 @@ class Seeds:
 
 
 def find_runs(places: Sequence[Path]) -> list[Path]:
-    """Run directories among and under `places`, each once. ValueError for a place that has none."""
+    """The run directories among and below `places`, each once. Raises ValueError for a place that has none."""
     found: dict[Path, Path] = {}
     for place in places:
         if (place / METRICS).is_file():
@@ -120,8 +120,10 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
 
 
 def read_runs(directories: Sequence[Path], track: Track) -> tuple[list[Recorded], dict[str, str]]:
-    """The runs in `directories` that have something to show, and by name why the others have not: they have not been evaluated yet,
-    or a file of theirs is damaged. ValueError if none has anything to show."""
+    """(runs that can be shown, name -> reason for each run that is left out).
+
+    A run is left out if it has not been evaluated yet, or if a file of it is damaged. Raises ValueError if no run can be shown.
+    """
     runs: list[Recorded] = []
     left_out: dict[str, str] = {}
     for directory, name in zip(track(directories), names_of(directories), strict=True):
@@ -144,7 +146,8 @@ def read_runs(directories: Sequence[Path], track: Track) -> tuple[list[Recorded]
 
 
 def read_run(directory: Path, name: str) -> Recorded | None:
-    """The run in `directory`; None before its first evaluation. Raises ValueError, or OSError, naming the file that is damaged."""
+    """The run in `directory`; None before its first evaluation. Raises ValueError or OSError, naming the file, if one is
+    damaged."""
     settings = read_object(directory / CONFIG)
     try:
         budget = BudgetConfig.model_construct(**settings["budget"])
@@ -169,7 +172,7 @@ def read_run(directory: Path, name: str) -> Recorded | None:
 
 
 def unfinished_result(settings: dict[str, Any], evaluations: list[dict[str, Any]], steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a run's result.json would say, had it ended here; without the successes of each prompt."""
+    """The result that the run would have if it ended now, without the successes of each prompt."""
     last = steps[-1] if steps else {"rollouts": 0, "seconds": 0.0}
     return {
         "method": settings["method"],
@@ -183,7 +186,7 @@ def unfinished_result(settings: dict[str, Any], evaluations: list[dict[str, Any]
 
 
 def names_of(directories: Sequence[Path]) -> list[str]:
-    """A name for each: the end of its path, as much as tells it from the others."""
+    """A name for each directory: the shortest end of its path that no other directory has."""
     parts = [directory.resolve().parts for directory in directories]
     names = []
     for mine in parts:
@@ -193,14 +196,17 @@ def names_of(directories: Sequence[Path]) -> list[str]:
 
 
 def seeds_of(runs: Sequence[Recorded]) -> list[Seeds]:
-    """The runs by what they are seeds of, in the order of the methods. Unfinished ones are left out beside finished ones."""
+    """The runs, grouped with other seeds of the same settings, in the order of the methods.
+
+    Unfinished runs of a group are left out if the group has finished ones.
+    """
     names = setting_names(runs)
     by_settings: dict[str, list[Recorded]] = defaultdict(list)
     for recorded in runs:
         by_settings[json.dumps(flattened(recorded.settings | {"seed": 0}), sort_keys=True)].append(recorded)
     groups = []
     for same in by_settings.values():
-        # A run that was repeated is one seed.
+        # Repetitions of a seed count once; a finished one is preferred.
         same = list({recorded.run.result["seed"]: recorded for recorded in sorted(same, key=lambda r: r.finished)}.values())
         finished = [recorded for recorded in same if recorded.finished]
         first, setting = same[0], names[setting_key(same[0])]
@@ -221,12 +227,12 @@ def budget_of(group: Seeds) -> tuple[int, int, str]:
 
 
 def setting_key(recorded: Recorded) -> str:
-    """What has to agree for accuracies to compare."""
+    """A key that is equal for runs whose accuracies can be compared."""
     return json.dumps([recorded.settings.get(name) for name in SETTING], sort_keys=True)
 
 
 def setting_names(runs: Sequence[Recorded]) -> dict[str, str]:
-    """A readable name for each setting: its task, and where that is not enough what differs or, if that is much, a number."""
+    """A readable name for each setting: its task and, if several settings share it, what differs or, if that is long, a number."""
     alike: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)  # name of the task -> settings that share it
     for recorded in runs:
         alike[recorded.task][setting_key(recorded)] = {name: recorded.settings.get(name) for name in SETTING}
@@ -239,7 +245,7 @@ def setting_names(runs: Sequence[Recorded]) -> dict[str, str]:
 
 
 def distinction(settings: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> str:
-    """In brackets, where settings of one label differ from their rivals' beside the seed; empty for a single one."""
+    """The settings, except the seed, that differ from those of the `rivals`, as text in brackets; empty if nothing differs."""
     flat = [flattened(rival) for rival in rivals]
     mine = flattened(settings)
     differing = [name for name in mine if name != "seed" and any(other.get(name) != mine[name] for other in flat)]
@@ -248,7 +254,7 @@ def distinction(settings: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> s
 
 
 def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
+    """Nested settings as one dictionary by dotted name."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}

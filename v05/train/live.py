@@ -69,7 +69,7 @@ class LiveView:
         return [
             ("held-out accuracy", f"{state.accuracy:.3f}"),
             ("rollouts/s", f"{state.rollouts_per_second:,.0f}"),
-            ("rollouts a prompt", f"{state.group_size:.1f}"),
+            ("rollouts per prompt", f"{state.group_size:.1f}"),
             ("priors rejected", f"{state.prior_rejected:.0%}"),
         ]
 
