@@ -185,7 +185,7 @@ def test_a_foreign_line_among_the_samples_is_named(tmp_path, data, model, line):
     log.close()
     with (tmp_path / "out" / "samples.jsonl").open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(ValueError, match=r"samples\.jsonl, line 2 is no sample of an evaluation; delete the line"):
+    with pytest.raises(ValueError, match=r"samples\.jsonl, line 2 is not a sample of an evaluation; delete the line"):
         SampleLog(tmp_path / "out", config)
 
 
@@ -193,7 +193,7 @@ def test_a_repeated_problem_counts_once(tmp_path):
     write(tmp_path / "b.jsonl", *[{"problem": "a", "answer": "1"}] * 2, {"problem": "b", "answer": "1"})
     said = []
     assert [problem.prompt.text for problem in read_benchmark(tmp_path, "b", "{problem}", said.append)] == ["a", "b"]
-    assert said == [f"{tmp_path / 'b.jsonl'}: 1 of 3 problems are there already, and count once"]
+    assert said == [f"{tmp_path / 'b.jsonl'}: 1 of 3 problems are repeated, and count once"]
 
 
 def test_the_chat_template_is_applied():

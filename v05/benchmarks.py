@@ -1,9 +1,9 @@
-"""Benchmarks: how often a model answers right, from local JSON-lines files. The work behind `v05 eval`.
+"""Benchmarks: measures how often a model answers right, on problems from local JSON-lines files. Implements `v05 eval`.
 
-DIR/NAME.jsonl is the benchmark NAME, a problem a line. A problem is put into a template, that into the tokenizer's chat template,
-and each of its samples is verified (v05.tasks.answers) in processes of their own. A sample's seed is a function of the run's seed,
-the benchmark, the problem and the sample's number alone, and a sample is appended to samples.jsonl once it is verified: a run that
-was interrupted samples what is missing, and more samples or benchmarks can be asked for later. Nothing is downloaded.
+The benchmark NAME is the file DIR/NAME.jsonl, with one problem per line. A problem is inserted into a template, and the result into
+the tokenizer's chat template. Separate processes verify the samples (v05.tasks.answers). The seed of a sample is a function of the
+run's seed, the benchmark, the problem and the sample's number only. Each sample is appended to samples.jsonl when it is verified,
+so an interrupted run can sample only what is missing, and samples or benchmarks can be added later. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from v05.train.metrics import write_json
 from v05.train.policy import chat_tokens, load_policy, load_tokenizer
 
 PLACEHOLDER = "{problem}"
-TEMPLATE = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."  # as Qwen's model cards ask
+TEMPLATE = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."  # recommended by Qwen's model cards
 SAMPLES, CONFIG, RESULT, OUTCOMES = "samples.jsonl", "config.json", "result.json", "outcomes.jsonl"
-SEED_BYTES = 7  # a seed is a non-negative int64
+SEED_BYTES = 7  # so that a seed is a non-negative int64
 
 
 class EvalConfig(BaseModel):
-    """What a sample depends on."""
+    """The settings that a sample depends on."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
     model: Path
-    weights: str = Field(description="hash of what is in the model folder, which may be moved")
+    weights: str = Field(description="hash of the content of the model folder, which may be moved")
     engine: Literal["transformers", "vllm"] = "transformers"
     template: str = TEMPLATE
     temperature: float = Field(default=0.6, ge=0)
@@ -61,18 +61,18 @@ class EvalConfig(BaseModel):
     @classmethod
     def _has_a_place(cls, template: str) -> str:
         if PLACEHOLDER not in template:
-            raise ValueError(f"template={template!r} has no {PLACEHOLDER}; write it where the problem belongs")
+            raise ValueError(f"template={template!r} has no {PLACEHOLDER}; write it where the problem goes")
         return template
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A line of a benchmark.
+    """A problem of a benchmark.
 
     Attributes:
-        benchmark: its name.
-        key: a hash of the problem and its answer.
-        prompt: what the model is asked, chat template aside, and its answer.
+        benchmark: name of the benchmark.
+        key: hash of the problem and its answer.
+        prompt: the prompt (before the chat template is applied) and its answer.
     """
 
     benchmark: str
@@ -82,7 +82,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Sample:
-    """One verified completion of a problem. `tokens` is its length, `finished` as in `Completion`."""
+    """One verified completion of a problem. `tokens` is its length in tokens; `finished` is as in `Completion`."""
 
     benchmark: str
     problem: str
@@ -98,9 +98,9 @@ class Sample:
 
 
 def read_benchmark(directory: Path, name: str, template: str, say: Callable[[str], None]) -> list[Problem]:
-    """The problems of directory/name.jsonl. One that is repeated counts once, and `say` is told.
+    """The problems of directory/name.jsonl. Repeated problems count once, and `say` is called with a remark about them.
 
-    Raises ValueError: there is no such file, or no problem in it; a line is malformed or lacks a field.
+    Raises ValueError if the file does not exist or has no problem, or if a line is malformed or lacks a field.
     """
     path = directory / f"{name}.jsonl"
     if not path.is_file():
@@ -108,15 +108,15 @@ def read_benchmark(directory: Path, name: str, template: str, say: Callable[[str
         raise ValueError(f"benchmarks={name!r}: no file {path}; benchmarks in {directory}: {found}")
     problems = [_problem(row, name, template) for row in read_rows(path, PROBLEM_FIELDS)]
     if not problems:
-        raise ValueError(f"{path} holds no problem; give one JSON object a line")
+        raise ValueError(f"{path} holds no problem; give one JSON object per line")
     different = list({problem.key: problem for problem in problems}.values())
     if len(different) < len(problems):
-        say(f"{path}: {len(problems) - len(different)} of {len(problems)} problems are there already, and count once")
+        say(f"{path}: {len(problems) - len(different)} of {len(problems)} problems are repeated, and count once")
     return different
 
 
 def _problem(row: Row, benchmark: str, template: str) -> Problem:
-    """A row asked through the template; of a chat, the last message is."""
+    """The problem of a row. The template is applied to the prompt or, for a chat, to its last message."""
     messages = row.messages
     if messages is not None:
         role, content = messages[-1]
@@ -126,7 +126,7 @@ def _problem(row: Row, benchmark: str, template: str) -> Problem:
 
 
 def prompt_tokens(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
-    """Token ids of a prompt in the tokenizer's chat template; of its bare text where it has none, as base models."""
+    """Token ids of a prompt in the tokenizer's chat template; of the plain text if there is no template, as for base models."""
     if tokenizer.chat_template is None and prompt.messages is None:
         return tuple(tokenizer(prompt.text)["input_ids"])
     return chat_tokens(tokenizer, prompt)
@@ -139,24 +139,25 @@ def seed_of(seed: int, benchmark: str, problem: str, sample: int) -> int:
 
 
 class SampleLog:
-    """The samples of an evaluation's directory, in memory and on disk. A line that was being written when a run died is dropped.
+    """The samples in an evaluation's directory, in memory and on disk. An unfinished last line, left by a crash, is dropped.
 
-    Raises ValueError where the directory holds samples of another configuration, or another process writes it.
+    Raises ValueError if the directory holds samples of another configuration, or if another process is writing it.
     """
 
     def __init__(self, directory: Path, config: EvalConfig) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / SAMPLES
         self._file = self._path.open("a+", encoding="utf-8")
-        with ExitStack() as refused:  # then its lock is let go of
+        with ExitStack() as refused:  # closing the file releases its lock
             refused.callback(self._file.close)
             self.samples = self._read(directory / CONFIG, config.model_dump(mode="json"))
             refused.pop_all()
 
     def _read(self, path: Path, mine: dict[str, Any]) -> dict[tuple[str, str, int], Sample]:
-        """What the file holds, made ready for more; `path` is of the configuration, `mine` is this one."""
+        """Lock the file, read its samples, and cut off an unfinished line. `path` is the configuration's file, `mine` this
+        configuration."""
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the lock ends with the process, however that ends
         except BlockingIOError:
             raise ValueError(f"{path.parent} is being written by another process; wait for it or stop it") from None
         whole = self._path.read_bytes().rfind(b"\n") + 1
@@ -173,7 +174,7 @@ class SampleLog:
         return samples
 
     def add(self, sample: Sample) -> None:
-        with explained(self._path, "what was sampled is kept"):
+        with explained(self._path, "earlier samples are kept"):
             self._file.write(json.dumps(vars(sample)) + "\n")
             self._file.flush()
         self.samples[sample.place] = sample
@@ -183,14 +184,14 @@ class SampleLog:
 
 
 def _sample(fields: dict[str, Any], where: str) -> Sample:
-    """The sample that a line of the log records. ValueError for a line that this log did not write."""
+    """The sample that a line of the log records. Raises ValueError for a line that is not a sample."""
     try:
         sample = Sample(**fields)
     except TypeError:
         sample = None
     types = {"benchmark": str, "problem": str, "sample": int, "reward": float, "tokens": int, "finished": bool, "completion": str}
     if sample is None or any(type(value) is not types[name] for name, value in vars(sample).items()):
-        raise ValueError(f"{where} is no sample of an evaluation; delete the line, or give another directory with --out")
+        raise ValueError(f"{where} is not a sample of an evaluation; delete the line, or give another directory with --out")
     return sample
 
 
@@ -204,16 +205,16 @@ def sample_benchmarks(
     capacity: int,
     watch: Callable[[Sample], None],
 ) -> None:
-    """Sample and verify what `log` lacks of `samples` completions a problem.
+    """Sample and verify completions until `log` has `samples` per problem.
 
     Args:
-        verifier: of an `AnswerScorer`, with nothing under way.
-        capacity: completions sampled at once.
-        watch: called with every sample, those that `log` had included.
+        verifier: a verifier of an `AnswerScorer`, with nothing under way.
+        capacity: completions sampled at the same time.
+        watch: called with every sample, including those that were in `log` already.
 
     Raises:
-        ValueError: the model folder cannot be used, or its context is too short.
-        RuntimeError: a completion failed `ATTEMPTS` times, in sampling or verification.
+        ValueError: the model folder cannot be used, or the model's context is too short.
+        RuntimeError: sampling or verification of a completion failed `ATTEMPTS` times.
     """
     missing = []
     for problem in (problem for problems in benchmarks.values() for problem in problems):
@@ -242,7 +243,7 @@ def sample_benchmarks(
 
 
 def _engine(config: EvalConfig, tokenizer: Any, longest: int, capacity: int) -> RolloutEngine:
-    """The engine for prompts of at most `longest` tokens; bfloat16 on a GPU, float32 on a CPU."""
+    """The engine for prompts of at most `longest` tokens, in bfloat16 on a GPU and float32 on a CPU."""
     length = longest + config.max_new_tokens
     refuse_prompt(longest, config.max_new_tokens, positions_of(load_pretrained(AutoConfig, config.model)))
     dtype = "bfloat16" if torch.cuda.is_available() else "float32"
@@ -262,8 +263,10 @@ def _engine(config: EvalConfig, tokenizer: Any, longest: int, capacity: int) -> 
 def _verified(
     engine: RolloutEngine, verifier: Verifier, prompts: Sequence[Prompt], requests: Sequence[Request]
 ) -> Iterator[tuple[int, Completion, str, float]]:
-    """(number of the request, completion, its text, its reward) as they come. What fails, in sampling or in the verifier, is tried
-    `ATTEMPTS` times."""
+    """Yields (number of the request, completion, its text, its reward) as completions are verified.
+
+    A request whose sampling or verification fails is tried up to `ATTEMPTS` times; then RuntimeError is raised.
+    """
     waiting = deque(range(len(requests)))
     failures: Counter[int] = Counter()
     crashes: Counter[int] = Counter()
@@ -285,7 +288,7 @@ def _verified(
             verifying[key] = result, engine.decode(result)
             verifier.submit([Item(key, prompts[key], verifying[key][1])])
         for key, reward in verifier.poll(wait=not (sampling or waiting)):
-            if isinstance(reward, Failure):  # of the machine: it says nothing of the completion
+            if isinstance(reward, Failure):  # a fault of the machine, not of the completion
                 crashes[key] += 1
                 if crashes[key] == ATTEMPTS:
                     raise RuntimeError(f"a completion could not be verified in {ATTEMPTS} attempts; the last error: {reward.error}")
@@ -295,14 +298,16 @@ def _verified(
 
 
 def pass_at_k(correct: NDArray[np.int64], samples: int, k: int) -> NDArray[np.float64]:
-    """(P,) unbiased estimates that one of k samples is right, from (P,) right ones of `samples` (Chen et al. 2021, eq. 1), as a
-    product, because the binomials overflow."""
+    """(P,) unbiased estimates of the probability that at least one of k samples is right (Chen et al. 2021, eq. 1).
+
+    `correct` has the number of right samples, of `samples`, for each of P problems. Binomials would overflow, so a product is used.
+    """
     wrong = [np.prod(1.0 - k / np.arange(samples - c + 1, samples + 1)) if samples - c >= k else 0.0 for c in correct]
     return 1.0 - np.array(wrong)
 
 
 def score(benchmark: str, problems: Sequence[Problem], samples: int, log: SampleLog) -> dict[str, Any]:
-    """The record of a benchmark whose P problems have `samples` samples each: mean, pass@k for powers of two, and their bounds.
+    """The record of a benchmark with `samples` samples per problem: mean, pass@k for powers of two, and their intervals.
 
     Intervals are 95 % bootstrap intervals over problems.
     """
@@ -323,14 +328,15 @@ def score(benchmark: str, problems: Sequence[Problem], samples: int, log: Sample
 def write_results(
     directory: Path, config: EvalConfig, benchmarks: dict[str, list[Problem]], samples: int, log: SampleLog
 ) -> list[dict[str, Any]]:
-    """Write result.json, a record a benchmark, and outcomes.jsonl, what each problem came to as `v05 fit-prior` reads it."""
+    """Write result.json, with one record per benchmark, and outcomes.jsonl, with the success rate of each problem for `v05
+    fit-prior`."""
     records = [score(name, problems, samples, log) for name, problems in benchmarks.items()]
     rows = []
     for name, problems in benchmarks.items():
         for problem in problems:
             rate = np.mean([log.samples[name, problem.key, number].reward for number in range(samples)])
             rows.append({"policy": config.model.name, "prompt": problem.prompt.text, "score": 2 * rate - 1, "trials": samples})
-    with explained(directory / OUTCOMES, "what was sampled is kept"):
+    with explained(directory / OUTCOMES, "the samples are kept"):
         (directory / OUTCOMES).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     write_json(directory / RESULT, records)
     return records

@@ -1,7 +1,7 @@
-"""`RolloutAllocator`: how many rollouts each group gets, decided while they come in.
+"""`RolloutAllocator` decides how many rollouts each group gets, while their rewards come in.
 
-V_0.5 (arXiv 2603.10848) starts every group with a few rollouts and lets the one-step look-ahead test buy more where
-the prior and the rewards disagree. The bookkeeping lives in `csrc/allocator/`; here arrays are checked and named.
+V_0.5 (arXiv 2603.10848) starts every group with a few rollouts, and its one-step look-ahead test asks for more if the prior and the
+rewards disagree. The bookkeeping is in `csrc/allocator/`; this module checks and names the arrays.
 
     allocator = RolloutAllocator()
     allocator.open(prompt_ids, priors)
@@ -36,11 +36,11 @@ class Leases:
     """Rollouts to run, all arrays of shape (n,).
 
     Attributes:
-        lease_id: int64, what `report` and `fail` take. A retry of a rollout has a new one.
-        group: the caller's id, int64 or str (object array).
+        lease_id: int64, to pass to `report` or `fail`. A retry of a rollout has a new lease id.
+        group: the caller's group id, int64 or str (object array).
         index: int64, the rollout's place in its group.
-        seed: int64, non-negative; a function of the allocator's seed, the group id and the index alone. An id that is
-            used again gets the same seeds again.
+        seed: int64, non-negative; a function of the allocator's seed, the group id and the index only. A group id that is used
+            again gets the same seeds again.
     """
 
     lease_id: NDArray[np.int64]
@@ -54,13 +54,13 @@ class Leases:
 
 @dataclass(frozen=True, eq=False)
 class ClosedGroups:
-    """G groups that have all their rollouts, in the order they were opened.
+    """G closed groups, with all their rollouts, in the order in which they were opened.
 
     Attributes:
         group_ids: (G,) int64 or str (object array).
         offsets: (G + 1,) int64; the rewards of group g are rewards[offsets[g] : offsets[g + 1]].
-        rewards: (offsets[G],) float64, reward units, in index order; NaN where the rollout is invalid.
-        priors: (G,) float64, reward units, as given.
+        rewards: (offsets[G],) float64, reward units, in index order; NaN for an invalid rollout.
+        priors: (G,) float64, reward units, as given to `open`.
     """
 
     group_ids: GroupIds
@@ -73,35 +73,37 @@ class ClosedGroups:
 
 
 class RolloutAllocator:
-    """Hands out rollouts and decides, group by group, when there are enough (arXiv 2603.10848, one-step look-ahead).
+    """Leases rollouts to the caller and decides, for each group, when it has enough (arXiv 2603.10848, one-step look-ahead).
 
-    A group starts with `initial` rollouts. Once all that were asked for have settled, the rule looks at the valid
-    rewards in index order and either closes the group for good or asks for more, in chunks. So the allocation does not
-    depend on the order in which rewards arrive. All methods may be called from several threads.
+    A group starts with `initial` rollouts. When all requested rollouts have settled, the rule tests the valid rewards in index
+    order, and either closes the group or asks for more rollouts, in chunks. The allocation therefore does not depend on the order
+    in which rewards arrive. All methods may be called from several threads.
 
-    Rule "total" compares groups, so there order does matter. A lease that finds neither retries nor initial rollouts
-    gives `chunk` rollouts to the group whose gain is largest among those that have all theirs settled at that moment
-    (the first to be opened, if equal), then to the next, until the lease is full. Leases that wait for all reports
-    compare all groups. When the total is spent, groups close as they settle.
+    Rule "total" compares groups, so here the order matters. When a lease finds neither retries nor initial rollouts, it gives
+    `chunk` rollouts to the group with the largest gain (the one opened first, if equal), then to the next, until the lease is full.
+    It compares only groups whose rollouts have all settled at that moment; a caller that waits for all reports compares all groups.
+    When the total is spent, each group closes as soon as it has settled.
 
     Args:
-        rule: "osla" asks for more while the estimated squared error of the baseline falls by more than `cost` per
-            rollout; "calibrated" while the expected variance of the success rate does, with the prior as calibrated
-            on past groups; "variance" while the variance of the group's gradient does, under the baseline of method "optimal";
-            "uniform" never asks for more than `initial`; "total" shares out a fixed number.
+        rule: when to ask for more rollouts. "osla": while the estimated squared error of the baseline falls by more than `cost` per
+            rollout. "calibrated": while the expected variance of the success rate does, with the prior as calibrated on past
+            groups.
+            "variance": while the variance of the group's gradient does, under the baseline of method "optimal". "uniform": never.
+            "total": until a fixed number for all groups together is spent.
         initial: rollouts of a group before its first test.
-        maximum: most rollouts of a group, invalid ones included.
-        cost: of one rollout, centred units squared (rewards scaled to [-1, 1]), for rule "variance" with the mean energy of a
-            failure as the unit of energies. None is 1 / maximum**2 or, of rule "variance", what a rollout of a fresh prompt
-            brings. Rules "osla", "calibrated", "variance".
-        total: rollouts, retries not counted, of all groups that are open together; groups opened when none is open
-            share a new total. Rule "total".
-        chunk: rollouts added at a time. 1 is the paper's rule; more of them trade rollouts for fewer serial rounds. "look" adds at
-            once as many as the rule would take if what it estimates of the group stayed as it is; not for rule "total".
-        seed: int64 that all rollout seeds derive from.
-        reward_range: (lowest, highest) of rewards and priors, reward units; what float32 rounding took past a bound is the bound.
-        calibration: for rules "calibrated" and "variance". Rule "total" shares out by the gain of "variance" with one that has
-            learnt energies, by that of "calibrated" with another, by osla's without one.
+        maximum: most rollouts of a group, including invalid ones.
+        cost: price of one rollout for rules "osla", "calibrated" and "variance", in centred units squared (rewards scaled to
+            [-1, 1]); for rule "variance" times the mean energy of a failure. None is 1 / maximum**2, or for rule "variance" the
+            gain by one rollout of a new prompt.
+        total: rollouts, without retries, of all groups that are open together, for rule "total". Groups that are opened while none
+            is open share a new total.
+        chunk: rollouts added per test. 1 is the paper's rule; larger chunks need fewer serial rounds and more rollouts. "look" adds
+            at once as many as the rule would ask for if its estimates for the group did not change; not for rule "total".
+        seed: int64 from which all rollout seeds are derived.
+        reward_range: (lowest, highest) reward and prior, reward units. Values that exceed a bound by float32 rounding are set to
+            it.
+        calibration: the fit for rules "calibrated" and "variance". Rule "total" uses the gain of "variance" if the calibration has
+            learnt energies, of "calibrated" with any other calibration, and of "osla" without one.
         max_attempts: failures and expiries after which a rollout is closed as invalid.
 
     Raises:
@@ -137,24 +139,25 @@ class RolloutAllocator:
         )
 
     def open(self, group_ids: ArrayLike | Sequence[str], priors: ArrayLike, counts: ArrayLike | None = None) -> None:
-        """Open groups; their initial rollouts join the end of the queue.
+        """Open groups. Their initial rollouts are added to the end of the queue.
 
         Args:
-            group_ids: (G,) int64, or str; one kind per allocator. An id may be used again once its group was drained.
-            priors: (G,) float64, reward units; NaN is no prior.
-            counts: (G,) int64 rollouts, `initial` to `maximum`, before the first test of each group (see `predicted_counts`); those
-                beyond `initial` are leased as extra ones are, ahead of new groups. None is `initial` for all.
+            group_ids: (G,) int64 or str, the same kind for all groups of an allocator. An id may be used again after its group was
+                drained.
+            priors: (G,) float64, reward units; NaN means no prior.
+            counts: (G,) int64, rollouts of each group before its first test, between `initial` and `maximum` (see
+                `predicted_counts`). Those beyond `initial` are leased ahead of new groups. None is `initial` for all groups.
 
         Raises:
             ValueError: an id repeats or its group is not drained yet, the lengths differ, a count is out of bounds, a prior is
-                outside `reward_range`, a dtype does not fit, the initial rollouts are more than is left of `total`. No group is
+                outside `reward_range`, a dtype does not fit, or the initial rollouts exceed the rest of `total`. No group is
                 opened then.
         """
         chosen = np.zeros(0, dtype=np.int64) if counts is None else _vector("counts", counts, np.int64)
         self._core.open(_group_ids(group_ids), _vector("priors", priors, np.float64), chosen)
 
     def lease(self, n: int) -> Leases:
-        """At most `n` rollouts to run: those of tested groups and retries first, then new groups in open order.
+        """At most `n` rollouts to run: first retries and rollouts of tested groups, then new groups in the order they were opened.
 
         Raises:
             ValueError: `n` is negative.
@@ -163,23 +166,24 @@ class RolloutAllocator:
         return Leases(lease_id, _id_array(group), index, seed)
 
     def report(self, lease_ids: ArrayLike, rewards: ArrayLike) -> None:
-        """Settle rollouts. An id that is not out (duplicate, late, unknown) is counted and its reward is not applied.
+        """Settle rollouts with their rewards. The reward of an id that is not leased (duplicate, late or unknown) is ignored, and
+        counted.
 
         Args:
             lease_ids: (n,) int64.
-            rewards: (n,) float64, reward units; NaN or None marks an invalid rollout, which the test leaves out.
+            rewards: (n,) float64, reward units. NaN or None marks an invalid rollout, which tests ignore.
 
         Raises:
-            ValueError: a reward is outside `reward_range`, the lengths differ, a dtype does not fit. Nothing is applied
+            ValueError: a reward is outside `reward_range`, the lengths differ, or a dtype does not fit. No reward is applied
                 then.
         """
         self._core.report(_vector("lease_ids", lease_ids, np.int64), _vector("rewards", rewards, np.float64, none_is_nan=True))
 
     def fail(self, lease_ids: ArrayLike) -> None:
-        """Put rollouts back in the queue: same group, index and seed under a new lease id.
+        """Put failed rollouts back in the queue, with the same group, index and seed under a new lease id.
 
-        After `max_attempts` failures or expiries a rollout is closed as invalid and its group goes on without it. Ids that are not
-        out are counted as in `report`.
+        After `max_attempts` failures or expiries, a rollout is closed as invalid, and its group continues without it. Ids that are
+        not leased are counted as in `report`.
 
         Args:
             lease_ids: (n,) int64.
@@ -190,12 +194,12 @@ class RolloutAllocator:
         self._core.fail(_vector("lease_ids", lease_ids, np.int64))
 
     def expire(self, older_than: float) -> int:
-        """Take back leases that have been out for `older_than` seconds or longer, as if they had failed.
+        """Take back leases that are at least `older_than` seconds old, as if they had failed.
 
-        Looks at all groups that are not drained; a call every few seconds is often enough.
+        This examines all groups that are not drained; one call every few seconds is enough.
 
         Returns:
-            How many leases were taken back. A report on one of them comes late.
+            The number of leases taken back. A later report on one of them counts as late.
 
         Raises:
             ValueError: `older_than` is negative or NaN.
@@ -203,18 +207,18 @@ class RolloutAllocator:
         return self._core.expire(real("older_than", older_than), _microseconds())
 
     def would_ask(self, counts: ArrayLike, successes: ArrayLike, priors: ArrayLike) -> NDArray[np.int64]:
-        """(n,) how many rollouts would be added at once to groups with these outcomes; 0 where the group would be closed.
+        """(n,) int64, the number of rollouts that a test would add to groups with these outcomes; 0 if it would close the group.
 
-        For the rules that decide by a group's own rewards: "osla", "calibrated" and "variance". Nothing changes.
+        For rules that decide by a group's own rewards: "osla", "calibrated" and "variance". The allocator is not changed.
 
         Args:
-            counts: (n,) int64 rollouts of a group, all settled and valid, at most `maximum`.
-            successes: (n,) int64 of them that have the highest reward; the others have the lowest.
-            priors: (n,) float64, reward units; NaN is no prior.
+            counts: (n,) int64, rollouts of each group, all settled and valid, at most `maximum`.
+            successes: (n,) int64, rollouts with the highest reward; all others have the lowest.
+            priors: (n,) float64, reward units; NaN means no prior.
 
         Raises:
-            ValueError: the rule is another; a count, a number of successes or a prior is out of bounds, the lengths differ, a dtype
-                does not fit.
+            ValueError: the rule is "uniform" or "total"; a count, a number of successes or a prior is out of bounds; the lengths
+                differ; or a dtype does not fit.
         """
         return self._core.would_ask(
             _vector("counts", counts, np.int64), _vector("successes", successes, np.int64), _vector("priors", priors, np.float64)
@@ -222,38 +226,40 @@ class RolloutAllocator:
 
     @property
     def done(self) -> bool:
-        """Every opened group is closed: nothing is queued and nothing is out."""
+        """Whether every opened group is closed, so that nothing is queued or leased."""
         return self._core.done()
 
     def counts(self) -> dict[str, int]:
-        """What the allocator holds now and has seen since it was made.
+        """Statistics of the allocator, at this moment and since it was made.
 
-        Now: `open_groups`, `closed_groups` (to be drained), `queued` and `leased` rollouts. What rule "total" has not
-        given to a group yet is not queued.
-        Since it was made: `reported`, `failed` and `expired` leases; `invalid` rollouts, settled without a reward; and
-        ids given to `report` or `fail` that were not out: `duplicate` (reported before), `late` (failed or expired
-        before, or the group was drained), `unknown` (never handed out).
+        At this moment: `open_groups`, `closed_groups` (to be drained), `queued` and `leased` rollouts. Rollouts that rule "total"
+        has not given to a group yet are not queued.
+
+        Since it was made: `reported`, `failed` and `expired` leases; `invalid` rollouts, settled without a reward; and ids passed
+        to `report` or `fail` that were not leased: `duplicate` (reported before), `late` (failed or expired before, or the group
+        was drained) and `unknown` (never leased).
         """
         return self._core.counts()
 
     def drain(self) -> ClosedGroups:
-        """Take the closed groups, in open order. The allocator forgets them."""
+        """Remove the closed groups from the allocator and return them, in the order in which they were opened."""
         group_ids, offsets, rewards, priors = self._core.drain()
         return ClosedGroups(_id_array(group_ids), offsets, rewards, priors)
 
     def snapshot(self) -> bytes:
-        """All of the allocator, for `restore`. Equal allocators give equal bytes."""
+        """The complete state of the allocator, for `restore`. Equal allocators give equal bytes."""
         return self._core.snapshot()
 
     @classmethod
     def restore(cls, blob: bytes) -> RolloutAllocator:
-        """The allocator of a `snapshot`, which goes on as the original would.
+        """The allocator of a `snapshot`, which continues as the original would.
 
-        What was leased then is queued again, ahead of all else and in open order: its workers are taken to be gone. No
-        attempt is lost by it, and its lease ids and seeds are those of before.
+        Rollouts that were leased at that time are queued again, ahead of all others and in the order their groups were opened,
+        because their workers are assumed to be gone. They keep their lease ids and seeds, and it does not count as a failed
+        attempt.
 
         Raises:
-            ValueError: `blob` is not a snapshot, is of another format, cut off, damaged or contradictory.
+            ValueError: `blob` is not a snapshot, has another format, is cut off, damaged or inconsistent.
         """
         restored = cls.__new__(cls)
         restored._core = _core.RolloutAllocator.restore(blob)
@@ -263,14 +269,17 @@ class RolloutAllocator:
 def predicted_counts(rates: ArrayLike, total: int, lowest: int = 2, highest: int = 128) -> NDArray[np.int64]:
     """V0's budget before any rollout (arXiv 2602.03584): (G,) int64 rollouts of G groups, at most `total` in all.
 
-    A group of B rollouts is worth B (1 - p) (1 - (1 - p)^(B - 1)). Every group has `lowest`; the next rollout goes to the group
-    whose worth grows most, the first if equal, and none has more than `highest`. What would add to no group's worth is left.
+    The value of a group with B rollouts is B (1 - p) (1 - (1 - p)^(B - 1)). Every group gets `lowest` rollouts. Each further
+    rollout goes to the group whose value grows most (the first, if equal) and that has fewer than `highest`. Rollouts that would
+    increase no group's value are not given out.
 
     Args:
-        rates: (G,) float64 predicted success rates p in [0, 1]; NaN, no prediction, counts as 1/2.
+        rates: (G,) float64, predicted success rates p in [0, 1]; NaN means no prediction, and counts as 1/2.
+        total: most rollouts of all groups together.
+        lowest, highest: least and most rollouts of a group.
 
     Raises:
-        ValueError: a rate or a bound is out of bounds, `total` does not hold `lowest` rollouts for each group.
+        ValueError: a rate or a bound is out of bounds, or `total` is less than `lowest` for every group.
     """
     return _core.predicted_counts(
         _vector("rates", rates, np.float64), integer("total", total), integer("lowest", lowest), integer("highest", highest)
@@ -290,14 +299,14 @@ def _microseconds() -> int:
 def _vector(
     name: str, values: ArrayLike, dtype: type[Scalar], wanted: str = "numbers", none_is_nan: bool = False
 ) -> NDArray[Scalar]:
-    """`values` as a contiguous 1-D array; a ValueError unless their dtype converts to `dtype` without loss."""
+    """`values` as a contiguous 1-D array. Raises ValueError unless their dtype converts to `dtype` without loss."""
     given = any_array(name, values)
     if given.dtype.kind == "O":
         given = array(name, given, wanted, none_is_nan)
     if given.ndim != 1:
         raise ValueError(f"{name} has shape {given.shape}; give one dimension")
     if given.size and not np.can_cast(given.dtype, dtype):
-        raise ValueError(f"{name} has dtype {given.dtype}; give {np.dtype(dtype)} or what converts to it without loss")
+        raise ValueError(f"{name} has dtype {given.dtype}; give {np.dtype(dtype)} or a dtype that converts to it without loss")
     return np.ascontiguousarray(given, dtype=dtype)
 
 
@@ -310,7 +319,7 @@ def _group_ids(group_ids: ArrayLike | Sequence[str]) -> NDArray[np.int64] | list
         group_ids = given.tolist() if given.dtype.kind in "OUT" and given.ndim == 1 else given
     if isinstance(group_ids, Sequence) and any(isinstance(name, str) for name in group_ids):
         if not all(isinstance(name, str) for name in group_ids):
-            raise ValueError("group_ids mix strings and other types; an allocator keeps to the kind it was first given")
+            raise ValueError("group_ids mix strings and other types; give either strings or integers")
         return _encodable(cast("Sequence[str]", group_ids))
     return _vector("group_ids", group_ids, np.int64, wanted="integers or strings")
 

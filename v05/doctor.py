@@ -1,6 +1,6 @@
-"""`v05 doctor`: what of v05 runs on this machine, whether it computes what the specification says, what to install for the rest.
+"""`v05 doctor`: lists the parts of v05 that work on this machine, tests them against the specification, and says what to install.
 
-It needs nothing beyond the base install, where it is all of the command line that there is.
+It needs only the base install, in which it is the only command.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from v05.machine import cache_root, usable_cores
 from v05.methods import METHODS
 from v05.ops import fused_advantage
 
-FOR_DEVELOPERS = ("dev", "docs")  # extras
-TOLERANCE = 1e-9  # reward units; the paths compute in float64
+FOR_DEVELOPERS = ("dev", "docs")  # extras that users do not need
+TOLERANCE = 1e-9  # largest difference that passes, in reward units; all paths compute in float64
 LABEL_WIDTH = 18
 
 Record = dict[str, Any]
 
 
 def main(arguments: list[str]) -> int:
-    """`v05 doctor` where the command line's packages are missing; returns the exit status."""
+    """`v05 doctor` for installs without the command line's packages. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="v05 doctor", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings to this file")
     return run(parser.parse_args(arguments).json)
@@ -53,7 +53,7 @@ def run(json_file: Path | None = None) -> int:
 
 
 def examine() -> Record:
-    """All findings, as JSON can hold them."""
+    """All findings, as values that JSON can represent."""
     extras = [extra for extra in _extras() if extra["name"] not in FOR_DEVELOPERS]
     paths = _paths()
     return {
@@ -84,7 +84,8 @@ def text(findings: Record) -> Iterator[str]:
     yield _line("built with", f"{core['compiler']} {core['flags']}")
     yield _line("instruction set", core["instruction_set"])
     yield _line(
-        "threads", f"{core['threads']} of {core['cores']} cores" + ("" if core["openmp"] else "; built without OpenMP: one")
+        "threads",
+        f"{core['threads']} of {core['cores']} cores" + ("" if core["openmp"] else "; built without OpenMP, so one is used"),
     )
     yield "code paths"
     for path in findings["paths"]:
@@ -103,9 +104,9 @@ def text(findings: Record) -> Iterator[str]:
         yield _line(host["name"], f"{host['installed'] or 'not installed'}; tested with {host['tested']}")
     cache = findings["cache"]
     yield "cache"
-    yield _line(cache["path"], f"{cache['bytes'] / 1e6:.1f} MB" if cache["exists"] else "not there yet")
+    yield _line(cache["path"], f"{cache['bytes'] / 1e6:.1f} MB" if cache["exists"] else "does not exist yet")
     if findings["install"]:
-        yield "to have the rest"
+        yield "to install the rest"
         yield from (f"  {line}" for line in findings["install"])
 
 
@@ -139,7 +140,7 @@ def _devices() -> list[Record]:
 
 
 def _paths() -> list[Record]:
-    """Ways to compute the op; `device` and `backend` are how the self-check takes them."""
+    """The ways to compute the op. `device` and `backend` are the arguments with which the self-check selects them."""
     triton = util.find_spec("triton") is not None
     cuda = torch.cuda.is_available()
     interpreted = triton and os.environ.get("TRITON_INTERPRET") == "1"
@@ -155,7 +156,7 @@ def _paths() -> list[Record]:
         {
             "name": "Triton interpreter",
             "active": interpreted,
-            "detail": "CPU tensors with backend='triton'" + ("" if interpreted else "; for tests: TRITON_INTERPRET=1"),
+            "detail": "CPU tensors with backend='triton'" + ("" if interpreted else "; for tests, set TRITON_INTERPRET=1"),
             "device": "cpu",
             "backend": "triton",
         },
@@ -170,7 +171,10 @@ def _paths() -> list[Record]:
 
 
 def _self_check(device: str, backend: Literal["cpp", "triton"]) -> Record:
-    """Every method on one batch, with leave-one-out and without, in the three layouts by turns. A path that raises has failed."""
+    """Compare every method on one batch, with and without leave-one-out, with the specification. The three layouts take turns.
+
+    A path that raises an exception has failed.
+    """
     rng = np.random.default_rng(0)
     sizes = np.array([4, 1, 0, 7, 2, 5])
     rewards = rng.integers(0, 2, sizes.sum()).astype(float)
@@ -216,9 +220,9 @@ def _self_check(device: str, backend: Literal["cpp", "triton"]) -> Record:
             for seen, right in ((out.advantages, laid_out(advantages)), (out.stats.baseline, baselines)):
                 apart = np.where(
                     np.isnan(right), 0.0, np.abs(seen.cpu().numpy() - right)
-                )  # NaN: a group without a rollout or prior
+                )  # the specification is NaN for a group without rollouts or prior
                 difference = max(difference, float(np.nan_to_num(apart, nan=np.inf).max()))
-    except Exception as raised:  # whatever it is, the report says it and goes on
+    except Exception as raised:  # any error is a finding, and must not end the report
         error = f"{type(raised).__name__}: {raised}"
     return {
         "path": f"{backend} on {device}",
@@ -230,7 +234,7 @@ def _self_check(device: str, backend: Literal["cpp", "triton"]) -> Record:
 
 
 def _extras() -> list[Record]:
-    """Each optional set of packages, and the requirements of it that are not met here."""
+    """The extras of v05, each with its requirements that are not met here."""
     requirements = [Requirement(line) for line in metadata.requires("v05") or []]
 
     def missing(extra: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face models: read from disk alone, and never running code that a folder brings along."""
+"""Reads folders of Hugging Face models, from disk only and without running code from the folder."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import transformers
 
 
 def load_pretrained(auto: Any, folder: Path, **options: Any) -> Any:
-    """`auto.from_pretrained` of a local folder, `auto` being AutoConfig, AutoModel or the like.
+    """`auto.from_pretrained` of a local folder, where `auto` is AutoConfig, AutoModel or similar.
 
-    Raises ValueError where the folder can only be read by code of its own, or its weights are a pickle of more than tensors.
+    Raises ValueError if reading the folder needs code of its own, or if its weights are a pickle that holds more than tensors.
     """
     try:
         return auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
-    except UnpicklingError:  # torch reads a pickle's tensors, and refuses all else
+    except UnpicklingError:  # torch reads only tensors from a pickle, and refuses everything else
         raise ValueError(
             f"the weights of {folder} are a pickle that holds more than tensors, which could run code and is not opened; "
             "give weights in safetensors files"
@@ -31,7 +31,7 @@ def load_pretrained(auto: Any, folder: Path, **options: Any) -> Any:
 
 
 def load_generation_config(folder: Path) -> Any:
-    """The generation configuration of a model folder; where it has none of its own, what its config.json says of it."""
+    """The generation configuration of a model folder, or the one implied by its config.json if it has no generation_config.json."""
     if (folder / "generation_config.json").is_file():
         return transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     return transformers.GenerationConfig.from_model_config(load_pretrained(transformers.AutoConfig, folder))
