@@ -64,7 +64,7 @@ def test_help_teaches(environment, tmp_path):
             "v05: prior='magic' is unknown; choose one of history, mean, spo, v0, constant, oracle, noise",
         ),
         (("train", "--distributed", "dp"), "distributed='dp' is unknown; choose one of ddp, fsdp2"),
-        (("train", "--method", "grpo+oracle"), "prior='oracle': method='grpo' has none"),
+        (("train", "--method", "grpo+oracle"), "prior='oracle': method='grpo' has no prior"),
         (("train", "--method", "v05@4+cost=0.1"), "budget.cost=0.1 with budget.rule='uniform', which has no cost"),
         (("train", "--config", "absent.json"), "absent.json"),
         (("train", "--config", "any.json", "--method", "v05", "--seed", "0"), "so method, seed cannot be set beside it"),

@@ -50,7 +50,7 @@ def train(
             "lists) and +cost=0.01 (the test's price of one rollout; higher samples fewer) may follow."
         ),
     ] = "v05",
-    seed: Annotated[int, typer.Option(help="Seed of prompts, sampling and initial weights that are made new.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the order of prompts, of sampling and of new LoRA weights.", min=0)] = 0,
     rollouts: Rollouts = None,
     learning_rate: LearningRate = None,
     jsonl: Annotated[

@@ -309,7 +309,7 @@ class RunConfig(Section):
     """One training run: one method with one seed."""
 
     method: str = Field(description="how advantages are computed: a name of v05.methods.METHODS")
-    seed: int = Field(default=0, ge=0, description="seed of prompts, sampling and new weights")
+    seed: int = Field(default=0, ge=0, description="seed of the order of prompts, of sampling and of new LoRA weights")
     task: TaskConfig = Field(description="where prompts come from and how completions are verified")
     policy: PolicyConfig = Field(description="the model to train")
     chat: bool = Field(
