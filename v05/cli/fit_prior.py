@@ -11,7 +11,7 @@ from rich.table import Table
 from v05.cli.shared import INTERRUPTED, console, demand_input, fail, output, say, set_threads, watched
 from v05.machine import cache_root
 
-READ_AT_ONCE = 128  # prompts
+READ_AT_ONCE = 128  # prompts per block
 
 
 def fit_prior(
@@ -97,7 +97,7 @@ def fit_prior(
             if trained["kept"]:
                 prior = V0Prior(AdaptedBackbone(reader, load_adapter(adapter, reader)), head)
             else:
-                say("adapter: not kept, as it is no better than the backbone's own features")
+                say("adapter: not used, because it is no better than the backbone's own features")
         records = score_predictors(prior, tasks, watched, seed)
         if not records:
             raise ValueError("no checkpoint has both test prompts and a context; give logs with more prompts per checkpoint")

@@ -110,7 +110,7 @@ def computed_again(model: PreTrainedModel) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Read:
-    """What a model returns, as far as it is used here."""
+    """The part of a model's output that is used here."""
 
     logits: torch.Tensor
 

@@ -203,7 +203,8 @@ def _plain_logits(model: PreTrainedModel, tokens: Sequence[int]) -> torch.Tensor
 
 
 def _probes(batch: Batch, prompts: Sequence[tuple[int, ...]]) -> list[Completion]:
-    """A completion a prompt, sampled as the engine does: two start, the others join halfway, and go on when the first have left."""
+    """One completion per prompt, sampled as the engine does: two start, the others join halfway and continue when the first have
+    ended."""
     batch.look_every = 1
     requests = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
     found: dict[int, Completion] = {}

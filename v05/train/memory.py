@@ -119,7 +119,8 @@ def expected_memory(config: RunConfig, model: PretrainedConfig, prompt: int, ran
         weights=parameters * size + (parameters * WIDE // shards if shards > 1 else 0),
         reference=parameters * size if config.loss.kl_coefficient > 0 and is_whole else 0,
         masters=0 if wide or shards > 1 else trained * WIDE,
-        gradients=trained * WIDE // shards + (trained * size if ranks > 1 and shards == 1 else 0),  # and in DDP's buckets
+        # DDP holds a second copy in its buckets.
+        gradients=trained * WIDE // shards + (trained * size if ranks > 1 and shards == 1 else 0),
         optimizer=2 * trained * WIDE // shards,
         backward=max(kept + max(two.more, logits + layer), gradients),
         update=trained * WIDE // shards if device == "cuda" else 2 * is_whole * output * WIDE,

@@ -88,7 +88,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rollouts_per_step": 256,
         "total_rollouts": 50_000,
     },
-    # 1 million parameters, programs of the A::B system to run and words to spell backward.
+    # 1 million parameters, programs of the A::B system to run and words to spell backwards.
     "symbols": {
         **SYMBOLS,
         "rollouts_per_step": 256,

@@ -72,7 +72,7 @@ class Step(Record):
 
 
 class Sampled(Fields):
-    """A completion to read."""
+    """A completion of a record of kind "group"."""
 
     text: str
     reward: float | None
