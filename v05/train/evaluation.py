@@ -1,4 +1,4 @@
-"""Measurements of the policy, the prior and the baselines on fresh rollouts, which count neither as training rollouts nor as
+"""Evaluation: fresh rollouts that measure the policy, the prior and the baselines, and count neither as training rollouts nor as
 training time."""
 
 from __future__ import annotations
@@ -27,26 +27,15 @@ from v05.train.metrics import OUTCOMES
 from v05.train.presets import label_of
 from v05.train.sampler import Sampler
 
-EVALUATION_SEED = 1 << 40  # differs from the seeds of training rollouts, and is the same for every method
-FINAL_SEED = 1 << 41  # for the rollouts of the final measurement
+# The seeds of evaluations do not meet those of training rollouts, and do not depend on the method.
+EVALUATION_SEED = 1 << 40
+FINAL_SEED = 1 << 41  # of the evaluation at the end of a run
 
 
-def true_rewards(
-    engine: RolloutEngine,
-    verifier: Verifier,
-    world: World,
-    prompts: Sequence[Prompt],
-    prompt_tokens: Sequence[tuple[int, ...]],
-    samples: int,
-    seed: int,
-    greedy: bool = False,
-) -> tuple[NDArray[np.float64], list[Completion]]:
-    """Sample fresh rollouts: (P, samples) verified rewards, and the completions. The prompts are divided among ranks.
+class Evaluator:
+    """Measures the policy, the prior and the baselines with fresh rollouts.
 
-    Args:
-        prompts, prompt_tokens: P prompts and their token ids.
-        seed: of the first rollout; each further rollout adds 1.
-        greedy: take the likeliest token instead of sampling.
+    None of these rollouts is trained on, observed by the prior, or counted as a training rollout.
     """
 
     def __init__(
