@@ -28,7 +28,7 @@ def keep_learnt(path: Path, learners: Learners) -> None:
     Raises OSError if the file cannot be written.
     """
     arrays = {f"{name}.{key}": value for name, part in learners.items() for key, value in part.state_dict().items()}
-    with explained(path, "the run goes on from its last checkpoint"), replacing(path) as scratch:
+    with explained(path, "the run resumes from its last checkpoint"), replacing(path) as scratch:
         save_file(arrays, scratch, {OF_CLASS + name: type(part).__qualname__ for name, part in learners.items()})
 
 
@@ -80,7 +80,7 @@ class LearntFile:
         found = path.exists()
         restore_learnt(path, learners)
         keep_learnt(path, learners)
-        logger.info("what the prior learns is kept in %s, %s", path, "from which it goes on" if found else "a new file")
+        logger.info("what the prior learns is kept in %s, %s", path, "from which it resumes" if found else "a new file")
 
     def keep(self) -> None:
         """Replace the file. A failure is logged and does not end the run; the next batch tries again."""

@@ -242,7 +242,7 @@ class VllmServerEngine:
     def update_weights(self, state: Iterable[tuple[str, torch.Tensor]]) -> None:
         refuse_update_in_flight(self._in_flight > 0)
         self._refuse_other_weights()
-        with explained(self._weights, "the run goes on from its checkpoint"), replacing(self._weights / WEIGHTS) as scratch:
+        with explained(self._weights, "the run resumes from its checkpoint"), replacing(self._weights / WEIGHTS) as scratch:
             # Cloned: tied weights share memory, which the format has no word for, and vLLM wants them all by name.
             save_file({name: tensor.detach().cpu().clone() for name, tensor in state}, scratch)
         self._written = True

@@ -325,7 +325,7 @@ class Trainer:
         if not self.world.writes:
             return
         folder = self.directory / POLICY
-        with explained(folder, "the run goes on from its checkpoint"):
+        with explained(folder, "the run resumes from its checkpoint"):
             self.learner.sampled.save_pretrained(folder, state_dict=dict(merged_weights(self.learner.sampled)))
             self.tokenizer.save_pretrained(folder)
             flush_folder(folder)
