@@ -12,11 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.table import Table
 from typer.testing import CliRunner
 
 from helpers import warm
 from helpers.rollout_fakes import FakeServer
 from v05.cli import app
+from v05.cli.shared import print_table
 from v05.methods import METHODS
 from v05.train.metrics import read_metrics
 from v05.train.presets import run_config
@@ -439,6 +442,22 @@ def test_a_policy_without_a_preset_is_trained_as_a_pretrained_one(environment, t
         assert "no config.json there" in result.stderr  # the run fails after its settings are written
         config = json.loads((out / "config.json").read_text())
         assert (config["optimizer"]["learning_rate"], config["total_rollouts"]) == (rate, rollouts)
+
+
+@pytest.mark.parametrize(("width", "shown"), [(200, 4), (36, 3), (30, 2), (12, 1)])
+def test_a_table_too_wide_for_the_terminal_leaves_out_its_last_columns(width, shown, monkeypatch, capsys):
+    heads = ["method", "accuracy", "greedy", "seconds"]
+    table = Table()
+    for head in heads:
+        table.add_column(head, no_wrap=True)
+    table.add_row("grpo@16", "0.439", "0.468", "3")
+    monkeypatch.setattr("v05.cli.shared.output", lambda: Console(width=width))
+    print_table(table)
+    printed = capsys.readouterr()
+    assert [head for head in heads if head in printed.out] == heads[:shown]
+    assert "…" not in printed.out or shown == 1  # the first column stays, even cut
+    told = f"left out, as the terminal is {width} columns wide: {', '.join(heads[shown:])}\n"
+    assert printed.err == ("" if shown == len(heads) else told)
 
 
 def test_the_help_names_every_method(environment, tmp_path):

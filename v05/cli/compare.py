@@ -25,8 +25,8 @@ from v05.cli.shared import (
     fail,
     interrupted,
     no_exit,
-    output,
     overrides_of,
+    print_table,
     progress_bars,
     set_threads,
 )
@@ -237,7 +237,7 @@ def _run_suite(
         write_json(file, records)
     plots = draw_suite(rows, out)
     for table in _suite_tables(records):
-        output().print(table)
+        print_table(table)
     console.out(f"{len(plots)} plots, compare.json, {ROWS} and the runs are in {out}")
 
 
@@ -266,7 +266,7 @@ def _suite_tables(records: list[dict[str, Any]]) -> Iterator[Table]:
             "baseline MSE",
             "entropy",
         ):
-            table.add_column(column, justify="left" if column == "method" else "right")
+            table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
         for r in group:
             table.add_row(
                 r["label"],
@@ -300,7 +300,7 @@ def _report(configs: dict[str, RunConfig], out: Path, json_file: Path | None) ->
     for run in runs:
         by_label[run.label].append(run)
     plots = draw_all(by_label, out)
-    output().print(_table([r for r in records if r["record"] == "method"]))
+    print_table(_table([r for r in records if r["record"] == "method"]))
     console.out(f"{len(plots)} plots, compare.json and the runs are in {out}")
 
 

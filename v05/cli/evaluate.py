@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from v05.cli.shared import Threads, fail, interrupted, no_exit, output, progress_bars, say, set_threads
+from v05.cli.shared import Threads, fail, interrupted, no_exit, print_table, progress_bars, say, set_threads
 
 
 def evaluate(
@@ -125,7 +125,7 @@ def evaluate(
         say(f"{verifier.timed_out} completions took more than {time_limit:g} s to verify and count as wrong")
     if verifier.crashed:
         say(f"{verifier.crashed} completions crashed their verifier process and count as wrong")
-    output().print(_benchmark_table(records))
+    print_table(_benchmark_table(records))
     say(f"samples and records are in {out}")
 
 

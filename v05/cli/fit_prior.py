@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from v05.cli.shared import INTERRUPTED, console, demand_input, fail, output, say, set_threads, watched
+from v05.cli.shared import INTERRUPTED, console, demand_input, fail, print_table, say, set_threads, watched
 from v05.machine import cache_root
 
 READ_AT_ONCE = 128  # prompts per block
@@ -110,7 +110,7 @@ def fit_prior(
         fail(error)
     if longer := reader.longer_than_limit(prompts):
         say(f"{longer} of {len(prompts)} prompts are longer than the backbone's {reader.limit} tokens, and were cut off there")
-    output().print(_prior_table(records))
+    print_table(_prior_table(records))
 
 
 def _prior_table(records: list[dict[str, Any]]) -> Table:

@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
+from rich.table import Table
 
 from v05.messages import explained_places, printable
 
 if TYPE_CHECKING:
     from v05.train.config import RunConfig
 
+WIDEST = 400  # columns
 INTERRUPTED = 130  # exit status after Ctrl-C
 
 Preset = Annotated[
@@ -78,8 +81,22 @@ console = Terminal(stderr=True)
 
 
 def output() -> Console:
-    """The console for a command's tables, on stdout. It is 180 columns wide when stdout is a file or a pipe."""
-    return Console(width=None if sys.stdout.isatty() else 180)
+    """The console for a command's tables, on stdout. A file or a pipe is as wide as any table."""
+    return Console(width=None if sys.stdout.isatty() else WIDEST)
+
+
+def print_table(table: Table) -> None:
+    """Print a table on stdout. Where the terminal is too narrow, leave out the last columns and name them.
+
+    Cut to the width of the terminal, the cells of a wide table would all be unreadable.
+    """
+    stdout, left_out = output(), list[str]()
+    unbounded = stdout.options.update(width=WIDEST)
+    while Measurement.get(stdout, unbounded, table).maximum > stdout.width and len(table.columns) > 1:
+        left_out.insert(0, str(table.columns.pop().header))
+    stdout.print(table)
+    if left_out:
+        console.out(f"left out, as the terminal is {stdout.width} columns wide: {', '.join(left_out)}")
 
 
 def watched(items: Sequence[Any], what: str) -> Iterable[Any]:

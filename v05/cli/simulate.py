@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from v05.cli.shared import INTERRUPTED, console, demand_input, fail, output, progress_bars
+from v05.cli.shared import INTERRUPTED, console, demand_input, fail, output, print_table, progress_bars
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,7 +122,7 @@ def simulate(
         raise typer.Exit(INTERRUPTED) from None
     except (ValueError, OSError, ImportError) as error:
         fail(error)
-    output().print(table(records, initial, maximum))
+    print_table(table(records, initial, maximum))
     for sentence in what_was_read(read, prior):
         console.out(sentence)
     console.out(f"{source.cells} cells of {len(read)} replayed; plot in {plot}")

@@ -94,7 +94,7 @@ const CHARTS = [
   },
   {
     id: "baseline", title: "Error of the baseline",
-    note: "Mean squared error of the baseline against the success rate in many fresh rollouts of the same policy, in squared reward units.",
+    note: "Mean squared error of the baseline against the success rate in many fresh rollouts of the same policy, in squared reward units. Methods none, batch_energy and optimal aim at another baseline, so their error may be large.",
     draw: (groups) => ({ traces: curves(groups, "baseline_mse", { markers: true, format: ".4f" }), layout: { yaxis: { rangemode: "tozero" } } }),
   },
   {
