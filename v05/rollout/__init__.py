@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,6 +108,15 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Release what the engine holds: processes, actors, connections."""
+        ...
+
+
+@runtime_checkable
+class SleepingEngine(Protocol):
+    """A RolloutEngine that can give its device memory back while the trainer computes gradients. Other engines have no `sleep`."""
+
+    def sleep(self) -> None:
+        """Give memory back and sample nothing until the next `update_weights`. Nothing may be in flight (ValueError)."""
         ...
 
 

@@ -14,7 +14,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -85,8 +85,10 @@ class VllmEngine:
         kv_cache_gib: memory for keys and values, GiB; None is what vLLM takes, which on a GPU is nearly all.
         max_model_len: tokens of a prompt and its completion; None is the model's own limit.
         temperature, top_p: as in `TransformersEngine`. vLLM's log-probabilities are those before them.
+        sleep: the level of vLLM's sleep mode that `sleep` uses. Both levels drop the keys and values; level 1 keeps the weights in
+            CPU memory, level 2 drops them too. None: `sleep` does nothing.
 
-    Raises ImportError, naming the extra, where vLLM is not installed.
+    Raises ImportError, naming the extra, where vLLM is not installed; ValueError, with `sleep`, where vLLM cannot sleep.
     """
 
     reproducible = True
@@ -103,17 +105,25 @@ class VllmEngine:
         max_model_len: int | None = None,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        sleep: Literal[1, 2] | None = None,
     ) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over by reference
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         try:
             from vllm import EngineArgs, LLMEngine, SamplingParams
+            from vllm.platforms import current_platform
             from vllm.sampling_params import RequestOutputKind
         except ImportError as error:
             raise ImportError(f"the vLLM engine cannot import {error.name!r}; install it with: pip install 'v05[vllm]'") from error
+        if sleep is not None and not current_platform.is_sleep_mode_available():
+            raise ValueError(
+                f"engine.sleep={sleep} needs a CUDA or ROCm device and a build of vLLM for it; this vLLM runs on "
+                f"device_type={current_platform.device_type!r} and cannot give its memory back; leave engine.sleep out"
+            )
         stops = stop_tokens(tokenizer, load_generation_config(path))
         self.capacity = capacity
         self._tokenizer = tokenizer
+        self._sleep_level = sleep
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=str(path),
@@ -121,6 +131,7 @@ class VllmEngine:
                 max_num_seqs=capacity,
                 kv_cache_memory_bytes=None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
                 max_model_len=max_model_len,
+                enable_sleep_mode=sleep is not None,
                 generation_config="vllm",
                 trust_remote_code=False,
                 enforce_eager=not torch.cuda.is_available(),
@@ -139,6 +150,8 @@ class VllmEngine:
         return decode(self._tokenizer, completion)
 
     def submit(self, keys: Sequence[int], requests: Sequence[Request]) -> None:
+        if self._engine.is_sleeping():  # vLLM would queue the requests and never answer
+            raise RuntimeError("the vLLM engine is asleep and samples nothing; update_weights wakes it")
         for key, request in zip(keys, requests, strict=True):
             try:
                 self._engine.add_request(str(key), {"prompt_token_ids": list(request.prompt)}, self._parameters(request))
@@ -152,14 +165,35 @@ class VllmEngine:
             finished = [(int(output.request_id), self._result(output.outputs[0])) for output in ended]
         return finished
 
+    def sleep(self) -> None:
+        """Give back the GPU memory of weights, keys and values until the next `update_weights`. Does nothing at level None.
+
+        Raises ValueError while rollouts are in flight: vLLM would abort them.
+        """
+        if self._sleep_level is None:
+            return
+        if self._in_flight():
+            raise ValueError("sleep: rollouts are in flight; poll until none is")
+        self._engine.sleep(level=self._sleep_level)
+
     def update_weights(self, state: Iterable[tuple[str, torch.Tensor]]) -> None:
-        refuse_update_in_flight(bool(self._refused) or self._engine.has_unfinished_requests())
+        """As for every engine. An engine that is asleep wakes with the new weights; if they do not load, it stays asleep."""
+        refuse_update_in_flight(self._in_flight())
+        asleep = self._engine.is_sleeping()
+        if asleep:
+            torch.cuda.empty_cache()  # vLLM maps memory beside torch's cache, which still holds what the gradients took
+            self._engine.wake_up(tags=["weights"])
         self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(state)})
+        if asleep:  # only now, so that the keys and values are not held beside what loading takes
+            self._engine.wake_up(tags=["kv_cache"])
         if not self._engine.reset_prefix_cache():
             raise RuntimeError("vLLM did not drop the keys and values of the old weights")
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()
+
+    def _in_flight(self) -> bool:
+        return bool(self._refused) or self._engine.has_unfinished_requests()
 
     def _result(self, output: Any) -> Completion | Failure:
         logprobs = [of_token[token].logprob for token, of_token in zip(output.token_ids, output.logprobs, strict=True)]

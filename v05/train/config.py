@@ -253,6 +253,11 @@ class EngineConfig(Section):
     kv_cache_gib: float = Field(
         default=1.0, gt=0, description="GiB of memory for vllm's keys and values; more allow more rollouts at once"
     )
+    sleep: Literal[1, 2] | None = Field(
+        default=None,
+        description="level of the sleep in which vllm gives its GPU memory back while gradients are computed: 1 keeps its weights "
+        "in CPU memory, 2 drops them, because every step loads new ones; None: it stays awake",
+    )
     url: str = Field(default="http://127.0.0.1:8000", description="address of the vllm_server")
     time_limit: float = Field(
         default=600.0,
@@ -427,6 +432,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"overlap=True with engine.kind={self.engine.kind!r} needs loss.importance_cap, such as 2: with this engine "
                 "the loss takes ratios to the trainer's policy, not to the one that sampled the rollouts"
+            )
+        if self.engine.sleep is not None and self.engine.kind != "vllm":
+            raise ValueError(
+                f"engine.sleep={self.engine.sleep} with engine.kind={self.engine.kind!r}: only vLLM in the trainer's process "
+                "sleeps; set engine.kind=vllm, or leave sleep out"
             )
         if budget.cost is not None and budget.rule in ("uniform", "total"):
             raise ValueError(f"budget.cost={budget.cost} with budget.rule={budget.rule!r}, which has no cost; leave it out")

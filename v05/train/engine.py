@@ -65,7 +65,14 @@ def engine_of_folder(kind: str, config: RunConfig, folder: Path, limits: dict[st
     from v05.rollout.vllm_engine import VllmEngine
 
     settings = config.engine
-    return VllmEngine(folder, load_tokenizer(folder), dtype=settings.dtype, kv_cache_gib=settings.kv_cache_gib, **limits)
+    return VllmEngine(
+        folder,
+        load_tokenizer(folder),
+        dtype=settings.dtype,
+        kv_cache_gib=settings.kv_cache_gib,
+        sleep=settings.sleep,
+        **limits,
+    )
 
 
 def make_verifier(config: RunConfig, task: Task) -> Verifier:

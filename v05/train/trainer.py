@@ -51,7 +51,7 @@ from numpy.typing import NDArray
 
 from v05.budget import RolloutAllocator
 from v05.files import explained, flush, flush_folder
-from v05.rollout import Completion, Request
+from v05.rollout import Completion, Request, SleepingEngine
 from v05.rollout.scheduler import RolloutBatch
 from v05.tasks import heldout_set, make_task
 from v05.train.checkpoint import CheckpointSchedule, delete_checkpoints, newest_checkpoint, write_checkpoint
@@ -210,6 +210,8 @@ class Trainer:
             self.probe_baselines(batch, rewards)
         watch.lap("probe")
 
+        if isinstance(self.engine, SleepingEngine):  # until sync, with the new weights, wakes it
+            self.engine.sleep()
         rescored = self.learner.rescore(batch) if self.own_weights or config.loss.importance_cap else None
         update = self.learner.update(batch, estimate.advantages, rescored)
         watch.lap("update")
