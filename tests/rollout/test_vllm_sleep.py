@@ -123,6 +123,16 @@ def test_where_vllm_cannot_sleep_it_is_refused(engine_of, monkeypatch):
     engine_of()
 
 
+def test_vllm_asks_for_its_cache_of_the_gpu_and_not_for_all_of_it(engine_of, monkeypatch):
+    assert "gpu_memory_utilization" not in vars(engine_of()._engine.arguments)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 80 << 30))
+    arguments = engine_of(kv_cache_gib=4)._engine.arguments
+    assert arguments.kv_cache_memory_bytes == 4 << 30
+    assert arguments.gpu_memory_utilization == 0.05
+    assert "gpu_memory_utilization" not in vars(engine_of(kv_cache_gib=None)._engine.arguments)  # `v05 eval` has the GPU alone
+
+
 @pytest.mark.parametrize("kind", ["transformers", "vllm_server", "ray"])
 def test_other_engines_do_not_sleep(kind):
     with pytest.raises(ValueError, match=f"engine.sleep=2 with engine.kind='{kind}': only vLLM in the trainer's process sleeps"):

@@ -121,6 +121,7 @@ class VllmEngine:
                 f"device_type={current_platform.device_type!r} and cannot give its memory back; leave engine.sleep out"
             )
         stops = stop_tokens(tokenizer, load_generation_config(path))
+        kv_cache_bytes = None if kv_cache_gib is None else int(kv_cache_gib * 2**30)
         self.capacity = capacity
         self._tokenizer = tokenizer
         self._sleep_level = sleep
@@ -129,13 +130,14 @@ class VllmEngine:
                 model=str(path),
                 dtype=dtype,
                 max_num_seqs=capacity,
-                kv_cache_memory_bytes=None if kv_cache_gib is None else int(kv_cache_gib * 2**30),
+                kv_cache_memory_bytes=kv_cache_bytes,
                 max_model_len=max_model_len,
                 enable_sleep_mode=sleep is not None,
                 generation_config="vllm",
                 trust_remote_code=False,
                 enforce_eager=not torch.cuda.is_available(),
                 disable_log_stats=True,
+                **_share_of_gpu(kv_cache_bytes),
             )
         )
         warped = {"temperature": temperature, "top_p": top_p}
@@ -201,6 +203,17 @@ class VllmEngine:
             raise NotFiniteError("the policy is not finite: vLLM gives a token no log-probability")
         asked = self._parameters(Request((), 0))
         return _completion(output.token_ids, logprobs, output.finish_reason, asked.stop_token_ids, asked.max_tokens)
+
+
+def _share_of_gpu(kv_cache_bytes: int | None) -> dict[str, float]:
+    """`gpu_memory_utilization` where the size of the cache is given: the cache's share of the GPU.
+
+    vLLM sizes nothing by it then, but refuses to start unless that share of the GPU is free. Its default is nearly the whole GPU,
+    which is never free beside a trainer. On a CPU nothing is checked.
+    """
+    if kv_cache_bytes is None or not torch.cuda.is_available():
+        return {}
+    return {"gpu_memory_utilization": min(kv_cache_bytes / torch.cuda.mem_get_info()[1], 1.0)}
 
 
 class VllmServerEngine:
