@@ -1,5 +1,6 @@
 """vLLM in this process and behind a server, against the embedded engine. `make test-vllm` installs vLLM."""
 
+import inspect
 import json
 import os
 import socket
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import vllm_double
 from v05.rollout import Failure, Request, generate
 from v05.rollout.transformers_engine import TransformersEngine
 from v05.rollout.vllm_engine import VllmEngine, VllmServerEngine
@@ -199,6 +201,114 @@ def test_a_training_run(folder, tmp_path):
     # The two engines draw different random numbers from the same policy.
     entropy = [read_metrics(tmp_path / kind, "evaluation")[0]["entropy"] for kind in ("vllm", "transformers")]
     assert entropy[0] == pytest.approx(entropy[1], abs=0.1)
+
+
+def test_the_double_takes_the_arguments_of_vllm():
+    """tests/rollout/test_vllm_sleep.py rests on it."""
+    from vllm import EngineArgs, LLMEngine
+    from vllm.v1.engine.core_client import InprocClient
+    from vllm.v1.executor.abstract import SLEEP_TAGS
+
+    for real, double in ((LLMEngine, vllm_double.LLMEngine), (InprocClient, vllm_double.Core)):
+        for name in vars(double):
+            if not name.startswith("__"):
+                mine, theirs = (inspect.signature(getattr(of, name)).parameters for of in (double, real))
+                assert [each for each in theirs if each in mine] == list(mine), name
+                assert all(theirs[each].default == mine[each].default for each in mine), name
+                assert all(each.default is not each.empty for each in theirs.values() if each.name not in mine), name
+    wanted = {"enable_sleep_mode", "gpu_memory_utilization", "kv_cache_memory_bytes"}
+    assert wanted <= inspect.signature(EngineArgs).parameters.keys()
+    assert SLEEP_TAGS == vllm_double.TAGS
+
+
+def test_a_build_for_the_cpu_is_not_put_to_sleep(folder, tmp_path):
+    from vllm import EngineArgs
+
+    with pytest.raises(ValueError, match="Sleep mode is not supported on current platform"):  # what vLLM says to it
+        EngineArgs(model=str(folder), enable_sleep_mode=True).create_engine_config()
+    settings = ["--set", "engine.sleep=2", "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "v05", "train", *training_options(folder), *settings]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "engine.sleep=2 needs a CUDA or ROCm device" in " ".join(result.stderr.split())
+    assert "device_type='cpu'" in " ".join(result.stderr.split())
+
+
+# Runs the command `v05` with vLLM's worker for the CPU sleeping as the one for GPUs does, below vLLM's own engine and scheduler:
+# what is asleep reads NaN. Anything that vLLM computes is refused meanwhile. The last line of the output is the order of the calls.
+SLEEPER = """
+import json, runpy, sys, torch
+from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+log, asleep, kept = [], set(), {}
+
+def sleep(self, level=1):
+    log.append(f"sleep {level}")
+    weights, cache = self.model_runner.model.state_dict(), self.model_runner.kv_caches
+    assert weights and cache
+    kept.update({name: tensor.clone() for name, tensor in weights.items()} if level == 1 else {})
+    for tensor in (*weights.values(), *cache):
+        tensor.fill_(float("nan"))
+    asleep.update(("weights", "kv_cache"))
+
+def wake_up(self, tags=None):
+    log.append(f"wake {tags}")
+    asleep.difference_update(tags)
+    with torch.no_grad():
+        for name, tensor in self.model_runner.model.state_dict().items() if "weights" in tags else ():
+            tensor.copy_(kept.get(name, tensor))
+    for cache in self.model_runner.kv_caches if "kv_cache" in tags else ():
+        cache.zero_()
+
+def recorded(name, forbidden):
+    function = getattr(CPUWorker, name)
+    def call(self, *args, **kwargs):
+        assert not asleep & forbidden, (name, asleep)
+        if log[-1:] != [name]:
+            log.append(name)
+        return function(self, *args, **kwargs)
+    setattr(CPUWorker, name, call)
+
+CpuPlatform.is_sleep_mode_available = lambda self: True
+CPUWorker.sleep, CPUWorker.wake_up = sleep, wake_up
+recorded("reload_weights", {"weights"})
+recorded("execute_model", {"weights", "kv_cache"})
+try:
+    runpy.run_module("v05", run_name="__main__")
+finally:
+    print(json.dumps(log))
+"""
+
+
+def training_options(folder):
+    settings = ["engine.kv_cache_gib=0.1", "policy.max_new_tokens=4", "loss.importance_cap=2", "total_rollouts=128"]
+    options = ["--preset", "smoke", "--method", "v05", "--policy", str(folder), "--engine", "vllm"]
+    return options + [word for setting in settings for word in ("--set", setting)]
+
+
+def test_a_run_whose_engine_sleeps_is_the_run_whose_engine_does_not(folder, tmp_path):
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    logs, records = {}, {}
+    for level in ("null", "1", "2"):
+        options = [*training_options(folder), "--set", f"engine.sleep={level}", "--out", str(tmp_path / level)]
+        command = [sys.executable, str(tmp_path / "sleeper.py"), "train", *options]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-5000:]
+        logs[level] = json.loads(result.stdout.splitlines()[-1])
+        records[level] = [
+            {name: value for name, value in record.items() if "seconds" not in name} for record in read_metrics(tmp_path / level)
+        ]
+    steps = [record for record in records["null"] if record["kind"] == "step"]
+    assert len(steps) >= 2
+    assert all(step["sync_difference"] < TOLERANCE and step["mismatch"] < TOLERANCE for step in steps)
+    sample = ["reload_weights", "execute_model"]
+    assert [call for call in logs["null"] if call in sample] == sample * (len(steps) + 1)
+    for level in ("1", "2"):
+        turn = [f"sleep {level}", "wake ['weights']", "reload_weights", "wake ['kv_cache']", "execute_model"]
+        first = logs[level].index(turn[0])
+        assert logs[level][first - 2 :] == [*sample, *turn * len(steps)]
+        assert records[level] == records["null"]
 
 
 def test_an_evaluation_samples_what_the_embedded_engine_does(folder, tmp_path):
