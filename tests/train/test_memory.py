@@ -102,6 +102,20 @@ def test_keys_and_values_of_the_engine_are_counted(dtype):
     assert found.peak >= found.weights + held + found.sampling
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_vllm_is_counted_while_it_is_awake(dtype):
+    settings = ["engine.kind=vllm", f"engine.dtype={dtype}", "engine.kv_cache_gib=0.5"]
+    model = AutoModelForCausalLM.from_config(architecture(), dtype=getattr(torch, dtype))
+    awake = expected_memory(run_of(*settings), architecture(), PROMPT)
+    assert awake.vllm == sum(p.nbytes for p in model.parameters()) + (1 << 29)
+    asleep = expected_memory(run_of(*settings, "engine.sleep=2"), architecture(), PROMPT)
+    assert (asleep.vllm, asleep.vllm_awake) == (0, awake.vllm)
+    assert awake.peak - asleep.peak == max(awake.backward, awake.update)  # which take turns with what sleeps
+    assert expected_memory(run_of(), architecture(), PROMPT).vllm == 0
+    advised = [list(memory._savings(run_of(*settings), PROMPT, 1, device)) for device in ("cuda", "cpu")]
+    assert ["engine.sleep=2" in settings for settings in advised] == [True, False]  # vLLM cannot sleep on a CPU
+
+
 def test_what_lowers_memory_lowers_what_is_expected():
     plain = run_of("optimizer.tokens_per_backward=100000", "rollouts_per_step=512")
     base = expected_memory(plain, architecture(), PROMPT)

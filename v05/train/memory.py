@@ -50,6 +50,8 @@ class Memory:
         update: temporary memory of AdamW's step.
         slots: keys and values of the rollouts under way, which the embedded engine keeps between steps.
         sampling: temporary memory for drawing the next tokens, and for reading prompts.
+        vllm: weights, keys and values of a vLLM engine in this process that stays awake.
+        vllm_awake: weights, keys and values of one that sleeps while gradients are computed (engine.sleep).
     """
 
     weights: int
@@ -61,12 +63,14 @@ class Memory:
     update: int
     slots: int
     sampling: int
+    vllm: int
+    vllm_awake: int
 
     @property
     def peak(self) -> int:
         """Largest memory in use at one time."""
-        held = self.weights + self.reference + self.masters + self.gradients + self.optimizer + self.slots
-        return held + max(self.backward, self.update, self.sampling)
+        held = self.weights + self.reference + self.masters + self.gradients + self.optimizer + self.slots + self.vllm
+        return held + max(self.backward, self.update, self.sampling + self.vllm_awake)
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,10 @@ def expected_memory(config: RunConfig, model: PretrainedConfig, prompt: int, ran
     layer = output * WIDE * ((device == "cpu" and not wide) + is_whole)
     # With tied weights, the gradients of both uses exist until they are added.
     gradients = is_whole * output * size * (2 if text.tie_word_embeddings else 1) + (0 if wide else trained * size)
+    vllm = 0
+    if config.engine.kind == "vllm":
+        vllm = parameters * (WIDE if config.engine.dtype == "float32" else 2) + int(config.engine.kv_cache_gib * GIB)
+    sleeps = config.engine.sleep is not None
     return Memory(
         weights=parameters * size + (parameters * WIDE // shards if shards > 1 else 0),
         reference=parameters * size if config.loss.kl_coefficient > 0 and is_whole else 0,
@@ -126,6 +134,8 @@ def expected_memory(config: RunConfig, model: PretrainedConfig, prompt: int, ran
         update=trained * WIDE // shards if device == "cuda" else 2 * is_whole * output * WIDE,
         slots=slots,
         sampling=sampling,
+        vllm=0 if sleeps else vllm,
+        vllm_awake=vllm if sleeps else 0,
     )
 
 
@@ -227,13 +237,13 @@ def memory_report(config: RunConfig, model: PretrainedConfig, prompt: int, ranks
         return line
     peaks = {
         setting: expected_memory(validated(RunConfig, dict(config), [setting]), model, prompt, ranks, device).peak
-        for setting in _savings(config, prompt, ranks)
+        for setting in _savings(config, prompt, ranks, device)
     }
     best = min(peaks, key=lambda setting: peaks[setting])
     return f"{line}; --set {best} would lower it most, to {peaks[best] / GIB:.2f} GiB"
 
 
-def _savings(config: RunConfig, prompt: int, ranks: int) -> Iterator[str]:
+def _savings(config: RunConfig, prompt: int, ranks: int, device: str) -> Iterator[str]:
     """Settings, as for --set, that need less memory than those of `config`."""
     if not config.optimizer.gradient_checkpointing:
         yield "optimizer.gradient_checkpointing=true"
@@ -243,5 +253,7 @@ def _savings(config: RunConfig, prompt: int, ranks: int) -> Iterator[str]:
         yield "policy.dtype=bfloat16"
     if ranks > 1 and config.distributed == "ddp":
         yield "distributed=fsdp2"
+    if config.engine.kind == "vllm" and config.engine.sleep is None and device == "cuda":
+        yield "engine.sleep=2"
     yield f"optimizer.tokens_per_backward={prompt + config.policy.max_new_tokens}"
     yield f"sampling_batch={max(config.sampling_batch // 4, 1)}"
