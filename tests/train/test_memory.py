@@ -110,7 +110,8 @@ def test_vllm_is_counted_while_it_is_awake(dtype):
     assert awake.vllm == sum(p.nbytes for p in model.parameters()) + (1 << 29)
     asleep = expected_memory(run_of(*settings, "engine.sleep=2"), architecture(), PROMPT)
     assert (asleep.vllm, asleep.vllm_awake) == (0, awake.vllm)
-    assert awake.peak - asleep.peak == max(awake.backward, awake.update)  # which take turns with what sleeps
+    # These take turns with the engine that sleeps.
+    assert awake.peak - asleep.peak == awake.gradients + max(awake.backward, awake.update)
     assert expected_memory(run_of(), architecture(), PROMPT).vllm == 0
     advised = [list(memory._savings(run_of(*settings), PROMPT, 1, device)) for device in ("cuda", "cpu")]
     assert ["engine.sleep=2" in settings for settings in advised] == [True, False]  # vLLM cannot sleep on a CPU

@@ -125,7 +125,6 @@ class Learner:
             group_offsets=offsets - offsets[0] if settings.group_weighting == "prompt" else None,
             length=self.config.policy.max_new_tokens if aggregation == "constant" else None,
         )
-        self.optimizer.zero_grad()
         totals = torch.zeros(3, device="cpu")
         for part in self._parts(batch, rows[teaches[rows]].numpy(), world.size):
             share, width = torch.from_numpy(part[world.rank :: world.size]), int(lengths[part].max())
@@ -139,6 +138,7 @@ class Learner:
         if not isfinite(grad_norm):
             raise NotFiniteError(f"the policy is not finite: the gradient's norm is {grad_norm}")
         self.optimizer.step()
+        self.optimizer.zero_grad()  # now, so that sampling has the memory of the gradients
         self.masters.round_to_model()
         loss, clipped, kl = world.sum(totals).tolist()
         return grad_norm, loss, clipped / int(lengths[rows].sum()), kl

@@ -69,8 +69,8 @@ class Memory:
     @property
     def peak(self) -> int:
         """Largest memory in use at one time."""
-        held = self.weights + self.reference + self.masters + self.gradients + self.optimizer + self.slots + self.vllm
-        return held + max(self.backward, self.update, self.sampling + self.vllm_awake)
+        held = self.weights + self.reference + self.masters + self.optimizer + self.slots + self.vllm
+        return held + max(self.gradients + max(self.backward, self.update), self.sampling + self.vllm_awake)
 
 
 @dataclass(frozen=True)
