@@ -369,6 +369,15 @@ def test_killed_from_the_command_line_it_goes_on(tmp_path, data, model):
     assert record == json.loads((tmp_path / "out" / "result.json").read_text())[0]
 
 
+def test_a_model_is_not_overwritten_by_its_evaluation(data, model):
+    files = {path: path.read_bytes() for path in model.iterdir()}
+    arguments = ["eval", str(model), "--benchmarks", "sums", "--data", str(data), "--samples", "1", "--out", str(model)]
+    ended = CliRunner().invoke(app, arguments)
+    assert ended.exit_code == 2
+    assert "holds config.json of something else, which the evaluation would replace" in ended.output
+    assert {path: path.read_bytes() for path in model.iterdir()} == files
+
+
 def test_samples_end_at_every_id_of_the_generation_config(tmp_path, data, model):
     folder = tmp_path / "policy"
     shutil.copytree(model, folder)

@@ -141,12 +141,18 @@ def seed_of(seed: int, benchmark: str, problem: str, sample: int) -> int:
 class SampleLog:
     """The samples in an evaluation's directory, in memory and on disk. An unfinished last line, left by a crash, is dropped.
 
-    Raises ValueError if the directory holds samples of another configuration, or if another process is writing it.
+    Raises ValueError if the directory holds samples of another configuration, or the config.json of something else, such as a
+    model, or if another process is writing it.
     """
 
     def __init__(self, directory: Path, config: EvalConfig) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / SAMPLES
+        if (directory / CONFIG).exists() and not self._path.exists():  # the log of an evaluation is made before its configuration
+            raise ValueError(
+                f"{directory} holds {CONFIG} of something else, which the evaluation would replace; "
+                "give another directory with --out"
+            )
         self._file = self._path.open("a+", encoding="utf-8")
         with ExitStack() as refused:  # closing the file releases its lock
             refused.callback(self._file.close)
