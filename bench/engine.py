@@ -24,21 +24,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from architectures import SMOLLM2_135M
 from marks import replaced
 
 BENCH = Path(__file__).parent
 PACKAGING = BENCH.parent / "packaging"
 SECONDS = 100  # time limit of a run
-SMOLLM2 = {
-    "hidden_size": 576,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "intermediate_size": 1536,
-    "vocab_size": 49_152,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
 # (rollouts, tokens per rollout) by device and policy.
 SIZES = {
     "cpu": {"SmolLM2-135M": (8, 12), "a preset's policy": (256, 12)},
@@ -155,14 +146,14 @@ def measure_all(kind: str, sizes: dict[str, tuple[int, int]], seconds: float) ->
 def policy(name: str) -> Any:
     """A model with random weights, scaled so that token probabilities are not uniform."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from v05.train.config import PolicyConfig
     from v05.train.policy import character_decoder, character_tokenizer
 
     model: Any = character_decoder(PolicyConfig(), len(character_tokenizer()))
     if name.startswith("SmolLM2"):
-        model = LlamaForCausalLM(LlamaConfig(**SMOLLM2))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMOLLM2_135M, max_position_embeddings=8192))
     model.generation_config.eos_token_id = None
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(4)

@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from architectures import QWEN3_06B, SMOLLM2_135M
 from machine import commit, processor, versions
 
 RESULTS = Path(__file__).parent / "results" / "memory.csv"
@@ -30,25 +31,8 @@ PROMPT, WIDTH, ROWS = 64, 512, 1  # tokens of a prompt, tokens of a rollout, rol
 UPDATES, PASSES = 2, 2
 WARM, POLICY = "warm", "policy"  # folders: of a policy to warm up on, and of the one that is measured
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "SmolLM2-135M": {
-        "model_type": "llama",
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 1536,
-        "vocab_size": 49_152,
-    },
-    "Qwen3-0.6B": {
-        "model_type": "qwen3",
-        "hidden_size": 1024,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "intermediate_size": 3072,
-        "vocab_size": 151_936,
-    },
+    "SmolLM2-135M": SMOLLM2_135M,
+    "Qwen3-0.6B": QWEN3_06B,
     "tiny": {  # for the test
         "model_type": "llama",
         "hidden_size": 256,
@@ -57,6 +41,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "intermediate_size": 1024,
         "vocab_size": 8192,
+        "tie_word_embeddings": True,
     },
 }
 CASES: dict[str, list[str]] = {
@@ -77,9 +62,7 @@ def config_of(name: str, layers: int) -> Any:
     from transformers import AutoConfig
 
     settings = ARCHITECTURES[name] | {"num_hidden_layers": layers or ARCHITECTURES[name]["num_hidden_layers"]}
-    return AutoConfig.for_model(
-        **settings, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None, max_position_embeddings=2048
-    )
+    return AutoConfig.for_model(**settings, pad_token_id=0, eos_token_id=1, bos_token_id=None, max_position_embeddings=2048)
 
 
 def run_of(case: str, folder: str = "nowhere") -> Any:
