@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.interpreter import patched_once
 from v05.kernels.advantage import launch
 from v05.ops import AdvantageOutput, AdvantageStats, fused_advantage
 
@@ -26,6 +27,12 @@ def device() -> torch.device:
         return torch.device("cpu")
     assert torch.cuda.is_available(), "V05_GPU=1, but torch finds no CUDA device"
     return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _patched_once() -> Iterator[None]:
+    with nullcontext() if ON_GPU else patched_once():
+        yield
 
 
 @pytest.fixture
