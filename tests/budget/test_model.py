@@ -168,18 +168,35 @@ class TestAllocatorMachine(AllocatorMachine.TestCase):
     settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
+LONG, SHORT = 15_000, 2_500  # operations
+
+
 @pytest.mark.parametrize(
-    ("budget_rule", "chunk"), [*((name, 2) for name in RULES), *((name, "look") for name in ("osla", "calibrated", "variance"))]
+    ("budget_rule", "chunk", "length"),
+    [
+        ("osla", 2, LONG),
+        *((name, 2, SHORT) for name in RULES if name != "osla"),
+        *((name, "look", SHORT) for name in ("osla", "calibrated", "variance")),
+    ],
 )
-def test_one_long_run(budget_rule: str, chunk: Chunk) -> None:
-    """15,000 operations on one allocator, restored from snapshots on the way; 180,000 over all rules."""
+def test_a_long_run(budget_rule: str, chunk: Chunk, length: int) -> None:
+    """Operations on one allocator, restored from snapshots on the way. What goes wrong only after thousands of leases does not
+    depend on the rule, which only decides: one rule is run at length, the others long enough to decide on hundreds of groups.
+    """
     rng = np.random.default_rng(0)
     pair = Pair(names=False, options=RULES[budget_rule] | {"chunk": chunk})
     recent: list[int] = []
     operations = (
-        ["open"] * 5 + ["lease"] * 15 + ["report"] * 17 + ["fail"] * 3 + ["expire"] + ["drain"] * 4 + ["restart"] + ["stray"] * 4
+        ["open"] * 5
+        + ["lease"] * 15
+        + ["report"] * 17
+        + ["fail"] * 3
+        + ["expire"] * 2
+        + ["drain"] * 4
+        + ["restart"]
+        + ["stray"] * 4
     )
-    for operation in rng.choice(operations, size=15_000):
+    for operation in rng.choice(operations, size=length):
         out = pair.out()
         some = rng.choice(out, size=min(len(out), int(rng.integers(0, 20))), replace=False).tolist() if out else []
         pair.now += int(rng.integers(0, 3))
@@ -204,4 +221,4 @@ def test_one_long_run(budget_rule: str, chunk: Chunk) -> None:
             pair.report(strays, rng.choice(REWARDS, size=5).tolist())
         pair.compare()
     counts = pair.model.counts()
-    assert min(counts[name] for name in ("reported", "failed", "expired", "invalid", "duplicate", "late")) > 80
+    assert min(counts[name] for name in ("reported", "failed", "expired", "invalid", "duplicate", "late")) >= length // 180
