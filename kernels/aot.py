@@ -1,6 +1,6 @@
 """Compile every kernel for a list of GPU targets without a GPU, and report properties of the machine code.
 
-    python -m v05.kernels.aot [--json FILE] [--csv FILE]
+    python -m v05.kernels.aot [--json FILE] [--csv FILE] [--known FILE]
 
 A variant is one way in which a launch calls its kernel. Every folder of this package is a kernel. Its `launch.py` has the function
 `variants`, which yields the variants, and `traffic`, which counts the bytes that a launch moves. The columns of the report are
@@ -15,12 +15,18 @@ A variant is one way in which a launch calls its kernel. Every folder of this pa
 - `floor_bytes`: the bytes of a launch that reads its inputs and writes its outputs once. The difference to `bytes` are mostly the
   rewards of a group, which each of its programs reads again, usually from the cache.
 - `occupancy`: the share of a multiprocessor's warps that can be resident with so many registers.
+- `ir`: a hash of the intermediate code that Triton's front end makes of the variant.
+- `triton`: the version of Triton whose back end compiled that code.
+
+With --known, a row of an earlier table is taken over if its `ir` and `triton` are still the variant's. Only the other variants are
+compiled.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import importlib
 import itertools
 import json
@@ -28,9 +34,10 @@ import multiprocessing
 import os
 import pkgutil
 import re
+import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -39,6 +46,8 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import ir as triton_ir
+from triton.compiler.compiler import make_backend
 
 import v05.kernels
 from v05.kernels.launcher import COMPILER_OPTIONS
@@ -50,7 +59,10 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+VARIANTS_AT_ONCE = 10  # disassembled together, because NVIDIA's disassembler takes 0.2 s to start
+INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*);", re.MULTILINE)
+LOCATION = re.compile(r"^#loc.*\n| loc\((?:[^()]|\([^()]*\))*\)", re.MULTILINE)  # lines of the source, which change with comments
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,12 @@ class Report:
     bytes: int
     floor_bytes: int
     occupancy: float
+    ir: str
+    triton: str
+
+
+OF_THE_CODE = ("registers", "stack", "spill_bytes", "shared", "ld128", "st128", "instructions", "ahead")  # columns
+Known = Mapping[tuple[str, str, str, str], Mapping[str, int]]  # (kernel, variant, target, ir): columns OF_THE_CODE
 
 
 def occupancy(target: str, registers: int, warps: int) -> float:
@@ -91,57 +109,143 @@ def launches() -> Iterator[ModuleType]:
 
 def report(launch: ModuleType, variant: Variant, target: str) -> Report:
     """Compile a variant, or take it from Triton's cache, and analyse its machine code."""
-    compiled = triton.compile(variant.source(), TARGETS[target], COMPILER_OPTIONS[TARGETS[target].backend])
-    read = _read_amdgcn if "amdgcn" in compiled.asm else _read_cubin
-    code = read(compiled.asm)
-    asked, floor = launch.traffic(variant)
-    return Report(
-        kernel=variant.kernel.__name__,
-        variant=variant.name,
-        target=target,
-        shared=compiled.metadata.shared,
-        bytes=asked,
-        floor_bytes=floor,
-        occupancy=occupancy(target, code["registers"], compiled.metadata.num_warps),
-        **code,
-    )
+    return reports([(launch, variant)], target)[0]
 
 
-def _report_named(name: tuple[str, str, str]) -> Report:
-    """The report of the variant with this (module, variant, target), which worker processes get in place of the variant."""
-    module, wanted, target = name
-    launch = importlib.import_module(module)
-    return report(launch, next(variant for variant in launch.variants() if variant.name == wanted), target)
+def reports(variants: Sequence[tuple[ModuleType, Variant]], target: str, known: Known | None = None) -> list[Report]:
+    """The reports of several variants. Variants that are in `known` are not compiled."""
+    options = COMPILER_OPTIONS[TARGETS[target].backend]
+    hashes = [ir_of(variant, target) if known else "" for _, variant in variants]
+    codes = [
+        (known or {}).get((variant.kernel.__name__, variant.name, target, of_ir))
+        for (_, variant), of_ir in zip(variants, hashes, strict=True)
+    ]
+    unknown = [place for place, code in enumerate(codes) if code is None]
+    compiled = [triton.compile(variants[place][1].source(), TARGETS[target], options) for place in unknown]
+    read = _read_amdgcn if TARGETS[target].backend == "hip" else _read_cubins
+    for place, made, code in zip(unknown, compiled, read([made.asm for made in compiled], target), strict=True):
+        codes[place] = {**code, "shared": made.metadata.shared}
+        hashes[place] = hash_of(made.asm["source"], target)
+    made_of = []
+    for (launch, variant), code, of_ir in zip(variants, codes, hashes, strict=True):
+        assert code is not None
+        asked, floor = launch.traffic(variant)
+        made_of.append(
+            Report(
+                kernel=variant.kernel.__name__,
+                variant=variant.name,
+                target=target,
+                bytes=asked,
+                floor_bytes=floor,
+                occupancy=occupancy(target, code["registers"], options["num_warps"]),
+                ir=of_ir,
+                triton=triton.__version__,
+                **code,
+            )
+        )
+    return made_of
 
 
-def _read_cubin(code: dict[str, Any]) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(code["cubin"])
-        cubin.flush()
-        command = [str(CUOBJDUMP), "-sass", "-res-usage", cubin.name]
+def ir_of(variant: Variant, target: str) -> str:
+    """The hash of a variant's intermediate code. Only Triton's front end runs, which is quick."""
+    backend = make_backend(TARGETS[target])
+    options = backend.parse_options(dict(COMPILER_OPTIONS[TARGETS[target].backend]))
+    context = triton_ir.context()
+    triton_ir.load_dialects(context)
+    backend.load_dialects(context)
+    of_backend = (backend.get_codegen_implementation(options), backend.get_module_map())
+    return hash_of(str(variant.source().make_ir(TARGETS[target], options, *of_backend, context)), target)
+
+
+def hash_of(code: str, target: str) -> str:
+    """A hash of intermediate code, without its lines in the source, and of the compiler's options."""
+    options = sorted(COMPILER_OPTIONS[TARGETS[target].backend].items())
+    return hashlib.sha256(f"{options}\n{LOCATION.sub('', code)}".encode()).hexdigest()[:16]
+
+
+def read_known(path: Path) -> Known:
+    """The rows of a table written by --csv that the installed version of Triton compiled."""
+    with path.open(newline="") as file:
+        return {
+            (row["kernel"], row["variant"], row["target"], row["ir"]): {name: int(row[name]) for name in OF_THE_CODE}
+            for row in csv.DictReader(file)
+            if row.get("triton") == triton.__version__
+        }
+
+
+def _reports_named(names: Sequence[tuple[str, str]], known: Known) -> list[Report]:
+    """The reports, for every target, of the variants with these (module, variant). Worker processes get the names in place of the
+    variants."""
+    variants = []
+    for module, wanted in names:
+        launch = importlib.import_module(module)
+        variants.append((launch, next(variant for variant in launch.variants() if variant.name == wanted)))
+    by_target = [reports(variants, target, known) for target in TARGETS]
+    return [made for of_variant in zip(*by_target, strict=True) for made in of_variant]
+
+
+def _read_cubins(codes: Sequence[Mapping[str, Any]], target: str) -> list[dict[str, int]]:
+    """One disassembly of all machine code, one after the other; only the targets of jumps are then other than in each alone."""
+    if not codes:
+        return []
+    texts = [_machine_code(code["cubin"]) for code in codes]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as binary:
+        binary.write(b"".join(texts))
+        binary.flush()
+        command = [str(NVIDIA_TOOLS / "nvdisasm"), "--no-dataflow", "--binary", target.replace("sm_", "SM"), binary.name]
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    placed = [(int(address, 16), line) for address, line in INSTRUCTION.findall(told)]
+    ends = list(itertools.accumulate(map(len, texts)))
+    read = []
+    for code, text, end in zip(codes, texts, ends, strict=True):
+        lines = [line for address, line in placed if end - len(text) <= address < end]
+        if len(lines) != len(text) // 16:  # bytes of an instruction
+            raise RuntimeError(f"{len(lines)} instructions of {len(text)} bytes; the disassembler's output must have changed")
+        joined = "\n".join(lines)
+        spill_stores = re.findall(r"\bSTL(?:\.(64|128))?\b", joined)
+        read.append(
+            _resources(code["cubin"])
+            | {
+                "spill_bytes": sum(int(bits or 32) // 8 for bits in spill_stores),  # a spill is no LOCAL, it is an STL
+                "ld128": len(re.findall(r"\bLDG[\w.]*\.128\b", joined)),
+                "st128": len(re.findall(r"\bSTG[\w.]*\.128\b", joined)),
+                **_ahead_of_stores(lines, r"\bSTG[\w.]*\.128\b", r"\bSTG\b"),
+            }
+        )
+    return read
+
+
+def _machine_code(cubin: bytes) -> bytes:
+    """The section .text.NAME of an ELF file of 64 bits with one kernel."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, of_names = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<II8x8xQQ", cubin, table + i * size) for i in range(count)]  # name, type, offset, length
+    names = sections[of_names][2]
+    (found,) = (section for section in sections if cubin.startswith(b".text.", names + section[0]))
+    return cubin[found[2] : found[2] + found[3]]
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(NVIDIA_TOOLS / "cuobjdump"), "-res-usage", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    lines = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*);", text, re.MULTILINE)
-    spill_stores = re.findall(r"\bSTL(?:\.(64|128))?\b", text)
-    return {
-        "registers": _number(r"\bREG:(\d+)", text),
-        "stack": _number(r"\bSTACK:(\d+)", text),
-        "spill_bytes": sum(int(bits or 32) // 8 for bits in spill_stores),  # a spill is an STL; LOCAL does not count it
-        "ld128": len(re.findall(r"\bLDG[\w.]*\.128\b", text)),
-        "st128": len(re.findall(r"\bSTG[\w.]*\.128\b", text)),
-        **_ahead_of_stores(lines, r"\bSTG[\w.]*\.128\b", r"\bSTG\b"),
-    }
+    return {"registers": _number(r"\bREG:(\d+)", text), "stack": _number(r"\bSTACK:(\d+)", text)}
 
 
-def _read_amdgcn(code: dict[str, Any]) -> dict[str, int]:
-    text = code["amdgcn"]
-    return {
-        "registers": _number(r"\.vgpr_count:\s*(\d+)", text),
-        "stack": _number(r"\.private_segment_fixed_size:\s*(\d+)", text),
-        "spill_bytes": 4 * _number(r"\.vgpr_spill_count:\s*(\d+)", text),
-        "ld128": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", text)),
-        "st128": len(re.findall(r"\b(?:global|buffer)_store_dwordx4\b", text)),
-        **_ahead_of_stores(re.findall(r"^\t([a-z]\w+ .*)$", text, re.MULTILINE), r"_store_dwordx4\b", r"_store_"),
-    }
+def _read_amdgcn(codes: Sequence[Mapping[str, Any]], _: str) -> list[dict[str, int]]:
+    return [
+        {
+            "registers": _number(r"\.vgpr_count:\s*(\d+)", text),
+            "stack": _number(r"\.private_segment_fixed_size:\s*(\d+)", text),
+            "spill_bytes": 4 * _number(r"\.vgpr_spill_count:\s*(\d+)", text),
+            "ld128": len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", text)),
+            "st128": len(re.findall(r"\b(?:global|buffer)_store_dwordx4\b", text)),
+            **_ahead_of_stores(re.findall(r"^\t([a-z]\w+ .*)$", text, re.MULTILINE), r"_store_dwordx4\b", r"_store_"),
+        }
+        for text in (code["amdgcn"] for code in codes)
+    ]
 
 
 def _ahead_of_stores(lines: list[str], wide: str, any_width: str) -> dict[str, int]:
@@ -162,32 +266,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m v05.kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table as a list of records")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as comma-separated values")
+    parser.add_argument("--known", type=Path, metavar="FILE", help="compile only what this table of --csv does not know")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
 
     columns = [column.name for column in fields(Report)]
-    print(f"{columns[0]:<25}{columns[1]:<34}{columns[2]:<8}" + "".join(f"{name:>12}" for name in columns[3:]))
-    wanted = [
-        (launch.__name__, variant.name, target)
-        for launch in launches()
-        for variant, target in itertools.product(launch.variants(), TARGETS)
-    ]
-    reports = []
-    # Processes, because the compiler holds the interpreter lock. They are spawned, because Triton has threads.
+    print(f"{columns[0]:<25}{columns[1]:<34}{columns[2]:<8}" + "".join(f"{name:>12}" for name in columns[3:-2]))
+    known = {} if arguments.known is None else read_known(arguments.known)
+    wanted = [(launch.__name__, variant.name) for launch in launches() for variant in launch.variants()]
+    batches = [wanted[i : i + VARIANTS_AT_ONCE] for i in range(0, len(wanted), VARIANTS_AT_ONCE)]
+    rows = []
+    # Processes, since the compiler holds the interpreter; spawned, since Triton has threads.
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        for made in pool.map(_report_named, wanted):
+        for made in itertools.chain.from_iterable(pool.map(_reports_named, batches, itertools.repeat(known))):
             row = asdict(made)
-            told = "".join(f"{row[name]:>12}" for name in columns[3:])
+            told = "".join(f"{row[name]:>12}" for name in columns[3:-2])
             print(f"{row['kernel']:<25}{row['variant']:<34}{row['target']:<8}{told}", flush=True)
-            reports.append(row)
+            rows.append(row)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(reports, indent=1) + "\n")
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
     if arguments.csv is not None:
         with arguments.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
-            writer.writerows(reports)
+            writer.writerows(rows)
 
 
 if __name__ == "__main__":
