@@ -221,6 +221,10 @@ def test_all_mixes_together_against_the_best_rival_of_each():
     assert compared["over_low"] < compared["over"] < compared["over_high"]
     assert over(rows, "v05@2", "grpo@4", ("hard",))["over"] == pytest.approx(1 / 8)
     assert over(rows, "v05@2", "grpo@16", ("hard",)) == {}
+    more = [made_up_row(label, 2, mix="arithmetic", successes=got) for label, got in (("grpo@4", "1100"), ("v05@2", "2222"))]
+    assert over([*rows, *more], "v05@2", "grpo@4", ("arithmetic", "hard"))["over"] == pytest.approx(
+        ((3 + 3 + 6) / 3 / 8 + 1 / 8) / 2  # each mix counts all of its own seeds, and mixes weigh alike
+    )
     assert difference(record, "over_best").startswith("+0.188 [")
     assert difference(over_best_rival(rows[::2], "v05@2"), "over_best") == "+0.188"  # one seed has no interval
 

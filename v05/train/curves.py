@@ -31,16 +31,27 @@ def bootstrap_interval(by_seed: Sequence[Array]) -> tuple[float, float]:
 
     `by_seed` holds one (P,) vector per seed, over the same P prompts. With few seeds the interval is rough and too narrow.
     """
-    values = np.stack(by_seed)
-    seeds, prompts = _draws(*values.shape)
-    low, high = np.percentile(((seeds @ values) * prompts).sum(axis=1) / values.size, INTERVAL)
+    return bootstrap_interval_over_mixes([by_seed])
+
+
+def bootstrap_interval_over_mixes(by_mix: Sequence[Sequence[Array]]) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over mixes of their means over seeds and prompts.
+
+    The seeds and prompts of each mix are resampled independently, so mixes may differ in the number of seeds.
+    """
+    means = []
+    for stream, by_seed in enumerate(by_mix):
+        values = np.stack(by_seed)
+        seeds, prompts = _draws(*values.shape, stream)
+        means.append(((seeds @ values) * prompts).sum(axis=1) / values.size)
+    low, high = np.percentile(np.mean(means, axis=0), INTERVAL)
     return float(low), float(high)
 
 
-@lru_cache(maxsize=4)
-def _draws(seeds: int, prompts: int) -> tuple[Array, Array]:
+@lru_cache(maxsize=8)
+def _draws(seeds: int, prompts: int, stream: int) -> tuple[Array, Array]:
     """(draws, seeds) and (draws, prompts): how often each bootstrap draw contains each seed and each prompt. Deterministic."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(stream)
     counts = np.zeros((BOOTSTRAP_DRAWS, seeds)), np.zeros((BOOTSTRAP_DRAWS, prompts))
     for draw in range(BOOTSTRAP_DRAWS):
         for counted in counts:

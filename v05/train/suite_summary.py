@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from v05.methods import REFERENCE
-from v05.train.curves import bootstrap_interval, reaching
+from v05.train.curves import bootstrap_interval, bootstrap_interval_over_mixes, reaching
 from v05.train.suite import RIVALS, Suite, tuning_runs
 from v05.train.suite_rows import Row
 
@@ -95,8 +95,8 @@ def _mean(values: Sequence[float]) -> float:
 def over_best_rival(rows: Iterable[Row], label: str) -> dict[str, float]:
     """How much higher `label` ends than each mix's best rival at its best size, mean over mixes: `over_best`.
 
-    With two or more seeds, `over_best_low` and `over_best_high` are its 95 % interval from resampling seeds (the same ones in all
-    mixes) and prompts. Empty if a mix lacks `label` or a rival, or if they share no seed.
+    With two or more seeds in every mix, `over_best_low` and `over_best_high` are its 95 % interval from resampling each mix's seeds
+    and prompts. Empty if a mix lacks `label` or a rival, or if they share no seed.
     """
     by_mix = counted(rows)
     pairs = []
@@ -116,17 +116,16 @@ def over(rows: Iterable[Row], label: str, other: str, mixes: Iterable[str]) -> d
 
 
 def _mean_difference(pairs: Sequence[tuple[Mapping[int, Row], Mapping[int, Row]]], name: str) -> dict[str, float]:
-    """The mean difference over pairs (one per mix) of runs by seed, on the seeds that all runs have."""
-    seeds = set.intersection(*({*ours} & {*theirs} for ours, theirs in pairs)) if pairs else set()
-    if not seeds:
-        return {}
-    differences = [
-        np.concatenate([ours[seed].prompt_accuracy - theirs[seed].prompt_accuracy for ours, theirs in pairs])
-        for seed in sorted(seeds)
+    """The mean over pairs, one per mix, of the difference between two methods' runs by seed, on the seeds that both have."""
+    by_mix = [
+        [ours[seed].prompt_accuracy - theirs[seed].prompt_accuracy for seed in sorted({*ours} & {*theirs})]
+        for ours, theirs in pairs
     ]
-    record = {name: float(np.mean(differences))}
-    if len(seeds) > 1:
-        record[f"{name}_low"], record[f"{name}_high"] = bootstrap_interval(differences)
+    if not by_mix or not all(by_mix):
+        return {}
+    record = {name: float(np.mean([np.mean(differences) for differences in by_mix]))}
+    if min(map(len, by_mix)) > 1:
+        record[f"{name}_low"], record[f"{name}_high"] = bootstrap_interval_over_mixes(by_mix)
     return record
 
 
