@@ -63,7 +63,16 @@ def flag(name: str, value: Any) -> bool:
 def choice(name: str, value: Any, choices: Collection[str]) -> str:
     if isinstance(value, str) and value in choices:
         return str(value)
-    raise ValueError(f"{name}={shown(value)} is unknown; choose one of {', '.join(choices)}")
+    raise ValueError(unknown(f"{name}={shown(value)}", value, choices))
+
+
+def unknown(given: str, value: object, choices: Collection[str]) -> str:
+    """The message for a value that is none of the choices. `given` names it; the closest choice is suggested."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(str(value).lower().replace("-", "_"), choices, 1, 0.75)
+    suggestion = f" (did you mean {close[0]}?)" if close else ""
+    return f"{given} is unknown; choose one of {', '.join(choices)}{suggestion}"
 
 
 def finite_range(name: str, value: Any) -> tuple[float, float]:

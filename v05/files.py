@@ -30,6 +30,15 @@ def read_text(path: Path) -> str:
         raise
 
 
+def require_model(argument: str, folder: Path) -> None:
+    """Raise ValueError, naming the argument, unless the folder holds a Hugging Face model."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{argument}={folder}: no config.json there; give a Hugging Face model folder (nothing is downloaded; "
+            "hf download NAME --local-dir FOLDER makes one)"
+        )
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. A ValueError names the file and what is wrong with it."""
     return _object(read_text(path), str(path))
@@ -70,7 +79,12 @@ def _object(text: str, where: str, each: str = "") -> dict[str, Any]:
         if "\\ud" in text.lower():  # raises for a lone surrogate, which cannot be written or tokenised later
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, a lone surrogate, or too many digits
-        raise ValueError(f"{where}: {error}; give one JSON object{each}") from None
+        if isinstance(error, json.JSONDecodeError):  # its own text counts lines from the beginning of `text`
+            place = f"column {error.pos + 1}" if error.pos < len(text.rstrip()) else "its end"
+            told = f"{error.msg} at {place}" if each else str(error)
+        else:
+            told = str(error)
+        raise ValueError(f"{where}: {told}; give one JSON object{each}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where} holds no JSON object but {text.strip()[:60]!r}; give one{each}")
     return value

@@ -36,19 +36,22 @@ def explained_places(error: ValidationError) -> str:
         place = ".".join(map(str, found["loc"]))
         value = "" if found["type"] == "missing" else f"={_short(found['input'])}"
         if found["type"] == "literal_error":
-            told.append(_unknown(place + value, found["ctx"]["expected"]))
+            told.append(_unknown(place + value, found["input"], found["ctx"]["expected"]))
         elif found["type"] == "union_tag_invalid":  # of the section; its discriminator is the field at fault
             field = ".".join(filter(None, (place, found["ctx"]["discriminator"].strip("'"))))
-            told.append(_unknown(f"{field}={_short(found['ctx']['tag'])}", found["ctx"]["expected_tags"]))
+            tag = found["ctx"]["tag"]
+            told.append(_unknown(f"{field}={_short(tag)}", tag, found["ctx"]["expected_tags"]))
         else:
             told.append(f"{place}{value}: {found['msg']}" if place else found["msg"])
     more = [f"and {len(errors) - MOST_TOLD} more"] if len(errors) > MOST_TOLD else []
     return "; ".join(told + more).replace("Value error, ", "")
 
 
-def _unknown(given: str, expected: str) -> str:
+def _unknown(given: str, value: object, expected: str) -> str:
     """The message for a value that is none of pydantic's `expected`, such as "'a', 'b' or 'c'"."""
-    return f"{given} is unknown; choose one of {expected.replace(' or ', ', ').replace(chr(39), '')}"
+    from v05.arguments import unknown  # imports numpy, which the command line's help does not need
+
+    return unknown(given, value, expected.replace(" or ", ", ").replace("'", "").split(", "))
 
 
 def _short(value: object) -> str:

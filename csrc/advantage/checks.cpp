@@ -85,7 +85,8 @@ void check_offsets(const std::string& name, std::span<const std::int64_t> offset
     if (offsets.empty() || offsets.front() != 0) {
       throw std::invalid_argument(name + ": starts at " +
                                   (offsets.empty() ? "nothing" : std::to_string(offsets.front())) +
-                                  "; the first offset is 0");
+                                  "; the first offset is 0, and counts become offsets by "
+                                  "numpy.r_[0, numpy.cumsum(counts)]");
     }
     const auto fall = std::ranges::adjacent_find(offsets, std::greater<>());
     throw std::invalid_argument(name + ": falls after position " + std::to_string(fall - offsets.begin()) +

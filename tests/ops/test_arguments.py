@@ -51,6 +51,18 @@ REFUSED = {
     "max_rollouts a flag": (lambda: call(max_rollouts=True), "max_rollouts=True; give an integer"),
     "max_rollouts a float": (lambda: call(max_rollouts=8.0), "max_rollouts=8.0; give an integer"),
     "num_groups": (lambda: call(group_ids=[0] * 4, num_groups="2"), "num_groups='2'; give an integer from 0 to 2147483647"),
+    "counts for offsets": (
+        lambda: call(prior=[0.5, 0.5], group_offsets=[2, 2], method="v05"),
+        r"group_offsets: starts at 2; the first offset is 0, and counts become offsets by numpy.r_\[0, numpy.cumsum\(counts\)\]",
+    ),
+    "offsets that end early": (
+        lambda: call(prior=[0.5, 0.5], group_offsets=[0, 2], method="v05"),
+        "group_offsets: ends at 2 for 4 rollouts; the last offset is N",
+    ),
+    "rewards of prompts x rollouts": (
+        lambda: call([[1.0, 0.0], [0.0, 1.0]]),
+        r"of the same shape; if these are the rewards of prompts x rollouts, give rewards.flatten\(\) with group_offsets",
+    ),
     "reward_range None": (lambda: call(reward_range=None), r"reward_range=None; give \(lo, hi\)"),
     "reward_range a number": (lambda: call(reward_range=1.0), r"reward_range=1.0; give \(lo, hi\)"),
     "reward_range of strings": (lambda: call(reward_range=("0", "1")), "reward_range='0'; give a number"),

@@ -272,7 +272,7 @@ def test_long_prompts_are_cut_and_counted(folder, tmp_path):
 
 
 def test_backbones_that_cannot_be_loaded_are_named(tmp_path, folder):
-    with pytest.raises(ValueError, match=r"no config\.json there; give the folder of a Hugging Face model"):
+    with pytest.raises(ValueError, match=r"no config\.json there; give a Hugging Face model folder"):
         Backbone(tmp_path)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())

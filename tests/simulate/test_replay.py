@@ -159,7 +159,7 @@ def test_command_prints_draws_and_writes(file, tmp_path, prior):
     out = tmp_path / "out"
     result = invoke(file, "--prior", prior, "--maximum", 5, "--plot", out / "plot.png", "--json", out / "new" / "records.json")
     assert result.exit_code == 0, result.output
-    for text in ("calibrated+budget", "v05+osla", "rollouts for the error of grpo at 5", "1 rows without a trial left out"):
+    for text in ("calibrated+budget", "v05+osla", "rollouts to match grpo at 5", "1 rows without a trial left out"):
         assert text in result.output
     needed = {row.split("│")[1].strip(): row.split("│")[-2].strip() for row in result.output.splitlines() if row.startswith("│")}
     assert needed["grpo"] == "5.0"
@@ -174,7 +174,7 @@ def test_command_prints_draws_and_writes(file, tmp_path, prior):
 def test_finite_replay_stops_at_the_trials_there_are(file, tmp_path):
     result = invoke(file, "--replay", "finite", "--initial", 7, "--plot", tmp_path / "plot.png")
     assert result.exit_code == 0, result.output
-    assert "rollouts for the error of grpo at 8" in result.output
+    assert "rollouts to match grpo at 8" in result.output
 
 
 @pytest.mark.parametrize(

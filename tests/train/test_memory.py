@@ -146,7 +146,7 @@ def test_a_run_that_needs_too_much_is_told_what_helps(monkeypatch):
     lower = expected_memory(run_of("rollouts_per_step=512", setting), architecture(), PROMPT)
     assert line.endswith(f"; --set {setting} would lower it most, to {lower.peak / (1 << 30):.2f} GiB")
     needs = expected_memory(run, architecture(), PROMPT)
-    assert f"at most {needs.peak / (1 << 30):.2f} GiB expected" in line
+    assert f"about {needs.peak / (1 << 30):.2f} GiB expected" in line
     assert all(f.name in line for f in fields(needs) if getattr(needs, f.name))
 
 

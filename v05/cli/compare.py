@@ -116,9 +116,10 @@ def compare(
     except (ValueError, OSError, RuntimeError) as error:
         fail(error)
     set_threads(1)
+    from v05.files import require_model
     from v05.train.checkpoint import find_checkpoints
     from v05.train.compare import is_finished
-    from v05.train.policy import demand_model_folder, policy_folder
+    from v05.train.policy import policy_folder
 
     first = next(iter(configs.values()))
     started = [name for name, config in configs.items() if not is_finished(config, out / name) and find_checkpoints(out / name)]
@@ -127,7 +128,7 @@ def compare(
     try:
         demand_task(first)
         if first.policy.path is not None:
-            demand_model_folder(first.policy.path)
+            require_model("policy.path", first.policy.path)
         with no_exit():
             with console.status("warm-starting the policy (kept for later runs)"):
                 policy_folder(first.policy, first.task, make_task(first.task), console.out)
@@ -193,6 +194,7 @@ def _run_suite(
 ) -> None:
     from dataclasses import replace
 
+    from v05.arguments import unknown
     from v05.tasks import make_task
     from v05.train.metrics import write_json
     from v05.train.policy import policy_folder
@@ -203,7 +205,7 @@ def _run_suite(
     from v05.train.suite_summary import summarise, tuned_rates
 
     if name not in SUITES:
-        raise ValueError(f"--suite {name} is unknown; choose one of {', '.join(SUITES)}")
+        raise ValueError(unknown(f"--suite {name}", name, SUITES))
     suite = SUITES[name] if rollouts is None else replace(SUITES[name], rollouts=rollouts)
     whole, suite = suite, suite if specs is None else suite.only(specs)
     set_threads(1)
@@ -241,6 +243,12 @@ def _run_suite(
     console.out(f"{len(plots)} plots, compare.json, {ROWS} and the runs are in {out}")
 
 
+def _seeds(records: list[dict[str, Any]]) -> str:
+    """How many seeds the records of a table have at most."""
+    most = max(len(record["seeds"]) for record in records)
+    return "1 seed" if most == 1 else f"up to {most} seeds"
+
+
 def _suite_tables(records: list[dict[str, Any]]) -> Iterator[Table]:
     """One table for each task mix."""
     from v05.train.suite import RIVALS
@@ -249,9 +257,7 @@ def _suite_tables(records: list[dict[str, Any]]) -> Iterator[Table]:
     for mix in dict.fromkeys(record["mix"] for record in records):
         group = [record for record in records if record["mix"] == mix]
         start = sum(record["accuracy_before"] for record in group) / len(group)
-        table = Table(
-            title=f"{mix}: held-out accuracy from {start:.3f}; up to {max(len(r['seeds']) for r in group)} seeds, 95 % intervals"
-        )
+        table = Table(title=f"{mix}: held-out accuracy from {start:.3f}; {_seeds(group)}, 95 % intervals")
         versus = [f"over {rival}'s best size" for rival in RIVALS]
         for column in (
             "method",
@@ -308,10 +314,7 @@ def _table(methods: list[dict[str, Any]]) -> Table:
     from v05.methods import REFERENCE
 
     start = sum(m["accuracy_before"] for m in methods) / len(methods)
-    table = Table(
-        title=f"held-out accuracy from {start:.3f} at equal training rollouts; "
-        f"up to {max(len(m['seeds']) for m in methods)} seeds, 95 % intervals"
-    )
+    table = Table(title=f"held-out accuracy from {start:.3f} at equal training rollouts; {_seeds(methods)}, 95 % intervals")
     reference = next((m["label"] for m in methods if m["method"] == REFERENCE.name), None)
     versus = [] if reference is None else [f"gain over {reference}", f"rollouts to {reference}'s final"]
     columns = ["method", "accuracy", *versus, "greedy", "pass@k", "rollouts", "baseline MSE", "gradient norm"]
@@ -324,7 +327,7 @@ def _table(methods: list[dict[str, Any]]) -> Table:
         table.add_row(
             m["label"],
             f"{m['accuracy_after']:.3f} [{m['accuracy_low']:.3f}, {m['accuracy_high']:.3f}]",
-            *([gain, f"{reached} [{low}, {high}]"] if versus else []),
+            *([gain, f"{reached} [{low}, {high}]" if len(m["seeds"]) > 1 else reached] if versus else []),
             _known(m["greedy"], ".3f"),
             _known(m["pass_at_k"], ".3f"),
             f"{m['rollouts']:,.0f}",

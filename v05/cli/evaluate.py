@@ -74,6 +74,7 @@ def evaluate(
     Example: v05 eval path/to/model --benchmarks aime24,math500 --data benchmarks --samples 16 --engine vllm
     """
     from v05.benchmarks import TEMPLATE, EvalConfig, Sample, SampleLog, read_benchmark, sample_benchmarks, write_results
+    from v05.files import require_model
     from v05.prior.v0.backbone import fingerprint
     from v05.rollout.verifier import VerifierPool
     from v05.tasks.jsonl import AnswerScorer
@@ -82,8 +83,7 @@ def evaluate(
     out = out or Path("runs/eval") / model.resolve().name
     set_threads(threads)
     try:
-        if not (model / "config.json").is_file():
-            raise ValueError(f"model={model}: no config.json there; give a Hugging Face model folder")
+        require_model("model", model)
         settings = {
             "model": model.resolve(),
             "weights": fingerprint(model),

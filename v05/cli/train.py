@@ -165,7 +165,8 @@ def train(
     except (ValueError, OSError, RuntimeError) as error:
         fail(error)
     greedy = f", {trainer.state.final['greedy']:.3f} greedily," if trainer.state.final else ""
-    say(f"held-out accuracy {state.accuracy:.3f}{greedy} after {state.rollouts} rollouts; written to {out}")
+    short = f" (another step would have ended further from {state.total})" if state.rollouts < state.total else ""
+    say(f"held-out accuracy {state.accuracy:.3f}{greedy} after {state.rollouts} rollouts{short}; written to {out}")
 
 
 def _demand(result: Path) -> None:

@@ -141,7 +141,10 @@ def read_runs(directories: Sequence[Path], track: Track) -> tuple[list[Recorded]
         more = f"; and {len(damaged) - MOST_NAMED} more" if len(damaged) > MOST_NAMED else ""
         raise ValueError(f"RUN_DIR: no run can be shown: {'; '.join(damaged[:MOST_NAMED])}{more}")
     if not runs:
-        raise ValueError(f"RUN_DIR: none of {', '.join(left_out)} has been evaluated yet; wait for the first evaluation")
+        raise ValueError(
+            f"RUN_DIR: none of {', '.join(left_out)} has been evaluated yet; "
+            "wait for the first evaluation, or see the output of v05 train if the run has failed"
+        )
     return runs, left_out
 
 

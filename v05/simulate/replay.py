@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logit
 
+from v05.arguments import unknown
 from v05.budget import ClosedGroups, RolloutAllocator
 from v05.methods import find_method
 from v05.ops import fused_advantage
@@ -70,7 +71,7 @@ class Source:
 
     def __init__(self, outcomes: Outcomes, noise: float | None, replay: str, maximum: int, rng: np.random.Generator) -> None:
         if replay not in REPLAYS:
-            raise ValueError(f"replay={replay!r} is unknown; choose one of {', '.join(REPLAYS)}")
+            raise ValueError(unknown(f"replay={replay!r}", replay, REPLAYS))
         if noise is not None and not 0 <= noise < np.inf:
             raise ValueError(f"the prior's noise is {noise}; give a finite standard deviation >= 0")
         enough = np.ones(len(outcomes), dtype=bool) if replay == "superpopulation" else outcomes.trials >= maximum

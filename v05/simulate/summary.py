@@ -23,7 +23,7 @@ def table(records: Sequence[Record], initial: int, maximum: int) -> Table:
     points = (float(initial), osla, float(maximum))
     target = _target(records, initial, maximum)
     drawn = Table(title="mean squared error of the baseline (centred units) by mean rollouts per prompt")
-    needed_for = f"rollouts for the error of grpo at {target.mean_rollouts:.0f}"
+    needed_for = f"rollouts to match grpo at {target.mean_rollouts:.0f}"
     for column in ("method", *(f"at {mean:.4g}" for mean in points), needed_for):
         drawn.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for method in METHODS:

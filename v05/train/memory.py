@@ -232,7 +232,7 @@ def memory_report(config: RunConfig, model: PretrainedConfig, prompt: int, ranks
     except Exception as error:  # some architectures cannot run on fake tensors; they are trained without an estimate
         return f"memory: cannot be estimated for model_type={model.model_type!r} ({error!r:.200})"
     parts = ", ".join(f"{f.name} {getattr(expected, f.name) / GIB:.2f}" for f in fields(expected) if getattr(expected, f.name))
-    line = f"memory: at most {expected.peak / GIB:.2f} GiB expected, of {there_is / GIB:.2f} ({parts})"
+    line = f"memory: about {expected.peak / GIB:.2f} GiB expected, of {there_is / GIB:.2f} ({parts})"
     if expected.peak <= there_is:
         return line
     peaks = {

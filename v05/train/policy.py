@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from v05.files import explained, flush_folder
+from v05.files import explained, flush_folder, require_model
 from v05.machine import cache_root
 from v05.pretrained import load_generation_config, load_pretrained
 from v05.rollout import NotFiniteError, Request, RolloutEngine, generate
@@ -84,15 +84,9 @@ def character_decoder(config: PolicyConfig, vocabulary: int) -> PreTrainedModel:
     )
 
 
-def demand_model_folder(path: Path) -> None:
-    """Raise ValueError unless `path` is a model folder."""
-    if not (path / "config.json").is_file():
-        raise ValueError(f"policy.path={path}: no config.json there; give a Hugging Face model folder")
-
-
 def load_policy(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
     """(model, tokenizer) of a local folder; the model is on the GPU if there is one. Raises ValueError for an unusable folder."""
-    demand_model_folder(path)
+    require_model("policy.path", path)
     model: PreTrainedModel = load_pretrained(AutoModelForCausalLM, path, dtype=dtype)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     return model, load_tokenizer(path)

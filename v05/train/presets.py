@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from v05.arguments import unknown
 from v05.methods import find_method
 from v05.tasks import ReasoningGymConfig, Source
 from v05.train.config import EvaluationConfig, LossConfig, OptimizerConfig, PolicyConfig, RunConfig, WarmStartConfig
@@ -179,7 +180,7 @@ def run_config(preset: str, spec: str, settings: Sequence[str] = (), **overrides
         ValueError: the preset or method is unknown (the message lists the known ones), or a spec or setting is malformed.
     """
     if preset not in PRESETS:
-        raise ValueError(f"preset={preset!r} is unknown; choose one of {', '.join(PRESETS)}")
+        raise ValueError(unknown(f"preset={preset!r}", preset, PRESETS))
     parts = SPEC.fullmatch(spec)
     if parts is None:
         raise ValueError(

