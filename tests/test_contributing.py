@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers.programs import QUICK_BUILD
+
 ROOT = Path(__file__).parent.parent
 PARTS = ("v05", "kernels", "csrc", "docs", "tests", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "conftest.py")
 
@@ -31,10 +33,10 @@ def changed(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(changed, tmp_path_factory):
-    """Runs Python with the changed v05. Its core is built without optimisation and as one file, in a third of the time."""
+    """Runs Python with the changed v05."""
     site = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(changed)]
-    for name, value in {"UNITY_BUILD": "ON", "UNITY_BUILD_BATCH_SIZE": "99", "CXX_FLAGS_RELEASE": "-O0"}.items():
+    for name, value in QUICK_BUILD.items():
         command += ["-C", f"cmake.define.CMAKE_{name}={value}"]
     if shutil.which("cmake"):  # otherwise pip fetches cmake
         command.append("--no-build-isolation")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import threading
@@ -13,9 +12,9 @@ import numpy as np
 import pytest
 
 from helpers.allocator_model import bernoulli, run_to_end
+from helpers.programs import ENVIRONMENT, build_with_allocator
 from v05.budget import RolloutAllocator
 
-ROOT = Path(__file__).parents[2]
 NAN = float("nan")
 
 
@@ -67,9 +66,6 @@ def test_threads_under_thread_sanitizer(tmp_path: Path) -> None:
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     program = tmp_path / "threads"
-    sources = [Path(__file__).with_name("allocator_threads.cpp"), *(ROOT / "csrc" / "allocator").glob("*.cpp")]
-    options = ["-std=c++20", "-O1", "-g", "-fsanitize=thread", "-pthread", f"-I{ROOT / 'csrc' / 'include'}"]
-    env = {**os.environ, "LD_PRELOAD": ""}  # without the library of another sanitizer
-    subprocess.run(["g++", *options, "-o", program, *sources], check=True, env=env)
-    result = subprocess.run([program], capture_output=True, text=True, check=False, env=env)
+    build_with_allocator(Path(__file__).with_name("allocator_threads.cpp"), program, ["-O1", "-g", "-fsanitize=thread"])
+    result = subprocess.run([program], capture_output=True, text=True, check=False, env=ENVIRONMENT)
     assert (result.returncode, result.stdout) == (0, "ok\n"), result.stdout + result.stderr
