@@ -41,7 +41,7 @@ demo: setup  ## compare GRPO, Dr. GRPO, V_0.5, batch and optimal on a small poli
 	$(BIN)/v05 compare --preset demo --methods grpo,dr_grpo,v05,batch,optimal --out runs/demo --json runs/demo/records.json
 
 test: setup  ## run the whole test suite, one test file on each core
-	$(BIN)/python -m pytest -q --durations=10 -n auto --dist loadfile
+	$(BIN)/python -m pytest -q --durations=10 -n auto --dist loadfile --no-loadscope-reorder
 
 # This target does not depend on `setup`, because a machine with a GPU may have no package index. If v05 is not installed there, its
 # core is built in build/.

@@ -5,6 +5,7 @@ V05_GPU=1, which `make test-gpu` sets, kernels run on the GPU. The processes of 
 import os
 import shutil
 import tempfile
+from collections import Counter
 
 if os.environ.get("V05_GPU") == "1":
     os.environ.pop("TRITON_INTERPRET", None)
@@ -17,6 +18,12 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker gets the environment of 
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    """Files with few tests run first. Their tests take the longest, and at the end one process would wait for the other's."""
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: sizes[item.path])
 
 
 def pytest_unconfigure(config):
