@@ -93,7 +93,7 @@ class WatchedTrainer(Trainer):
                 self.shadows[method, name] = replace(self.shadow(method, "spo"), prior=tracker())
         self.last: dict[str, Completion] = {}
         self.collect = self.sampler.collect
-        self.sampler.collect = self.collect_and_watch  # type: ignore[method-assign]
+        self.sampler.collect = self.collect_and_watch
         self.sums: dict[tuple[int, str, str], Array] = defaultdict(lambda: np.zeros(2))
 
     def shadow(self, method: str, prior: str) -> Estimator:
